@@ -1,0 +1,62 @@
+"""LoRA-Pro for the Hugging Face stack: LoRA fine-tuning whose steps follow those of full fine-tuning.
+
+The public names are loaded on first use, so that `import lorapro_hf.optimizer` needs neither transformers nor PEFT.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lorapro_hf.arguments import LoRAProTrainingArguments
+    from lorapro_hf.callback import LoRAProCallback
+    from lorapro_hf.config import LoRAProConfig
+    from lorapro_hf.optimizer import LoRAProAdamW, LoRAProOptimizerFactory, create_lorapro_optimizer
+    from lorapro_hf.pairs import LoRAPair, find_lora_pairs
+    from lorapro_hf.projection import equivalent_gradient, project_lora_gradients
+    from lorapro_hf.trainer import LoRAProTrainer, LoRAProTrainerMixin
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LoRAPair",
+    "LoRAProAdamW",
+    "LoRAProCallback",
+    "LoRAProConfig",
+    "LoRAProOptimizerFactory",
+    "LoRAProTrainer",
+    "LoRAProTrainerMixin",
+    "LoRAProTrainingArguments",
+    "create_lorapro_optimizer",
+    "equivalent_gradient",
+    "find_lora_pairs",
+    "project_lora_gradients",
+]
+
+_HOMES = {
+    "LoRAPair": "pairs",
+    "LoRAProAdamW": "optimizer",
+    "LoRAProCallback": "callback",
+    "LoRAProConfig": "config",
+    "LoRAProOptimizerFactory": "optimizer",
+    "LoRAProTrainer": "trainer",
+    "LoRAProTrainerMixin": "trainer",
+    "LoRAProTrainingArguments": "arguments",
+    "create_lorapro_optimizer": "optimizer",
+    "equivalent_gradient": "projection",
+    "find_lora_pairs": "pairs",
+    "project_lora_gradients": "projection",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,93 @@
+"""How does a user say on the command line, or in a YAML file, which LoRA-Pro is meant?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from lorapro_hf.config import MODES, UPDATES, X_MODES, LoRAProConfig, check_choice
+
+_DEFAULTS = LoRAProConfig()
+
+
+def _choice(default: str, valid: tuple[str, ...], help: str) -> Any:
+    return field(default=default, metadata={"help": help, "choices": list(valid)})
+
+
+@dataclass
+class LoRAProTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the settings of LoRA-Pro, for `HfArgumentParser`, JSON and YAML files.
+
+    The other arguments keep their meaning: `learning_rate`, `adam_beta1`, `adam_beta2`, `adam_epsilon` and
+    `weight_decay` are those of the LoRA-Pro optimizer, and `optim` has to stay at its default.
+
+    To add the settings to the arguments of another trainer, name its class first, so that its defaults win:
+
+    ```python
+    @dataclass
+    class LoRAProSFTConfig(SFTConfig, LoRAProTrainingArguments):
+        pass
+    ```
+
+    Args:
+        lora_pro: Train with LoRA-Pro. `False` (`--no_lora_pro`) makes `LoRAProTrainer` a plain `Trainer`.
+        lora_pro_mode: See `LoRAProConfig.mode`.
+        lora_pro_x_mode: See `LoRAProConfig.x_mode`.
+        lora_pro_update: See `LoRAProConfig.update`.
+        lora_pro_rtol: See `LoRAProConfig.rtol`.
+
+    Raises:
+        ValueError: for an unknown mode, x_mode or update, or an rtol outside `[0, 1)`.
+    """
+
+    lora_pro: bool = field(
+        default=True,
+        metadata={"help": "Train with LoRA-Pro; --no_lora_pro trains exactly as transformers.Trainer does."},
+    )
+    lora_pro_mode: str = _choice(
+        _DEFAULTS.mode,
+        MODES,
+        "'full' keeps Adam moments of the size of the adapted weights and uses learning rates of full fine-tuning, "
+        "'efficient' keeps moments of the size of the factors and uses learning rates of LoRA.",
+    )
+    lora_pro_x_mode: str = _choice(
+        _DEFAULTS.x_mode, X_MODES, "Which of the equivalent factor gradients to take; 'sylvester' is the paper's."
+    )
+    lora_pro_update: str = _choice(
+        _DEFAULTS.update, UPDATES, "How a step is spent on the two factors; 'linear' moves both at once."
+    )
+    lora_pro_rtol: float | None = field(
+        default=_DEFAULTS.rtol,
+        metadata={
+            "help": "Directions of a factor whose squared singular value is at most this fraction of the largest one "
+            "count as absent. By default chosen from the dtype."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_choice("lora_pro_mode", self.lora_pro_mode, MODES)
+        check_choice("lora_pro_x_mode", self.lora_pro_x_mode, X_MODES)
+        check_choice("lora_pro_update", self.lora_pro_update, UPDATES)
+        if self.lora_pro_rtol is not None:
+            self.lora_pro_rtol = self._number(self.lora_pro_rtol)
+        _ = self.lora_pro_config  # validates the rest
+        super().__post_init__()
+
+    @staticmethod
+    def _number(rtol: Any) -> float:
+        try:
+            return float(rtol)  # YAML reads 1e-6, without a dot, as text
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"lora_pro_rtol={rtol!r} must be a number in [0, 1), or be left out.") from error
+
+    @property
+    def lora_pro_config(self) -> LoRAProConfig:
+        """The settings as a `LoRAProConfig`, whether or not `lora_pro` is on."""
+        return LoRAProConfig(
+            mode=self.lora_pro_mode,
+            x_mode=self.lora_pro_x_mode,
+            update=self.lora_pro_update,
+            rtol=self.lora_pro_rtol,
+        )

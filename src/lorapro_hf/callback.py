@@ -1,0 +1,114 @@
+"""How does LoRA-Pro reach the optimizers that it did not build?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import DistributedType
+from accelerate.state import AcceleratorState, is_initialized
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.optimizer import LoRAProAdamW
+from lorapro_hf.pair_gradients import project_pair_gradients_
+from lorapro_hf.pairs import LoRAPair, find_lora_pairs
+
+_SHARDED = {"DEEPSPEED", "FSDP", "MEGATRON_LM"}
+
+
+def require_whole_gradients(distributed_type: DistributedType | str, remedy: str) -> None:
+    """Raise a `RuntimeError` if accelerate runs an engine that keeps or shards the gradients of the factors."""
+    name = getattr(distributed_type, "value", distributed_type)
+    if name in _SHARDED:
+        raise RuntimeError(
+            f"LoRA-Pro is not supported yet under accelerate's distributed type {name}: the engine holds the gradients "
+            f"of the factors, so that they could not be rewritten. Use a single process or DDP, or {remedy}."
+        )
+
+
+def unwrap_optimizer(optimizer: Any) -> Any:
+    """The optimizer inside the wrappers of accelerate and of the engines it drives."""
+    while getattr(optimizer, "optimizer", None) is not None:
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+class LoRAProCallback(TrainerCallback):
+    """Rewrites the gradients of `lora_A` and `lora_B` before any optimizer's step: AdamW, SGD, Lion, 8-bit Adam, ...
+
+    ```python
+    trainer = Trainer(model, args, optim="lion_32bit", callbacks=[LoRAProCallback()], ...)
+    ```
+
+    The optimizer then sees the adjusted gradients, its moments included: with AdamW this is LoRA-Pro's efficient mode.
+    `Trainer` has clipped the raw gradients to `max_grad_norm` before the callback sees them; the adjusted gradients
+    are not clipped again. Optimizers that step during the backward pass (LOMO, layer-wise GaLore) leave no gradients
+    to rewrite and are refused at the first step.
+
+    In a loop of your own, call `project_pair_gradients_(pairs, config)` between `backward()` and `optimizer.step()`
+    instead, with `pairs = find_lora_pairs(model)`.
+
+    Args:
+        config: The settings; by default `LoRAProConfig(mode="efficient")`. `mode="full"` is refused, because its
+            moments live in `LoRAProAdamW`.
+
+    Attributes:
+        last_grad_norm: Global norm of the adjusted gradients of the last step, a 0-dim tensor; `None` before it.
+
+    Raises:
+        ValueError: for `mode="full"`, and at the start of training for a model without trainable LoRA pairs.
+        RuntimeError: at the start of training, if the optimizer is a `LoRAProAdamW` or the run is under DeepSpeed or
+            FSDP; at a step, if no pair has a gradient.
+    """
+
+    def __init__(self, config: LoRAProConfig | None = None) -> None:
+        config = LoRAProConfig(mode="efficient") if config is None else config
+        if not isinstance(config, LoRAProConfig):
+            raise TypeError(f"config must be a LoRAProConfig, got {type(config).__name__}.")
+        if config.mode != "efficient":
+            raise ValueError(
+                f"LoRAProCallback cannot run mode={config.mode!r}: its moments live in LoRAProAdamW. Use "
+                'LoRAProConfig(mode="efficient"), or train with LoRAProTrainer or LoRAProAdamW.'
+            )
+        self.config = config
+        self.last_grad_norm: torch.Tensor | None = None
+        self._pairs: list[LoRAPair] = []
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Find the pairs, and refuse what would adjust the gradients twice or not at all."""
+        if isinstance(unwrap_optimizer(kwargs.get("optimizer")), LoRAProAdamW):
+            raise RuntimeError(
+                "LoRAProCallback and LoRAProAdamW are both active, so that the gradients would be adjusted twice. "
+                "Drop the callback, or train with another optimizer (--no_lora_pro for LoRAProTrainer)."
+            )
+        # every callback is handed the same state, which is new in every training
+        if getattr(state, "_lora_pro_callback", self) is not self:
+            raise RuntimeError(
+                "Two LoRAProCallbacks are active, so that the gradients would be adjusted twice. Keep one of them."
+            )
+        state._lora_pro_callback = self  # type: ignore[attr-defined]
+        if is_initialized():
+            require_whole_gradients(AcceleratorState().distributed_type, "drop LoRAProCallback")
+        self._pairs = find_lora_pairs(kwargs["model"])
+        self.last_grad_norm = None
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Replace the gradients of every pair by the adjusted ones."""
+        if not self._pairs:
+            raise RuntimeError(
+                "LoRAProCallback has seen no start of training. Call its on_train_begin(args, state, control, "
+                "model=model, optimizer=optimizer) first, or use project_pair_gradients_ in a loop of your own."
+            )
+        if all(pair.gradients() is None for pair in self._pairs):
+            raise RuntimeError(
+                f"None of the {len(self._pairs)} LoRA pairs has a gradient before the optimizer's step: the engine "
+                "(DeepSpeed) keeps them to itself, the optimizer steps during the backward pass (LOMO, layer-wise "
+                "optimizers), or the loss does not depend on the active adapter. Use an optimizer that steps after "
+                "the backward pass and no DeepSpeed, or drop LoRAProCallback."
+            )
+        self.last_grad_norm = project_pair_gradients_(self._pairs, self.config)

@@ -1,0 +1,270 @@
+"""Where are the LoRA factor pairs of a PEFT model, what is each one's scaling, and which of them share a shape?
+
+A pair never keeps a parameter: it keeps the layer and looks its factors and scaling up whenever asked, so that wrappers
+which swap parameters (FSDP) and calls such as `set_scale` or `scale_layer` are seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+# Variants whose forward is still `scaling * B A` for trainable A, B alone, so that autograd's gradients are those the
+# projection expects. DoRA multiplies by a magnitude it treats apart, aLoRA picks tokens, QALoRA pools the inputs of A.
+_SUPPORTED_VARIANTS = ("Dora", "ALora", "QALora")
+
+
+@dataclass(frozen=True, eq=False)
+class LoRAPair:
+    """One trainable pair of LoRA factors: the adapted weight moves by `scaling * B @ A`.
+
+    Args:
+        name: dotted name of the layer in the model.
+        layer: the PEFT layer that holds the factors.
+        adapter_name: the adapter they belong to.
+        layout: how the parameters hold the matrices: `"matrix"`, `"groups"` (grouped convolution) or `"experts"`.
+        batch: number of independent factor pairs packed into the two parameters (experts, convolution groups), else 1.
+    """
+
+    name: str
+    layer: Any = field(repr=False)
+    adapter_name: str
+    layout: str = "matrix"
+    batch: int = 1
+    _twins: list[LoRAPair] = field(default_factory=list, repr=False)
+
+    @property
+    def A(self) -> nn.Parameter:
+        """The parameter of `lora_A` (or `lora_embedding_A`), as it is in the model now."""
+        return _factor(self.layer, "A", self.adapter_name)
+
+    @property
+    def B(self) -> nn.Parameter:
+        """The parameter of `lora_B` (or `lora_embedding_B`), as it is in the model now."""
+        return _factor(self.layer, "B", self.adapter_name)
+
+    @property
+    def scaling(self) -> float:
+        """The layer's own factor in front of `B @ A`, as it is now."""
+        return float(self.layer.scaling[self.adapter_name])
+
+    @property
+    def tied_parameters(self) -> list[nn.Parameter]:
+        """Parameters of other layers that are these same factors in memory (tied embeddings)."""
+        return [parameter for twin in self._twins for parameter in (twin.A, twin.B)]
+
+    def matrix_A(self, tensor: Tensor) -> Tensor:
+        """See a tensor shaped like `A` as `(r, n)`, or `(batch, r, n)` where several pairs are packed."""
+        if self.layout == "matrix":
+            return tensor.flatten(1)
+        return tensor.flatten(1).unflatten(0, (self.batch, -1))
+
+    def matrix_B(self, tensor: Tensor) -> Tensor:
+        """See a tensor shaped like `B` as `(m, r)`, or `(batch, m, r)` where several pairs are packed."""
+        if self.layout == "matrix":
+            return tensor.flatten(1)
+        if self.layout == "experts":  # PEFT packs the experts innermost here and outermost in A
+            return tensor.unflatten(1, (-1, self.batch)).permute(2, 0, 1)
+        return tensor.flatten(1).unflatten(0, (self.batch, -1))
+
+    def factor_A(self, matrix: Tensor) -> Tensor:
+        """The inverse of `matrix_A`."""
+        return matrix.reshape(self.A.shape)
+
+    def factor_B(self, matrix: Tensor) -> Tensor:
+        """The inverse of `matrix_B`."""
+        if self.layout == "experts":
+            matrix = matrix.permute(1, 2, 0)
+        return matrix.reshape(self.B.shape)
+
+    def gradients(self) -> tuple[Tensor, Tensor] | None:
+        """The gradients of both factors as matrices, tied layers' added up, or None where no backward reached them.
+
+        Raises:
+            RuntimeError: only one of the factors has a gradient, or a gradient is sharded or sparse.
+        """
+        found = _plain_gradients(self)
+        for twin in self._twins:
+            other = _plain_gradients(twin)
+            if other is None:
+                continue
+            if _same_memory(self.A, twin.B):
+                other = (other[1].mT, other[0].mT)
+            found = other if found is None else (found[0] + other[0], found[1] + other[1])
+        return found
+
+
+def find_lora_pairs(model: nn.Module) -> list[LoRAPair]:
+    """The trainable LoRA factor pairs of a model, in the order of its modules.
+
+    Handles every layer that PEFT builds with LoRA factors: linear (GPT-2's `Conv1D` and quantised bases included),
+    embedding, convolution, `nn.MultiheadAttention` and `target_parameters` (experts), plain, with rsLoRA or with DoRA.
+    Of several adapters those that are active and trainable count, each projected by itself. Layers that share their
+    factors (tied embeddings) make one pair.
+
+    Args:
+        model: a `PeftModel`, or any module that holds PEFT LoRA layers; wrappers such as DDP may be around it.
+
+    Raises:
+        ValueError: there is no LoRA layer, all are frozen or merged, only one factor of a layer is trainable, a scaling
+            is 0, or a layer is of a kind on which the projection would not be right. The message names the layer.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if not layers:
+        raise ValueError(_no_lora_message(model))
+    pairs = [
+        _pair(name, layer, adapter_name)
+        for name, layer in layers.items()
+        for adapter_name in layer.active_adapters
+        if _is_trainable(name, layer, adapter_name)
+    ]
+    if not pairs:
+        adapters = sorted({name for layer in layers.values() for name in (*layer.lora_A, *layer.lora_embedding_A)})
+        raise ValueError(
+            f"no active LoRA adapter is trainable (adapters {adapters}, {len(layers)} layers): they are frozen or in "
+            "inference mode. Load with PeftModel.from_pretrained(..., is_trainable=True), leave inference_mode=False "
+            "in LoraConfig, or choose the adapter to train with model.set_adapter(name)."
+        )
+    for pair in pairs:
+        check_scaling(pair)
+    return _merge_tied(pairs)
+
+
+def check_scaling(pair: LoRAPair) -> float:
+    """The pair's scaling, or a `ValueError` if it is 0."""
+    scaling = pair.scaling
+    if scaling == 0:
+        raise ValueError(
+            f"{pair.name}: the scaling of adapter {pair.adapter_name!r} is 0, so its factors do not reach the weight. "
+            "Set lora_alpha (or alpha_pattern, set_scale) to a value other than 0."
+        )
+    return scaling
+
+
+def group_by_shape(pairs: Iterable[LoRAPair]) -> list[list[LoRAPair]]:
+    """Pairs whose factors agree in shape, dtype and device, so that one batched computation serves each group."""
+    groups: dict[tuple[Any, ...], list[LoRAPair]] = {}
+    for pair in pairs:
+        A, B = pair.A, pair.B
+        key = (pair.matrix_A(A).shape, pair.matrix_B(B).shape, A.dtype, B.dtype, A.device)
+        groups.setdefault(key, []).append(pair)
+    return list(groups.values())
+
+
+def _factor(layer: Any, letter: str, adapter_name: str) -> nn.Parameter:
+    embedding = getattr(layer, f"lora_embedding_{letter}")
+    if adapter_name in embedding:
+        return embedding[adapter_name]
+    return getattr(layer, f"lora_{letter}")[adapter_name].weight
+
+
+def _is_trainable(name: str, layer: Any, adapter_name: str) -> bool:
+    """Whether to train this adapter of this layer; raises if the answer is neither yes nor no."""
+    if adapter_name not in layer.lora_A and adapter_name not in layer.lora_embedding_A:
+        return False
+    held = layer.lora_A if adapter_name in layer.lora_A else layer.lora_embedding_A
+    if not isinstance(held[adapter_name], nn.Parameter) and not hasattr(held[adapter_name], "weight"):
+        raise _unsupported(name, layer, f"its lora_A is a {type(held[adapter_name]).__name__}")
+    trainable = [_factor(layer, letter, adapter_name).requires_grad for letter in "AB"]
+    if any(trainable) and not all(trainable):
+        frozen = "lora_A" if not trainable[0] else "lora_B"
+        raise ValueError(
+            f"{name}: {frozen} of adapter {adapter_name!r} is frozen and the other factor is not; LoRA-Pro moves both. "
+            "Make both trainable, or train this model with a plain optimizer."
+        )
+    if any(trainable) and adapter_name in layer.merged_adapters:
+        raise ValueError(
+            f"{name}: adapter {adapter_name!r} is merged into the base weight, so its factors get no gradient. "
+            "Call model.unmerge_adapter() first."
+        )
+    return all(trainable)
+
+
+def _pair(name: str, layer: Any, adapter_name: str) -> LoRAPair:
+    from peft.tuners.lora.layer import ParamWrapper
+
+    variant = getattr(layer, "lora_variant", {}).get(adapter_name)
+    if variant is not None and not type(variant).__name__.startswith(_SUPPORTED_VARIANTS):
+        raise _unsupported(name, layer, f"its LoRA variant {type(variant).__name__} computes more than scaling * B @ A")
+    if adapter_name in layer.lora_embedding_A:
+        return LoRAPair(name, layer, adapter_name)
+    module_A, module_B = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    if isinstance(layer, ParamWrapper) and layer.num_experts > 1:
+        return LoRAPair(name, layer, adapter_name, "experts", layer.num_experts)
+    if isinstance(module_A, nn.Linear) and isinstance(module_B, nn.Linear):
+        return LoRAPair(name, layer, adapter_name)
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    if isinstance(module_A, convolutions) and isinstance(module_B, convolutions) and module_A.groups == 1:
+        layout = "matrix" if module_B.groups == 1 else "groups"
+        return LoRAPair(name, layer, adapter_name, layout, module_B.groups)
+    kinds = f"{type(module_A).__name__} and {type(module_B).__name__}"
+    raise _unsupported(name, layer, f"its factors are of the kinds {kinds}")
+
+
+def _unsupported(name: str, layer: Any, reason: str) -> ValueError:
+    return ValueError(
+        f"{name} ({type(layer).__name__}): LoRA-Pro does not support this layer, because {reason}. Leave it out of "
+        "target_modules (exclude_modules), or train with a plain optimizer."
+    )
+
+
+def _no_lora_message(model: nn.Module) -> str:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    others = sorted({type(module).__name__ for module in model.modules() if isinstance(module, BaseTunerLayer)})
+    if others:
+        return f"the model has adapter layers {others} but no LoRA layer; LoRA-Pro needs LoRA factors (LoraConfig)."
+    return (
+        f"{type(model).__name__} has no LoRA layer; wrap it first: "
+        'model = peft.get_peft_model(model, LoraConfig(target_modules="all-linear")).'
+    )
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return one is other or (one.numel() > 0 and one.data_ptr() != 0 and one.data_ptr() == other.data_ptr())
+
+
+def _merge_tied(pairs: list[LoRAPair]) -> list[LoRAPair]:
+    """Fold pairs that are the same factors in memory into the first of them; refuse factors shared by halves."""
+    owner: dict[int, LoRAPair] = {}
+    kept = []
+    for pair in pairs:
+        # Meta and partitioned tensors have no address of their own.
+        keys = [factor.data_ptr() or id(factor) for factor in (pair.A, pair.B)]
+        owners = {id(owner[key]) if key in owner else None for key in keys}
+        if owners == {None}:
+            owner.update(dict.fromkeys(keys, pair))
+            kept.append(pair)
+            continue
+        first = next(owner[key] for key in keys if key in owner)
+        if len(owners) > 1 or first.scaling != pair.scaling:
+            reason = "only one of the two factors" if len(owners) > 1 else "both factors but with another scaling"
+            raise _unsupported(pair.name, pair.layer, f"it shares {reason} with {first.name}")
+        if pair.A is not first.A:  # one and the same parameter has its gradients added up by autograd already
+            first._twins.append(pair)
+    return kept
+
+
+def _plain_gradients(pair: LoRAPair) -> tuple[Tensor, Tensor] | None:
+    grad_A, grad_B = pair.A.grad, pair.B.grad
+    if grad_A is None and grad_B is None:
+        return None
+    if grad_A is None or grad_B is None:
+        missing = "lora_A" if grad_A is None else "lora_B"
+        raise RuntimeError(
+            f"{pair.name}: {missing} has no gradient but the other factor has one. Was it frozen after the optimizer "
+            "was built? Build the optimizer again after changing requires_grad."
+        )
+    if grad_A.is_sparse or grad_B.is_sparse:
+        raise RuntimeError(f"{pair.name}: sparse gradients are not supported; use an embedding with sparse=False.")
+    if hasattr(grad_A, "placements") or hasattr(grad_B, "placements"):
+        raise RuntimeError(
+            f"{pair.name}: the gradients are sharded (DTensor), which LoRA-Pro does not support yet; "
+            "train with DDP or on one process."
+        )
+    return pair.matrix_A(grad_A), pair.matrix_B(grad_B)

@@ -1,0 +1,167 @@
+r"""Given two factors and their gradients, which factor gradients move the weight best?
+
+`W = W0 + s B A` with `A` `(r, n)` and `B` `(m, r)`; autograd gives `grad_A = s Bᵀ g` and `grad_B = s g Aᵀ` of the full
+gradient `g`, which is never formed. Stepping along `h_A`, `h_B` moves `W`, to first order, along the equivalent
+gradient `s (B h_A + h_B A)`. LoRA-Pro (arXiv 2407.18242, theorem 2.1) takes the `h_A`, `h_B` that bring it closest to
+`g` in the Frobenius norm; they are unique up to an r x r matrix X, which `x_mode` fixes.
+
+How it is computed: with the singular value decompositions `B = B̂ Σ Uᵀ` and `A = V T Â` (from the eigenvectors of the
+r x r Gram matrices), the gradients are seen as `a = B̂ᵀ g`, `b = g Âᵀ` and their common core `c = B̂ᵀ g Âᵀ`. The core can
+be moved by either factor, and X is nothing but the share ω of it that B takes:
+
+    h_A = s⁻¹ U Σ⁻¹ [a − (ω∘c) Â]        h_B = s⁻¹ [b − B̂ ((1−ω)∘c)] T⁻¹ Vᵀ
+
+with `ω = 0` for X = 0, `½` for the symmetric choice and `τⱼ² / (σᵢ² + τⱼ²)` for the Sylvester one. Every intermediate
+is of the size of `g`, whatever the scale of the factors, so B = 0 and rank-deficient factors need no case of their
+own: their absent directions have a zero in Σ⁻¹ or T⁻¹.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorapro_hf.config import X_MODES, check_choice
+
+
+class _RowBasis(NamedTuple):
+    """The r rows of a factor `F = vectors @ diag(singular) @ rows`, absent directions being zero in the last two."""
+
+    vectors: Tensor  # (..., r, r) orthogonal
+    singular: Tensor  # (..., r)
+    inverse: Tensor  # (..., r), zero where a direction is absent
+    rows: Tensor  # (..., r, k), orthonormal where present
+
+
+@torch.no_grad()
+def project_lora_gradients(
+    A: Tensor,
+    B: Tensor,
+    grad_A: Tensor,
+    grad_B: Tensor,
+    scaling: float | Tensor,
+    *,
+    x_mode: str = "sylvester",
+    rtol: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rewrite the gradients of two low-rank factors so that `scaling * B @ A` moves as full fine-tuning would move it.
+
+    Computes in float32 or, for float64 inputs, in float64 (Gram matrices always in float64 where the device has it) and
+    casts back. Costs O((m + n) r²) and allocates nothing larger than the factors. NaN gradients give NaN results.
+
+    Args:
+        A: `(..., r, n)`, PEFT's `lora_A`, with any leading batch dimensions.
+        B: `(..., m, r)`, PEFT's `lora_B`.
+        grad_A: gradient of the loss by `A`, shaped like it.
+        grad_B: gradient of the loss by `B`, shaped like it.
+        scaling: the factor in front of `B @ A`; a tensor shaped like the batch dimensions gives one per pair.
+        x_mode: `"sylvester"` stays closest to `grad_A` and `grad_B`, `"symmetric"` lets both factors contribute alike,
+            `"zero"` lets A do what both could. All three have the same equivalent gradient.
+        rtol: directions of a factor whose squared singular value is at most `rtol` times the largest are treated as
+            absent. Default: what rounding leaves uncertain, `max(r * eps(compute dtype), max(m, n) * eps(Gram dtype))`.
+
+    Returns:
+        `(h_A, h_B)`, in shape and dtype like `grad_A` and `grad_B`.
+
+    Raises:
+        ValueError: shapes that do not fit together, an unknown `x_mode`, or a scaling of 0.
+    """
+    check_choice("x_mode", x_mode, X_MODES)
+    _check_inputs(A, B, grad_A, grad_B, scaling)
+    dtype = _compute_dtype(A, B, grad_A, grad_B)
+    dtype_A, dtype_B = grad_A.dtype, grad_B.dtype
+    A, B, grad_A, grad_B = (tensor.to(dtype) for tensor in (A, B, grad_A, grad_B))
+    s = scaling.to(A)[..., None, None] if isinstance(scaling, Tensor) else scaling
+
+    # Under autocast the products would silently run in bf16.
+    with torch.autocast(A.device.type, enabled=False):
+        basis_A = _row_basis(A, rtol)
+        basis_B = _row_basis(B.mT, rtol)
+        a = basis_B.inverse[..., None] * (basis_B.vectors.mT @ grad_A) / s
+        b = (grad_B @ basis_A.vectors) * basis_A.inverse[..., None, :] / s
+        share_of_B = _core_share_of_B(basis_A, basis_B, x_mode) * (a @ basis_A.rows.mT)
+        h_A = basis_B.vectors @ (basis_B.inverse[..., None] / s * (a - share_of_B @ basis_A.rows))
+        h_B = b - basis_B.rows.mT @ (basis_B.rows @ b - share_of_B)
+        h_B = (h_B * basis_A.inverse[..., None, :] / s) @ basis_A.vectors.mT
+    return h_A.to(dtype_A), h_B.to(dtype_B)
+
+
+@torch.no_grad()
+def equivalent_gradient(A: Tensor, B: Tensor, h_A: Tensor, h_B: Tensor, scaling: float | Tensor) -> Tensor:
+    """The direction `scaling * (B @ h_A + h_B @ A)` in which steps along `h_A` and `h_B` move the adapted weight.
+
+    Args:
+        A: `(..., r, n)`.
+        B: `(..., m, r)`.
+        h_A: step direction of A, shaped like it.
+        h_B: step direction of B, shaped like it.
+        scaling: as in `project_lora_gradients`.
+
+    Returns:
+        `(..., m, n)`, computed in float32 at least and returned in the promoted dtype of the inputs.
+
+    Raises:
+        ValueError: shapes that do not fit together, or a scaling of 0.
+    """
+    _check_inputs(A, B, h_A, h_B, scaling)
+    dtype = _compute_dtype(A, B, h_A, h_B)
+    out_dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.promote_types(h_A.dtype, h_B.dtype))
+    A, B, h_A, h_B = (tensor.to(dtype) for tensor in (A, B, h_A, h_B))
+    s = scaling.to(A)[..., None, None] if isinstance(scaling, Tensor) else scaling
+    with torch.autocast(A.device.type, enabled=False):
+        return (s * (torch.cat([B, h_B], dim=-1) @ torch.cat([h_A, A], dim=-2))).to(out_dtype)
+
+
+def _row_basis(factor: Tensor, rtol: float | None) -> _RowBasis:
+    """Singular directions of the rows of `factor` `(..., r, k)`, from its r x r Gram matrix."""
+    # A Gram matrix squares the condition number: in float64 it keeps all that float32 factors hold.
+    gram_dtype = torch.float64 if factor.device.type != "mps" else torch.float32
+    if rtol is None:
+        r, k = factor.shape[-2:]
+        rtol = max(r * torch.finfo(factor.dtype).eps, max(r, k) * torch.finfo(gram_dtype).eps)
+    exact = factor.to(gram_dtype)
+    eigenvalues, vectors = torch.linalg.eigh(exact @ exact.mT)
+    largest = eigenvalues[..., -1:].clamp_min(0)
+    present = eigenvalues > rtol * largest
+    singular = torch.where(present, eigenvalues, 0).sqrt()
+    inverse = torch.where(present, 1 / singular, 0).to(factor.dtype)
+    vectors = vectors.to(factor.dtype)
+    return _RowBasis(vectors, singular.to(factor.dtype), inverse, inverse[..., None] * (vectors.mT @ factor))
+
+
+def _core_share_of_B(basis_A: _RowBasis, basis_B: _RowBasis, x_mode: str) -> Tensor | float:
+    """The share ω `(..., r, r)` of the core that B moves; A moves the rest."""
+    if x_mode == "zero":
+        return 0.0
+    if x_mode == "symmetric":
+        return 0.5
+    tau, sigma = basis_A.singular[..., None, :], basis_B.singular[..., None]
+    # hypot keeps tiny factors from underflowing when squared; where both are absent the core is zero anyway.
+    length = torch.hypot(tau, sigma)
+    return torch.where(length > 0, tau / length, 0) ** 2
+
+
+def _compute_dtype(*tensors: Tensor) -> torch.dtype:
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _check_inputs(A: Tensor, B: Tensor, like_A: Tensor, like_B: Tensor, scaling: float | Tensor) -> None:
+    if A.dim() < 2 or B.dim() < 2 or A.shape[:-2] != B.shape[:-2] or A.shape[-2] != B.shape[-1]:
+        raise ValueError(
+            f"A {tuple(A.shape)} and B {tuple(B.shape)} are no factor pair; expected A (..., r, n) and B (..., m, r) "
+            "with the same batch dimensions and the same r."
+        )
+    if like_A.shape != A.shape or like_B.shape != B.shape:
+        raise ValueError(
+            f"gradients {tuple(like_A.shape)}, {tuple(like_B.shape)} must be shaped like A {tuple(A.shape)} and "
+            f"B {tuple(B.shape)}."
+        )
+    if isinstance(scaling, Tensor):
+        torch.broadcast_shapes(scaling.shape, A.shape[:-2])
+    elif scaling == 0:
+        raise ValueError("scaling is 0: the factors do not reach the weight, so no step of theirs can move it.")

@@ -1,0 +1,213 @@
+"""How does a `Trainer` train with LoRA-Pro?"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import nn, optim
+from transformers import Trainer
+
+from lorapro_hf.arguments import LoRAProTrainingArguments
+from lorapro_hf.callback import LoRAProCallback, require_whole_gradients, unwrap_optimizer
+from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.optimizer import LoRAProAdamW, LoRAProOptimizerFactory, create_lorapro_optimizer
+from lorapro_hf.pairs import find_lora_pairs
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+_ADAMW = ("adamw_torch", "adamw_torch_fused")
+_TURN_OFF = "turn LoRA-Pro off with LoRAProTrainingArguments(lora_pro=False) or --no_lora_pro"
+
+logger = logging.getLogger(__name__)
+
+
+def readable_bytes(count: float) -> str:
+    """`1536` as `"1.5 KiB"`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+class LoRAProTrainerMixin(_Base):
+    """Makes any `Trainer` class train with LoRA-Pro; the trainer's class comes second.
+
+    ```python
+    class LoRAProSFTTrainer(LoRAProTrainerMixin, SFTTrainer):
+        pass
+    ```
+
+    The optimizer is a `LoRAProAdamW` with the learning rate, betas, epsilon and weight decay of the arguments, and with
+    `Trainer`'s rule for which parameters decay. Everything else is the parent's: schedulers, accumulation, mixed
+    precision, checkpoints. The adapters that it saves are ordinary PEFT adapters. With `lora_pro=False` in
+    `LoRAProTrainingArguments` it is exactly the parent.
+
+    `max_grad_norm` acts on the raw gradients of the factors, before the projection. In full mode Adam's normalisation
+    removes most of a uniform scale, so that clipping there mostly limits how much a step weighs in the moments. In
+    efficient mode the projection passes the scale on, and Adam normalises it as it does for plain LoRA.
+
+    Training logs get `lora_pro_grad_norm`, the norm of the adjusted factor gradients of the last step, and
+    `lora_pro_skipped_steps`, how many steps were skipped because of gradients that are not finite.
+
+    Args:
+        *args: Passed on to the parent.
+        lora_pro_config: The settings when the arguments are not `LoRAProTrainingArguments`; a dictionary will do. By
+            default those of the optimizer that was handed in, or else `LoRAProConfig()`.
+        **kwargs: Passed on to the parent.
+
+    Raises:
+        ValueError: if the model has no trainable LoRA pair, or if settings contradict each other: `lora_pro_config`
+            beside `LoRAProTrainingArguments`, another `optim`, `optim_args`, another optimizer or factory, a
+            `LoRAProCallback`.
+        RuntimeError: under DeepSpeed, FSDP or Megatron-LM, which are not supported yet.
+    """
+
+    lora_pro_config: LoRAProConfig | None = None
+    """The settings that LoRA-Pro runs with; `None` while it is off."""
+
+    def __init__(
+        self, *args: Any, lora_pro_config: LoRAProConfig | Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if isinstance(lora_pro_config, Mapping):
+            lora_pro_config = LoRAProConfig.from_dict(lora_pro_config)
+        if not isinstance(lora_pro_config, LoRAProConfig | None):
+            found = type(lora_pro_config).__name__
+            raise TypeError(f"lora_pro_config must be a LoRAProConfig or a dictionary of its settings, got {found}.")
+        self._given_lora_pro_config = lora_pro_config
+        self._lora_pro_announced = False
+        # only now: some trainers build the PEFT model in their __init__
+        self._resolve_lora_pro()
+        if self.lora_pro_config is not None:
+            find_lora_pairs(self.model)
+
+    def _resolve_lora_pro(self) -> None:
+        """Set `lora_pro_config` from what the user stated, and refuse what contradicts it."""
+        self.lora_pro_config = None
+        stated = self._given_lora_pro_config
+        if isinstance(self.args, LoRAProTrainingArguments):
+            if stated is not None:
+                raise ValueError(
+                    "LoRA-Pro got its settings twice: LoRAProTrainingArguments and lora_pro_config=. Set lora_pro_mode, "
+                    "lora_pro_x_mode, ... there and drop lora_pro_config=, or pass plain TrainingArguments."
+                )
+            if not self.args.lora_pro:
+                return
+            stated = self.args.lora_pro_config
+        require_whole_gradients(self.accelerator.distributed_type, _TURN_OFF)
+        self._refuse_other_optimizers()
+        if any(isinstance(callback, LoRAProCallback) for callback in self.callback_handler.callbacks):
+            raise ValueError(
+                "LoRAProCallback and LoRAProTrainer's own optimizer would adjust the gradients twice. Drop the "
+                f"callback, or {_TURN_OFF}."
+            )
+        self.lora_pro_config = self._agreed_config(stated)
+
+    def _refuse_other_optimizers(self) -> None:
+        """Raise if the user asked for an optimizer that LoRA-Pro would replace."""
+        remedy = f"or {_TURN_OFF}, or add LoRAProCallback to a plain Trainer, which works with any optimizer"
+        optim_name = getattr(self.args.optim, "value", self.args.optim)
+        if optim_name not in _ADAMW:
+            raise ValueError(
+                f"optim={optim_name!r} would be ignored: LoRA-Pro brings its own AdamW. Leave optim at its default, "
+                f"{remedy}."
+            )
+        if self.args.optim_args:
+            raise ValueError(
+                f"optim_args={self.args.optim_args!r} would be ignored: LoRA-Pro brings its own AdamW. Leave "
+                f"optim_args unset, {remedy}."
+            )
+        given = unwrap_optimizer(self.optimizer)
+        if given is not None and not isinstance(given, LoRAProAdamW):
+            raise ValueError(
+                f"optimizers= holds a {type(given).__name__}, which LoRA-Pro would not reach. Drop it, pass a "
+                f"LoRAProAdamW, {remedy}."
+            )
+        if self.optimizer_cls_and_kwargs is not None and self._factory() is None:
+            name = getattr(self.optimizer_cls_and_kwargs[0], "__name__", repr(self.optimizer_cls_and_kwargs[0]))
+            raise ValueError(
+                f"optimizer_cls_and_kwargs= names {name}, which LoRA-Pro would not reach. Drop it, pass "
+                f"LoRAProOptimizerFactory, {remedy}."
+            )
+
+    def _factory(self) -> type[LoRAProOptimizerFactory] | None:
+        if self.optimizer_cls_and_kwargs is None:
+            return None
+        factory = self.optimizer_cls_and_kwargs[0]
+        return factory if isinstance(factory, type) and issubclass(factory, LoRAProOptimizerFactory) else None
+
+    def _agreed_config(self, stated: LoRAProConfig | None) -> LoRAProConfig:
+        """The settings to run with; a `ValueError` if a given optimizer or factory has others than those stated."""
+        given, source = None, "optimizers="
+        optimizer = unwrap_optimizer(self.optimizer)
+        if isinstance(optimizer, LoRAProAdamW):
+            given = optimizer.config
+        elif self.optimizer_cls_and_kwargs is not None:
+            given, source = self.optimizer_cls_and_kwargs[1].get("config"), "optimizer_cls_and_kwargs="
+            given = LoRAProConfig.from_dict(given) if isinstance(given, Mapping) else given
+        if given is not None and stated is not None and given != stated:
+            raise ValueError(
+                f"{source} was built with {given}, but the trainer was told {stated}. State the settings once: drop "
+                f"{source} or give both the same."
+            )
+        return stated or given or LoRAProConfig()
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> optim.Optimizer:
+        """The optimizer of the training: a `LoRAProAdamW`, or the parent's own while LoRA-Pro is off."""
+        if self.optimizer is None:
+            self._resolve_lora_pro()  # a hyperparameter search may have changed the arguments
+        if self.lora_pro_config is None:
+            return super().create_optimizer(*args, **kwargs)
+        if self.optimizer is None:
+            model = kwargs.get("model", args[0] if args else None)
+            self.optimizer = self._build_lora_pro_optimizer(self.model if model is None else model)
+            self._lora_pro_announced = False
+        self._announce()
+        return self.optimizer
+
+    def _build_lora_pro_optimizer(self, model: nn.Module) -> LoRAProAdamW:
+        factory = self._factory()
+        if factory is not None and self.optimizer_cls_and_kwargs is not None:
+            # not the parent's work: transformers 4 knows no factories
+            return factory()(model, **{**self.optimizer_cls_and_kwargs[1], "config": self.lora_pro_config})
+        return create_lorapro_optimizer(
+            model,
+            lr=self.args.learning_rate,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_epsilon,
+            weight_decay=self.args.weight_decay,
+            config=self.lora_pro_config,
+            decay_parameters=self.get_decay_parameter_names(model),
+        )
+
+    def _announce(self) -> None:
+        if self._lora_pro_announced or not self.is_world_process_zero():
+            return
+        self._lora_pro_announced = True
+        optimizer = unwrap_optimizer(self.optimizer)
+        logger.info(
+            "LoRA-Pro: %d pairs, mode=%s, x_mode=%s, optimizer state about %s",
+            len(optimizer.pairs),
+            optimizer.config.mode,
+            optimizer.config.x_mode,
+            readable_bytes(optimizer.estimated_state_bytes()),
+        )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add LoRA-Pro's metrics to the training logs, before any reporter sees them."""
+        if self.lora_pro_config is not None and "loss" in logs:
+            optimizer = unwrap_optimizer(self.optimizer)
+            if optimizer.last_grad_norm is not None:
+                logs["lora_pro_grad_norm"] = float(optimizer.last_grad_norm)
+            logs["lora_pro_skipped_steps"] = optimizer.skipped_steps
+        super().log(logs, *args, **kwargs)
+
+
+class LoRAProTrainer(LoRAProTrainerMixin, Trainer):
+    """`transformers.Trainer` with LoRA-Pro; see `LoRAProTrainerMixin`."""

@@ -1,0 +1,42 @@
+"""Settings that hold for every test; the environment is set before any library reads it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+# No test reaches a network, and none reads or writes the user's caches.
+_cache = tempfile.TemporaryDirectory(prefix="lorapro-tests-")
+os.environ.update(
+    HF_HOME=_cache.name,
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_EVALUATE_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_UPDATE_DOWNLOAD_COUNTS="FALSE",
+    TOKENIZERS_PARALLELISM="false",
+    MPLBACKEND="Agg",
+)
+for variable in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_METRICS_CACHE", "HF_EVALUATE_CACHE", "HF_MODULES_CACHE"):
+    os.environ.pop(variable, None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+# The tests' tensors are so small that handing them to a second thread costs more than it saves.
+torch.set_num_threads(1)
+
+settings.register_profile(
+    "lorapro",
+    deadline=None,
+    derandomize=True,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("lorapro")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

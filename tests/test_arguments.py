@@ -1,0 +1,109 @@
+"""LoRAProTrainingArguments: from Python, from the command line, from files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+import pytest
+from transformers import HfArgumentParser, TrainingArguments
+
+from lorapro_hf import LoRAProConfig, LoRAProTrainingArguments
+
+
+def parse(*words: str, cls: type = LoRAProTrainingArguments) -> LoRAProTrainingArguments:
+    return HfArgumentParser(cls).parse_args_into_dataclasses([*words])[0]
+
+
+def test_defaults_are_those_of_the_config():
+    args = LoRAProTrainingArguments(output_dir="unused")
+    assert args.lora_pro is True
+    assert args.lora_pro_config == LoRAProConfig()
+
+
+def test_command_line():
+    args = parse(
+        *("--output_dir", "unused", "--learning_rate", "1e-3", "--lora_pro_mode", "efficient"),
+        *("--lora_pro_x_mode", "zero", "--lora_pro_update", "linear", "--lora_pro_rtol", "1e-5"),
+    )
+    assert args.lora_pro is True
+    assert args.lora_pro_config == LoRAProConfig(mode="efficient", x_mode="zero", rtol=1e-5)
+    assert args.learning_rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [((), True), (("--no_lora_pro",), False), (("--lora_pro", "false"), False)]
+)
+def test_flag(words: tuple[str, ...], expected: bool):
+    assert parse("--output_dir", "unused", *words).lora_pro is expected
+
+
+def test_command_line_lists_the_valid_modes(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        parse("--output_dir", "unused", "--lora_pro_mode", "fast")
+    message = capsys.readouterr().err
+    assert "--lora_pro_mode" in message and "full" in message and "efficient" in message
+
+
+def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    shown = capsys.readouterr().out
+    for name in ("lora_pro", "no_lora_pro", "lora_pro_mode", "lora_pro_x_mode", "lora_pro_update", "lora_pro_rtol"):
+        assert f"--{name} " in shown
+
+
+def test_yaml_file(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    # without a dot YAML takes 1e-6 for text
+    path.write_text(f"output_dir: {tmp_path}\nlora_pro_mode: efficient\nlora_pro_rtol: 1e-6\n")
+    (args,) = HfArgumentParser(LoRAProTrainingArguments).parse_yaml_file(str(path))
+    assert args.lora_pro_config == LoRAProConfig(mode="efficient", rtol=1e-6)
+
+
+def test_json_round_trip(tmp_path):
+    args = LoRAProTrainingArguments(output_dir=str(tmp_path), lora_pro=False, lora_pro_x_mode="symmetric")
+    settings = json.loads(args.to_json_string())
+    expected = {"lora_pro": False, "lora_pro_mode": "full", "lora_pro_x_mode": "symmetric", "lora_pro_rtol": None}
+    assert expected.items() <= settings.items()
+    assert expected.items() <= args.to_dict().items()
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps({"output_dir": str(tmp_path), **expected}))
+    (again,) = HfArgumentParser(LoRAProTrainingArguments).parse_json_file(str(path))
+    assert again.lora_pro is False and again.lora_pro_config == args.lora_pro_config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora_pro_mode": "fast"}, "lora_pro_mode='fast' is unknown; valid values are 'full', 'efficient'"),
+        (
+            {"lora_pro_x_mode": "one"},
+            "lora_pro_x_mode='one' is unknown; valid values are 'sylvester', 'zero', 'symmetric'",
+        ),
+        ({"lora_pro_update": "none"}, "lora_pro_update='none' is unknown; valid values are 'linear'"),
+        ({"lora_pro_rtol": 1.5}, r"rtol=1.5 must be in \[0, 1\)"),
+        ({"lora_pro_rtol": "small"}, r"lora_pro_rtol='small' must be a number in \[0, 1\)"),
+        ({"lora_pro_mode": "fast", "lora_pro": False}, "lora_pro_mode='fast' is unknown"),
+    ],
+)
+def test_bad_values(settings: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        LoRAProTrainingArguments(output_dir="unused", **settings)
+
+
+@dataclass
+class OtherTrainingArguments(TrainingArguments):
+    learning_rate: float = field(default=2e-5)
+    max_length: int = field(default=1024)
+
+
+def test_beside_the_arguments_of_another_trainer():
+    @dataclass
+    class Both(OtherTrainingArguments, LoRAProTrainingArguments):
+        pass
+
+    args = parse("--output_dir", "unused", "--lora_pro_mode", "efficient", cls=Both)
+    assert (args.learning_rate, args.max_length, args.lora_pro_mode) == (2e-5, 1024, "efficient")
+    with pytest.raises(ValueError, match="lora_pro_mode"):
+        Both(output_dir="unused", lora_pro_mode="fast")

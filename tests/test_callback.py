@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from accelerate import DistributedType
-from accelerate.state import AcceleratorState
+from accelerate import DistributedType, PartialState
 from packaging.version import Version
-from trainer_helpers import arguments, assert_same, build, differ, factors, tiny_base, tiny_lora
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.optimization import Adafactor
 
@@ -24,6 +22,7 @@ from lorapro_hf import (
     find_lora_pairs,
     project_lora_gradients,
 )
+from trainer_helpers import arguments, assert_same, build, differ, factors, tiny_base, tiny_lora
 
 LR = 1e-2
 
@@ -137,7 +136,7 @@ def test_full_mode_raises():
 
 
 def test_callback_and_optimizer_both_active_raises(tmp_path: Path):
-    with pytest.raises(RuntimeError, match="LoRAProAdamW are both active.*Drop the callback"):
+    with pytest.raises(RuntimeError, match=r"LoRAProAdamW are both active.*Drop the callback"):
         train(tmp_path, [LoRAProCallback()], lambda model: create_lorapro_optimizer(model, lr=LR))
 
 
@@ -152,7 +151,7 @@ def test_callback_and_factory_both_active_raises(tmp_path: Path):
 
 
 def test_two_callbacks_raise(tmp_path: Path):
-    with pytest.raises(RuntimeError, match="Two LoRAProCallbacks.*Keep one"):
+    with pytest.raises(RuntimeError, match=r"Two LoRAProCallbacks.*Keep one"):
         train(tmp_path, [LoRAProCallback(), LoRAProCallback()])
 
 
@@ -166,7 +165,7 @@ def test_engines_that_shard_gradients_raise(tmp_path: Path, monkeypatch: pytest.
     trainer = build(Trainer, arguments(tmp_path))  # sets accelerate's state up
     callback, events = LoRAProCallback(), (None, TrainerState(), TrainerControl())
     with monkeypatch.context() as patch:
-        patch.setitem(AcceleratorState._shared_state, "distributed_type", kind)
+        patch.setitem(PartialState._shared_state, "distributed_type", kind)
         with pytest.raises(RuntimeError, match=f"not supported yet under .*{kind.value}.*drop LoRAProCallback"):
             callback.on_train_begin(*events, model=trainer.model, optimizer=None)
     callback.on_train_begin(*events, model=trainer.model, optimizer=None)
@@ -177,10 +176,10 @@ def test_no_gradient_raises(tmp_path: Path):
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             model.zero_grad(set_to_none=True)
 
-    with pytest.raises(RuntimeError, match="None of the 14 LoRA pairs has a gradient.*no DeepSpeed, or drop"):
+    with pytest.raises(RuntimeError, match=r"None of the 14 LoRA pairs has a gradient.*no DeepSpeed, or drop"):
         train(tmp_path, [Eater(), LoRAProCallback()])
 
 
 def test_step_before_the_start_raises():
-    with pytest.raises(RuntimeError, match="no start of training.*on_train_begin.*project_pair_gradients_"):
+    with pytest.raises(RuntimeError, match=r"no start of training.*on_train_begin.*project_pair_gradients_"):
         LoRAProCallback().on_pre_optimizer_step(None, TrainerState(), TrainerControl())

@@ -89,7 +89,7 @@ class LoRAProCallback(TrainerCallback):
             raise RuntimeError(
                 "Two LoRAProCallbacks are active, so that the gradients would be adjusted twice. Keep one of them."
             )
-        state._lora_pro_callback = self  # type: ignore[attr-defined]
+        state._lora_pro_callback = self
         if is_initialized():
             require_whole_gradients(AcceleratorState().distributed_type, "drop LoRAProCallback")
         self._pairs = find_lora_pairs(kwargs["model"])

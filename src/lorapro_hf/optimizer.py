@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +14,6 @@ from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.moments import adam_factor_gradients, new_dense_state, new_factor_state, state_bytes
 from lorapro_hf.pair_gradients import ProjectedBatch, global_norm, moments_dtype, project_pairs
 from lorapro_hf.pairs import LoRAPair, find_lora_pairs
-
-_NO_DECAY_NAME = re.compile(r"(^|\.|_)bias(\.|$)|norm", re.IGNORECASE)
 
 
 class LoRAProAdamW(torch.optim.Optimizer):
@@ -237,8 +234,7 @@ def create_lorapro_optimizer(
     pairs = find_lora_pairs(model)
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if decay_parameters is None:
-        factors = {id(factor) for pair in pairs for factor in (pair.A, pair.B)}
-        decay_parameters = {n for n, p in trainable if id(p) in factors or not _NO_DECAY_NAME.search(n)}
+        decay_parameters = _decaying_names(model)
     decaying = [(name, parameter) for name, parameter in trainable if name in decay_parameters]
     others = [(name, parameter) for name, parameter in trainable if name not in decay_parameters]
     groups = [
@@ -287,6 +283,16 @@ def _adamw(
         eps=group["eps"],
         maximize=False,
     )
+
+
+def _decaying_names(model: nn.Module) -> set[str]:
+    """Names of all parameters but biases and those of normalisation layers."""
+    return {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+        if not name.endswith("bias") and "norm" not in type(module).__name__.lower()
+    }
 
 
 def _move(factor: Tensor, exact: Tensor, h: Tensor, group: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from lorapro_hf.optimizer import LoRAProAdamW, LoRAProOptimizerFactory, create_l
 from lorapro_hf.pairs import find_lora_pairs
 
 if TYPE_CHECKING:
-    _Base = Trainer
+    from transformers import Trainer as _Base
 else:
     _Base = object
 
@@ -70,6 +70,7 @@ class LoRAProTrainerMixin(_Base):
 
     lora_pro_config: LoRAProConfig | None = None
     """The settings that LoRA-Pro runs with; `None` while it is off."""
+    optimizer: Any
 
     def __init__(
         self, *args: Any, lora_pro_config: LoRAProConfig | Mapping[str, Any] | None = None, **kwargs: Any
@@ -94,8 +95,8 @@ class LoRAProTrainerMixin(_Base):
         if isinstance(self.args, LoRAProTrainingArguments):
             if stated is not None:
                 raise ValueError(
-                    "LoRA-Pro got its settings twice: LoRAProTrainingArguments and lora_pro_config=. Set lora_pro_mode, "
-                    "lora_pro_x_mode, ... there and drop lora_pro_config=, or pass plain TrainingArguments."
+                    "LoRA-Pro got its settings twice: LoRAProTrainingArguments and lora_pro_config=. Set lora_pro_mode "
+                    "and the like there and drop lora_pro_config=, or pass plain TrainingArguments."
                 )
             if not self.args.lora_pro:
                 return
@@ -160,8 +161,7 @@ class LoRAProTrainerMixin(_Base):
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> optim.Optimizer:
         """The optimizer of the training: a `LoRAProAdamW`, or the parent's own while LoRA-Pro is off."""
-        if self.optimizer is None:
-            self._resolve_lora_pro()  # a hyperparameter search may have changed the arguments
+        self._resolve_lora_pro()  # again: a hyperparameter search may have changed the arguments
         if self.lora_pro_config is None:
             return super().create_optimizer(*args, **kwargs)
         if self.optimizer is None:

@@ -1,0 +1,280 @@
+"""Every layer kind: the factors' adjusted gradients move the weight, as PEFT computes it, by the projected gradient."""
+
+import pytest
+import torch
+from peft import LoHaConfig, LoraConfig, get_peft_model
+from torch import nn
+
+from lora_layers import ROWS, Net, Row, tied_llama
+from lorapro_hf import LoRAProConfig, create_lorapro_optimizer, find_lora_pairs
+from lorapro_hf.pair_gradients import project_pair_gradients_
+
+LINEAR = ROWS[0]
+by_name = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+
+
+def two_linears():
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.LayerNorm(4))
+
+
+def delta_weight(pair):
+    """The pair's share of the adapted weight, from PEFT's own code where that is right."""
+    if pair.layer.get_base_layer().__class__.__name__ == "Conv2d" and pair.layer.get_base_layer().groups > 1:
+        # PEFT cannot merge grouped convolutions; each group has its own slice of the factors.
+        slices = zip(pair.A.chunk(2, dim=0), pair.B.chunk(2, dim=0), strict=True)
+        return pair.scaling * torch.cat([B.flatten(1) @ A.flatten(1) for A, B in slices])
+    return pair.layer.get_delta_weight(pair.adapter_name)
+
+
+@torch.no_grad()
+def first_order_map(pair):
+    """The matrix from (vec of a step of A, vec of a step of B) to the change of the weight, which is bilinear."""
+    columns = []
+    for factor in (pair.A, pair.B):
+        kept = factor.clone()
+        for index in range(factor.numel()):
+            unit = torch.zeros(factor.numel(), dtype=factor.dtype)
+            unit[index] = 1
+            factor.copy_(unit.view_as(factor))
+            columns.append(delta_weight(pair).flatten().double())
+            factor.copy_(kept)
+    return torch.stack(columns, dim=1)
+
+
+def stacked(tensors):
+    return torch.cat([tensor.detach().flatten().double() for tensor in tensors])
+
+
+def assert_moves_by_the_projection(pair, raw, adjusted, tolerance):
+    jacobian = first_order_map(pair)
+    # Factor gradients are Jᵀ g: the closest reachable change to g is J (JᵀJ)⁺ Jᵀ g.
+    expected = jacobian @ torch.linalg.pinv(jacobian.T @ jacobian, hermitian=True, rtol=1e-9) @ raw
+    assert (jacobian @ adjusted - expected).norm() <= tolerance * expected.norm()
+    assert expected.norm() > 0
+    assert (jacobian @ raw - expected).norm() > 0.1 * expected.norm()  # plain LoRA's gradient does not pass
+
+
+@by_name
+def test_realised_change_is_the_projected_gradient(row):
+    model = row.build()
+    pairs = find_lora_pairs(model)
+    assert len(pairs) == row.pairs
+    row.loss(model).backward()
+    raw = [stacked([pair.A.grad, pair.B.grad]) for pair in pairs]
+    norm = project_pair_gradients_(pairs, LoRAProConfig())
+    adjusted = [stacked([pair.A.grad, pair.B.grad]) for pair in pairs]
+    for pair, before, after in zip(pairs, raw, adjusted, strict=True):
+        assert_moves_by_the_projection(pair, before, after, 1e-7 if row.dtype == torch.float64 else 1e-4)
+    torch.testing.assert_close(norm.double(), torch.cat(adjusted).norm(), rtol=1e-5, atol=0)
+
+
+@by_name
+@pytest.mark.parametrize("mode", ["full", "efficient"])
+def test_optimizer_trains_every_kind(row, mode):
+    model = row.build(init_lora_weights=True)
+    optimizer = create_lorapro_optimizer(model, lr=2e-3, config={"mode": mode})
+    before = [parameter.detach().clone() for pair in optimizer.pairs for parameter in (pair.A, pair.B)]
+    losses = []
+    for _ in range(12):
+        loss = row.loss(model)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    after = [parameter.detach() for pair in optimizer.pairs for parameter in (pair.A, pair.B)]
+    assert losses[-1] < min(losses[:4])
+    assert not any(torch.equal(one, two) for one, two in zip(before, after, strict=True))
+
+
+def test_channels_last_convolution_is_written_in_place():
+    row = next(row for row in ROWS if row.name == "Conv2d")
+    one, two = row.build(), row.build()
+    two.load_state_dict(one.state_dict())
+    two.to(memory_format=torch.channels_last)
+    for model in (one, two):
+        optimizer = create_lorapro_optimizer(model, lr=1e-2)
+        row.loss(model).backward()
+        optimizer.step()
+    assert find_lora_pairs(two)[0].A.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(find_lora_pairs(two)[0].A, find_lora_pairs(one)[0].A)
+
+
+def test_experts_are_projected_one_by_one():
+    row = next(row for row in ROWS if row.name.startswith("experts"))
+    model = row.build()
+    (pair,) = find_lora_pairs(model)
+    assert (pair.layout, pair.batch) == ("experts", 3)
+    as_experts = pair.matrix_B(pair.B) @ pair.matrix_A(pair.A) * pair.scaling
+    torch.testing.assert_close(as_experts.mT, pair.layer.get_delta_weight("default"))
+    assert torch.equal(pair.factor_A(pair.matrix_A(pair.A)), pair.A)
+    assert torch.equal(pair.factor_B(pair.matrix_B(pair.B)), pair.B)
+
+
+def test_tied_embeddings_make_one_pair_with_both_gradients():
+    model = tied_llama().double()
+    # `.double()` parts the memory of tied parameters, as PEFT ties them by memory: build them tied again.
+    embed, head = model.base_model.model.model.embed_tokens, model.base_model.model.lm_head
+    head.lora_A["default"].weight = nn.Parameter(embed.lora_embedding_B["default"].data.t())
+    head.lora_B["default"].weight = nn.Parameter(embed.lora_embedding_A["default"].data.t())
+    (pair,) = find_lora_pairs(model)
+    assert {id(p) for p in pair.tied_parameters} == {
+        id(head.lora_A["default"].weight),
+        id(head.lora_B["default"].weight),
+    }
+    tokens = torch.arange(24).view(2, 12) * 5 % 23
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    total_A = pair.A.grad + head.lora_B["default"].weight.grad.T
+    total_B = pair.B.grad + head.lora_A["default"].weight.grad.T
+    assert head.lora_A["default"].weight.grad.norm() > 0 and pair.A.grad.norm() > 0
+    project_pair_gradients_([pair], LoRAProConfig())
+    assert_moves_by_the_projection(pair, stacked([total_A, total_B]), stacked([pair.A.grad, pair.B.grad]), 1e-7)
+    assert all(parameter.grad is None for parameter in pair.tied_parameters)
+
+
+def test_tied_embeddings_are_stepped_once():
+    model = tied_llama()
+    optimizer = create_lorapro_optimizer(model, lr=1e-2, config={"mode": "efficient"})
+    (pair,) = optimizer.pairs
+    before = pair.A.detach().clone()
+    tokens = torch.arange(24).view(2, 12) * 5 % 23
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    # Adam's first step has size lr in each element; two steps would show as 2 lr.
+    assert (pair.A - before).abs().max() <= 1e-2 * (1 + 1e-4)
+    assert not any(optimizer.state[parameter] for parameter in pair.tied_parameters)
+
+
+def test_only_active_adapters_count():
+    model = LINEAR.build()
+    model.add_adapter("other", LoraConfig(r=2, lora_alpha=7, target_modules=["body"]))
+    assert [pair.adapter_name for pair in find_lora_pairs(model)] == ["default"]
+    model.set_adapter("other")
+    (pair,) = find_lora_pairs(model)
+    assert (pair.adapter_name, pair.scaling, tuple(pair.A.shape)) == ("other", 3.5, (2, 6))
+
+
+def test_patterns_and_rslora_give_each_layer_its_own_scaling():
+    settings = {"rank_pattern": {"0": 2}, "alpha_pattern": {"2": 9}, "use_rslora": True}
+    model = get_peft_model(two_linears(), LoraConfig(r=4, lora_alpha=6, target_modules=["0", "2"], **settings))
+    first, second = find_lora_pairs(model)
+    assert first.scaling == pytest.approx(6 / 2**0.5) and len(first.A) == 2
+    assert second.scaling == pytest.approx(9 / 2) and len(second.A) == 4
+
+
+@pytest.mark.parametrize(
+    "change", [lambda layer: layer.set_scale("default", 3.0), lambda layer: layer.scale_layer(0.25)]
+)
+def test_scaling_is_read_at_step_time(change):
+    model = LINEAR.build()
+    optimizer = create_lorapro_optimizer(model, lr=1e-2)
+    (pair,) = optimizer.pairs
+    change(pair.layer)
+    fresh = LINEAR.build()
+    fresh.load_state_dict(model.state_dict())
+    change(find_lora_pairs(fresh)[0].layer)
+    for one in (model, fresh):
+        LINEAR.loss(one).backward()
+    optimizer.step()
+    create_lorapro_optimizer(fresh, lr=1e-2).step()
+    assert torch.equal(pair.A, find_lora_pairs(fresh)[0].A) and torch.equal(pair.B, find_lora_pairs(fresh)[0].B)
+
+
+def test_same_steps_whatever_the_split_into_scaling_and_factors():
+    """ΔW is what counts: scaling s with factors (A, B) and scaling 4 s with (A/2, B/2) are the same weight."""
+    changes = []
+    for alpha, shrink in ((5, 1), (20, 2)):
+        model = LINEAR.build(lora_alpha=alpha)
+        (pair,) = find_lora_pairs(model)
+        with torch.no_grad():
+            torch.manual_seed(3)
+            pair.A.copy_(torch.randn(3, 6) / shrink)
+            pair.B.copy_(torch.randn(5, 3) / shrink)
+        before = delta_weight(pair).detach().clone()
+        LINEAR.loss(model).backward()
+        create_lorapro_optimizer(model, lr=1e-5, config={"x_mode": "symmetric"}).step()
+        changes.append(delta_weight(pair).detach() - before)
+    torch.testing.assert_close(changes[0], changes[1], rtol=1e-4, atol=0)
+
+
+def test_names_are_those_of_the_model():
+    model = LINEAR.build()
+    (pair,) = find_lora_pairs(model)
+    assert model.get_submodule(pair.name) is pair.layer
+    assert "default" in repr(pair) and pair.name in repr(pair)
+
+
+def test_wrapped_and_injected_models_are_found():
+    from peft import inject_adapter_in_model
+
+    injected = inject_adapter_in_model(LoraConfig(target_modules=["0", "2"]), two_linears())
+    assert len(find_lora_pairs(injected)) == 2
+    assert len(find_lora_pairs(nn.Sequential(LINEAR.build()))) == 1
+
+
+def freeze(model, letter):
+    for name, parameter in model.named_parameters():
+        if f"lora_{letter}" in name:
+            parameter.requires_grad_(False)
+    return model
+
+
+def scaled(factor):
+    model = LINEAR.build()
+    find_lora_pairs(model)[0].layer.set_scale("default", factor)
+    return model
+
+
+def merged():
+    model = LINEAR.build()
+    model.merge_adapter()
+    return model
+
+
+def half_shared():
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 5)), LoraConfig(r=2, target_modules=["0", "1"])
+    ).base_model.model
+    model[1].lora_A["default"].weight = model[0].lora_A["default"].weight
+    return model
+
+
+def block_diagonal():
+    from peft import BdLoraConfig
+
+    settings = BdLoraConfig(target_modules_bd_a=["body"], nblocks=2, match_strict=False)
+    return Row("", lambda: Net(nn.Linear(6, 4)), {"r": 2, "use_bdlora": settings}).build(init_lora_weights=True)
+
+
+def kasa():
+    from peft.tuners.lora.config import KasaConfig
+
+    return LINEAR.build(kasa_config=KasaConfig(), init_lora_weights=True)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (two_linears, r"Sequential has no LoRA layer; wrap it first: .*get_peft_model"),
+        (lambda: get_peft_model(two_linears(), LoHaConfig(target_modules=["0"])), "but no LoRA layer"),
+        (lambda: LINEAR.build(inference_mode=True), r"no active LoRA adapter is trainable .*is_trainable=True"),
+        (lambda: freeze(LINEAR.build(), "A"), r"body: lora_A of adapter 'default' is frozen"),
+        (lambda: freeze(LINEAR.build(), "B"), r"body: lora_B of adapter 'default' is frozen"),
+        (lambda: scaled(0), r"body: the scaling of adapter 'default' is 0.*lora_alpha"),
+        (merged, r"body: adapter 'default' is merged.*unmerge_adapter"),
+        (half_shared, r"1 \(Linear\): LoRA-Pro does not support this layer, because it shares only one"),
+        (block_diagonal, r"body \(Linear\): .*BdLoraLinearVariant"),
+        (kasa, r"body \(Linear\): .*KasaLinearVariant"),
+    ],
+)
+def test_what_cannot_be_right_is_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        find_lora_pairs(build())
+
+
+def test_missing_gradient_of_one_factor_is_refused():
+    model = LINEAR.build()
+    pairs = find_lora_pairs(model)
+    LINEAR.loss(model).backward()
+    pairs[0].A.grad = None
+    with pytest.raises(RuntimeError, match="body: lora_A has no gradient but the other factor has one"):
+        project_pair_gradients_(pairs, LoRAProConfig())

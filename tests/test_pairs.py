@@ -238,6 +238,10 @@ def merged():
     return model
 
 
+def adalora():
+    return get_peft_model(two_linears(), peft.AdaLoraConfig(target_modules=["0"], total_step=10))
+
+
 def half_shared():
     model = get_peft_model(
         nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 5)), LoraConfig(r=2, target_modules=["0", "1"])
@@ -271,6 +275,7 @@ def kasa():
         (lambda: freeze(LINEAR.build(), "B"), r"body: lora_B of adapter 'default' is frozen"),
         (lambda: scaled(0), r"body: the scaling of adapter 'default' is 0.*lora_alpha"),
         (merged, r"body: adapter 'default' is merged.*unmerge_adapter"),
+        (adalora, r"0 \(SVDLinear\): .*its lora_A is a Parameter"),
         (half_shared, r"1 \(Linear\): LoRA-Pro does not support this layer, because it shares only one"),
         (block_diagonal, r"body \(Linear\): .*BdLoraLinearVariant"),
         (kasa, r"body \(Linear\): .*KasaLinearVariant"),

@@ -167,9 +167,8 @@ def _is_trainable(name: str, layer: Any, adapter_name: str) -> bool:
     """Whether to train this adapter of this layer; raises if the answer is neither yes nor no."""
     if adapter_name not in layer.lora_A and adapter_name not in layer.lora_embedding_A:
         return False
-    held = layer.lora_A if adapter_name in layer.lora_A else layer.lora_embedding_A
-    if not isinstance(held[adapter_name], nn.Parameter) and not hasattr(held[adapter_name], "weight"):
-        raise _unsupported(name, layer, f"its lora_A is a {type(held[adapter_name]).__name__}")
+    if adapter_name in layer.lora_A and not hasattr(layer.lora_A[adapter_name], "weight"):  # AdaLoRA
+        raise _unsupported(name, layer, f"its lora_A is a {type(layer.lora_A[adapter_name]).__name__}, not a layer")
     trainable = [_factor(layer, letter, adapter_name).requires_grad for letter in "AB"]
     if any(trainable) and not all(trainable):
         frozen = "lora_A" if not trainable[0] else "lora_B"

@@ -56,7 +56,8 @@ def project_lora_gradients(
         B: `(..., m, r)`, PEFT's `lora_B`.
         grad_A: gradient of the loss by `A`, shaped like it.
         grad_B: gradient of the loss by `B`, shaped like it.
-        scaling: the factor in front of `B @ A`; a tensor shaped like the batch dimensions gives one per pair.
+        scaling: the factor in front of `B @ A`; a tensor shaped like the batch dimensions gives one per pair (its
+            values are not checked, which would wait for the device).
         x_mode: `"sylvester"` stays closest to `grad_A` and `grad_B`, `"symmetric"` lets both factors contribute alike,
             `"zero"` lets A do what both could. All three have the same equivalent gradient.
         rtol: directions of a factor whose squared singular value is at most `rtol` times the largest are treated as
@@ -66,7 +67,7 @@ def project_lora_gradients(
         `(h_A, h_B)`, in shape and dtype like `grad_A` and `grad_B`.
 
     Raises:
-        ValueError: shapes that do not fit together, an unknown `x_mode`, or a scaling of 0.
+        ValueError: shapes that do not fit together, an unknown `x_mode`, a scaling of 0, or NaN or Inf in a factor.
     """
     check_choice("x_mode", x_mode, X_MODES)
     _check_inputs(A, B, grad_A, grad_B, scaling)
@@ -122,7 +123,10 @@ def _row_basis(factor: Tensor, rtol: float | None) -> _RowBasis:
         r, k = factor.shape[-2:]
         rtol = max(r * torch.finfo(factor.dtype).eps, max(r, k) * torch.finfo(gram_dtype).eps)
     exact = factor.to(gram_dtype)
-    eigenvalues, vectors = torch.linalg.eigh(exact @ exact.mT)
+    try:
+        eigenvalues, vectors = torch.linalg.eigh(exact @ exact.mT)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError("a LoRA factor holds NaN or Inf; go back to a checkpoint whose adapter is finite.") from error
     largest = eigenvalues[..., -1:].clamp_min(0)
     present = eigenvalues > rtol * largest
     singular = torch.where(present, eigenvalues, 0).sqrt()
@@ -162,6 +166,9 @@ def _check_inputs(A: Tensor, B: Tensor, like_A: Tensor, like_B: Tensor, scaling:
             f"B {tuple(B.shape)}."
         )
     if isinstance(scaling, Tensor):
-        torch.broadcast_shapes(scaling.shape, A.shape[:-2])
+        if scaling.dim() > 0 and scaling.shape != A.shape[:-2]:
+            raise ValueError(
+                f"scaling {tuple(scaling.shape)} must have the batch dimensions of the factors, {tuple(A.shape[:-2])}."
+            )
     elif scaling == 0:
         raise ValueError("scaling is 0: the factors do not reach the weight, so no step of theirs can move it.")

@@ -9,6 +9,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
+from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
+
 VOCABULARY, LENGTH = 48, 8
 
 
@@ -94,3 +96,11 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], **
 def differ(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     """Whether any parameter has another value."""
     return any(not torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def run(folder: Path, cls: type[Trainer] = LoRAProTrainer, build_with: dict | None = None, **settings: Any) -> Any:
+    """Train and return the trainer."""
+    kind = LoRAProTrainingArguments if cls is LoRAProTrainer else TrainingArguments
+    trainer = build(cls, arguments(folder, kind, **settings), **(build_with or {}))
+    trainer.train()
+    return trainer

@@ -125,7 +125,7 @@ def _row_basis(factor: Tensor, rtol: float | None) -> _RowBasis:
     exact = factor.to(gram_dtype)
     try:
         eigenvalues, vectors = torch.linalg.eigh(exact @ exact.mT)
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise ValueError("a LoRA factor holds NaN or Inf; go back to a checkpoint whose adapter is finite.") from error
     largest = eigenvalues[..., -1:].clamp_min(0)
     present = eigenvalues > rtol * largest

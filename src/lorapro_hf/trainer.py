@@ -163,6 +163,11 @@ class LoRAProTrainerMixin(_Base):
         """The optimizer of the training: a `LoRAProAdamW`, or the parent's own while LoRA-Pro is off."""
         self._resolve_lora_pro()  # again: a hyperparameter search may have changed the arguments
         if self.lora_pro_config is None:
+            if isinstance(unwrap_optimizer(self.optimizer), LoRAProAdamW):
+                raise ValueError(
+                    "lora_pro=False, but the trainer holds a LoRAProAdamW, from optimizers= or from an earlier "
+                    "training. Set trainer.optimizer = None first, or make a new trainer."
+                )
             return super().create_optimizer(*args, **kwargs)
         if self.optimizer is None:
             model = kwargs.get("model", args[0] if args else None)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorapro_hf.demo.settings import UsageError
@@ -69,9 +70,13 @@ def load_base_model(name: str | None) -> BaseModel:
     source = str(packaged_model_folder()) if name is None else name
     gguf_file = _gguf_file(source)
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
+    unpacked: dict[str, Any] = {}
+    if gguf_file is not None and hasattr(transformers, "GgufConfig"):
+        # newer versions may keep the weights packed, and the Trainer refuses a model that is marked so
+        unpacked["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **extra)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **extra)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **extra, **unpacked)
     except (OSError, ValueError, ImportError) as error:
         raise UsageError(
             f"Cannot load the model {source!r}: {error}\nGive --model the hub name or the local folder of a causal "

@@ -78,7 +78,7 @@ class StopRequest:
         print("\nStopping after this step and keeping what is trained; Ctrl-C again aborts.", file=sys.stderr)
 
 
-class _Watcher(TrainerCallback):  # type: ignore[misc]
+class _Watcher(TrainerCallback):
     """Fills a `MethodResult` while a `Trainer` works, and stops it when asked to."""
 
     def __init__(self, result: MethodResult, stop: StopRequest, on_step: Callable[[float], None]) -> None:
@@ -117,7 +117,7 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def training_arguments(settings: DemoSettings, method: Method, output_dir: Path) -> LoRAProTrainingArguments:
     """The arguments of one method; they differ in the learning rate and in LoRA-Pro's own settings only."""
-    pro = {} if method.lora_pro_mode is None else {"lora_pro_mode": method.lora_pro_mode}
+    pro: dict[str, Any] = {} if method.lora_pro_mode is None else {"lora_pro_mode": method.lora_pro_mode}
     return LoRAProTrainingArguments(
         output_dir=str(output_dir),
         lora_pro=method.lora_pro_mode is not None,
@@ -176,9 +176,10 @@ def train_method(
         result.wall_time_s = time.perf_counter() - started
         if trainer.optimizer is not None:
             result.optimizer_state_mb = state_bytes(trainer.optimizer) / MB
-        result.interrupted = stop.made and len(result.losses) < settings.steps
+        result.interrupted = stop.made
         # "auto" would ask the hub about the base model
         model.save_pretrained(str(folder), save_embedding_layers=False)
+        tokenizer.save_pretrained(str(folder))
     del trainer
     gc.collect()  # the moments of full mode are as large as the model
     return result

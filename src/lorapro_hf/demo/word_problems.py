@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 from datasets import Dataset
 
-_NAMES = ("Ana", "Ben", "Cara", "Dan", "Emma", "Finn", "Grace", "Hugo", "Ivy", "Jack", "Kate", "Leo", "Mia", "Noah")
-_THINGS = ("apples", "books", "cards", "coins", "cups", "eggs", "kites", "pens", "shells", "stamps", "toys")
+_NAMES = ("Ana", "Ben", "Cora", "Dan", "Emma", "Finn", "Grace", "Hugo", "Ivy", "Jack", "Kate", "Leo", "Mia", "Noah")
+_THINGS = ("apples", "books", "cards", "coins", "cups", "eggs", "hats", "pens", "shells", "stamps", "toys")
 _WORKERS = ("A baker", "A cook", "A farmer", "A machine", "A painter", "A robot", "A worker")
 _VEHICLES = ("A boat", "A bus", "A car", "A cyclist", "A train", "A truck")
 
 
 @dataclass(frozen=True)
 class Step:
-    """One line of working, `left op right=result unit` without spaces, with `op` one of `+ - * /`; divisions come out even."""
+    """One line of working, such as `3*4=12 dollars`; `op` is one of `+ - * /`, and divisions come out even."""
 
     left: int
     op: str
@@ -68,8 +68,7 @@ def _tickets(rng: random.Random) -> Problem:
     full, reduced = rng.randint(6, 12), rng.randint(2, 5)
     first, second = Step(adults, "*", full, "dollars"), Step(children, "*", reduced, "dollars")
     return _problem(
-        f"A ticket costs ${full} for adults and ${reduced} for children. What do {adults} adults and {children} "
-        "children pay?",
+        f"Adults pay ${full} and children ${reduced}. What do {adults} adults and {children} children pay?",
         first,
         second,
         Step(first.result, "+", second.result, "dollars"),
@@ -80,7 +79,7 @@ def _journey(rng: random.Random) -> Problem:
     vehicle, speed, hours, extra = rng.choice(_VEHICLES), rng.randint(2, 9) * 10, rng.randint(2, 6), rng.randint(3, 40)
     driven = Step(speed, "*", hours, "km")
     return _problem(
-        f"{vehicle} goes {speed} km an hour for {hours} hours and then {extra} km more. How far does it go?",
+        f"{vehicle} goes {speed} km an hour for {hours} hours, then {extra} km more. How far is that?",
         driven,
         Step(driven.result, "+", extra, "km"),
     )
@@ -91,7 +90,7 @@ def _distance_left(rng: random.Random) -> Problem:
     walked = Step(speed, "*", hours, "km")
     way = walked.result + left
     return _problem(
-        f"{name} has {way} km to go and covers {speed} km an hour. How many km are left after {hours} hours?",
+        f"{name} has {way} km to go and covers {speed} km an hour. How far is left after {hours} hours?",
         walked,
         Step(way, "-", walked.result, "km"),
     )
@@ -102,7 +101,7 @@ def _sharing(rng: random.Random) -> Problem:
     found = rng.randint(1, friends * each - 2)
     total = Step(friends * each - found, "+", found, thing)
     return _problem(
-        f"{name} has {total.left} {thing}, finds {found} more and shares them equally among {friends} friends. "
+        f"{name} has {total.left} {thing}, finds {found} more and shares them among {friends} friends. "
         "How many does each get?",
         total,
         Step(total.result, "/", friends, thing),
@@ -115,8 +114,7 @@ def _boxes(rng: random.Random) -> Problem:
     total = Step(boxes, "*", size, thing)
     kept = Step(total.result, "-", min(given, total.result - 1), thing)
     return _problem(
-        f"{name} has {boxes} boxes of {size} {thing}, gives away {kept.right} and buys {bought}. "
-        f"How many {thing} are there now?",
+        f"{name} has {boxes} boxes of {size} {thing}, gives away {kept.right} and buys {bought}. How many now?",
         total,
         kept,
         Step(kept.result, "+", bought, thing),
@@ -132,7 +130,7 @@ def _ages(rng: random.Random) -> Problem:
     )
     now = Step(age, "*", times, "years")
     return _problem(
-        f"{child} is {age} years old. {parent} is {times} times as old. How old will {parent} be in {years} years?",
+        f"{child} is {age}. {parent} is {times} times as old. How old will {parent} be in {years} years?",
         now,
         Step(now.result, "+", years, "years"),
     )
@@ -170,8 +168,7 @@ def _wages(rng: random.Random) -> Problem:
     hours = Step(first, "+", second, "hours")
     earned = Step(hours.result, "*", pay, "dollars")
     return _problem(
-        f"{name} earns ${pay} an hour, works {first} hours on Monday and {second} on Friday, and spends ${spent}. "
-        "How much is left?",
+        f"{name} earns ${pay} an hour, works {first} hours, then {second} more, and spends ${spent}. How much is left?",
         hours,
         earned,
         Step(earned.result, "-", spent, "dollars"),
@@ -193,7 +190,7 @@ def _garden(rng: random.Random) -> Problem:
     planted = Step(rows, "*", trees, "trees")
     grown = Step(planted.result, "*", each, "pears")
     return _problem(
-        f"A garden has {rows} rows of {trees} trees with {each} pears each. Birds eat {eaten}. How many are left?",
+        f"There are {rows} rows of {trees} trees with {each} pears each. Birds eat {eaten}. How many are left?",
         planted,
         grown,
         Step(grown.result, "-", eaten, "pears"),

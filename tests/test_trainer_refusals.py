@@ -1,0 +1,113 @@
+"""What LoRAProTrainer refuses: each with the thing and the remedy named, before anything is trained or lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator, DistributedType
+
+from lorapro_hf import (
+    LoRAProCallback,
+    LoRAProConfig,
+    LoRAProOptimizerFactory,
+    LoRAProTrainer,
+    LoRAProTrainingArguments,
+    create_lorapro_optimizer,
+)
+from trainer_helpers import arguments, build, run, tiny_base, tiny_lora
+
+EFFICIENT = LoRAProConfig(mode="efficient")
+
+
+def frozen() -> Any:
+    return tiny_lora(inference_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "build_with", "message"),
+    [
+        ({}, {"model": tiny_base}, "no LoRA layer; wrap it first"),
+        ({}, {"model": frozen}, "frozen or in inference mode.*is_trainable=True"),
+        ({"optim": "adafactor"}, {}, "optim='adafactor' would be ignored.*default.*--no_lora_pro.*LoRAProCallback"),
+        ({"optim_args": "a=1"}, {}, "optim_args='a=1' would be ignored.*unset.*--no_lora_pro.*LoRAProCallback"),
+        ({}, {"callbacks": lambda: [LoRAProCallback()]}, "adjust the gradients twice.*Drop the callback"),
+        ({}, {"lora_pro_config": lambda: EFFICIENT}, "settings twice.*drop lora_pro_config="),
+        (
+            {},
+            {"optimizers": lambda: (torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0), None)},
+            "optimizers= holds a SGD.*LoRAProAdamW.*--no_lora_pro",
+        ),
+        (
+            {},
+            {"optimizer_cls_and_kwargs": lambda: (torch.optim.SGD, {"lr": 1.0})},
+            "optimizer_cls_and_kwargs= names SGD.*LoRAProOptimizerFactory.*--no_lora_pro",
+        ),
+        (
+            {},
+            {"optimizer_cls_and_kwargs": lambda: (LoRAProOptimizerFactory, {"lr": 1.0, "config": EFFICIENT})},
+            "optimizer_cls_and_kwargs= was built with .*'efficient'.*told .*'full'.*State the settings once",
+        ),
+    ],
+)
+def test_wrong_use_raises_at_construction(tmp_path: Path, settings: dict, build_with: dict, message: str):
+    args = arguments(tmp_path, LoRAProTrainingArguments, **settings)
+    with pytest.raises(ValueError, match=message):
+        build(LoRAProTrainer, args, **{name: make() for name, make in build_with.items()})
+
+
+def test_given_optimizer_of_another_mode_raises(tmp_path: Path):
+    model = tiny_lora()
+    optimizer = create_lorapro_optimizer(model, lr=1e-2, config=EFFICIENT)
+    args = arguments(tmp_path, LoRAProTrainingArguments, lora_pro_mode="full")
+    with pytest.raises(ValueError, match=r"optimizers= was built with .*'efficient'.*told .*'full'"):
+        build(LoRAProTrainer, args, model=model, optimizers=(optimizer, None))
+
+
+def test_config_of_a_wrong_kind_raises(tmp_path: Path):
+    with pytest.raises(TypeError, match="lora_pro_config must be a LoRAProConfig or a dictionary of its settings, got"):
+        build(LoRAProTrainer, arguments(tmp_path), lora_pro_config="efficient")
+    with pytest.raises(ValueError, match=r"'lr'.*no LoRA-Pro settings"):
+        build(LoRAProTrainer, arguments(tmp_path), lora_pro_config={"lr": 1.0})
+
+
+def test_model_init_is_checked_at_construction(tmp_path: Path):
+    with pytest.raises(ValueError, match="no LoRA layer"):
+        build(LoRAProTrainer, arguments(tmp_path), model_init=tiny_base)
+
+
+def test_settings_changed_between_trainings_raise(tmp_path: Path):
+    trainer = run(tmp_path, max_steps=1)
+    trainer.args.lora_pro_mode = "efficient"  # the optimizer stays, as in Trainer
+    with pytest.raises(ValueError, match=r"built with .*'full'.*told .*'efficient'"):
+        trainer.train()
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
+    with pytest.raises(ValueError, match="holds a SGD"):
+        trainer.train()
+
+
+def test_lora_pro_turned_off_between_trainings_raises(tmp_path: Path):
+    trainer = run(tmp_path, max_steps=1)
+    trainer.args.lora_pro = False
+    with pytest.raises(ValueError, match=r"lora_pro=False, but .* holds a LoRAProAdamW.*trainer\.optimizer = None"):
+        trainer.train()
+    trainer.optimizer = None
+    trainer.train()
+    assert type(trainer.optimizer.optimizer).__name__ == "AdamW"
+
+
+def test_callback_added_later_raises(tmp_path: Path):
+    trainer = build(LoRAProTrainer, arguments(tmp_path))
+    trainer.add_callback(LoRAProCallback())
+    with pytest.raises(ValueError, match="adjust the gradients twice"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM])
+def test_engines_that_shard_gradients_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: DistributedType):
+    monkeypatch.setattr(Accelerator, "distributed_type", property(lambda self: kind))
+    with pytest.raises(RuntimeError, match=f"not supported yet under .*{kind.value}.*DDP, or .*--no_lora_pro"):
+        build(LoRAProTrainer, arguments(tmp_path))
+    build(LoRAProTrainer, arguments(tmp_path, LoRAProTrainingArguments, lora_pro=False))

@@ -377,6 +377,18 @@ def test_start_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     assert size.endswith("KiB")
 
 
+def test_start_is_seen_without_any_logging_set_up(tmp_path: Path):
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from trainer_helpers import run\n"
+        "run(Path(sys.argv[2]), max_steps=1)\n"
+    )
+    command = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr.count("LoRA-Pro: 14 pairs, mode=full, x_mode=sylvester, optimizer state about") == 1
+
+
 @pytest.mark.parametrize(
     ("count", "expected"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (3 << 30, "3.0 GiB"), (5 << 40, "5.0 TiB")]
 )

@@ -35,6 +35,17 @@ def readable_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
+def _make_visible(package: logging.Logger) -> None:
+    """Let the one line at the start be seen: a plug-in that says nothing looks like one that does nothing.
+
+    A level or handler that the user has set is left alone.
+    """
+    if package.level == logging.NOTSET:
+        package.setLevel(logging.INFO)
+    if not package.hasHandlers():
+        package.addHandler(logging.StreamHandler())
+
+
 class LoRAProTrainerMixin(_Base):
     """Makes any `Trainer` class train with LoRA-Pro; the trainer's class comes second.
 
@@ -196,6 +207,7 @@ class LoRAProTrainerMixin(_Base):
             return
         self._lora_pro_announced = True
         optimizer = unwrap_optimizer(self.optimizer)
+        _make_visible(logging.getLogger("lorapro_hf"))
         logger.info(
             "LoRA-Pro: %d pairs, mode=%s, x_mode=%s, optimizer state about %s",
             len(optimizer.pairs),

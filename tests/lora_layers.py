@@ -26,6 +26,13 @@ class Net(nn.Module):
         return torch.tanh(x)
 
 
+class Invoked(Net):
+    """Tells the layer, as PEFT does for aLoRA, at how many last tokens its adapter is on."""
+
+    def forward(self, x):
+        return torch.tanh(self.body(x, alora_offsets=[3, 5, 2]))
+
+
 class Experts(nn.Module):
     """A stack of expert matrices as the MoE blocks of transformers keep them."""
 
@@ -115,6 +122,12 @@ ROWS = [
     Row("linear with r = 1", lambda: Net(nn.Linear(6, 5)), {"r": 1}),
     Row("linear with a bias on lora_B", lambda: Net(nn.Linear(6, 5)), {"lora_bias": True}),
     Row("linear with DoRA", lambda: Net(nn.Linear(6, 5)), {"use_dora": True}),
+    Row(
+        "linear with aLoRA",
+        lambda: Invoked(nn.Linear(6, 5)),
+        {"alora_invocation_tokens": [1]},
+        lambda: torch.randn(3, 5, 6),
+    ),
     Row("Conv1D of GPT-2", lambda: Net(Conv1D(5, 6)), {"fan_in_fan_out": True}),
     Row("embedding", lambda: Net(nn.Embedding(11, 6)), inputs=tokens),
     Row("embedding with DoRA", lambda: Net(nn.Embedding(11, 6)), {"use_dora": True}, inputs=tokens),

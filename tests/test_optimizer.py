@@ -351,6 +351,104 @@ def test_schedulers_drive_it():
     assert all(torch.equal(one, two) for one, two in zip(before, snapshot(optimizer)[0], strict=True))
 
 
+def test_factors_of_one_pair_may_decay_differently():
+    model = LINEAR.build()
+    (pair,) = find_lora_pairs(model)
+    groups = [{"params": [pair.A], "weight_decay": 0.5}, {"params": [pair.B], "weight_decay": 0.0}]
+    optimizer = LoRAProAdamW(groups, [pair], lr=0.1)
+    before = pair.A.detach().clone(), pair.B.detach().clone()
+    pair.A.grad, pair.B.grad = torch.zeros_like(pair.A), torch.zeros_like(pair.B)
+    optimizer.step()
+    torch.testing.assert_close(pair.A.detach(), (1 - 0.1 * 0.5) ** 0.5 * before[0])
+    assert torch.equal(pair.B, before[1])
+
+
+def test_decay_of_more_than_everything_stops_at_zero():
+    model = LINEAR.build()
+    optimizer = create_lorapro_optimizer(model, lr=1.0, weight_decay=2.0)
+    (pair,) = optimizer.pairs
+    pair.A.grad, pair.B.grad = torch.zeros_like(pair.A), torch.zeros_like(pair.B)
+    optimizer.step()
+    assert not pair.A.any() and not pair.B.any()
+
+
+def test_efficient_mode_rounds_a_bf16_factor_once():
+    narrow, wide = small_model(torch.bfloat16), small_model(torch.bfloat16).float()
+    for model in (narrow, wide):
+        optimizer = create_lorapro_optimizer(model, lr=1e-2, config={"mode": "efficient"})
+        generator = torch.Generator().manual_seed(2)
+        for pair in optimizer.pairs:
+            for factor in (pair.A, pair.B):
+                factor.grad = torch.randn(factor.shape, generator=generator).bfloat16().to(factor.dtype)
+        optimizer.step()
+    for one, two in zip(find_lora_pairs(narrow), find_lora_pairs(wide), strict=True):
+        assert torch.equal(one.A, two.A.bfloat16()) and torch.equal(one.B, two.B.bfloat16())
+
+
+@both_modes
+def test_distributed_checkpoint_functions_carry_the_state(mode):
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model, fresh = small_model(), small_model()
+    optimizer = create_lorapro_optimizer(model, lr=1e-2, config={"mode": mode})
+    for step in range(2):
+        backward(model, step)
+        optimizer.step()
+    again = create_lorapro_optimizer(fresh, lr=1e-2, config={"mode": mode})
+    set_optimizer_state_dict(fresh, again, copy.deepcopy(get_optimizer_state_dict(model, optimizer)))
+    fresh.load_state_dict(model.state_dict())
+    for one, own in ((model, optimizer), (fresh, again)):
+        backward(one, 2)
+        own.step()
+    assert_same(snapshot(optimizer), snapshot(again))
+
+
+@both_modes
+def test_state_of_float64_factors_loads_into_float32_ones(mode):
+    wide = small_model(torch.float64)
+    optimizer = create_lorapro_optimizer(wide, lr=1e-2, config={"mode": mode})
+    backward(wide)
+    optimizer.step()
+    narrow = small_model()
+    again = create_lorapro_optimizer(narrow, lr=1e-2, config={"mode": mode})
+    again.load_state_dict(optimizer.state_dict())
+    backward(narrow, 1)
+    again.step()
+    assert all(value.dtype == torch.float32 for state in again.state.values() for value in state.values())
+
+
+def test_gradients_that_overflow_in_the_projection_count_as_not_finite():
+    model = small_model()
+    optimizer = create_lorapro_optimizer(model, lr=1e-2, config={"mode": "efficient"})
+    backward(model)
+    with torch.no_grad():
+        for pair in optimizer.pairs:
+            pair.B.copy_(torch.randn_like(pair.B) * 1e-25)
+            pair.A.grad.fill_(1e20)
+    before = snapshot(optimizer)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert all(torch.equal(one, two) for one, two in zip(before[0], snapshot(optimizer)[0], strict=True))
+
+
+def test_step_without_any_gradient_is_refused():
+    optimizer = create_lorapro_optimizer(small_model(), lr=1e-2)
+    other = small_model()
+    backward(other)
+    with pytest.raises(RuntimeError, match=r"none of the 2 LoRA pairs has a gradient\..*the model that is trained"):
+        optimizer.step()
+
+
+def test_sparse_gradients_are_refused():
+    model = small_model()
+    optimizer = create_lorapro_optimizer(model, lr=1e-2)
+    backward(model)
+    weight = ordinary(optimizer)[0]
+    weight.grad = weight.grad.to_sparse()
+    with pytest.raises(RuntimeError, match="sparse gradient"):
+        optimizer.step()
+
+
 def trained_state(**options):
     settings = {key: options.pop(key) for key in ("r", "target_modules", "modules_to_save") if key in options}
     model = small_model(**settings)
@@ -389,6 +487,7 @@ def damaged_state():
         (lambda: trained_state(r=3), r"has shape \[2, 6\], but \[3, 6\] in the checkpoint"),
         (lambda: trained_state(target_modules=["0"]), "2 parameters|param groups|parameters in a group"),
         (renamed_state, "state of 'other.layer.weight' where this optimizer has 'base_model"),
+        (lambda: (state := trained_state(), state["state"][0].pop("exp_avg"))[0], "lacks the moments of base_model"),
         (damaged_state, r"has moments of shape \(7, 6\), but \(3,\) in the checkpoint"),
     ],
 )
@@ -414,6 +513,10 @@ def construct(**changes):
         ({"params": [nn.Parameter(torch.ones(2))]}, r"body: its factors are not in the optimizer's param_groups"),
         ({"lr": -1.0}, "lr=-1.0"),
         ({"lr": float("nan")}, "lr=nan"),
+        ({"lr": float("inf")}, "lr=inf"),
+        ({"lr": None}, "lr=None must be a finite number"),
+        ({"betas": 0.9}, "betas=0.9 must be two numbers"),
+        ({"config": {"mode": "slow"}}, "mode='slow' is unknown"),
         ({"betas": (0.9, 1.0)}, "betas="),
         ({"eps": -1e-8}, "eps="),
         ({"weight_decay": -0.1}, "weight_decay="),
@@ -430,7 +533,8 @@ def test_bad_construction(changes, message):
         ({"mode": "fast"}, "mode='fast' is unknown; valid values are 'full', 'efficient'"),
         ({"x_mode": "one"}, "x_mode='one' is unknown; valid values are 'sylvester', 'zero', 'symmetric'"),
         ({"update": "one"}, "update='one' is unknown; valid values are 'linear'"),
-        ({"rtol": 2.0}, r"rtol=2.0 must be in \[0, 1\)"),
+        ({"rtol": 2.0}, r"rtol=2.0 must be a number in \[0, 1\)"),
+        ({"rtol": "1e-6"}, r"rtol='1e-6' must be a number in \[0, 1\)"),
         ({"modus": "full"}, r"\['modus'\] are no LoRA-Pro settings; the settings are \['mode'"),
     ],
 )

@@ -149,7 +149,18 @@ def test_tied_embeddings_are_stepped_once():
     optimizer.step()
     # Adam's first step has size lr in each element; two steps would show as 2 lr.
     assert (pair.A - before).abs().max() <= 1e-2 * (1 + 1e-4)
-    assert not any(optimizer.state[parameter] for parameter in pair.tied_parameters)
+    assert all(list(optimizer.state[parameter]) == ["step"] for parameter in pair.tied_parameters)
+
+
+@needs_weight_tying
+def test_tied_embeddings_parted_by_a_move_are_refused():
+    model = tied_llama()
+    optimizer = create_lorapro_optimizer(model, lr=1e-2)
+    model.to(torch.float64)  # gives every parameter memory of its own
+    tokens = torch.arange(24).view(2, 12) * 5 % 23
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    with pytest.raises(RuntimeError, match=r"shared their factors in memory and do so no longer.*Build the optimizer"):
+        optimizer.step()
 
 
 def test_only_active_adapters_count():
@@ -204,6 +215,49 @@ def test_same_steps_whatever_the_split_into_scaling_and_factors():
     torch.testing.assert_close(changes[0], changes[1], rtol=1e-4, atol=0)
 
 
+def test_layers_of_one_shape_keep_their_own_scaling_in_the_batch():
+    """Two layers that are projected in one batch, with scalings 1 and 10: each moves as it would alone."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    settings = {"target_modules": ["0", "2"], "alpha_pattern": {"2": 20}, "init_lora_weights": False}
+    model = get_peft_model(body, LoraConfig(r=2, lora_alpha=2, **settings)).double()
+    pairs = find_lora_pairs(model)
+    assert [pair.scaling for pair in pairs] == [1, 10]
+    model(torch.randn(5, 6, dtype=torch.float64)).square().sum().backward()
+    raw = [stacked([pair.A.grad, pair.B.grad]) for pair in pairs]
+    project_pair_gradients_(pairs, LoRAProConfig())
+    for pair, before in zip(pairs, raw, strict=True):
+        jacobian = first_order_map(pair)
+        expected = jacobian @ torch.linalg.pinv(jacobian.T @ jacobian, hermitian=True, rtol=1e-9) @ before
+        torch.testing.assert_close(jacobian @ stacked([pair.A.grad, pair.B.grad]), expected)
+
+
+def test_rtol_reaches_the_projection():
+    model = LINEAR.build()
+    (pair,) = find_lora_pairs(model)
+    with torch.no_grad():
+        pair.B[:, 1:] *= 1e-3
+    adjusted = []
+    for rtol in (None, 1e-2):
+        model.zero_grad()
+        LINEAR.loss(model).backward()
+        project_pair_gradients_([pair], LoRAProConfig(rtol=rtol))
+        adjusted.append(pair.A.grad.norm())
+    assert adjusted[1] < 1e-2 * adjusted[0]  # the weak directions, which ask for large steps of A, are left out
+
+
+def test_adapters_of_mixed_dtypes_are_kept_apart():
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)), LoraConfig(r=2, target_modules=["0", "2"])
+    )
+    first, second = find_lora_pairs(model)
+    second.layer.double()
+    model.base_model.model[2].forward = lambda x, own=model.base_model.model[2].forward: own(x.double())
+    model(torch.randn(5, 6)).square().sum().backward()
+    project_pair_gradients_([first, second], LoRAProConfig())
+    assert (first.B.grad.dtype, second.B.grad.dtype) == (torch.float32, torch.float64)
+
+
 def test_names_are_those_of_the_model():
     model = LINEAR.build()
     (pair,) = find_lora_pairs(model)
@@ -235,6 +289,21 @@ def scaled(factor):
 def merged():
     model = LINEAR.build()
     model.merge_adapter()
+    return model
+
+
+def disabled():
+    model = LINEAR.build()
+    model.base_model.disable_adapter_layers()
+    model.set_adapter("default")
+    return model
+
+
+def tied_with_two_scalings():
+    if "ensure_weight_tying" not in LoraConfig.__dataclass_fields__:
+        pytest.skip("this PEFT does not tie adapters")
+    model = tied_llama()
+    model.base_model.model.lm_head.set_scale("default", 2.0)
     return model
 
 
@@ -275,6 +344,9 @@ def kasa():
         (lambda: freeze(LINEAR.build(), "B"), r"body: lora_B of adapter 'default' is frozen"),
         (lambda: scaled(0), r"body: the scaling of adapter 'default' is 0.*lora_alpha"),
         (merged, r"body: adapter 'default' is merged.*unmerge_adapter"),
+        (lambda: scaled(float("nan")), r"body: the scaling of adapter 'default' is nan.*lora_alpha"),
+        (disabled, r"no active LoRA adapter is trainable .*enable_adapter_layers"),
+        (tied_with_two_scalings, r"lm_head \(Linear\): .*with another scaling"),
         (adalora, r"0 \(SVDLinear\): .*its lora_A is a Parameter"),
         (half_shared, r"1 \(Linear\): LoRA-Pro does not support this layer, because it shares only one"),
         (block_diagonal, r"body \(Linear\): .*BdLoraLinearVariant"),

@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
+from transformers import Trainer
 
 from lorapro_hf import (
     LoRAProCallback,
     LoRAProConfig,
     LoRAProOptimizerFactory,
     LoRAProTrainer,
+    LoRAProTrainerMixin,
     LoRAProTrainingArguments,
     create_lorapro_optimizer,
 )
-from trainer_helpers import arguments, build, run, tiny_base, tiny_lora
+from trainer_helpers import arguments, build, run, sequences, tiny_base, tiny_lora
 
 EFFICIENT = LoRAProConfig(mode="efficient")
 
@@ -30,9 +32,10 @@ def frozen() -> Any:
     ("settings", "build_with", "message"),
     [
         ({}, {"model": tiny_base}, "no LoRA layer; wrap it first"),
-        ({}, {"model": frozen}, "frozen or in inference mode.*is_trainable=True"),
+        ({}, {"model": frozen}, "frozen, in inference mode.*is_trainable=True"),
         ({"optim": "adafactor"}, {}, "optim='adafactor' would be ignored.*default.*--no_lora_pro.*LoRAProCallback"),
         ({"optim_args": "a=1"}, {}, "optim_args='a=1' would be ignored.*unset.*--no_lora_pro.*LoRAProCallback"),
+        ({"optim_target_modules": "all"}, {}, "optim_target_modules='all' would be ignored.*unset.*--no_lora_pro"),
         ({}, {"callbacks": lambda: [LoRAProCallback()]}, "adjust the gradients twice.*Drop the callback"),
         ({}, {"lora_pro_config": lambda: EFFICIENT}, "settings twice.*drop lora_pro_config="),
         (
@@ -96,6 +99,34 @@ def test_lora_pro_turned_off_between_trainings_raises(tmp_path: Path):
     trainer.optimizer = None
     trainer.train()
     assert type(trainer.optimizer.optimizer).__name__ == "AdamW"
+
+
+def test_evaluation_needs_no_trainable_adapter(tmp_path: Path):
+    trainer = LoRAProTrainer(frozen(), arguments(tmp_path, LoRAProTrainingArguments), eval_dataset=sequences(4))
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_mixin_behind_the_trainer_raises():
+    with pytest.raises(TypeError, match="LoRAProTrainerMixin must come before the trainer"):
+        type("Wrong", (Trainer, LoRAProTrainerMixin), {})
+
+
+def test_optimizer_of_an_overriding_subclass_raises(tmp_path: Path):
+    class Overriding(LoRAProTrainer):
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+            return self.optimizer
+
+    trainer = build(Overriding, arguments(tmp_path, LoRAProTrainingArguments, max_steps=1))
+    with pytest.raises(RuntimeError, match="the trainer steps a AdamW: a create_optimizer overrides the mixin's"):
+        trainer.train()
+
+
+def test_optimizer_of_another_model_raises(tmp_path: Path):
+    optimizer = create_lorapro_optimizer(tiny_lora(), lr=1e-2)
+    trainer = build(LoRAProTrainer, arguments(tmp_path, max_steps=1), optimizers=(optimizer, None))
+    with pytest.raises(RuntimeError, match="none of the 14 LoRA pairs has a gradient"):
+        trainer.train()
 
 
 def test_callback_added_later_raises(tmp_path: Path):

@@ -20,6 +20,7 @@ def _choice(default: str, valid: tuple[str, ...], help: str) -> Any:
 class LoRAProTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the settings of LoRA-Pro, for `HfArgumentParser`, JSON and YAML files.
 
+    Only `LoRAProTrainer` and classes with `LoRAProTrainerMixin` read the settings; a plain `Trainer` ignores them.
     The other arguments keep their meaning: `learning_rate`, `adam_beta1`, `adam_beta2`, `adam_epsilon` and
     `weight_decay` are those of the LoRA-Pro optimizer, and `optim` has to stay at its default.
 
@@ -67,6 +68,8 @@ class LoRAProTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if not isinstance(self.lora_pro, bool):
+            raise ValueError(f"lora_pro={self.lora_pro!r} must be true or false (in YAML without quotes).")
         check_choice("lora_pro_mode", self.lora_pro_mode, MODES)
         check_choice("lora_pro_x_mode", self.lora_pro_x_mode, X_MODES)
         check_choice("lora_pro_update", self.lora_pro_update, UPDATES)

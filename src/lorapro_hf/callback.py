@@ -38,7 +38,8 @@ class LoRAProCallback(TrainerCallback):
     """Rewrites the gradients of `lora_A` and `lora_B` before any optimizer's step: AdamW, SGD, Lion, 8-bit Adam, ...
 
     ```python
-    trainer = Trainer(model, args, optim="lion_32bit", callbacks=[LoRAProCallback()], ...)
+    args = TrainingArguments("out", optim="lion_32bit")
+    trainer = Trainer(model, args, train_dataset=data, callbacks=[LoRAProCallback()])
     ```
 
     The optimizer then sees the adjusted gradients, its moments included: with AdamW this is LoRA-Pro's efficient mode.

@@ -29,10 +29,13 @@ def check_state_dict(
         )
     for saved, own in zip(saved_groups, param_groups, strict=True):
         _check_group(saved, own)
+    holders = {id(p) for pair in pairs for p in ((pair.A,) if mode == "full" else (pair.A, pair.B))}
     dense = {id(pair.A): dense_shape(pair) for pair in pairs} if mode == "full" else {}
     for saved, own in zip(saved_groups, param_groups, strict=True):
         for key, name, parameter in zip(saved["params"], _names(own), own["params"], strict=True):
             state = state_dict["state"].get(key, {})
+            if (id(parameter) in holders) and state and not {"exp_avg", "exp_avg_sq"} <= state.keys():
+                raise ValueError(f"the checkpoint lacks the moments of {name}; it is damaged. Use an earlier one.")
             shape = dense.get(id(parameter), tuple(parameter.shape))
             for moment in ("exp_avg", "exp_avg_sq"):
                 before = tuple(state[moment].shape) if moment in state else shape

@@ -45,8 +45,10 @@ class LoRAProConfig:
         check_choice("mode", self.mode, MODES)
         check_choice("x_mode", self.x_mode, X_MODES)
         check_choice("update", self.update, UPDATES)
-        if self.rtol is not None and not 0.0 <= self.rtol < 1.0:
-            raise ValueError(f"rtol={self.rtol!r} must be in [0, 1), or None for a value chosen from the dtype.")
+        if self.rtol is not None and not (isinstance(self.rtol, int | float) and 0.0 <= self.rtol < 1.0):
+            raise ValueError(
+                f"rtol={self.rtol!r} must be a number in [0, 1), or None for a value chosen from the dtype."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as a dictionary of plain values, ready for JSON or YAML."""

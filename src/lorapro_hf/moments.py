@@ -37,6 +37,11 @@ def new_dense_state(pair: LoRAPair) -> dict[str, Any]:
     }
 
 
+def new_step_state() -> dict[str, Any]:
+    """State of a factor whose moments are kept elsewhere: distributed checkpoints want some for each parameter."""
+    return {"step": torch.zeros((), dtype=torch.float32)}
+
+
 def new_factor_state(factor: Tensor) -> dict[str, Any]:
     """Fresh efficient-mode state of one factor."""
     dtype = moments_dtype(factor)

@@ -11,7 +11,7 @@ from torch.optim.adamw import adamw
 
 from lorapro_hf.checkpoint import check_state_dict
 from lorapro_hf.config import LoRAProConfig
-from lorapro_hf.moments import adam_factor_gradients, new_dense_state, new_factor_state, state_bytes
+from lorapro_hf.moments import adam_factor_gradients, new_dense_state, new_factor_state, new_step_state, state_bytes
 from lorapro_hf.pair_gradients import ProjectedBatch, global_norm, moments_dtype, project_pairs
 from lorapro_hf.pairs import LoRAPair, find_lora_pairs
 
@@ -30,7 +30,8 @@ class LoRAProAdamW(torch.optim.Optimizer):
     Parameters of no pair (biases, `modules_to_save`, DoRA magnitudes) get what `torch.optim.AdamW` gives them, to the
     bit. Moments of a pair are kept in float32 (float64 for float64 factors), also for bf16 factors and through
     `load_state_dict`. If any gradient holds NaN or Inf the whole step is left out and counted in `skipped_steps`; no
-    parameter and no state changes. A pair that no backward reached is left out of the step.
+    parameter and no state changes. (Steps that a `GradScaler` leaves out do not reach the optimizer, nor its count.) A
+    pair that no backward reached is left out of the step.
 
     Args:
         params: as for any optimizer, best as named parameters: `model.named_parameters()` or groups of them. It must
@@ -40,7 +41,7 @@ class LoRAProAdamW(torch.optim.Optimizer):
         betas: decay rates of the moments; in full mode both factors of a pair need the same.
         eps: added to the denominator; in full mode both factors of a pair need the same.
         weight_decay: decoupled weight decay.
-        config: mode and projection settings; default `LoRAProConfig()`.
+        config: mode and projection settings, a `LoRAProConfig` or a dictionary; default `LoRAProConfig()`.
 
     Raises:
         ValueError: no pairs, factors missing from `params`, or hyperparameters out of range.
@@ -54,12 +55,12 @@ class LoRAProAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        config: LoRAProConfig | None = None,
+        config: LoRAProConfig | Mapping[str, Any] | None = None,
     ) -> None:
         if not pairs:
             raise ValueError("no LoRA pairs to optimize; pass find_lora_pairs(model), or use torch.optim.AdamW.")
         _check_hyperparameters(lr, betas, eps, weight_decay)
-        self.config = config or LoRAProConfig()
+        self.config = config if isinstance(config, LoRAProConfig) else LoRAProConfig.from_dict(config or {})
         self.pairs = list(pairs)
         self.last_grad_norm: Tensor | None = None
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
@@ -81,8 +82,9 @@ class LoRAProAdamW(torch.optim.Optimizer):
 
     def estimated_state_bytes(self) -> int:
         """Bytes of optimizer state once every parameter has been stepped, the pairs' and the others'."""
-        of_pairs = {id(p) for pair in self.pairs for p in (pair.A, pair.B, *pair.tied_parameters)}
-        others = [p for group in self.param_groups for p in group["params"] if id(p) not in of_pairs]
+        of_pairs = self._ids_of_pair_parameters()
+        stepped = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        others = [p for p in stepped if id(p) not in of_pairs]
         return state_bytes(self.pairs, self.config.mode) + sum(2 * p.numel() * p.element_size() for p in others)
 
     @torch.no_grad()
@@ -90,9 +92,9 @@ class LoRAProAdamW(torch.optim.Optimizer):
         """Take one step, or none if a gradient is not finite.
 
         Raises:
-            ValueError: a closure is given, a scaling is 0, or a factor lost its place in `param_groups`.
-            RuntimeError: a gradient is missing for one factor of a pair, sparse or sharded. Nothing has been changed in
-                any of these cases.
+            ValueError: a closure is given, a scaling is 0, a factor is not finite or lost its place in `param_groups`.
+            RuntimeError: no pair has a gradient, or one is missing for one factor of a pair, sparse or sharded. Nothing
+                has been changed in any of these cases.
         """
         if closure is not None:
             raise ValueError(
@@ -100,12 +102,18 @@ class LoRAProAdamW(torch.optim.Optimizer):
                 "before step()."
             )
         groups = self._groups_of_pairs()
-        if not _all_finite(self.param_groups):
+        projected = project_pairs(self.pairs, self.config)
+        if not projected:
+            raise RuntimeError(
+                f"none of the {len(self.pairs)} LoRA pairs has a gradient. Call loss.backward() before step(), and "
+                "build the optimizer from the model that is trained, with the adapter active that it was built for."
+            )
+        self.last_grad_norm = global_norm(projected)
+        if not _all_finite(self.param_groups, projected):
             self.param_groups[0]["skipped_steps"] += 1
             return
-        projected = project_pairs(self.pairs, self.config)
-        self.last_grad_norm = global_norm(projected)
-        self._step_others({id(p) for pair in self.pairs for p in (pair.A, pair.B, *pair.tied_parameters)})
+        self._step_others()
+        self._count_step(projected)
         if self.config.mode == "full":
             self._full_step(projected, groups)
         else:
@@ -115,7 +123,7 @@ class LoRAProAdamW(torch.optim.Optimizer):
         """The param group of each parameter, after checking that all factors are there."""
         groups = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
         for pair in self.pairs:
-            if id(pair.A) not in groups or id(pair.B) not in groups:
+            if any(id(factor) not in groups for factor in (pair.A, pair.B, *pair.tied_parameters)):
                 raise ValueError(
                     f"{pair.name}: its factors are not in the optimizer's param_groups. Build the optimizer from the "
                     "model it trains, after moving or wrapping it: create_lorapro_optimizer(model, lr=...)."
@@ -129,8 +137,21 @@ class LoRAProAdamW(torch.optim.Optimizer):
                     )
         return groups
 
-    def _step_others(self, of_pairs: set[int]) -> None:
+    def _ids_of_pair_parameters(self) -> set[int]:
+        return {id(p) for pair in self.pairs for p in (pair.A, pair.B, *pair.tied_parameters)}
+
+    def _count_step(self, projected: list[ProjectedBatch]) -> None:
+        """Count the step for those parameters of the pairs that have no moments of their own."""
+        for pair in (pair for batch in projected for pair in batch.batch.pairs):
+            without = pair.tied_parameters + ([pair.B] if self.config.mode == "full" else [])
+            for parameter in without:
+                if not self.state[parameter]:
+                    self.state[parameter].update(new_step_state())
+                self.state[parameter]["step"] += 1
+
+    def _step_others(self) -> None:
         """What torch.optim.AdamW does, for the parameters of no pair."""
+        of_pairs = self._ids_of_pair_parameters()
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None and id(p) not in of_pairs]
             for p in parameters:
@@ -183,7 +204,7 @@ class LoRAProAdamW(torch.optim.Optimizer):
             _move(pair.B, pair.factor_B(batch.B[i]), pair.factor_B(h_B[i]), groups[id(pair.B)])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave, keeping moments in the dtype they were saved in.
+        """Load what `state_dict` gave, keeping the moments of factors in float32 at least.
 
         Raises:
             ValueError: the checkpoint is of another mode, rank or model, or of another optimizer. Nothing has been
@@ -199,7 +220,7 @@ class LoRAProAdamW(torch.optim.Optimizer):
                 # torch casts floating state to the parameter's dtype, which would round the moments of bf16 factors.
                 for name, value in state_dict["state"][key].items():
                     if name != "step":
-                        self.state[parameter][name] = value.to(parameter.device)
+                        self.state[parameter][name] = value.to(parameter.device, moments_dtype(parameter))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "pairs": self.pairs, "config": self.config, "last_grad_norm": None}
@@ -229,8 +250,6 @@ def create_lorapro_optimizer(
     Raises:
         ValueError: the model has no trainable LoRA pair, or a setting is out of range.
     """
-    if config is not None and not isinstance(config, LoRAProConfig):
-        config = LoRAProConfig.from_dict(config)
     pairs = find_lora_pairs(model)
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if decay_parameters is None:
@@ -301,15 +320,19 @@ def _move(factor: Tensor, exact: Tensor, h: Tensor, group: dict[str, Any]) -> No
     factor.copy_(exact.mul(keep).sub_(h, alpha=lr))
 
 
-def _all_finite(param_groups: list[dict[str, Any]]) -> bool:
+def _all_finite(param_groups: list[dict[str, Any]], projected: list[ProjectedBatch]) -> bool:
+    """Whether all gradients are finite, and those that were made of them; waits for the device once."""
     gradients = [p.grad for group in param_groups for p in group["params"] if p.grad is not None]
-    return not gradients or bool(torch.nn.utils.get_total_norm(gradients, norm_type=float("inf")).isfinite())
+    if any(gradient.is_sparse for gradient in gradients):
+        raise RuntimeError("a parameter has a sparse gradient, which AdamW does not take; use sparse=False.")
+    gradients += [h for batch in projected for h in (batch.h_A, batch.h_B)]
+    return bool(torch.nn.utils.get_total_norm(gradients, norm_type=float("inf")).isfinite())
 
 
 def _check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    if not lr >= 0:
-        raise ValueError(f"lr={lr!r} must be at least 0.")
-    if not (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
+    if not isinstance(lr, int | float | Tensor) or not 0 <= lr < float("inf"):
+        raise ValueError(f"lr={lr!r} must be a finite number of at least 0.")
+    if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
         raise ValueError(f"betas={betas!r} must be two numbers in [0, 1).")
     if not eps >= 0:
         raise ValueError(f"eps={eps!r} must be at least 0.")

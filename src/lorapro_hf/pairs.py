@@ -6,6 +6,7 @@ which swap parameters (FSDP) and calls such as `set_scale` or `scale_layer` are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 # Variants whose forward is still `scaling * B A` for trainable A, B alone, so that autograd's gradients are those the
-# projection expects. DoRA multiplies by a magnitude it treats apart, aLoRA picks tokens, QALoRA pools the inputs of A.
-_SUPPORTED_VARIANTS = ("Dora", "ALora", "QALora")
+# projection expects: DoRA multiplies by a magnitude that it treats apart, aLoRA picks the tokens.
+_SUPPORTED_VARIANTS = ("Dora", "ALora")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,14 +85,21 @@ class LoRAPair:
         """The gradients of both factors as matrices, tied layers' added up, or None where no backward reached them.
 
         Raises:
-            RuntimeError: only one of the factors has a gradient, or a gradient is sharded or sparse.
+            RuntimeError: only one of the factors has a gradient, a gradient is sharded or sparse, or tied layers have
+                been parted.
         """
         found = _plain_gradients(self)
         for twin in self._twins:
+            transposed = _same_memory(self.A, twin.B)
+            if not (transposed or _same_memory(self.A, twin.A)):
+                raise RuntimeError(
+                    f"{self.name} and {twin.name} shared their factors in memory and do so no longer; the model was "
+                    "moved or cast since. Build the optimizer after that."
+                )
             other = _plain_gradients(twin)
             if other is None:
                 continue
-            if _same_memory(self.A, twin.B):
+            if transposed:
                 other = (other[1].mT, other[0].mT)
             found = other if found is None else (found[0] + other[0], found[1] + other[1])
         return found
@@ -126,9 +134,10 @@ def find_lora_pairs(model: nn.Module) -> list[LoRAPair]:
     if not pairs:
         adapters = sorted({name for layer in layers.values() for name in (*layer.lora_A, *layer.lora_embedding_A)})
         raise ValueError(
-            f"no active LoRA adapter is trainable (adapters {adapters}, {len(layers)} layers): they are frozen or in "
-            "inference mode. Load with PeftModel.from_pretrained(..., is_trainable=True), leave inference_mode=False "
-            "in LoraConfig, or choose the adapter to train with model.set_adapter(name)."
+            f"no active LoRA adapter is trainable (adapters {adapters}, {len(layers)} layers): they are frozen, in "
+            "inference mode or disabled. Load with PeftModel.from_pretrained(..., is_trainable=True), leave "
+            "inference_mode=False in LoraConfig, choose the adapter to train with model.set_adapter(name), or call "
+            "model.enable_adapter_layers()."
         )
     for pair in pairs:
         check_scaling(pair)
@@ -136,12 +145,12 @@ def find_lora_pairs(model: nn.Module) -> list[LoRAPair]:
 
 
 def check_scaling(pair: LoRAPair) -> float:
-    """The pair's scaling, or a `ValueError` if it is 0."""
+    """The pair's scaling, or a `ValueError` if it is 0 or not finite."""
     scaling = pair.scaling
-    if scaling == 0:
+    if scaling == 0 or not math.isfinite(scaling):
         raise ValueError(
-            f"{pair.name}: the scaling of adapter {pair.adapter_name!r} is 0, so its factors do not reach the weight. "
-            "Set lora_alpha (or alpha_pattern, set_scale) to a value other than 0."
+            f"{pair.name}: the scaling of adapter {pair.adapter_name!r} is {scaling:g}, with which its factors cannot "
+            "move the weight. Set lora_alpha (or alpha_pattern, set_scale) to a finite value other than 0."
         )
     return scaling
 
@@ -166,6 +175,8 @@ def _factor(layer: Any, letter: str, adapter_name: str) -> nn.Parameter:
 def _is_trainable(name: str, layer: Any, adapter_name: str) -> bool:
     """Whether to train this adapter of this layer; raises if the answer is neither yes nor no."""
     if adapter_name not in layer.lora_A and adapter_name not in layer.lora_embedding_A:
+        return False
+    if layer.disable_adapters:
         return False
     if adapter_name in layer.lora_A and not hasattr(layer.lora_A[adapter_name], "weight"):  # AdaLoRA
         raise _unsupported(name, layer, f"its lora_A is a {type(layer.lora_A[adapter_name]).__name__}, not a layer")

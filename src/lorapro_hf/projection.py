@@ -61,7 +61,8 @@ def project_lora_gradients(
         x_mode: `"sylvester"` stays closest to `grad_A` and `grad_B`, `"symmetric"` lets both factors contribute alike,
             `"zero"` lets A do what both could. All three have the same equivalent gradient.
         rtol: directions of a factor whose squared singular value is at most `rtol` times the largest are treated as
-            absent. Default: what rounding leaves uncertain, `max(r * eps(compute dtype), max(m, n) * eps(Gram dtype))`.
+            absent. Default: `max(r * eps(compute dtype), max(m, n) * eps(Gram dtype))`, which in float32 keeps singular
+            values down to about 1e-3 of the largest (r = 8): rounding in the gradients would be amplified beyond that.
 
     Returns:
         `(h_A, h_B)`, in shape and dtype like `grad_A` and `grad_B`.
@@ -126,7 +127,9 @@ def _row_basis(factor: Tensor, rtol: float | None) -> _RowBasis:
     try:
         eigenvalues, vectors = torch.linalg.eigh(exact @ exact.mT)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise ValueError("a LoRA factor holds NaN or Inf; go back to a checkpoint whose adapter is finite.") from error
+        raise ValueError(
+            "a LoRA factor holds NaN, Inf or values out of range; go back to a checkpoint whose adapter is finite."
+        ) from error
     largest = eigenvalues[..., -1:].clamp_min(0)
     present = eigenvalues > rtol * largest
     singular = torch.where(present, eigenvalues, 0).sqrt()

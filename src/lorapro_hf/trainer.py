@@ -64,7 +64,8 @@ class LoRAProTrainerMixin(_Base):
     efficient mode the projection passes the scale on, and Adam normalises it as it does for plain LoRA.
 
     Training logs get `lora_pro_grad_norm`, the norm of the adjusted factor gradients of the last step, and
-    `lora_pro_skipped_steps`, how many steps were skipped because of gradients that are not finite.
+    `lora_pro_skipped_steps`, how many steps the optimizer skipped because of gradients that are not finite (under fp16
+    the gradient scaler skips such steps before they reach the optimizer).
 
     Args:
         *args: Passed on to the parent.
@@ -78,6 +79,15 @@ class LoRAProTrainerMixin(_Base):
             `LoRAProCallback`.
         RuntimeError: under DeepSpeed, FSDP or Megatron-LM, which are not supported yet.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if Trainer in order and order.index(Trainer) < order.index(LoRAProTrainerMixin):
+            raise TypeError(
+                f"class {cls.__name__}: LoRAProTrainerMixin must come before the trainer, or its optimizer is never "
+                f"used: class {cls.__name__}(LoRAProTrainerMixin, ...)."
+            )
 
     lora_pro_config: LoRAProConfig | None = None
     """The settings that LoRA-Pro runs with; `None` while it is off."""
@@ -96,7 +106,7 @@ class LoRAProTrainerMixin(_Base):
         self._lora_pro_announced = False
         # only now: some trainers build the PEFT model in their __init__
         self._resolve_lora_pro()
-        if self.lora_pro_config is not None:
+        if self.lora_pro_config is not None and self.train_dataset is not None:  # evaluation needs no trainable pair
             find_lora_pairs(self.model)
 
     def _resolve_lora_pro(self) -> None:
@@ -130,11 +140,12 @@ class LoRAProTrainerMixin(_Base):
                 f"optim={optim_name!r} would be ignored: LoRA-Pro brings its own AdamW. Leave optim at its default, "
                 f"{remedy}."
             )
-        if self.args.optim_args:
-            raise ValueError(
-                f"optim_args={self.args.optim_args!r} would be ignored: LoRA-Pro brings its own AdamW. Leave "
-                f"optim_args unset, {remedy}."
-            )
+        for name in ("optim_args", "optim_target_modules"):
+            if getattr(self.args, name):
+                raise ValueError(
+                    f"{name}={getattr(self.args, name)!r} would be ignored: LoRA-Pro brings its own AdamW. Leave "
+                    f"{name} unset, {remedy}."
+                )
         given = unwrap_optimizer(self.optimizer)
         if given is not None and not isinstance(given, LoRAProAdamW):
             raise ValueError(
@@ -207,7 +218,8 @@ class LoRAProTrainerMixin(_Base):
             return
         self._lora_pro_announced = True
         optimizer = unwrap_optimizer(self.optimizer)
-        _make_visible(logging.getLogger("lorapro_hf"))
+        if self.args.log_level not in ("warning", "error", "critical"):
+            _make_visible(logging.getLogger("lorapro_hf"))
         logger.info(
             "LoRA-Pro: %d pairs, mode=%s, x_mode=%s, optimizer state about %s",
             len(optimizer.pairs),
@@ -220,9 +232,15 @@ class LoRAProTrainerMixin(_Base):
         """Add LoRA-Pro's metrics to the training logs, before any reporter sees them."""
         if self.lora_pro_config is not None and "loss" in logs:
             optimizer = unwrap_optimizer(self.optimizer)
-            if optimizer.last_grad_norm is not None:
-                logs["lora_pro_grad_norm"] = float(optimizer.last_grad_norm)
-            logs["lora_pro_skipped_steps"] = optimizer.skipped_steps
+            if isinstance(optimizer, LoRAProAdamW):
+                if optimizer.last_grad_norm is not None:
+                    logs["lora_pro_grad_norm"] = float(optimizer.last_grad_norm)
+                logs["lora_pro_skipped_steps"] = optimizer.skipped_steps
+            elif optimizer is not None:
+                raise RuntimeError(
+                    f"LoRA-Pro is on, but the trainer steps a {type(optimizer).__name__}: a create_optimizer overrides "
+                    f"the mixin's. Have it call super().create_optimizer(), or {_TURN_OFF}."
+                )
         super().log(logs, *args, **kwargs)
 
 

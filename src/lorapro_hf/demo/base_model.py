@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,9 +76,12 @@ def load_base_model(name: str | None) -> BaseModel:
     if gguf_file is not None and hasattr(transformers, "GgufConfig"):
         # newer versions may keep the weights packed, and the Trainer refuses a model that is marked so
         unpacked["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    # unpacking draws a bar of its own that cannot be turned off
+    hush: AbstractContextManager[object] = nullcontext() if gguf_file is None else redirect_stderr(io.StringIO())
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **extra)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **extra, **unpacked)
+        with hush:
+            tokenizer = AutoTokenizer.from_pretrained(source, **extra)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **extra, **unpacked)
     except (OSError, ValueError, ImportError) as error:
         raise UsageError(
             f"Cannot load the model {source!r}: {error}\nGive --model the hub name or the local folder of a causal "

@@ -35,7 +35,7 @@ class Evaluator:
         batch_size: Problems that are answered at a time.
     """
 
-    def __init__(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> None:
+    def __init__(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, batch_size: int = 64) -> None:
         # alike lengths side by side need less padding
         self.examples = sorted(examples, key=lambda example: (len(example.prompt_ids), example.prompt))
         self.tokenizer = tokenizer

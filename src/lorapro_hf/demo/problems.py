@@ -16,6 +16,7 @@ from lorapro_hf.demo.word_problems import word_problems
 
 _FILE_KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _HELD_OUT_SPLITS = ("test", "validation", "eval", "dev")
+_MOST_WORD_PROBLEMS = 6000  # longer trainings see them again
 _FINAL_ANSWER = re.compile(r"#### -?[0-9.,]")
 
 
@@ -47,9 +48,9 @@ def load_problems(settings: DemoSettings) -> tuple[Dataset, Dataset]:
     wanted = settings.steps * settings.batch_size
     if settings.dataset is None:
         try:
-            return word_problems(wanted, settings.eval_size, seed=settings.seed)
+            return word_problems(min(wanted, _MOST_WORD_PROBLEMS), settings.eval_size, seed=settings.seed)
         except ValueError as error:
-            raise UsageError(f"{error} Lower --steps, --batch_size or --eval_size.") from error
+            raise UsageError(f"{error} Lower --eval_size.") from error
     train, held_out = _splits(_load(settings.dataset, settings.dataset_config), settings)
     held_out = held_out.select(range(min(settings.eval_size, len(held_out))))
     for row in held_out:

@@ -46,7 +46,7 @@ def results_table(base: Score | None, results: Sequence[MethodResult]) -> Table:
     table.add_column("method")
     for title in (
         "learning\nrate",
-        "train loss\n(last quarter)",
+        "train loss,\nlast quarter",
         "held-out\nloss",
         "exact\nmatch",
         "optimizer\nms/step",
@@ -147,6 +147,7 @@ def plot_curves(path: Path, base: Score | None, results: Sequence[MethodResult])
     """Draw the training loss of every method, raw and smoothed, with the held-out loss before and after."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -179,6 +180,10 @@ def plot_curves(path: Path, base: Score | None, results: Sequence[MethodResult])
             label=f"held-out, base model: {base.loss:.3f}",
         )
     axes.set(xlabel="step", ylabel="loss per answer token (log scale)", yscale="log", title="LoRA and LoRA-Pro")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="y", which="minor", labelsize="x-small")
     axes.grid(which="both", alpha=0.2)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
@@ -67,7 +69,9 @@ def add_adapter(base: BaseModel, seed: int) -> PeftModel:
     """The base model with LoRA of rank 8 on all linear layers, always the same for the same seed."""
     set_seed(seed)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(base.model, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers to PEFT
+        return get_peft_model(base.model, config)
 
 
 class _Run:
@@ -149,7 +153,9 @@ class _Run:
             raise RuntimeError(f"The adapter {chosen.adapter} does not load in a fresh process:\n{done.stderr[-4000:]}")
         text = done.stdout.strip()
         self.outcome.answer = {"adapter": str(chosen.adapter), "prompt": problem.prompt, "answer": text}
-        self.console.print(f"\n[bold]{chosen.adapter}[/bold], loaded by PeftModel.from_pretrained in a fresh process:")
+        self.console.print(
+            f"\n[bold]{escape(str(chosen.adapter))}[/bold], loaded by PeftModel.from_pretrained in a fresh process:"
+        )
         self.console.print(f"{problem.prompt} {text}\n(expected: {problem.answer.splitlines()[-1]})", markup=False)
 
 
@@ -180,6 +186,8 @@ def run_demo(settings: DemoSettings, console: Console | None = None) -> int:
     total = time.perf_counter() - started
     more = {"stopped": outcome.stopped, "stock_peft_answer": outcome.answer, "total_time_s": total}
     write_results(table, settings, outcome.base, outcome.results, **more)
+    if outcome.stopped:
+        console.print("\nStopped by Ctrl-C. What was trained until then is kept.")
     kept = ", ".join(str(result.adapter) for result in outcome.results)
-    console.print(f"\nTable: {table}\nCurves: {curves}\nAdapters: {kept}\nTotal time: {total:.0f} s", highlight=False)
+    console.print(f"\nTable: {table}\nCurves: {curves}\nAdapters: {kept}\nTotal time: {total:.0f} s", markup=False)
     return INTERRUPTED if outcome.stopped else 0

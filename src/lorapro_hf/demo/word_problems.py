@@ -11,6 +11,7 @@ from datasets import Dataset
 _NAMES = ("Ana", "Ben", "Cora", "Dan", "Emma", "Finn", "Grace", "Hugo", "Ivy", "Jack", "Kate", "Leo", "Mia", "Noah")
 _THINGS = ("apples", "books", "cards", "coins", "cups", "eggs", "hats", "pens", "shells", "stamps", "toys")
 _WORKERS = ("A baker", "A cook", "A farmer", "A machine", "A painter", "A robot", "A worker")
+_TRIES = 1000  # of a template for a problem that is not there yet
 _VEHICLES = ("A boat", "A bus", "A car", "A cyclist", "A train", "A truck")
 
 
@@ -223,13 +224,13 @@ def generate_problems(count: int, seed: int) -> list[Problem]:
         raise ValueError(f"count={count} must not be negative.")
     rng = random.Random(seed)
     problems: dict[str, Problem] = {}
-    for _ in range(20 * count):
-        if len(problems) == count:
-            break
-        problem = TEMPLATES[len(problems) % len(TEMPLATES)](rng)
-        problems.setdefault(problem.question, problem)
-    if len(problems) < count:
-        raise ValueError(f"count={count} is more than there are different problems; ask for fewer.")
+    while len(problems) < count:
+        template = TEMPLATES[len(problems) % len(TEMPLATES)]
+        candidates = (template(rng) for _ in range(_TRIES))
+        problem = next((problem for problem in candidates if problem.question not in problems), None)
+        if problem is None:
+            raise ValueError(f"count={count} is more than there are different problems; ask for fewer.")
+        problems[problem.question] = problem
     return list(problems.values())
 
 

@@ -32,9 +32,9 @@ class Method:
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
-        Method("lora", "LoRA (AdamW)", None, 1e-3),
-        Method("lora_pro", "LoRA-Pro full", "full", 1e-4),
-        Method("lora_pro_efficient", "LoRA-Pro efficient", "efficient", 5e-4),
+        Method("lora", "LoRA (AdamW)", None, 4e-3),
+        Method("lora_pro", "LoRA-Pro full", "full", 2e-4),
+        Method("lora_pro_efficient", "LoRA-Pro efficient", "efficient", 2e-3),
     )
 }
 
@@ -66,7 +66,7 @@ class DemoSettings:
     dataset_config: str | None = None
     methods: tuple[str, ...] = tuple(METHODS)
     learning_rates: Mapping[str, float] = field(default_factory=dict)
-    steps: int = 48
+    steps: int = 24
     batch_size: int = 8
     eval_size: int = 64
     max_length: int = 512

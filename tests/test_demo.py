@@ -164,8 +164,8 @@ def test_datasets_from_files_and_folders(tmp_path: Path) -> None:
         assert not set(train["question"]) & set(held_out["question"])
 
 
-def test_smoothing_is_a_trailing_mean() -> None:
-    assert smooth([4.0, 2.0, 0.0, 1.0], 2) == [4.0, 3.0, 1.0, 0.5]
+def test_smoothing_is_a_centred_mean() -> None:
+    assert smooth([4.0, 2.0, 0.0, 1.0], reach=1) == [3.0, 2.0, 1.0, 0.5]
 
 
 # A whole run

@@ -136,11 +136,10 @@ def write_results(
     path.write_text(json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def smooth(losses: Sequence[float], window: int) -> list[float]:
-    """The mean over the last `window` values at each place, fewer at the start."""
-    return [
-        math.fsum(part) / len(part) for part in (losses[max(0, i - window + 1) : i + 1] for i in range(len(losses)))
-    ]
+def smooth(losses: Sequence[float], reach: int = 2) -> list[float]:
+    """The mean of each value and of up to `reach` on either side of it."""
+    around = (losses[max(0, place - reach) : place + reach + 1] for place in range(len(losses)))
+    return [math.fsum(values) / len(values) for values in around]
 
 
 def plot_curves(path: Path, base: Score | None, results: Sequence[MethodResult]) -> None:
@@ -157,7 +156,7 @@ def plot_curves(path: Path, base: Score | None, results: Sequence[MethodResult])
         steps = range(1, len(result.losses) + 1)
         axes.plot(steps, result.losses, color=colour, alpha=0.25, linewidth=1)
         label = f"{_state(result)}, lr {result.learning_rate:g}"
-        axes.plot(steps, smooth(result.losses, 5), color=colour, linewidth=2, label=label)
+        axes.plot(steps, smooth(result.losses), color=colour, linewidth=2, label=label)
         if result.score is not None:
             axes.plot(
                 [len(result.losses)],

@@ -42,18 +42,16 @@ def _state(result: MethodResult) -> str:
 
 def results_table(base: Score | None, results: Sequence[MethodResult]) -> Table:
     """The figures of the base model and of every method side by side."""
-    table = Table(title="Held-out word problems")
+    table = Table(
+        title="Held-out problems",
+        caption="train loss: mean of the last quarter of the steps; step: median of the optimizer's step; state: the "
+        "optimizer's; time: of the whole training",
+        caption_justify="left",
+    )
     table.add_column("method")
-    for title in (
-        "learning\nrate",
-        "train loss,\nlast quarter",
-        "held-out\nloss",
-        "exact\nmatch",
-        "optimizer\nms/step",
-        "optimizer\nstate MB",
-        "training\ntime s",
-    ):
-        table.add_column(title, justify="right")
+    # narrow enough for 80 columns
+    for title in ("lr", "train\nloss", "held-out\nloss", "exact\nmatch", "step\nms", "state\nMB", "time\ns"):
+        table.add_column(title, justify="right", no_wrap=True)
     if base is not None:
         table.add_row("base model", "–", "–", f"{base.loss:.3f}", f"{base.exact_match:.1%}", "–", "–", "–")
     for result in results:

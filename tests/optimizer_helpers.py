@@ -1,0 +1,51 @@
+"""A small model with factor pairs and ordinary parameters, and comparisons to the bit, for the optimizer's tests."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from lora_layers import ROWS
+from lorapro_hf.config import MODES
+
+LINEAR = ROWS[0]
+both_modes = pytest.mark.parametrize("mode", MODES)
+
+
+def small_model(dtype=torch.float32, **settings):
+    """Two adapted linear layers with ordinary trainable parameters around them."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(6, 7), nn.LayerNorm(7), nn.Tanh(), nn.Linear(7, 5), nn.Linear(5, 3))
+    settings = {"r": 2, "lora_alpha": 4, "target_modules": ["0", "3"], "modules_to_save": ["1", "4"], **settings}
+    model = get_peft_model(body, LoraConfig(**settings))
+    return model.to(dtype)
+
+
+def backward(model, step=0):
+    generator = torch.Generator().manual_seed(step)
+    inputs = torch.randn(8, 6, generator=generator).to(next(model.parameters()).dtype)
+    target = torch.randn(8, 3, generator=generator).to(inputs.dtype)
+    model.zero_grad()
+    loss = ((model(inputs) - target) ** 2).mean()
+    loss.backward()
+    return loss.item()
+
+
+def ordinary(optimizer):
+    factors = {id(factor) for pair in optimizer.pairs for factor in (pair.A, pair.B)}
+    return [p for group in optimizer.param_groups for p in group["params"] if id(p) not in factors]
+
+
+def snapshot(optimizer):
+    parameters = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+    return parameters, copy.deepcopy(optimizer.state_dict())
+
+
+def assert_same(one, two):
+    for first, second in zip(one[0], two[0], strict=True):
+        assert torch.equal(first, second)
+    assert one[1]["state"].keys() == two[1]["state"].keys()
+    for key, state in one[1]["state"].items():
+        assert all(torch.equal(value, two[1]["state"][key][name]) for name, value in state.items())

@@ -1,0 +1,129 @@
+"""What LoRAProAdamW refuses: each with the thing and the remedy named, and nothing changed."""
+
+import pytest
+import torch
+from torch import nn
+
+from lorapro_hf import (
+    LoRAProAdamW,
+    LoRAProConfig,
+    LoRAProOptimizerFactory,
+    create_lorapro_optimizer,
+    find_lora_pairs,
+)
+from optimizer_helpers import LINEAR, assert_same, backward, both_modes, ordinary, small_model, snapshot
+
+
+def test_step_without_any_gradient_is_refused():
+    optimizer = create_lorapro_optimizer(small_model(), lr=1e-2)
+    other = small_model()
+    backward(other)
+    with pytest.raises(RuntimeError, match=r"none of the 2 LoRA pairs has a gradient\..*the model that is trained"):
+        optimizer.step()
+
+
+def test_sparse_gradients_are_refused():
+    model = small_model()
+    optimizer = create_lorapro_optimizer(model, lr=1e-2)
+    backward(model)
+    weight = ordinary(optimizer)[0]
+    weight.grad = weight.grad.to_sparse()
+    with pytest.raises(RuntimeError, match="sparse gradient"):
+        optimizer.step()
+
+
+def construct(**changes):
+    model = LINEAR.build()
+    pairs = changes.pop("pairs", None)
+    pairs = find_lora_pairs(model) if pairs is None else pairs
+    return LoRAProAdamW(changes.pop("params", model.parameters()), pairs, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pairs": []}, r"no LoRA pairs to optimize; pass find_lora_pairs\(model\)"),
+        ({"params": [nn.Parameter(torch.ones(2))]}, r"body: its factors are not in the optimizer's param_groups"),
+        ({"lr": -1.0}, "lr=-1.0"),
+        ({"lr": float("nan")}, "lr=nan"),
+        ({"lr": float("inf")}, "lr=inf"),
+        ({"lr": None}, "lr=None must be a finite number"),
+        ({"betas": 0.9}, "betas=0.9 must be two numbers"),
+        ({"config": {"mode": "slow"}}, "mode='slow' is unknown"),
+        ({"betas": (0.9, 1.0)}, "betas="),
+        ({"eps": -1e-8}, "eps="),
+        ({"weight_decay": -0.1}, "weight_decay="),
+    ],
+)
+def test_bad_construction(changes, message):
+    with pytest.raises(ValueError, match=message):
+        construct(**changes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "fast"}, "mode='fast' is unknown; valid values are 'full', 'efficient'"),
+        ({"x_mode": "one"}, "x_mode='one' is unknown; valid values are 'sylvester', 'zero', 'symmetric'"),
+        ({"update": "one"}, "update='one' is unknown; valid values are 'linear'"),
+        ({"rtol": 2.0}, r"rtol=2.0 must be a number in \[0, 1\)"),
+        ({"rtol": "1e-6"}, r"rtol='1e-6' must be a number in \[0, 1\)"),
+        ({"modus": "full"}, r"\['modus'\] are no LoRA-Pro settings; the settings are \['mode'"),
+    ],
+)
+def test_bad_config(settings, message):
+    with pytest.raises(ValueError, match=message):
+        create_lorapro_optimizer(LINEAR.build(), lr=1e-2, config=settings)
+
+
+def test_config_round_trip():
+    config = LoRAProConfig(mode="efficient", x_mode="zero", rtol=1e-3)
+    assert LoRAProConfig.from_dict(config.to_dict()) == config
+
+
+def test_different_moments_settings_for_one_pair_are_refused_in_full_mode():
+    model = LINEAR.build()
+    (pair,) = find_lora_pairs(model)
+    groups = [{"params": [pair.A], "betas": (0.8, 0.9)}, {"params": [pair.B]}]
+    with pytest.raises(ValueError, match=r"body: lora_A and lora_B have different betas or eps.*mode 'efficient'"):
+        LoRAProAdamW(groups, [pair])
+    LoRAProAdamW(groups, [pair], config=LoRAProConfig(mode="efficient"))
+
+
+def test_closure_is_refused():
+    model = small_model()
+    optimizer = create_lorapro_optimizer(model, lr=1e-2)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"takes no closure.*loss\.backward\(\) before step\(\)"):
+        optimizer.step(lambda: backward(model))
+    assert_same(before, snapshot(optimizer))
+
+
+@both_modes
+def test_scaling_zero_at_step_time_is_refused_and_changes_nothing(mode):
+    model = small_model()
+    optimizer = create_lorapro_optimizer(model, lr=1e-2, config={"mode": mode})
+    backward(model)
+    optimizer.pairs[1].layer.set_scale("default", 0)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="scaling of adapter 'default' is 0"):
+        optimizer.step()
+    assert_same(before, snapshot(optimizer))
+
+
+def test_parameters_swapped_under_the_optimizer_are_refused():
+    model = small_model()
+    optimizer = create_lorapro_optimizer(model, lr=1e-2)
+    layer = optimizer.pairs[0].layer
+    layer.lora_A["default"].weight = nn.Parameter(layer.lora_A["default"].weight.detach().clone())
+    backward(model)
+    with pytest.raises(ValueError, match="its factors are not in the optimizer's param_groups"):
+        optimizer.step()
+
+
+def test_factory():
+    model = LINEAR.build()
+    optimizer = LoRAProOptimizerFactory()(model, lr=3e-3, config={"mode": "efficient"})
+    assert isinstance(optimizer, LoRAProAdamW) and optimizer.config.mode == "efficient"
+    with pytest.raises(ValueError, match="needs the learning rate"):
+        LoRAProOptimizerFactory()(model)

@@ -1,0 +1,187 @@
+"""LoRAProAdamW's state: its dtype and size, saving, loading, and checkpoints that do not belong to it."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+from lorapro_hf import (
+    create_lorapro_optimizer,
+)
+from optimizer_helpers import assert_same, backward, both_modes, small_model, snapshot
+
+
+@both_modes
+def test_moments_of_bf16_factors_are_fp32_and_stay_so(mode):
+    model = small_model(torch.bfloat16)
+    optimizer = create_lorapro_optimizer(model, lr=1e-2, config={"mode": mode})
+    backward(model)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    fresh = create_lorapro_optimizer(small_model(torch.bfloat16), lr=1e-2, config={"mode": mode})
+    fresh.load_state_dict(saved)
+    for loaded in (optimizer, fresh):
+        for pair in loaded.pairs:
+            kept = [value for p in (pair.A, pair.B) for k, value in loaded.state.get(p, {}).items() if k != "step"]
+            assert kept and all(value.dtype == torch.float32 for value in kept)
+    assert_same(([], saved), ([], fresh.state_dict()))
+    # The moments hold what bf16 cannot: they were not rounded on the way.
+    pair = fresh.pairs[0]
+    moment = fresh.state[pair.A if mode == "full" else pair.B]["exp_avg"]
+    assert not torch.equal(moment.bfloat16().float(), moment)
+
+
+@both_modes
+def test_a_step_on_zero_gradients_at_lr_zero_is_harmless(mode):
+    """torch.distributed.checkpoint makes such a step to create the state."""
+    model = small_model()
+    optimizer = create_lorapro_optimizer(model, lr=0.0, weight_decay=0.1, config={"mode": mode})
+    before = snapshot(optimizer)[0]
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert all(torch.equal(one, two) for one, two in zip(before, snapshot(optimizer)[0], strict=True))
+    assert all(value.isfinite().all() for state in optimizer.state.values() for value in state.values())
+
+
+@both_modes
+def test_resume_equals_uninterrupted_to_the_bit(mode):
+    straight = small_model()
+    optimizer = create_lorapro_optimizer(straight, lr=1e-2, config={"mode": mode})
+    for step in range(3):
+        backward(straight, step)
+        optimizer.step()
+    file = io.BytesIO()
+    torch.save({"model": straight.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed = small_model()
+    resumed.load_state_dict(saved["model"])
+    again = create_lorapro_optimizer(resumed, lr=1e-2, config={"mode": mode})
+    again.load_state_dict(saved["optimizer"])
+    for step in range(3, 6):
+        for model, own in ((straight, optimizer), (resumed, again)):
+            backward(model, step)
+            own.step()
+    assert_same(snapshot(optimizer), snapshot(again))
+
+
+def test_skipped_steps_survive_a_resume():
+    model = small_model()
+    optimizer = create_lorapro_optimizer(model, lr=1e-2)
+    backward(model)
+    optimizer.pairs[0].A.grad.fill_(float("nan"))
+    optimizer.step()
+    again = create_lorapro_optimizer(small_model(), lr=1e-2)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.skipped_steps == 1
+
+
+@both_modes
+def test_state_is_tensors_and_its_size_is_estimated(mode):
+    model = small_model()
+    optimizer = create_lorapro_optimizer(model, lr=1e-2, config={"mode": mode})
+    backward(model)
+    optimizer.step()
+    tensors = [(name, value) for state in optimizer.state.values() for name, value in state.items()]
+    assert all(isinstance(value, torch.Tensor) for _, value in tensors)
+    measured = sum(value.numel() * value.element_size() for name, value in tensors if name != "step")
+    assert measured == optimizer.estimated_state_bytes()
+
+
+@both_modes
+def test_optimizer_can_be_copied_and_pickled(mode):
+    model = small_model()
+    optimizer = create_lorapro_optimizer(model, lr=1e-2, config={"mode": mode})
+    backward(model)
+    optimizer.step()
+    model2, optimizer2 = pickle.loads(pickle.dumps((model, optimizer)))
+    for one, own in ((model, optimizer), (model2, optimizer2)):
+        backward(one, 1)
+        own.step()
+    assert_same(snapshot(optimizer), snapshot(optimizer2))
+
+
+@both_modes
+def test_distributed_checkpoint_functions_carry_the_state(mode):
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model, fresh = small_model(), small_model()
+    optimizer = create_lorapro_optimizer(model, lr=1e-2, config={"mode": mode})
+    for step in range(2):
+        backward(model, step)
+        optimizer.step()
+    again = create_lorapro_optimizer(fresh, lr=1e-2, config={"mode": mode})
+    set_optimizer_state_dict(fresh, again, copy.deepcopy(get_optimizer_state_dict(model, optimizer)))
+    fresh.load_state_dict(model.state_dict())
+    for one, own in ((model, optimizer), (fresh, again)):
+        backward(one, 2)
+        own.step()
+    assert_same(snapshot(optimizer), snapshot(again))
+
+
+@both_modes
+def test_state_of_float64_factors_loads_into_float32_ones(mode):
+    wide = small_model(torch.float64)
+    optimizer = create_lorapro_optimizer(wide, lr=1e-2, config={"mode": mode})
+    backward(wide)
+    optimizer.step()
+    narrow = small_model()
+    again = create_lorapro_optimizer(narrow, lr=1e-2, config={"mode": mode})
+    again.load_state_dict(optimizer.state_dict())
+    backward(narrow, 1)
+    again.step()
+    assert all(value.dtype == torch.float32 for state in again.state.values() for value in state.values())
+
+
+def trained_state(**options):
+    settings = {key: options.pop(key) for key in ("r", "target_modules", "modules_to_save") if key in options}
+    model = small_model(**settings)
+    optimizer = create_lorapro_optimizer(model, lr=1e-2, **options)
+    backward(model)
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def plain_adamw_state():
+    model = small_model()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    return optimizer.state_dict()
+
+
+def renamed_state():
+    state = trained_state()
+    state["param_groups"][0]["param_names"][1] = "other.layer.weight"
+    return state
+
+
+def damaged_state():
+    state = trained_state()
+    state["state"][0]["exp_avg"] = torch.zeros(3)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: trained_state(config={"mode": "efficient"}),
+            "of LoRA-Pro mode 'efficient'.* has LoRA-Pro mode 'full'",
+        ),
+        (plain_adamw_state, "checkpoint is of another optimizer"),
+        (lambda: trained_state(r=3), r"has shape \[2, 6\], but \[3, 6\] in the checkpoint"),
+        (lambda: trained_state(target_modules=["0"]), "2 parameters|param groups|parameters in a group"),
+        (renamed_state, "state of 'other.layer.weight' where this optimizer has 'base_model"),
+        (lambda: (state := trained_state(), state["state"][0].pop("exp_avg"))[0], "lacks the moments of base_model"),
+        (damaged_state, r"has moments of shape \(7, 6\), but \(3,\) in the checkpoint"),
+    ],
+)
+def test_foreign_checkpoints_are_refused_and_change_nothing(make, message):
+    optimizer = create_lorapro_optimizer(small_model(), lr=1e-2)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(make())
+    assert_same(before, snapshot(optimizer))

@@ -46,6 +46,19 @@ class Experts(nn.Module):
         return torch.einsum("bi,eio->beo", x, weight)
 
 
+class TwoStacks(nn.Module):
+    """An MoE block with two expert parameters in one module, around which PEFT nests its wrappers."""
+
+    is_transposed = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(3, 6, 5)), nn.Parameter(torch.randn(3, 5, 4))
+
+    def forward(self, x):
+        return torch.einsum("beh,eho->beo", torch.tanh(torch.einsum("bi,eih->beh", x, self.up)), self.down)
+
+
 class UsedTwice(nn.Module):
     """One block called twice, as in ALBERT."""
 
@@ -139,6 +152,12 @@ ROWS = [
     Row("MultiheadAttention", lambda: Net(nn.MultiheadAttention(6, 2)), pairs=2),
     Row("experts (in, out)", lambda: Net(Experts(True)), {"target_parameters": ["body.weight"], "target_modules": []}),
     Row("experts (out, in)", lambda: Net(Experts(False)), {"target_parameters": ["body.weight"], "target_modules": []}),
+    Row(
+        "two expert parameters of one module",
+        lambda: Net(TwoStacks()),
+        {"target_parameters": ["body.up", "body.down"], "target_modules": []},
+        pairs=2,
+    ),
     Row("a block used twice", UsedTwice),
     Row("4-bit base", lambda: quantized(4), inputs=wide_vectors, dtype=torch.float32),
     Row("8-bit base", lambda: quantized(8), inputs=wide_vectors, dtype=torch.float32),

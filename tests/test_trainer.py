@@ -129,6 +129,11 @@ def test_differs_from_plain_lora_and_learns(tmp_path: Path, mode: str):
     assert isinstance(trainer.optimizer.optimizer, LoRAProAdamW)
 
 
+def test_learning_rate_is_that_of_the_arguments(tmp_path: Path):
+    trainer = build(LoRAProTrainer, arguments(tmp_path, LoRAProTrainingArguments, learning_rate=3e-4))
+    assert {group["lr"] for group in trainer.create_optimizer().param_groups} == {3e-4}
+
+
 def test_plain_arguments_take_the_config_or_the_default(tmp_path: Path):
     class PlainArgsTrainer(LoRAProTrainerMixin, Trainer):
         pass

@@ -131,8 +131,9 @@ def test_full_mode_raises():
         ValueError, match=r"cannot run mode='full'.*LoRAProConfig\(mode=\"efficient\"\).*LoRAProTrainer"
     ):
         LoRAProCallback(LoRAProConfig(mode="full"))
-    with pytest.raises(TypeError, match="config must be a LoRAProConfig, got dict"):
-        LoRAProCallback({"mode": "efficient"})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"must be a LoRAProConfig or a dictionary of its settings .* got 'efficient'"):
+        LoRAProCallback("efficient")  # type: ignore[arg-type]
+    assert LoRAProCallback({"x_mode": "zero"}).config == LoRAProConfig(mode="efficient", x_mode="zero")
 
 
 def test_callback_and_optimizer_both_active_raises(tmp_path: Path):

@@ -395,3 +395,11 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "--lora_pro_efficient_lr" in done.stdout and "exit codes" in done.stdout
+
+
+@pytest.mark.parametrize(("option", "name"), [("--dataset", "nonexist.json"), ("--model", "./nowhere")])
+def test_a_path_with_nothing_there_is_said_to_be_missing(
+    option: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["demo", option, name, "--output_dir", str(tmp_path)]) == 2
+    assert re.search(rf"There is no (file or )?folder '{name}'; check {option}\.", capsys.readouterr().err)

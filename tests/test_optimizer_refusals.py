@@ -76,6 +76,12 @@ def test_bad_config(settings, message):
         create_lorapro_optimizer(LINEAR.build(), lr=1e-2, config=settings)
 
 
+@pytest.mark.parametrize("config", ["efficient", LoRAProConfig, 3])
+def test_settings_of_a_wrong_kind(config):
+    with pytest.raises(TypeError, match="must be a LoRAProConfig or a dictionary of its settings such as"):
+        create_lorapro_optimizer(LINEAR.build(), lr=1e-2, config=config)
+
+
 def test_config_round_trip():
     config = LoRAProConfig(mode="efficient", x_mode="zero", rtol=1e-3)
     assert LoRAProConfig.from_dict(config.to_dict()) == config

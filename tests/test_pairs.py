@@ -346,7 +346,10 @@ def kasa():
     ("build", "message"),
     [
         (two_linears, r"Sequential has no LoRA layer; wrap it first: .*get_peft_model"),
-        (lambda: get_peft_model(two_linears(), LoHaConfig(target_modules=["0"])), "but no LoRA layer"),
+        (
+            lambda: get_peft_model(two_linears(), LoHaConfig(target_modules=["0"])),
+            r"\['peft.tuners.loha.layer.Linear'\] but no LoRA layer",
+        ),
         (lambda: LINEAR.build(inference_mode=True), r"no active LoRA adapter is trainable .*is_trainable=True"),
         (lambda: freeze(LINEAR.build(), "A"), r"body: lora_A of adapter 'default' is frozen"),
         (lambda: freeze(LINEAR.build(), "B"), r"body: lora_B of adapter 'default' is frozen"),
@@ -364,6 +367,11 @@ def kasa():
 def test_what_cannot_be_right_is_refused(build, message):
     with pytest.raises(ValueError, match=message):
         find_lora_pairs(build())
+
+
+def test_parameters_instead_of_the_model_are_refused():
+    with pytest.raises(TypeError, match="expected the model itself, got a generator; pass model"):
+        find_lora_pairs(LINEAR.build().parameters())
 
 
 def test_missing_gradient_of_one_factor_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,15 +45,16 @@ class LoRAProCallback(TrainerCallback):
 
     The optimizer then sees the adjusted gradients, its moments included: with AdamW this is LoRA-Pro's efficient mode.
     `Trainer` has clipped the raw gradients to `max_grad_norm` before the callback sees them; the adjusted gradients
-    are not clipped again. Optimizers that step during the backward pass (LOMO, layer-wise GaLore) leave no gradients
-    to rewrite and are refused at the first step.
+    are not clipped again. Gradients that are not finite reach the optimizer as such: whether to skip the step is its
+    affair, or the gradient scaler's. Optimizers that step during the backward pass (LOMO, layer-wise GaLore) leave no
+    gradients to rewrite and are refused at the first step.
 
     In a loop of your own, call `project_pair_gradients_(pairs, config)` between `backward()` and `optimizer.step()`
-    instead, with `pairs = find_lora_pairs(model)`.
+    instead, from `lorapro_hf.pair_gradients`, with `pairs = find_lora_pairs(model)`.
 
     Args:
-        config: The settings; by default `LoRAProConfig(mode="efficient")`. `mode="full"` is refused, because its
-            moments live in `LoRAProAdamW`.
+        config: The settings, or a dictionary of them; by default `LoRAProConfig(mode="efficient")`. `mode="full"` is
+            refused, because its moments live in `LoRAProAdamW`.
 
     Attributes:
         last_grad_norm: Global norm of the adjusted gradients of the last step, a 0-dim tensor; `None` before it.
@@ -63,10 +65,10 @@ class LoRAProCallback(TrainerCallback):
             FSDP; at a step, if no pair has a gradient.
     """
 
-    def __init__(self, config: LoRAProConfig | None = None) -> None:
-        config = LoRAProConfig(mode="efficient") if config is None else config
-        if not isinstance(config, LoRAProConfig):
-            raise TypeError(f"config must be a LoRAProConfig, got {type(config).__name__}.")
+    def __init__(self, config: LoRAProConfig | Mapping[str, Any] | None = None) -> None:
+        if config is None or isinstance(config, Mapping):
+            config = {"mode": "efficient", **(config or {})}
+        config = LoRAProConfig.of(config)
         if config.mode != "efficient":
             raise ValueError(
                 f"LoRAProCallback cannot run mode={config.mode!r}: its moments live in LoRAProAdamW. Use "

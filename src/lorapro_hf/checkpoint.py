@@ -21,7 +21,7 @@ def check_state_dict(
         found = "of another optimizer" if None in modes else f"of LoRA-Pro mode {modes.pop()!r}"
         raise ValueError(
             f"the checkpoint is {found}, but this optimizer has LoRA-Pro mode {mode!r}. Resume with the settings it "
-            "was written with, or start without optimizer state."
+            "was written with, or without the optimizer's state (delete optimizer.pt from the checkpoint's folder)."
         )
     if len(saved_groups) != len(param_groups):
         raise ValueError(

@@ -50,6 +50,23 @@ class LoRAProConfig:
                 f"rtol={self.rtol!r} must be a number in [0, 1), or None for a value chosen from the dtype."
             )
 
+    @classmethod
+    def of(cls, settings: LoRAProConfig | Mapping[str, Any] | None) -> LoRAProConfig:
+        """`settings` as a `LoRAProConfig`: as it is, from a dictionary, or the default for `None`.
+
+        Raises:
+            TypeError: if it is anything else.
+            ValueError: as in `from_dict`.
+        """
+        if settings is None or isinstance(settings, Mapping):
+            return cls.from_dict(settings or {})
+        if not isinstance(settings, cls):
+            raise TypeError(
+                f"the settings of LoRA-Pro must be a LoRAProConfig or a dictionary of its settings such as "
+                f'{{"mode": "efficient"}}, got {settings!r}.'
+            )
+        return settings
+
     def to_dict(self) -> dict[str, Any]:
         """The settings as a dictionary of plain values, ready for JSON or YAML."""
         return asdict(self)

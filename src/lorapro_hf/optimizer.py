@@ -60,7 +60,7 @@ class LoRAProAdamW(torch.optim.Optimizer):
         if not pairs:
             raise ValueError("no LoRA pairs to optimize; pass find_lora_pairs(model), or use torch.optim.AdamW.")
         _check_hyperparameters(lr, betas, eps, weight_decay)
-        self.config = config if isinstance(config, LoRAProConfig) else LoRAProConfig.from_dict(config or {})
+        self.config = LoRAProConfig.of(config)
         self.pairs = list(pairs)
         self.last_grad_norm: Tensor | None = None
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})

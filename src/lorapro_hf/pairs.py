@@ -117,11 +117,14 @@ def find_lora_pairs(model: nn.Module) -> list[LoRAPair]:
         model: a `PeftModel`, or any module that holds PEFT LoRA layers; wrappers such as DDP may be around it.
 
     Raises:
+        TypeError: `model` is no module.
         ValueError: there is no LoRA layer, all are frozen or merged, only one factor of a layer is trainable, a scaling
             is 0, or a layer is of a kind on which the projection would not be right. The message names the layer.
     """
     from peft.tuners.lora import LoraLayer
 
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected the model itself, got a {type(model).__name__}; pass model, not model.parameters().")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if not layers:
         raise ValueError(_no_lora_message(model))
@@ -226,7 +229,8 @@ def _unsupported(name: str, layer: Any, reason: str) -> ValueError:
 def _no_lora_message(model: nn.Module) -> str:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    others = sorted({type(module).__name__ for module in model.modules() if isinstance(module, BaseTunerLayer)})
+    kinds = {type(module) for module in model.modules() if isinstance(module, BaseTunerLayer)}
+    others = sorted(f"{kind.__module__}.{kind.__name__}" for kind in kinds)
     if others:
         return f"the model has adapter layers {others} but no LoRA layer; LoRA-Pro needs LoRA factors (LoraConfig)."
     return (

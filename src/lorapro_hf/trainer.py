@@ -97,12 +97,7 @@ class LoRAProTrainerMixin(_Base):
         self, *args: Any, lora_pro_config: LoRAProConfig | Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        if isinstance(lora_pro_config, Mapping):
-            lora_pro_config = LoRAProConfig.from_dict(lora_pro_config)
-        if not isinstance(lora_pro_config, LoRAProConfig | None):
-            found = type(lora_pro_config).__name__
-            raise TypeError(f"lora_pro_config must be a LoRAProConfig or a dictionary of its settings, got {found}.")
-        self._given_lora_pro_config = lora_pro_config
+        self._given_lora_pro_config = None if lora_pro_config is None else LoRAProConfig.of(lora_pro_config)
         self._lora_pro_announced = False
         # only now: some trainers build the PEFT model in their __init__
         self._resolve_lora_pro()
@@ -173,7 +168,7 @@ class LoRAProTrainerMixin(_Base):
             given = optimizer.config
         elif self.optimizer_cls_and_kwargs is not None:
             given, source = self.optimizer_cls_and_kwargs[1].get("config"), "optimizer_cls_and_kwargs="
-            given = LoRAProConfig.from_dict(given) if isinstance(given, Mapping) else given
+            given = None if given is None else LoRAProConfig.of(given)
         if given is not None and stated is not None and given != stated:
             raise ValueError(
                 f"{source} was built with {given}, but the trainer was told {stated}. State the settings once: drop "

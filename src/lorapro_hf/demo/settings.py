@@ -12,6 +12,12 @@ class UsageError(ValueError):
     """What the user asked for cannot be done; the message says why and what to do instead."""
 
 
+def is_missing_path(name: str, suffixes: tuple[str, ...] = ()) -> bool:
+    """Whether `name` can only be meant as a local path, by its start or its suffix, and nothing is there."""
+    local = name.startswith((".", "/", "~")) or Path(name).suffix in suffixes
+    return local and not Path(name).exists()
+
+
 @dataclass(frozen=True)
 class Method:
     """A way of training the adapter.

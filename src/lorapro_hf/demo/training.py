@@ -123,7 +123,7 @@ def training_arguments(settings: DemoSettings, method: Method, output_dir: Path)
         lora_pro=method.lora_pro_mode is not None,
         learning_rate=settings.learning_rate(method),
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, settings.steps // 10),
+        warmup_steps=settings.steps // 10,
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         seed=settings.seed,

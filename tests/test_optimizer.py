@@ -240,7 +240,7 @@ def test_decay_of_more_than_everything_stops_at_zero():
 def test_efficient_mode_rounds_a_bf16_factor_once():
     narrow, wide = small_model(torch.bfloat16), small_model(torch.bfloat16).float()
     for model in (narrow, wide):
-        optimizer = create_lorapro_optimizer(model, lr=1e-2, config={"mode": "efficient"})
+        optimizer = create_lorapro_optimizer(model, lr=1e-2, weight_decay=0.3, config={"mode": "efficient"})
         generator = torch.Generator().manual_seed(2)
         for pair in optimizer.pairs:
             for factor in (pair.A, pair.B):

@@ -9,6 +9,7 @@ from torch import nn
 from lora_layers import ROWS, Net, Row, tied_llama
 from lorapro_hf import LoRAProConfig, create_lorapro_optimizer, find_lora_pairs
 from lorapro_hf.pair_gradients import project_pair_gradients_
+from lorapro_hf.pairs import group_by_shape
 
 LINEAR = ROWS[0]
 by_name = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -259,7 +260,9 @@ def test_adapters_of_mixed_dtypes_are_kept_apart():
         nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)), LoraConfig(r=2, target_modules=["0", "2"])
     )
     first, second = find_lora_pairs(model)
+    assert len(group_by_shape([first, second])) == 1
     second.layer.double()
+    assert len(group_by_shape([first, second])) == 2
     model.base_model.model[2].forward = lambda x, own=model.base_model.model[2].forward: own(x.double())
     model(torch.randn(5, 6)).square().sum().backward()
     project_pair_gradients_([first, second], LoRAProConfig())

@@ -238,7 +238,8 @@ def test_decay_of_more_than_everything_stops_at_zero():
 
 
 def test_efficient_mode_rounds_a_bf16_factor_once():
-    narrow, wide = small_model(torch.bfloat16), small_model(torch.bfloat16).float()
+    narrow, wide = (small_model(torch.bfloat16, init_lora_weights=False) for _ in range(2))
+    wide.float()
     for model in (narrow, wide):
         optimizer = create_lorapro_optimizer(model, lr=1e-2, weight_decay=0.3, config={"mode": "efficient"})
         generator = torch.Generator().manual_seed(2)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorapro_hf.pair_gradients import moments_dtype
 from lorapro_hf.pairs import LoRAPair
+from lorapro_hf.projection import compute_dtype
 
 # A block of all four arrays in play fits a CPU core's cache; elsewhere few large kernels are better than many small.
 _BLOCK_ELEMENTS = {"cpu": 2**16}
@@ -29,7 +29,7 @@ def dense_shape(pair: LoRAPair) -> tuple[int, ...]:
 
 def new_dense_state(pair: LoRAPair) -> dict[str, Any]:
     """Fresh full-mode state of a pair, kept under its A."""
-    options: Any = {"dtype": moments_dtype(pair.A, pair.B), "device": pair.A.device}
+    options: Any = {"dtype": compute_dtype(pair.A, pair.B), "device": pair.A.device}
     return {
         "step": torch.zeros((), dtype=torch.float32),
         "exp_avg": torch.zeros(dense_shape(pair), **options),
@@ -44,7 +44,7 @@ def new_step_state() -> dict[str, Any]:
 
 def new_factor_state(factor: Tensor) -> dict[str, Any]:
     """Fresh efficient-mode state of one factor."""
-    dtype = moments_dtype(factor)
+    dtype = compute_dtype(factor)
     return {
         "step": torch.zeros((), dtype=torch.float32),
         "exp_avg": torch.zeros_like(factor, dtype=dtype, memory_format=torch.preserve_format),
@@ -57,7 +57,7 @@ def state_bytes(pairs: Sequence[LoRAPair], mode: str) -> int:
     total = 0
     for pair in pairs:
         elements = torch.Size(dense_shape(pair)).numel() if mode == "full" else pair.A.numel() + pair.B.numel()
-        total += 2 * elements * moments_dtype(pair.A, pair.B).itemsize
+        total += 2 * elements * compute_dtype(pair.A, pair.B).itemsize
     return total
 
 

@@ -12,8 +12,9 @@ from torch.optim.adamw import adamw
 from lorapro_hf.checkpoint import check_state_dict
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.moments import adam_factor_gradients, new_dense_state, new_factor_state, new_step_state, state_bytes
-from lorapro_hf.pair_gradients import ProjectedBatch, global_norm, moments_dtype, project_pairs
+from lorapro_hf.pair_gradients import ProjectedBatch, global_norm, project_pairs
 from lorapro_hf.pairs import LoRAPair, find_lora_pairs
+from lorapro_hf.projection import compute_dtype
 
 
 class LoRAProAdamW(torch.optim.Optimizer):
@@ -172,7 +173,7 @@ class LoRAProAdamW(torch.optim.Optimizer):
                     if not self.state[factor]:
                         self.state[factor].update(new_factor_state(factor))
                     # AdamW in the dtype of the moments: rounded to bf16 only once, at the end.
-                    exact = factor.to(moments_dtype(factor))
+                    exact = factor.to(compute_dtype(factor))
                     work.setdefault(id(groups[id(factor)]), []).append((factor, exact, h, self.state[factor]))
         for group in self.param_groups:
             if id(group) in work:
@@ -220,7 +221,7 @@ class LoRAProAdamW(torch.optim.Optimizer):
                 # torch casts floating state to the parameter's dtype, which would round the moments of bf16 factors.
                 for name, value in state_dict["state"][key].items():
                     if name != "step":
-                        self.state[parameter][name] = value.to(parameter.device, moments_dtype(parameter))
+                        self.state[parameter][name] = value.to(parameter.device, compute_dtype(parameter))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "pairs": self.pairs, "config": self.config, "last_grad_norm": None}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.pairs import LoRAPair, check_scaling, group_by_shape
-from lorapro_hf.projection import project_lora_gradients
+from lorapro_hf.projection import compute_dtype, project_lora_gradients
 
 
 class PairBatch(NamedTuple):
@@ -36,14 +36,6 @@ class ProjectedBatch(NamedTuple):
     h_B: Tensor
 
 
-def moments_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype in which gradients are adjusted and moments kept: float32, or float64 for float64 factors."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
 @torch.no_grad()
 def project_pairs(pairs: Sequence[LoRAPair], config: LoRAProConfig) -> list[ProjectedBatch]:
     """Adjusted gradients of all pairs that have gradients, in batches; nothing is changed.
@@ -55,7 +47,7 @@ def project_pairs(pairs: Sequence[LoRAPair], config: LoRAProConfig) -> list[Proj
     projected = []
     reached = {pair: gradients for pair in pairs if (gradients := pair.gradients()) is not None}
     for group in group_by_shape(reached):
-        dtype = moments_dtype(group[0].A, group[0].B)
+        dtype = compute_dtype(group[0].A, group[0].B)
         batch = _stack(group, dtype)
         grad_A = torch.stack([reached[pair][0] for pair in group]).to(dtype)
         grad_B = torch.stack([reached[pair][1] for pair in group]).to(dtype)

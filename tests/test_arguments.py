@@ -27,7 +27,7 @@ def test_command_line():
         *("--lora_pro_x_mode", "zero", "--lora_pro_update", "linear", "--lora_pro_rtol", "1e-5"),
     )
     assert args.lora_pro is True
-    assert args.lora_pro_config == LoRAProConfig(mode="efficient", x_mode="zero", rtol=1e-5)
+    assert args.lora_pro_config == LoRAProConfig(mode="efficient", x_mode="zero", update="linear", rtol=1e-5)
     assert args.learning_rate == 1e-3
 
 
@@ -76,12 +76,18 @@ def test_json_round_trip(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lora_pro_mode": "fast"}, "lora_pro_mode='fast' is unknown; valid values are 'full', 'efficient'"),
+        (
+            {"lora_pro_mode": "fast"},
+            "lora_pro_mode='fast' is unknown; valid values are 'full', 'full_8bit', 'factored', 'efficient'",
+        ),
         (
             {"lora_pro_x_mode": "one"},
             "lora_pro_x_mode='one' is unknown; valid values are 'sylvester', 'zero', 'symmetric'",
         ),
-        ({"lora_pro_update": "none"}, "lora_pro_update='none' is unknown; valid values are 'linear'"),
+        (
+            {"lora_pro_update": "none"},
+            "lora_pro_update='none' is unknown; valid values are None, 'linear', 'sequential'",
+        ),
         ({"lora_pro_rtol": 1.5}, r"rtol=1.5 must be a number in \[0, 1\)"),
         ({"lora_pro_rtol": "small"}, r"lora_pro_rtol='small' must be a number in \[0, 1\)"),
         ({"lora_pro": "false"}, "lora_pro=.false. must be true or false"),

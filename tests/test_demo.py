@@ -21,13 +21,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from lorapro_hf import cli
-from lorapro_hf.demo import base_model, run
+from lorapro_hf.demo import base_model, command, run
 from lorapro_hf.demo.evaluation import METRIC, Evaluator
 from lorapro_hf.demo.problems import encode, load_problems
 from lorapro_hf.demo.report import smooth
-from lorapro_hf.demo.settings import METHODS, DemoSettings, UsageError
+from lorapro_hf.demo.settings import COMPARED, METHODS, DemoSettings
 from lorapro_hf.demo.training import StopRequest, train_method, training_arguments
 from lorapro_hf.demo.word_problems import TEMPLATES, generate_problems, word_problems
+from lorapro_hf.options import UsageError
 
 STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+) [a-z]+")
 
@@ -177,7 +178,7 @@ def test_a_whole_run(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert cli.main(["demo", *options]) == 0
     results = json.loads((output / "results.json").read_text())
     methods = {row["method"]: row for row in results["methods"]}
-    assert list(methods) == list(METHODS)
+    assert list(methods) == list(COMPARED)
     for name, row in methods.items():
         assert row["steps"] == len(row["train_losses"]) == len(row["optimizer_ms"]) == 4
         assert row["learning_rate"] == METHODS[name].learning_rate
@@ -186,7 +187,7 @@ def test_a_whole_run(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert (output / name / "adapter_model.safetensors").exists()
     # same data, order and adapter: the methods part after the first step only
     assert len({row["train_losses"][0] for row in methods.values()}) == 1
-    assert len({row["train_losses"][-1] for row in methods.values()}) == 3
+    assert len({row["train_losses"][-1] for row in methods.values()}) == len(COMPARED)
     factors = sum(2 * 8 * sum(shape) * 4 for shape in [(32, 32)] * 8 + [(32, 48)] * 6)
     dense = sum(2 * m * n * 4 for m, n in [(32, 32)] * 8 + [(32, 48)] * 6)
     assert methods["lora"]["optimizer_state_mb"] * 1e6 == pytest.approx(factors, rel=0.02)
@@ -201,11 +202,11 @@ def test_a_whole_run(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_methods_differ_in_learning_rate_and_lora_pro_alone(tmp_path: Path) -> None:
     settings = DemoSettings(learning_rates={"lora_pro": 3e-5})
     every = {name: training_arguments(settings, method, tmp_path) for name, method in METHODS.items()}
-    assert [arguments.lora_pro for arguments in every.values()] == [False, True, True]
+    assert [name for name, arguments in every.items() if not arguments.lora_pro] == ["lora"]
     assert every["lora_pro"].learning_rate == 3e-5 and every["lora"].learning_rate == METHODS["lora"].learning_rate
-    own = {"learning_rate", "lora_pro", "lora_pro_mode"}
+    own = {"learning_rate", "lora_pro", "lora_pro_mode", "lora_pro_update"}
     common = [{key: value for key, value in each.to_dict().items() if key not in own} for each in every.values()]
-    assert common[0] == common[1] == common[2]
+    assert all(each == common[0] for each in common)
 
 
 def test_adapter_in_the_folder_is_the_trained_one(tiny: str, tmp_path: Path) -> None:
@@ -374,7 +375,7 @@ def test_missing_model_package_names_both_remedies(monkeypatch: pytest.MonkeyPat
 
 
 def test_missing_extra_names_the_remedy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
     assert cli.main(["demo"]) == 2
     assert "pip install 'lorapro_hf[demo]'" in capsys.readouterr().err
 
@@ -403,3 +404,29 @@ def test_a_path_with_nothing_there_is_said_to_be_missing(
 ) -> None:
     assert cli.main(["demo", option, name, "--output_dir", str(tmp_path)]) == 2
     assert re.search(rf"There is no (file or )?folder '{name}'; check {option}\.", capsys.readouterr().err)
+
+
+# Curves over seeds
+
+
+def test_curves_of_several_methods_and_seeds(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", tiny, "--steps", "3", "--batch_size", "2", "--eval_size", "4", "--output_dir", str(tmp_path)]
+    methods = ["lora_pro", "lora_pro_sequential", "lora_pro_8bit", "lora_pro_factored"]
+    options += ["--methods", *methods, *(word for name in methods for word in (f"--{name}_lr", "1e-2"))]
+    assert cli.main(["curves", *options, "--seeds", "0", "5"]) == 0
+    curves = json.loads((tmp_path / "curves.json").read_text())["curves"]
+    assert [(curve["method"], curve["seed"]) for curve in curves] == [
+        (method, seed) for seed in (0, 5) for method in methods
+    ]
+    for seed in (0, 5):
+        own = [curve for curve in curves if curve["seed"] == seed]
+        assert len({curve["train_losses"][0] for curve in own}) == 1  # equal data and adapter
+        assert len({curve["train_losses"][-1] for curve in own}) == len(own)
+    assert curves[0]["train_losses"] != curves[4]["train_losses"]
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "LoRA-Pro factored" in capsys.readouterr().out
+
+
+def test_curves_want_each_seed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["curves", "--seeds", "1", "1", "--output_dir", str(tmp_path)]) == 2
+    assert "Seeds [1, 1] must be at least one, each named once." in capsys.readouterr().err

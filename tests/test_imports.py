@@ -19,16 +19,20 @@ ROOT = Path(lorapro_hf.__file__).parent
 
 # From the ground up. A module imports only from floors below its own; a sub-package counts as one module.
 FLOORS = (
-    ("config",),
-    ("projection", "reference"),
-    ("pairs",),
-    ("pair_gradients",),
+    ("config", "kernels"),
+    ("bases", "reference"),
+    ("projection", "sequential"),
+    ("factored", "pairs"),
+    ("stacks", "memory"),
     ("moments",),
-    ("checkpoint",),
-    ("optimizer",),
+    ("steps", "checkpoint"),
+    ("pair_gradients", "optimizer"),
+    ("factory",),
     ("callback", "arguments"),
     ("trainer",),
+    ("options",),
     ("demo",),
+    ("bench",),
     ("cli",),
 )
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
@@ -39,7 +43,20 @@ TRAINER_SIDE = FLOOR["callback"]
 TRAINER_SIDE_ONLY = {"transformers"}
 TRAINER_SIDE_AT_TOP = {"transformers", "peft", "accelerate", "datasets", "evaluate"}
 # Behind extras: imported where they are used.
-DEMO_AT_TOP = {"trl", "deepspeed", "bitsandbytes", "matplotlib", "rich", "gguf"}
+DEMO_AT_TOP = {
+    "trl",
+    "deepspeed",
+    "bitsandbytes",
+    "matplotlib",
+    "rich",
+    "gguf",
+    "lora_pro",
+    "pytorch_optimizer",
+    "triton",
+}
+PROGRAMS = {"demo", "bench"}
+# What else a module may import at its top: the Triton kernels are themselves imported where they are used.
+EXEMPT = {"kernels": {"triton"}}
 
 
 class Import(NamedTuple):
@@ -87,7 +104,9 @@ def house_module(name: str) -> str:
 
 def violations(module: str, imports: list[Import]) -> list[str]:
     floor = FLOOR[module]
-    local_only = (TRAINER_SIDE_AT_TOP if floor < TRAINER_SIDE else set()) | (DEMO_AT_TOP if module != "demo" else set())
+    local_only = (TRAINER_SIDE_AT_TOP if floor < TRAINER_SIDE else set()) | (
+        DEMO_AT_TOP - EXEMPT.get(module, set()) if module not in PROGRAMS else set()
+    )
     found = []
     for target, at_top, line in imports:
         library = target.split(".")[0]
@@ -127,13 +146,15 @@ def test_module_keeps_the_import_rule(path: Path) -> None:
         ("pairs", "import lorapro_hf.trainer"),
         ("pairs", "def f():\n    from lorapro_hf.trainer import LoRAProTrainer"),
         ("pairs", "from lorapro_hf.unheard_of import anything"),
-        ("projection", "from lorapro_hf.reference import anything"),
+        ("sequential", "from lorapro_hf.projection import anything"),
         ("pairs", "import peft"),
         ("pairs", "try:\n    import peft.tuners\nexcept ImportError:\n    pass"),
         ("optimizer", "def f():\n    import transformers"),
         ("optimizer", "class C:\n    import accelerate"),
         ("trainer", "from trl import SFTTrainer"),
         ("cli", "from rich.table import Table"),
+        ("optimizer", "import lora_pro"),
+        ("demo", "from lorapro_hf.bench import run"),
     ],
 )
 def test_import_rule_notices(module: str, source: str) -> None:
@@ -150,6 +171,7 @@ def test_import_rule_notices(module: str, source: str) -> None:
         ("trainer", "from lorapro_hf import LoRAProConfig, __version__"),
         ("trainer", "def f():\n    import deepspeed"),
         ("demo", "import rich\nfrom lorapro_hf.demo.other import anything"),
+        ("bench", "import matplotlib\nfrom lorapro_hf.demo.run import anything"),
     ],
 )
 def test_import_rule_allows(module: str, source: str) -> None:

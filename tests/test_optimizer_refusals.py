@@ -63,9 +63,14 @@ def test_bad_construction(changes, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mode": "fast"}, "mode='fast' is unknown; valid values are 'full', 'efficient'"),
+        ({"mode": "fast"}, "mode='fast' is unknown; valid values are 'full', 'full_8bit', 'factored', 'efficient'"),
         ({"x_mode": "one"}, "x_mode='one' is unknown; valid values are 'sylvester', 'zero', 'symmetric'"),
-        ({"update": "one"}, "update='one' is unknown; valid values are 'linear'"),
+        ({"update": "one"}, "update='one' is unknown; valid values are None, 'linear', 'sequential'"),
+        ({"moments_dtype": "float16"}, "moments_dtype='float16' is unknown; valid values are 'float32', 'bfloat16'"),
+        ({"backend": "cuda"}, "backend='cuda' is unknown; valid values are 'auto', 'torch', 'compiled', 'triton'"),
+        ({"mode": "efficient", "update": "sequential"}, "mode 'efficient' runs Adam on the factors"),
+        ({"mode": "full_8bit", "moments_dtype": "bfloat16"}, "is for mode 'full' only, not for mode 'full_8bit'"),
+        ({"mode": "factored", "backend": "torch"}, "backend='torch' is for modes 'full' and 'full_8bit'"),
         ({"rtol": 2.0}, r"rtol=2.0 must be a number in \[0, 1\)"),
         ({"rtol": "1e-6"}, r"rtol='1e-6' must be a number in \[0, 1\)"),
         ({"modus": "full"}, r"\['modus'\] are no LoRA-Pro settings; the settings are \['mode'"),

@@ -13,7 +13,7 @@ from lorapro_hf import (
 from optimizer_helpers import assert_same, backward, both_modes, small_model, snapshot
 
 
-@both_modes
+@pytest.mark.parametrize("mode", ["full", "factored", "efficient"])
 def test_moments_of_bf16_factors_are_fp32_and_stay_so(mode):
     model = small_model(torch.bfloat16)
     optimizer = create_lorapro_optimizer(model, lr=1e-2, config={"mode": mode})
@@ -123,7 +123,7 @@ def test_distributed_checkpoint_functions_carry_the_state(mode):
     assert_same(snapshot(optimizer), snapshot(again))
 
 
-@both_modes
+@pytest.mark.parametrize("mode", ["full", "factored", "efficient"])
 def test_state_of_float64_factors_loads_into_float32_ones(mode):
     wide = small_model(torch.float64)
     optimizer = create_lorapro_optimizer(wide, lr=1e-2, config={"mode": mode})

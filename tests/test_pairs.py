@@ -8,8 +8,9 @@ from torch import nn
 
 from lora_layers import ROWS, Net, Row, tied_llama
 from lorapro_hf import LoRAProConfig, create_lorapro_optimizer, find_lora_pairs
+from lorapro_hf.config import MODES
 from lorapro_hf.pair_gradients import project_pair_gradients_
-from lorapro_hf.pairs import group_by_shape
+from lorapro_hf.stacks import stacks_of
 
 LINEAR = ROWS[0]
 by_name = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
@@ -80,11 +81,12 @@ def test_realised_change_is_the_projected_gradient(row):
     adjusted = [stacked([pair.A.grad, pair.B.grad]) for pair in pairs]
     for pair, before, after in zip(pairs, raw, adjusted, strict=True):
         assert_moves_by_the_projection(pair, before, after, 1e-7 if row.dtype == torch.float64 else 1e-4)
-    torch.testing.assert_close(norm.double(), torch.cat(adjusted).norm(), rtol=1e-5, atol=0)
+    moves = [first_order_map(pair) @ after.double() for pair, after in zip(pairs, adjusted, strict=True)]
+    torch.testing.assert_close(norm.double(), torch.cat(moves).norm(), rtol=1e-4, atol=0)
 
 
 @by_name
-@pytest.mark.parametrize("mode", ["full", "efficient"])
+@pytest.mark.parametrize("mode", MODES)
 def test_optimizer_trains_every_kind(row, mode):
     model = row.build(init_lora_weights=True)
     optimizer = create_lorapro_optimizer(model, lr=2e-3, config={"mode": mode})
@@ -260,9 +262,9 @@ def test_adapters_of_mixed_dtypes_are_kept_apart():
         nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)), LoraConfig(r=2, target_modules=["0", "2"])
     )
     first, second = find_lora_pairs(model)
-    assert len(group_by_shape([first, second])) == 1
+    assert len(stacks_of([first, second])) == 1
     second.layer.double()
-    assert len(group_by_shape([first, second])) == 2
+    assert len(stacks_of([first, second])) == 2
     model.base_model.model[2].forward = lambda x, own=model.base_model.model[2].forward: own(x.double())
     model(torch.randn(5, 6)).square().sum().backward()
     project_pair_gradients_([first, second], LoRAProConfig())

@@ -28,8 +28,9 @@ from lorapro_hf import (
     LoRAProTrainerMixin,
     LoRAProTrainingArguments,
     create_lorapro_optimizer,
+    equivalent_gradient,
 )
-from lorapro_hf.trainer import readable_bytes
+from lorapro_hf.memory import readable_bytes
 from trainer_helpers import arguments, assert_same, build, differ, factors, logged, run, tiny_base, tiny_lora
 
 MODES = pytest.mark.parametrize("mode", ["full", "efficient"])
@@ -335,7 +336,7 @@ def test_metrics_reach_every_reporter(tmp_path: Path):
     assert len(others) == 2 and not any("lora_pro" in key for record in others for key in record)
 
 
-def test_logged_norm_is_that_of_the_adjusted_gradients(tmp_path: Path):
+def test_logged_norm_is_that_of_the_equivalent_gradients(tmp_path: Path):
     norms: list[float] = []
 
     def adjust(model: Any, **_: Any) -> None:
@@ -345,7 +346,8 @@ def test_logged_norm_is_that_of_the_adjusted_gradients(tmp_path: Path):
         pairs = find_lora_pairs(model)
         kept = {p: p.grad.clone() for pair in pairs for p in (pair.A, pair.B)}
         project_pair_gradients_(pairs, LoRAProConfig())
-        norms.append(math.sqrt(sum(float(p.grad.double().square().sum()) for p in kept)))
+        moves = [equivalent_gradient(pair.A, pair.B, pair.A.grad, pair.B.grad, pair.scaling) for pair in pairs]
+        norms.append(math.sqrt(sum(float(move.double().square().sum()) for move in moves)))
         for parameter, gradient in kept.items():
             parameter.grad = gradient
 
@@ -378,7 +380,7 @@ def test_start_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     trainer.train()
     messages = [r.getMessage() for r in caplog.records if r.name == "lorapro_hf.trainer"]
     size = readable_bytes(trainer.optimizer.optimizer.estimated_state_bytes())
-    assert messages == [f"LoRA-Pro: 14 pairs, mode=full, x_mode=zero, optimizer state about {size}"]
+    assert messages == [f"LoRA-Pro: 14 pairs, mode=full, update=linear (zero), optimizer state about {size}"]
     assert size.endswith("KiB")
 
 
@@ -391,7 +393,7 @@ def test_start_is_seen_without_any_logging_set_up(tmp_path: Path):
     )
     command = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stderr.count("LoRA-Pro: 14 pairs, mode=full, x_mode=sylvester, optimizer state about") == 1
+    assert done.stderr.count("LoRA-Pro: 14 pairs, mode=full, update=linear (sylvester), optimizer state about") == 1
 
 
 @pytest.mark.parametrize(

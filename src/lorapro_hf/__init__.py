@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from lorapro_hf.arguments import LoRAProTrainingArguments
     from lorapro_hf.callback import LoRAProCallback
     from lorapro_hf.config import LoRAProConfig
-    from lorapro_hf.optimizer import LoRAProAdamW, LoRAProOptimizerFactory, create_lorapro_optimizer
+    from lorapro_hf.factory import LoRAProOptimizerFactory, create_lorapro_optimizer
+    from lorapro_hf.memory import StateTooLargeError
+    from lorapro_hf.optimizer import LoRAProAdamW
     from lorapro_hf.pairs import LoRAPair, find_lora_pairs
     from lorapro_hf.projection import equivalent_gradient, project_lora_gradients
     from lorapro_hf.trainer import LoRAProTrainer, LoRAProTrainerMixin
@@ -28,6 +30,7 @@ __all__ = [
     "LoRAProTrainer",
     "LoRAProTrainerMixin",
     "LoRAProTrainingArguments",
+    "StateTooLargeError",
     "create_lorapro_optimizer",
     "equivalent_gradient",
     "find_lora_pairs",
@@ -39,11 +42,12 @@ _HOMES = {
     "LoRAProAdamW": "optimizer",
     "LoRAProCallback": "callback",
     "LoRAProConfig": "config",
-    "LoRAProOptimizerFactory": "optimizer",
+    "LoRAProOptimizerFactory": "factory",
     "LoRAProTrainer": "trainer",
     "LoRAProTrainerMixin": "trainer",
     "LoRAProTrainingArguments": "arguments",
-    "create_lorapro_optimizer": "optimizer",
+    "StateTooLargeError": "memory",
+    "create_lorapro_optimizer": "factory",
     "equivalent_gradient": "projection",
     "find_lora_pairs": "pairs",
     "project_lora_gradients": "projection",

@@ -7,12 +7,12 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from lorapro_hf.config import MODES, UPDATES, X_MODES, LoRAProConfig, check_choice
+from lorapro_hf.config import BACKENDS, MODES, MOMENTS_DTYPES, UPDATES, X_MODES, LoRAProConfig, check_choice
 
 _DEFAULTS = LoRAProConfig()
 
 
-def _choice(default: str, valid: tuple[str, ...], help: str) -> Any:
+def _choice(default: str | None, valid: tuple[str, ...], help: str) -> Any:
     return field(default=default, metadata={"help": help, "choices": list(valid)})
 
 
@@ -38,6 +38,9 @@ class LoRAProTrainingArguments(TrainingArguments):
         lora_pro_x_mode: See `LoRAProConfig.x_mode`.
         lora_pro_update: See `LoRAProConfig.update`.
         lora_pro_rtol: See `LoRAProConfig.rtol`.
+        lora_pro_moments_dtype: See `LoRAProConfig.moments_dtype`.
+        lora_pro_backend: See `LoRAProConfig.backend`.
+        lora_pro_check_memory: Refuse a mode whose optimizer state cannot fit into the memory that is left.
 
     Raises:
         ValueError: for an unknown mode, x_mode or update, or an rtol outside `[0, 1)`.
@@ -50,14 +53,18 @@ class LoRAProTrainingArguments(TrainingArguments):
     lora_pro_mode: str = _choice(
         _DEFAULTS.mode,
         MODES,
-        "'full' keeps Adam moments of the size of the adapted weights and uses learning rates of full fine-tuning, "
-        "'efficient' keeps moments of the size of the factors and uses learning rates of LoRA.",
+        "What Adam's moments are kept of: 'full' and 'full_8bit' need memory of the size of the adapted weights, "
+        "'factored' of the size of the factors; learning rates are those of full fine-tuning. 'efficient' keeps "
+        "moments of the factors and uses learning rates of LoRA.",
     )
     lora_pro_x_mode: str = _choice(
         _DEFAULTS.x_mode, X_MODES, "Which of the equivalent factor gradients to take; 'sylvester' is the paper's."
     )
-    lora_pro_update: str = _choice(
-        _DEFAULTS.update, UPDATES, "How a step is spent on the two factors; 'linear' moves both at once."
+    lora_pro_update: str | None = _choice(
+        _DEFAULTS.update,
+        UPDATES,
+        "How a step is spent on the two factors: 'linear' (the paper) moves both at once, 'sequential' B first and A "
+        "against the new B. By default the mode's own: sequential for 'factored', linear for the others.",
     )
     lora_pro_rtol: float | None = field(
         default=_DEFAULTS.rtol,
@@ -66,13 +73,25 @@ class LoRAProTrainingArguments(TrainingArguments):
             "count as absent. By default chosen from the dtype."
         },
     )
+    lora_pro_moments_dtype: str = _choice(
+        _DEFAULTS.moments_dtype, MOMENTS_DTYPES, "'bfloat16' halves the optimizer state of mode 'full'."
+    )
+    lora_pro_backend: str = _choice(
+        _DEFAULTS.backend, BACKENDS, "What updates moments of the size of the weights; 'auto' goes by the device."
+    )
+    lora_pro_check_memory: bool = field(
+        default=True,
+        metadata={"help": "Refuse a mode whose optimizer state cannot fit into the memory that is left."},
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.lora_pro, bool):
             raise ValueError(f"lora_pro={self.lora_pro!r} must be true or false (in YAML without quotes).")
         check_choice("lora_pro_mode", self.lora_pro_mode, MODES)
         check_choice("lora_pro_x_mode", self.lora_pro_x_mode, X_MODES)
-        check_choice("lora_pro_update", self.lora_pro_update, UPDATES)
+        check_choice("lora_pro_update", self.lora_pro_update, (None, *UPDATES))
+        check_choice("lora_pro_moments_dtype", self.lora_pro_moments_dtype, MOMENTS_DTYPES)
+        check_choice("lora_pro_backend", self.lora_pro_backend, BACKENDS)
         if self.lora_pro_rtol is not None:
             self.lora_pro_rtol = self._number(self.lora_pro_rtol)
         _ = self.lora_pro_config  # validates the rest
@@ -93,4 +112,6 @@ class LoRAProTrainingArguments(TrainingArguments):
             x_mode=self.lora_pro_x_mode,
             update=self.lora_pro_update,
             rtol=self.lora_pro_rtol,
+            moments_dtype=self.lora_pro_moments_dtype,
+            backend=self.lora_pro_backend,
         )

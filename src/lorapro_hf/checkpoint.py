@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lorapro_hf.moments import dense_shape
+from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.moments import state_shapes
 from lorapro_hf.pairs import LoRAPair
 
 _ADVICE = "It is a checkpoint of another model or rank; resume with the model it was written for."
 
 
 def check_state_dict(
-    state_dict: dict[str, Any], param_groups: list[dict[str, Any]], pairs: Sequence[LoRAPair], mode: str
+    state_dict: dict[str, Any], param_groups: list[dict[str, Any]], pairs: Sequence[LoRAPair], config: LoRAProConfig
 ) -> None:
     """Raise a `ValueError` that says what differs if `state_dict` is of another optimizer, mode, rank or model."""
     saved_groups = state_dict["param_groups"]
-    modes = {group.get("lora_pro_mode") for group in saved_groups}
-    if modes != {mode}:
-        found = "of another optimizer" if None in modes else f"of LoRA-Pro mode {modes.pop()!r}"
+    modes = {_kind(group.get("lora_pro_mode"), group.get("moments_dtype")) for group in saved_groups}
+    own_mode = _kind(config.mode, config.moments_dtype)
+    if modes != {own_mode}:
+        found = "of another optimizer" if None in modes else f"of LoRA-Pro mode {modes.pop()}"
         raise ValueError(
-            f"the checkpoint is {found}, but this optimizer has LoRA-Pro mode {mode!r}. Resume with the settings it "
+            f"the checkpoint is {found}, but this optimizer has LoRA-Pro mode {own_mode}. Resume with the settings it "
             "was written with, or without the optimizer's state (delete optimizer.pt from the checkpoint's folder)."
         )
     if len(saved_groups) != len(param_groups):
@@ -29,18 +31,29 @@ def check_state_dict(
         )
     for saved, own in zip(saved_groups, param_groups, strict=True):
         _check_group(saved, own)
-    holders = {id(p) for pair in pairs for p in ((pair.A,) if mode == "full" else (pair.A, pair.B))}
-    dense = {id(pair.A): dense_shape(pair) for pair in pairs} if mode == "full" else {}
+    expected: dict[int, dict[str, tuple[int, ...]]] = {}
+    for pair in pairs:
+        for factor, shapes in zip((pair.A, pair.B), state_shapes(pair, config.mode), strict=True):
+            expected[id(factor)] = shapes
     for saved, own in zip(saved_groups, param_groups, strict=True):
         for key, name, parameter in zip(saved["params"], _names(own), own["params"], strict=True):
             state = state_dict["state"].get(key, {})
-            if (id(parameter) in holders) and state and not {"exp_avg", "exp_avg_sq"} <= state.keys():
+            shapes = expected.get(id(parameter), dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(parameter.shape)))
+            if state and id(parameter) in expected and not shapes.keys() <= state.keys():
                 raise ValueError(f"the checkpoint lacks the moments of {name}; it is damaged. Use an earlier one.")
-            shape = dense.get(id(parameter), tuple(parameter.shape))
-            for moment in ("exp_avg", "exp_avg_sq"):
-                before = tuple(state[moment].shape) if moment in state else shape
-                if before != shape:
-                    raise ValueError(f"{name} has moments of shape {shape}, but {before} in the checkpoint. {_ADVICE}")
+            _check_shapes(name, state, shapes)
+
+
+def _check_shapes(name: str, state: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    for moment, shape in shapes.items():
+        before = tuple(state[moment].shape) if moment in state else shape
+        if before != shape:
+            raise ValueError(f"{name} has moments of shape {shape}, but {before} in the checkpoint. {_ADVICE}")
+
+
+def _kind(mode: str | None, moments_dtype: str | None) -> str | None:
+    """How a message names a form of moments; what has no `moments_dtype` was written with float32."""
+    return f"'full' in {moments_dtype}" if mode and moments_dtype not in (None, "float32") else mode and repr(mode)
 
 
 def _check_group(saved: dict[str, Any], own: dict[str, Any]) -> None:

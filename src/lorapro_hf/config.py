@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-MODES = ("full", "efficient")
+MODES = ("full", "full_8bit", "factored", "efficient")
 X_MODES = ("sylvester", "zero", "symmetric")
-UPDATES = ("linear",)
+UPDATES = ("linear", "sequential")
+MOMENTS_DTYPES = ("float32", "bfloat16")
+BACKENDS = ("auto", "torch", "compiled", "triton")
+_OWN_UPDATES = {"factored": "sequential"}
 
 
-def check_choice(name: str, value: object, valid: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, valid: tuple[str | None, ...]) -> None:
     """Raise a `ValueError` that lists the valid values if `value` is not one of them."""
     if value not in valid:
         listed = ", ".join(repr(choice) for choice in valid)
@@ -23,32 +26,72 @@ class LoRAProConfig:
     """Settings of LoRA-Pro.
 
     Args:
-        mode: `"full"` keeps the Adam moments of the equivalent gradient, of the size of the adapted weights, and uses
-            learning rates of full fine-tuning (2e-5 for a 7B model). `"efficient"` keeps moments of the size of the
-            factors and uses learning rates of LoRA.
+        mode: What Adam's moments are kept of, which decides memory and learning rate. `"full"`: of the equivalent
+            gradient, of the size of the adapted weights, in float32. `"full_8bit"`: the same in 8 bits an element
+            (needs bitsandbytes, or Triton on CUDA). `"factored"`: of the equivalent gradient, in as little memory as
+            the factors take. These three use learning rates of full fine-tuning (2e-5 for a 7B model). `"efficient"`:
+            of the two factors, with learning rates of LoRA.
         x_mode: Which of the equivalent factor gradients to take: `"sylvester"` (closest to LoRA's own gradients, the
-            paper's choice), `"zero"` or `"symmetric"` (both factors contribute alike).
-        update: How a step is spent on the two factors: `"linear"` moves both at once along their gradients.
+            paper's choice), `"zero"` or `"symmetric"` (both factors contribute alike). Without effect on a sequential
+            update, which has no such freedom.
+        update: How a step is spent on the two factors: `"linear"`, the paper's, moves both at once along their
+            gradients; `"sequential"` moves B first and then A against the new B, so that the weight moves as meant and
+            not only to first order. `None`: the mode's own, sequential for `"factored"` and linear for the others.
+            `"efficient"` knows only linear.
         rtol: Directions of a factor whose squared singular value is at most `rtol` times the largest one count as
             absent. `None` picks a value from the dtype, see `project_lora_gradients`.
+        moments_dtype: `"bfloat16"` halves the memory of mode `"full"`, its only user. The second moment is then rounded
+            stochastically: rounding to the nearest would freeze it.
+        backend: What computes the update of moments of the size of the weight (modes `"full"` and `"full_8bit"`).
+            `"auto"`: Triton for CUDA where it is installed, else torch. `"compiled"` is `torch.compile`, which needs a
+            C++ compiler on the CPU.
 
     Raises:
-        ValueError: for an unknown `mode`, `x_mode` or `update`, or an `rtol` outside `[0, 1)`.
+        ValueError: for an unknown choice, a combination that has no meaning, or an `rtol` outside `[0, 1)`.
     """
 
     mode: str = "full"
     x_mode: str = "sylvester"
-    update: str = "linear"
+    update: str | None = None
     rtol: float | None = None
+    moments_dtype: str = "float32"
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, MODES)
         check_choice("x_mode", self.x_mode, X_MODES)
-        check_choice("update", self.update, UPDATES)
+        check_choice("update", self.update, (None, *UPDATES))
+        check_choice("moments_dtype", self.moments_dtype, MOMENTS_DTYPES)
+        check_choice("backend", self.backend, BACKENDS)
         if self.rtol is not None and not (isinstance(self.rtol, int | float) and 0.0 <= self.rtol < 1.0):
             raise ValueError(
                 f"rtol={self.rtol!r} must be a number in [0, 1), or None for a value chosen from the dtype."
             )
+        if self.update == "sequential" and self.mode == "efficient":
+            raise ValueError(
+                "update='sequential' spends the step that Adam asks of the weight, but mode 'efficient' runs Adam on "
+                "the factors. Use mode 'full', 'full_8bit' or 'factored', or update='linear'."
+            )
+        if self.moments_dtype != "float32" and self.mode != "full":
+            raise ValueError(
+                f"moments_dtype={self.moments_dtype!r} is for mode 'full' only, not for mode {self.mode!r}. Leave it "
+                "out, or use mode 'full'."
+            )
+        if self.backend != "auto" and not self.keeps_dense_moments:
+            raise ValueError(
+                f"backend={self.backend!r} is for modes 'full' and 'full_8bit'; mode {self.mode!r} has no such kernel. "
+                "Leave it at 'auto'."
+            )
+
+    @property
+    def keeps_dense_moments(self) -> bool:
+        """Whether the moments are of the size of the adapted weights."""
+        return self.mode in ("full", "full_8bit")
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether a step moves B first and then A against the new B."""
+        return (self.update or _OWN_UPDATES.get(self.mode, "linear")) == "sequential"
 
     @classmethod
     def of(cls, settings: LoRAProConfig | Mapping[str, Any] | None) -> LoRAProConfig:

@@ -1,108 +1,167 @@
-"""What is remembered of a pair between steps, in which form, and which step do the moments ask for?
+"""What is remembered of the pairs between steps, in which form and under which parameter?
 
-Full mode remembers the equivalent gradient `s (B h_A + h_B A)` of the size of the adapted weight. A block of rows is
-updated, its Adam direction u formed and spent on the factor gradients `s Bᵀ u` and `s u Aᵀ` before the next block is
-read, so that nothing of the size of the weight exists beside the two moments.
+The moments of a stack are batched tensors; `optimizer.state` of each parameter holds views of them, so that
+`state_dict` and everything built on it sees ordinary per-parameter tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.kernels.storage import BLOCK, Moments, new_moments
 from lorapro_hf.pairs import LoRAPair
 from lorapro_hf.projection import compute_dtype
+from lorapro_hf.stacks import Stack
 
-# A block of all four arrays in play fits a CPU core's cache; elsewhere few large kernels are better than many small.
-_BLOCK_ELEMENTS = {"cpu": 2**16}
-_BLOCK_ELEMENTS_ELSEWHERE = 2**24
+_STORAGE = {"float32": None, "bfloat16": torch.bfloat16}
+
+
+class Slot(NamedTuple):
+    """One remembered tensor of a stack."""
+
+    factor: str  # "A" or "B": under which parameter of a pair it is kept
+    name: str
+    stacked: Tensor  # (K, ...) or (pairs, ...)
+    views: list[Tensor]  # as the state of each pair shows it
+
+
+class StackMoments:
+    """All that is remembered of one stack.
+
+    Args:
+        stack: the pairs.
+        config: mode and dtype of the moments.
+
+    Attributes:
+        steps: how often each pair has been stepped, `(pairs,)` float32.
+        uniform: whether all pairs are known to have been stepped equally often.
+        slots: the moments by `(factor, name)`.
+    """
+
+    def __init__(self, stack: Stack, config: LoRAProConfig) -> None:
+        self.stack = stack
+        self.steps = torch.zeros(len(stack.pairs), dtype=torch.float32, device=stack.device)
+        self.uniform = True
+        self._shown: list[tuple[dict[str, Any], str, Tensor]] = []
+        self.slots = {(slot.factor, slot.name): slot for slot in _new_slots(stack, config)}
+
+    def __getitem__(self, key: tuple[str, str]) -> Tensor:
+        return self.slots[key].stacked
+
+    @property
+    def dense(self) -> Moments:
+        """The moments of modes full and full_8bit, as their kernels take them."""
+        of_A = {name: slot.stacked for (_, name), slot in self.slots.items()}
+        return Moments(*(of_A.get(name) for name in Moments._fields))  # type: ignore[arg-type]
+
+    def adopt(self, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
+        """Take up what `state` holds of the pairs and let it show these tensors instead."""
+        kept_of = [(state[A], state[B]) for A, B in self.stack.factors]
+        self._shown = [
+            (kept["AB".index(factor)], name, view)
+            for (factor, name), slot in self.slots.items()
+            for kept, view in zip(kept_of, slot.views, strict=True)
+        ]
+        for kept, name, view in self._shown:
+            if name in kept:
+                view.copy_(kept[name])
+            kept[name] = view
+        counts = [float(of_A.get("step", 0)) for of_A, _ in kept_of]
+        self.steps.copy_(torch.tensor(counts))
+        self.uniform = len(set(counts)) == 1
+        for pair, factors, step in zip(self.stack.pairs, self.stack.factors, self.steps.unbind(), strict=True):
+            # Distributed checkpoints want some state for each parameter.
+            for parameter in (*factors, *pair.tied_parameters):
+                state[parameter]["step"] = step
+
+    def is_shown_by(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether `state` still holds these tensors: loading a checkpoint or moving the state replaces them."""
+        kept = state.get(self.stack.factors[0][0])
+        return kept is self._shown[0][0] and all(kept.get(name) is view for kept, name, view in self._shown)
+
+    def count_step(self, live: list[int] | None, skip: Tensor) -> None:
+        """Count a step of the live pairs unless `skip` is 1."""
+        if live is None:
+            self.steps += 1 - skip
+        else:
+            self.uniform = False
+            self.steps += self.stack.mask(live) * (1 - skip)
 
 
 def dense_shape(pair: LoRAPair) -> tuple[int, ...]:
-    """Shape `(..., m, n)` of the full-mode moments of a pair."""
+    """Shape `(..., m, n)` of the moments of a pair that are of the size of its weight."""
     A, B = pair.matrix_A(pair.A), pair.matrix_B(pair.B)
     return (*B.shape[:-1], A.shape[-1])
 
 
-def new_dense_state(pair: LoRAPair) -> dict[str, Any]:
-    """Fresh full-mode state of a pair, kept under its A."""
-    options: Any = {"dtype": compute_dtype(pair.A, pair.B), "device": pair.A.device}
-    return {
-        "step": torch.zeros((), dtype=torch.float32),
-        "exp_avg": torch.zeros(dense_shape(pair), **options),
-        "exp_avg_sq": torch.zeros(dense_shape(pair), **options),
-    }
+def state_shapes(pair: LoRAPair, mode: str) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """The names and shapes of what is kept under A and under B of a pair, the step counters aside."""
+    A, B = pair.A, pair.B
+    if mode == "efficient":
+        return _twice(tuple(A.shape)), _twice(tuple(B.shape))
+    dense = dense_shape(pair)
+    if mode == "factored":
+        of_A, of_B = tuple(pair.matrix_A(A).shape), tuple(pair.matrix_B(B).shape)
+        return (
+            {"exp_avg": of_A, "exp_avg_sq": (*dense[:-2], dense[-1])},
+            {"exp_avg": of_B, "exp_avg_sq": dense[:-1]},
+        )
+    if mode == "full":
+        return _twice(dense), {}
+    scales = (*dense[:-1], -(-dense[-1] // BLOCK))
+    return {**_twice(dense), "exp_avg_absmax": scales, "exp_avg_sq_absmax": scales}, {}
 
 
-def new_step_state() -> dict[str, Any]:
-    """State of a factor whose moments are kept elsewhere: distributed checkpoints want some for each parameter."""
-    return {"step": torch.zeros((), dtype=torch.float32)}
+def state_dtype(pair: LoRAPair, config: LoRAProConfig, name: str) -> torch.dtype:
+    """The dtype in which a moment of a pair is kept."""
+    if config.mode == "full_8bit":
+        return torch.float32 if name.endswith("absmax") else torch.uint8
+    return _STORAGE[config.moments_dtype] or compute_dtype(pair.A, pair.B)
 
 
-def new_factor_state(factor: Tensor) -> dict[str, Any]:
-    """Fresh efficient-mode state of one factor."""
-    dtype = compute_dtype(factor)
-    return {
-        "step": torch.zeros((), dtype=torch.float32),
-        "exp_avg": torch.zeros_like(factor, dtype=dtype, memory_format=torch.preserve_format),
-        "exp_avg_sq": torch.zeros_like(factor, dtype=dtype, memory_format=torch.preserve_format),
-    }
+def _twice(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    return {"exp_avg": shape, "exp_avg_sq": shape}
 
 
-def state_bytes(pairs: Sequence[LoRAPair], mode: str) -> int:
-    """Bytes that both moments of all pairs take in the given mode."""
-    total = 0
-    for pair in pairs:
-        elements = torch.Size(dense_shape(pair)).numel() if mode == "full" else pair.A.numel() + pair.B.numel()
-        total += 2 * elements * compute_dtype(pair.A, pair.B).itemsize
-    return total
+def _new_slots(stack: Stack, config: LoRAProConfig) -> list[Slot]:
+    pair = stack.pairs[0]
+    if config.keeps_dense_moments:
+        m, n = dense_shape(pair)[-2:]
+        dtype = state_dtype(pair, config, "exp_avg")
+        moments = new_moments((len(stack.pairs) * stack.packed, m, n), dtype, stack.device)
+        return [
+            Slot("A", name, stacked, list(stack.per_layer(stacked)))
+            for name, stacked in moments._asdict().items()
+            if stacked is not None
+        ]
+    if config.mode == "factored":
+        return _factored_slots(stack)
+    slots = []
+    for factor, shapes in zip("AB", state_shapes(pair, config.mode), strict=True):
+        for name, shape in shapes.items():
+            stacked = torch.zeros((len(stack.pairs), *shape), dtype=stack.dtype, device=stack.device)
+            slots.append(Slot(factor, name, stacked, list(stacked)))
+    return slots
 
 
-def adam_factor_gradients(
-    state: dict[str, Any],
-    A: Tensor,
-    B: Tensor,
-    h_A: Tensor,
-    h_B: Tensor,
-    scaling: Tensor,
-    *,
-    betas: tuple[float, float],
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Take the equivalent gradient of one pair into its dense moments and give the factor gradients of their direction.
-
-    Args:
-        state: `step`, `exp_avg` and `exp_avg_sq` `(..., m, n)`, updated in place.
-        A: `(..., r, n)`.
-        B: `(..., m, r)`.
-        h_A: adjusted gradient of A, shaped like it.
-        h_B: adjusted gradient of B, shaped like it.
-        scaling: `(...)`.
-        betas: decay rates of the moments.
-        eps: added to the denominator.
-
-    Returns:
-        `(s Bᵀ u, s u Aᵀ)` for Adam's direction u of the equivalent gradient, shaped like A and B.
-    """
-    state["step"] += 1
-    t = state["step"].item()
-    correction1, correction2 = 1 - betas[0] ** t, 1 - betas[1] ** t
-    s = scaling[..., None, None]
-    left, right = torch.cat([B, h_B], dim=-1), s * torch.cat([h_A, A], dim=-2)
-    grad_A, grad_B = torch.zeros_like(A), torch.empty_like(B)
-    m, n = state["exp_avg"].shape[-2:]
-    limit = _BLOCK_ELEMENTS.get(A.device.type, _BLOCK_ELEMENTS_ELSEWHERE)
-    block = max(1, limit // (n * state["exp_avg"].shape[:-2].numel()))
-    for start in range(0, m, block):
-        rows = (..., slice(start, start + block), slice(None))
-        M, V = state["exp_avg"][rows], state["exp_avg_sq"][rows]
-        g = left[rows] @ right
-        M.lerp_(g, 1 - betas[0])
-        V.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-        u = torch.sqrt(V, out=g).div_(correction2**0.5).add_(eps).reciprocal_().mul_(M).div_(correction1)
-        grad_B[rows] = u @ A.mT
-        grad_A += B[rows].mT @ u
-    return grad_A.mul_(s), grad_B.mul_(s)
+def _factored_slots(stack: Stack) -> list[Slot]:
+    """In rows layout, B's first moment transposed; shown in the shapes of the factors as matrices."""
+    entries = len(stack.pairs) * stack.packed
+    m, n = dense_shape(stack.pairs[0])[-2:]
+    r = stack.pairs[0].matrix_A(stack.factors[0][0]).shape[-2]
+    as_is: Callable[[Tensor], Tensor] = lambda view: view  # noqa: E731
+    slots = []
+    for factor, name, shape, shown in (
+        ("A", "exp_avg", (r, n), as_is),
+        ("A", "exp_avg_sq", (n,), as_is),
+        ("B", "exp_avg", (r, m), lambda view: view.mT),
+        ("B", "exp_avg_sq", (m,), as_is),
+    ):
+        stacked = torch.zeros((entries, *shape), dtype=stack.dtype, device=stack.device)
+        slots.append(Slot(factor, name, stacked, [shown(view) for view in stack.per_layer(stacked)]))
+    return slots

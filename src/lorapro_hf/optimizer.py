@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.adamw import adamw
+from torch import Tensor
 
 from lorapro_hf.checkpoint import check_state_dict
 from lorapro_hf.config import LoRAProConfig
-from lorapro_hf.moments import adam_factor_gradients, new_dense_state, new_factor_state, new_step_state, state_bytes
-from lorapro_hf.pair_gradients import ProjectedBatch, global_norm, project_pairs
-from lorapro_hf.pairs import LoRAPair, find_lora_pairs
-from lorapro_hf.projection import compute_dtype
+from lorapro_hf.memory import state_bytes_by_device
+from lorapro_hf.moments import StackMoments, state_dtype
+from lorapro_hf.pairs import LoRAPair
+from lorapro_hf.stacks import Stack, StackGradient, exact_arithmetic, global_norm, read_stacks, stacks_of
+from lorapro_hf.steps import adjusted_gradients, efficient_step, factored_mode_step, full_step, fused_adamw
 
 
 class LoRAProAdamW(torch.optim.Optimizer):
@@ -23,24 +23,31 @@ class LoRAProAdamW(torch.optim.Optimizer):
     For a pair with gradients `g_A`, `g_B` and adjusted gradients `h_A`, `h_B` (see `project_lora_gradients`):
 
     * `mode="full"`: Adam's moments M, V are those of the equivalent gradient `s (B h_A + h_B A)`. Their direction
-      `u = M̂ / (√V̂ + ε)` is projected once more, from `s Bᵀ u` and `s u Aᵀ`, and the factors step along the result.
-      Weight decay multiplies both factors by `√(1 − lr·λ)`, so that `s B A` decays by `1 − lr·λ`; the frozen weight is
-      not touched. Learning rates are those of full fine-tuning. State: 8 bytes per adapted weight element.
+      `u = M̂ / (√V̂ + ε)` is spent on the factors: with `update="linear"` it is projected once more, from `s Bᵀ u` and
+      `s u Aᵀ`, and both step along the result; with `update="sequential"` B steps first and A then makes up for the
+      rest, so that the weight moves as meant. Weight decay multiplies both factors by `√(1 − lr·λ)`, so that `s B A`
+      decays by `1 − lr·λ`; the frozen weight is not touched. Learning rates are those of full fine-tuning. State:
+      8 bytes per adapted weight element, 4 with `moments_dtype="bfloat16"`.
+    * `mode="full_8bit"`: the same with moments in 8 bits, about 2 bytes per element.
+    * `mode="factored"`: the same with moments that are products of factor-size tensors; about half of AdamW's state.
     * `mode="efficient"`: plain AdamW on the factors, fed with `h_A`, `h_B`. Learning rates are those of LoRA.
 
-    Parameters of no pair (biases, `modules_to_save`, DoRA magnitudes) get what `torch.optim.AdamW` gives them, to the
-    bit. Moments of a pair are kept in float32 (float64 for float64 factors), also for bf16 factors and through
-    `load_state_dict`. If any gradient holds NaN or Inf the whole step is left out and counted in `skipped_steps`; no
-    parameter and no state changes. (Steps that a `GradScaler` leaves out do not reach the optimizer, nor its count.) A
-    pair that no backward reached is left out of the step.
+    Parameters of no pair (biases, `modules_to_save`, DoRA magnitudes) get what `torch.optim.AdamW(fused=True)` gives
+    them, to the bit. Moments of a pair are kept in float32 (float64 for float64 factors) unless the mode says
+    otherwise, also for bf16 factors and through `load_state_dict`. If any gradient holds NaN or Inf the whole step is
+    left out and counted in `skipped_steps`; no parameter and no state changes. (Steps that a `GradScaler` leaves out do
+    not reach the optimizer, nor its count.) A pair that no backward reached is left out of the step.
+
+    Pairs of one shape are stepped together, and on CUDA no step waits for the device (with r beyond what the Triton
+    kernel of `lorapro_hf.kernels.triton_eigh` takes, or without Triton, once).
 
     Args:
         params: as for any optimizer, best as named parameters: `model.named_parameters()` or groups of them. It must
             hold all factors of `pairs`.
         pairs: from `find_lora_pairs(model)`.
         lr: learning rate; groups may have their own, also A and B of one pair.
-        betas: decay rates of the moments; in full mode both factors of a pair need the same.
-        eps: added to the denominator; in full mode both factors of a pair need the same.
+        betas: decay rates of the moments; both factors of a pair need the same, except in mode efficient.
+        eps: added to the denominator; both factors of a pair need the same, except in mode efficient.
         weight_decay: decoupled weight decay.
         config: mode and projection settings, a `LoRAProConfig` or a dictionary; default `LoRAProConfig()`.
 
@@ -64,9 +71,14 @@ class LoRAProAdamW(torch.optim.Optimizer):
         self.config = LoRAProConfig.of(config)
         self.pairs = list(pairs)
         self.last_grad_norm: Tensor | None = None
+        self._stacks: list[Stack] = []
+        self._moments: dict[Stack, StackMoments] = {}
+        self._signature: list[Any] = []
+        self._of_pairs: set[int] = set()
+        self._skipped: Tensor | None = None
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
         self.param_groups[0].setdefault("skipped_steps", 0)
-        self._groups_of_pairs()
+        self._group_of_parameters()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of ordinary parameters or of factors, as in `torch.optim.Optimizer`."""
@@ -74,19 +86,20 @@ class LoRAProAdamW(torch.optim.Optimizer):
         group = self.param_groups[-1]
         # What a checkpoint must agree in: kept in the group because that is what state_dict saves.
         group["lora_pro_mode"] = self.config.mode
+        group["moments_dtype"] = self.config.moments_dtype
         group["param_shapes"] = [list(parameter.shape) for parameter in group["params"]]
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were left out because a gradient was not finite."""
-        return self.param_groups[0]["skipped_steps"]
+        """How many steps were left out because a gradient was not finite; reading it waits for the device."""
+        recent = 0 if self._skipped is None else int(self._skipped.item())
+        return self.param_groups[0]["skipped_steps"] + recent
 
     def estimated_state_bytes(self) -> int:
         """Bytes of optimizer state once every parameter has been stepped, the pairs' and the others'."""
-        of_pairs = self._ids_of_pair_parameters()
-        stepped = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        others = [p for p in stepped if id(p) not in of_pairs]
-        return state_bytes(self.pairs, self.config.mode) + sum(2 * p.numel() * p.element_size() for p in others)
+        self._current_stacks()
+        others = [p for _, parameters in self._others() for p in parameters if p.requires_grad]
+        return sum(state_bytes_by_device(self.pairs, self.config, others).values())
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -102,107 +115,117 @@ class LoRAProAdamW(torch.optim.Optimizer):
                 "LoRAProAdamW takes no closure, since it adjusts the gradients once per step. Call loss.backward() "
                 "before step()."
             )
-        groups = self._groups_of_pairs()
-        projected = project_pairs(self.pairs, self.config)
-        if not projected:
-            raise RuntimeError(
-                f"none of the {len(self.pairs)} LoRA pairs has a gradient. Call loss.backward() before step(), and "
-                "build the optimizer from the model that is trained, with the adapter active that it was built for."
-            )
-        self.last_grad_norm = global_norm(projected)
-        if not _all_finite(self.param_groups, projected):
-            self.param_groups[0]["skipped_steps"] += 1
-            return
-        self._step_others()
-        self._count_step(projected)
-        if self.config.mode == "full":
-            self._full_step(projected, groups)
-        else:
-            self._efficient_step(projected, groups)
+        stacks = self._current_stacks()
+        with exact_arithmetic(stacks):
+            read = read_stacks(stacks, self.config)
+            if not read:
+                raise RuntimeError(
+                    f"none of the {len(self.pairs)} LoRA pairs has a gradient. Call loss.backward() before step(), and "
+                    "build the optimizer from the model that is trained, with the adapter active that it was built for."
+                )
+            self._step_all(read)
 
-    def _groups_of_pairs(self) -> dict[int, dict[str, Any]]:
-        """The param group of each parameter, after checking that all factors are there."""
-        groups = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
+    def _step_all(self, read: list[StackGradient]) -> None:
+        others = [(group, [p for p in own if p.grad is not None]) for group, own in self._others()]
+        adjusted = [adjusted_gradients(each, self.config.x_mode) for each in read if self.config.mode == "efficient"]
+        gradients = [p.grad for _, parameters in others for p in parameters if p.grad is not None]
+        if any(gradient.is_sparse for gradient in gradients):
+            raise RuntimeError("a parameter has a sparse gradient, which AdamW does not take; use sparse=False.")
+        self.last_grad_norm = global_norm(read)
+        computed = [x for each in read for x in each.coordinates] + [x for rows in adjusted for x in rows]
+        skip = _not_finite(gradients + computed)
+        self._skipped = skip.clone() if self._skipped is None else self._skipped.add_(skip)
+        for group, parameters in others:
+            self._step_others(parameters, group, skip)
+        while read:  # what a stack was read into is let go once it is stepped
+            each = read.pop()
+            moments, there = self._moments_of(each.stack), skip.to(each.stack.device)
+            groups = (self.param_groups[each.stack.groups[0]], self.param_groups[each.stack.groups[1]])
+            moments.count_step(each.live, there)
+            if self.config.mode == "efficient":
+                efficient_step(each, adjusted.pop(), moments, groups, there)
+            elif self.config.mode == "factored":
+                factored_mode_step(each, moments, groups, there, self.config)
+            else:
+                full_step(each, moments, groups, there, self.config)
+
+    def _current_stacks(self) -> list[Stack]:
+        """The pairs in stacks, built anew when parameters or groups have been replaced."""
+        factors = [factor for pair in self.pairs for factor in (pair.A, pair.B, *pair.tied_parameters)]
+        signature = [
+            [(id(factor), factor.dtype, factor.device) for factor in factors],
+            [[id(parameter) for parameter in group["params"]] for group in self.param_groups],
+        ]
+        if signature != self._signature:
+            positions = self._group_of_parameters()
+            self._stacks = stacks_of(self.pairs, lambda pair: (positions[id(pair.A)], positions[id(pair.B)]))
+            self._moments, self._signature = {}, signature
+            self._of_pairs = set(map(id, factors))
+        for stack in self._stacks:
+            self._check_groups(stack.pairs[0].name, *stack.groups)
+        return self._stacks
+
+    def _moments_of(self, stack: Stack) -> StackMoments:
+        """What is remembered of a stack; taken over from the state when that has been loaded or moved."""
+        moments = self._moments.get(stack)
+        if moments is None or not moments.is_shown_by(self.state):
+            moments = self._moments[stack] = StackMoments(stack, self.config)
+            moments.adopt(self.state)
+        return moments
+
+    def _group_of_parameters(self) -> dict[int, int]:
+        """The position of each parameter's group, after checking that all factors are there."""
+        positions = {id(p): position for position, group in enumerate(self.param_groups) for p in group["params"]}
         for pair in self.pairs:
-            if any(id(factor) not in groups for factor in (pair.A, pair.B, *pair.tied_parameters)):
+            A, B = pair.A, pair.B
+            if any(id(factor) not in positions for factor in (A, B, *pair.tied_parameters)):
                 raise ValueError(
                     f"{pair.name}: its factors are not in the optimizer's param_groups. Build the optimizer from the "
                     "model it trains, after moving or wrapping it: create_lorapro_optimizer(model, lr=...)."
                 )
-            if self.config.mode == "full":
-                of_A, of_B = groups[id(pair.A)], groups[id(pair.B)]
-                if (*of_A["betas"], of_A["eps"]) != (*of_B["betas"], of_B["eps"]):
-                    raise ValueError(
-                        f"{pair.name}: lora_A and lora_B have different betas or eps, but mode 'full' keeps one pair "
-                        "of moments for both. Give both groups the same, or use mode 'efficient'."
-                    )
-        return groups
+            self._check_groups(pair.name, positions[id(A)], positions[id(B)])
+        return positions
 
-    def _ids_of_pair_parameters(self) -> set[int]:
-        return {id(p) for pair in self.pairs for p in (pair.A, pair.B, *pair.tied_parameters)}
+    def _check_groups(self, name: str, position_A: int, position_B: int) -> None:
+        """Raise if the two groups of a pair ask for what one pair of moments cannot give."""
+        of_A, of_B = self.param_groups[position_A], self.param_groups[position_B]
+        if of_A is of_B or self.config.mode == "efficient":
+            return
+        if (*of_A["betas"], of_A["eps"]) != (*of_B["betas"], of_B["eps"]):
+            raise ValueError(
+                f"{name}: lora_A and lora_B have different betas or eps, but mode {self.config.mode!r} keeps one pair "
+                "of moments for both. Give both groups the same, or use mode 'efficient'."
+            )
 
-    def _count_step(self, projected: list[ProjectedBatch]) -> None:
-        """Count the step for those parameters of the pairs that have no moments of their own."""
-        for pair in (pair for batch in projected for pair in batch.batch.pairs):
-            without = pair.tied_parameters + ([pair.B] if self.config.mode == "full" else [])
-            for parameter in without:
-                if not self.state[parameter]:
-                    self.state[parameter].update(new_step_state())
-                self.state[parameter]["step"] += 1
+    def _others(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
+        """The parameters of no pair, group by group."""
+        return [(group, [p for p in group["params"] if id(p) not in self._of_pairs]) for group in self.param_groups]
 
-    def _step_others(self) -> None:
+    def _step_others(self, parameters: list[Tensor], group: dict[str, Any], skip: Tensor) -> None:
         """What torch.optim.AdamW does, for the parameters of no pair."""
-        of_pairs = self._ids_of_pair_parameters()
-        for group in self.param_groups:
-            parameters = [p for p in group["params"] if p.grad is not None and id(p) not in of_pairs]
-            for p in parameters:
-                if not self.state[p]:
-                    self.state[p].update(
-                        step=torch.zeros((), dtype=torch.float32),
-                        exp_avg=torch.zeros_like(p, memory_format=torch.preserve_format),
-                        exp_avg_sq=torch.zeros_like(p, memory_format=torch.preserve_format),
-                    )
-            _adamw(parameters, [p.grad for p in parameters], [self.state[p] for p in parameters], group)
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p].update(
+                    step=torch.zeros((), dtype=torch.float32, device=p.device),
+                    exp_avg=torch.zeros_like(p, memory_format=torch.preserve_format),
+                    exp_avg_sq=torch.zeros_like(p, memory_format=torch.preserve_format),
+                )
+        for device in {p.device for p in parameters}:
+            there, own = skip.to(device), [p for p in parameters if p.device == device]
+            states = [self.state[p] for p in own]
+            exp_avgs, exp_avg_sqs, steps = ([state[n] for state in states] for n in ("exp_avg", "exp_avg_sq", "step"))
+            torch._foreach_add_(steps, 1 - there)
+            gradients = [p.grad for p in own if p.grad is not None]
+            fused_adamw(own, gradients, exp_avgs, exp_avg_sqs, steps, group, there)
 
-    def _efficient_step(self, projected: list[ProjectedBatch], groups: dict[int, dict[str, Any]]) -> None:
-        """AdamW on the factors with their adjusted gradients."""
-        work: dict[int, list[tuple[Tensor, Tensor, Tensor, dict[str, Any]]]] = {}
-        for (pairs, *_), batch_A, batch_B in projected:
-            for pair, matrix_A, matrix_B in zip(pairs, batch_A, batch_B, strict=True):
-                for factor, h in ((pair.A, pair.factor_A(matrix_A)), (pair.B, pair.factor_B(matrix_B))):
-                    if not self.state[factor]:
-                        self.state[factor].update(new_factor_state(factor))
-                    # AdamW in the dtype of the moments: rounded to bf16 only once, at the end.
-                    exact = factor.to(compute_dtype(factor))
-                    work.setdefault(id(groups[id(factor)]), []).append((factor, exact, h, self.state[factor]))
-        for group in self.param_groups:
-            if id(group) in work:
-                factors, exacts, gradients, states = map(list, zip(*work[id(group)], strict=True))
-                _adamw(exacts, gradients, states, group)
-                for factor, exact in zip(factors, exacts, strict=True):
-                    if exact is not factor:
-                        factor.copy_(exact)
+    def state_dict(self) -> dict[str, Any]:
+        """As in `torch.optim.Optimizer`: tensors by parameter, and the groups."""
+        self._settle_skipped()
+        return super().state_dict()
 
-    def _full_step(self, projected: list[ProjectedBatch], groups: dict[int, dict[str, Any]]) -> None:
-        """Adam on the equivalent gradients; their directions, projected again, move the factors."""
-        for batch in projected:
-            self._full_step_of_batch(batch, groups)
-
-    def _full_step_of_batch(self, projected: ProjectedBatch, groups: dict[int, dict[str, Any]]) -> None:
-        batch = projected.batch
-        directions = []
-        for i, pair in enumerate(batch.pairs):
-            state = self.state[pair.A]
-            if not state:
-                state.update(new_dense_state(pair))
-            group = groups[id(pair.A)]
-            inputs = (batch.A[i], batch.B[i], projected.h_A[i], projected.h_B[i], batch.scaling[i])
-            directions.append(adam_factor_gradients(state, *inputs, betas=group["betas"], eps=group["eps"]))
-        grad_A, grad_B = (torch.stack(gradients) for gradients in zip(*directions, strict=True))
-        h_A, h_B = batch.project(grad_A, grad_B, self.config)
-        for i, pair in enumerate(batch.pairs):
-            _move(pair.A, pair.factor_A(batch.A[i]), pair.factor_A(h_A[i]), groups[id(pair.A)])
-            _move(pair.B, pair.factor_B(batch.B[i]), pair.factor_B(h_B[i]), groups[id(pair.B)])
+    def _settle_skipped(self) -> None:
+        self.param_groups[0]["skipped_steps"] = self.skipped_steps
+        self._skipped = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, keeping the moments of factors in float32 at least.
@@ -211,123 +234,36 @@ class LoRAProAdamW(torch.optim.Optimizer):
             ValueError: the checkpoint is of another mode, rank or model, or of another optimizer. Nothing has been
                 changed then.
         """
-        check_state_dict(state_dict, self.param_groups, self.pairs, self.config.mode)
+        check_state_dict(state_dict, self.param_groups, self.pairs, self.config)
         super().load_state_dict(state_dict)
+        self._skipped, self._moments = None, {}
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
         loaded = [parameter for group in self.param_groups for parameter in group["params"]]
-        factors = {id(factor) for pair in self.pairs for factor in (pair.A, pair.B)}
+        pair_of = {id(factor): pair for pair in self.pairs for factor in (pair.A, pair.B)}
         for key, parameter in zip(saved, loaded, strict=True):
-            if id(parameter) in factors and key in state_dict["state"]:
-                # torch casts floating state to the parameter's dtype, which would round the moments of bf16 factors.
-                for name, value in state_dict["state"][key].items():
-                    if name != "step":
-                        self.state[parameter][name] = value.to(parameter.device, compute_dtype(parameter))
+            for name, value in state_dict["state"].get(key, {}).items():
+                # torch casts floating state to the parameter's dtype, which would round the moments of bf16 factors,
+                # and leaves the counters where they were saved.
+                dtype = torch.float32 if name == "step" else self.state[parameter][name].dtype
+                if name != "step" and id(parameter) in pair_of:
+                    dtype = state_dtype(pair_of[id(parameter)], self.config, name)
+                self.state[parameter][name] = value.to(parameter.device, dtype)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "pairs": self.pairs, "config": self.config, "last_grad_norm": None}
+        self._settle_skipped()
+        of_this_run: dict[str, Any] = {"_stacks": [], "_moments": {}, "_signature": [], "_of_pairs": set()}
+        of_this_run |= {"last_grad_norm": None, "_skipped": None}
+        return {**super().__getstate__(), "pairs": self.pairs, "config": self.config, **of_this_run}
 
 
-def create_lorapro_optimizer(
-    model: nn.Module,
-    *,
-    lr: float,
-    config: LoRAProConfig | Mapping[str, Any] | None = None,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    decay_parameters: Collection[str] | None = None,
-) -> LoRAProAdamW:
-    """LoRA-Pro's optimizer for a PEFT model, with one group that decays and one (biases and norms) that does not.
-
-    Args:
-        model: a model with trainable LoRA adapters, already on its device.
-        lr: learning rate; that of full fine-tuning in mode `"full"`, that of LoRA in mode `"efficient"`.
-        config: `LoRAProConfig`, a dictionary of its settings, or `None` for the default.
-        betas: decay rates of the moments.
-        eps: added to the denominator.
-        weight_decay: decoupled weight decay of the first group.
-        decay_parameters: names of the parameters that decay; by default all but biases and parameters of norms.
-
-    Raises:
-        ValueError: the model has no trainable LoRA pair, or a setting is out of range.
-    """
-    pairs = find_lora_pairs(model)
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if decay_parameters is None:
-        decay_parameters = _decaying_names(model)
-    decaying = [(name, parameter) for name, parameter in trainable if name in decay_parameters]
-    others = [(name, parameter) for name, parameter in trainable if name not in decay_parameters]
-    groups = [
-        {"params": named, "weight_decay": decay} for named, decay in ((decaying, weight_decay), (others, 0.0)) if named
-    ]
-    return LoRAProAdamW(groups, pairs, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, config=config)
-
-
-class LoRAProOptimizerFactory:
-    """`create_lorapro_optimizer` as a factory: `Trainer(optimizer_cls_and_kwargs=(LoRAProOptimizerFactory, {...}))`.
-
-    The learning rate goes into the dictionary: `Trainer` passes none of its arguments on to a factory.
-    """
-
-    def __call__(self, model: nn.Module, **kwargs: Any) -> LoRAProAdamW:
-        """Build the optimizer; `kwargs` as in `create_lorapro_optimizer`.
-
-        Raises:
-            ValueError: `lr` is missing, or as in `create_lorapro_optimizer`.
-        """
-        if "lr" not in kwargs:
-            raise ValueError(
-                "LoRAProOptimizerFactory needs the learning rate: Trainer passes none on to an optimizer factory. Use "
-                'optimizer_cls_and_kwargs=(LoRAProOptimizerFactory, {"lr": args.learning_rate}).'
-            )
-        return create_lorapro_optimizer(model, **kwargs)
-
-
-def _adamw(
-    parameters: list[Tensor], gradients: list[Tensor], states: list[dict[str, Any]], group: dict[str, Any]
-) -> None:
-    """The functional form of `torch.optim.AdamW`, which chooses between loop and foreach as the class does."""
-    beta1, beta2 = group["betas"]
-    adamw(
-        parameters,
-        gradients,
-        [state["exp_avg"] for state in states],
-        [state["exp_avg_sq"] for state in states],
-        [],
-        [state["step"] for state in states],
-        amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=group["lr"],
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-        maximize=False,
-    )
-
-
-def _decaying_names(model: nn.Module) -> set[str]:
-    """Names of all parameters but biases and those of normalisation layers."""
-    return {
-        f"{path}.{name}" if path else name
-        for path, module in model.named_modules()
-        for name, _ in module.named_parameters(recurse=False)
-        if not name.endswith("bias") and "norm" not in type(module).__name__.lower()
-    }
-
-
-def _move(factor: Tensor, exact: Tensor, h: Tensor, group: dict[str, Any]) -> None:
-    lr = float(group["lr"])
-    keep = max(0.0, 1 - lr * group["weight_decay"]) ** 0.5
-    factor.copy_(exact.mul(keep).sub_(h, alpha=lr))
-
-
-def _all_finite(param_groups: list[dict[str, Any]], projected: list[ProjectedBatch]) -> bool:
-    """Whether all gradients are finite, and those that were made of them; waits for the device once."""
-    gradients = [p.grad for group in param_groups for p in group["params"] if p.grad is not None]
-    if any(gradient.is_sparse for gradient in gradients):
-        raise RuntimeError("a parameter has a sparse gradient, which AdamW does not take; use sparse=False.")
-    gradients += [h for batch in projected for h in (batch.h_A, batch.h_B)]
-    return bool(torch.nn.utils.get_total_norm(gradients, norm_type=float("inf")).isfinite())
+def _not_finite(tensors: list[Tensor]) -> Tensor:
+    """1 if any value of any tensor is NaN or Inf, else 0: a float32 scalar on the device of the first."""
+    device = tensors[0].device
+    if device.type == "cpu":  # where norms of infinite order take twenty times as long
+        extremes = torch.stack([x.double() for tensor in tensors if tensor.numel() for x in torch.aminmax(tensor)])
+        return (~extremes.isfinite().all()).float()
+    # Not the 2-norm: squares of large finite values overflow.
+    return (~torch.nn.utils.get_total_norm(tensors, norm_type=float("inf")).isfinite()).float().to(device)
 
 
 def _check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:

@@ -1,65 +1,16 @@
-"""What are the adjusted gradients of these pairs now? One batched projection for each group of equal shapes."""
+"""What are the adjusted gradients of these pairs now, for an optimizer that is not ours?"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lorapro_hf.config import LoRAProConfig
-from lorapro_hf.pairs import LoRAPair, check_scaling, group_by_shape
-from lorapro_hf.projection import compute_dtype, project_lora_gradients
-
-
-class PairBatch(NamedTuple):
-    """Pairs of one shape, stacked in the dtype that moments are kept in (float32 at least)."""
-
-    pairs: list[LoRAPair]
-    A: Tensor  # (k, ..., r, n)
-    B: Tensor  # (k, ..., m, r)
-    scaling: Tensor  # (k, ...)
-
-    def project(self, grad_A: Tensor, grad_B: Tensor, config: LoRAProConfig) -> tuple[Tensor, Tensor]:
-        """The adjusted gradients for stacked factor gradients, stacked likewise."""
-        return project_lora_gradients(
-            self.A, self.B, grad_A, grad_B, self.scaling, x_mode=config.x_mode, rtol=config.rtol
-        )
-
-
-class ProjectedBatch(NamedTuple):
-    """A batch of pairs with the adjusted gradients of its factors."""
-
-    batch: PairBatch
-    h_A: Tensor
-    h_B: Tensor
-
-
-@torch.no_grad()
-def project_pairs(pairs: Sequence[LoRAPair], config: LoRAProConfig) -> list[ProjectedBatch]:
-    """Adjusted gradients of all pairs that have gradients, in batches; nothing is changed.
-
-    Raises:
-        ValueError: a scaling is 0.
-        RuntimeError: a gradient is missing for one factor of a pair, sparse or sharded.
-    """
-    projected = []
-    reached = {pair: gradients for pair in pairs if (gradients := pair.gradients()) is not None}
-    for group in group_by_shape(reached):
-        dtype = compute_dtype(group[0].A, group[0].B)
-        batch = _stack(group, dtype)
-        grad_A = torch.stack([reached[pair][0] for pair in group]).to(dtype)
-        grad_B = torch.stack([reached[pair][1] for pair in group]).to(dtype)
-        projected.append(ProjectedBatch(batch, *batch.project(grad_A, grad_B, config)))
-    return projected
-
-
-def global_norm(projected: Sequence[ProjectedBatch]) -> Tensor:
-    """The 2-norm of all adjusted factor gradients together, a float32 or float64 scalar left on its device."""
-    if not projected:
-        return torch.zeros(())
-    return torch.nn.utils.get_total_norm([h for batch in projected for h in (batch.h_A, batch.h_B)])
+from lorapro_hf.pairs import LoRAPair
+from lorapro_hf.stacks import Stack, exact_arithmetic, global_norm, read_stacks, stacks_of, store_layers
+from lorapro_hf.steps import adjusted_gradients
 
 
 @torch.no_grad()
@@ -73,26 +24,30 @@ def project_pair_gradients_(pairs: Sequence[LoRAPair], config: LoRAProConfig) ->
         config: its `x_mode` and `rtol` are used.
 
     Returns:
-        The global 2-norm of the adjusted gradients, a scalar on their device.
+        The global 2-norm of the equivalent gradients, a scalar on their device.
 
     Raises:
-        ValueError: a scaling is 0.
+        ValueError: a scaling is 0, or a factor is not finite.
         RuntimeError: a gradient is missing for one factor of a pair, sparse or sharded.
     """
-    projected = project_pairs(pairs, config)
-    for (group, *_), h_A, h_B in projected:
-        for pair, matrix_A, matrix_B in zip(group, h_A, h_B, strict=True):
-            for parameter, h in ((pair.A, pair.factor_A(matrix_A)), (pair.B, pair.factor_B(matrix_B))):
-                if parameter.grad is None:
-                    parameter.grad = torch.empty_like(parameter)
-                parameter.grad.copy_(h)
-            for parameter in pair.tied_parameters:
-                parameter.grad = None
-    return global_norm(projected)
+    stacks = stacks_of(pairs)
+    with exact_arithmetic(stacks):
+        read = read_stacks(stacks, config)
+        for each in read:
+            h = adjusted_gradients(each, config.x_mode)
+            layers = each.stack.layers_A(h.A), each.stack.layers_B(h.B)
+            for position, values in enumerate(layers):
+                _store_gradients(each.stack, position, values, each.live)
+        return global_norm(read)
 
 
-def _stack(group: list[LoRAPair], dtype: torch.dtype) -> PairBatch:
-    A = torch.stack([pair.matrix_A(pair.A) for pair in group]).to(dtype)
-    B = torch.stack([pair.matrix_B(pair.B) for pair in group]).to(dtype)
-    scaling = torch.tensor([check_scaling(pair) for pair in group], dtype=dtype, device=A.device)
-    return PairBatch(group, A, B, scaling.view(-1, *[1] * (A.dim() - 3)).expand(A.shape[:-2]))
+def _store_gradients(stack: Stack, position: int, values: Tensor, live: list[int] | None) -> None:
+    taking_part = range(len(stack.pairs)) if live is None else live
+    for index in taking_part:
+        parameter = stack.factors[index][position]
+        if parameter.grad is None:  # a tied layer had it
+            parameter.grad = torch.empty_like(parameter)
+        for tied in stack.pairs[index].tied_parameters:
+            tied.grad = None
+    gradients = [factors[position].grad for factors in stack.factors]
+    store_layers(gradients, values, live)  # type: ignore[arg-type]

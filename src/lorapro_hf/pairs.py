@@ -7,10 +7,10 @@ which swap parameters (FSDP) and calls such as `set_scale` or `scale_layer` are 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # Variants whose forward is still `scaling * B A` for trainable A, B alone, so that autograd's gradients are those the
@@ -58,45 +58,51 @@ class LoRAPair:
         return [parameter for twin in self._twins for parameter in (twin.A, twin.B)]
 
     def matrix_A(self, tensor: Tensor) -> Tensor:
-        """See a tensor shaped like `A` as `(r, n)`, or `(batch, r, n)` where several pairs are packed."""
-        if self.layout == "matrix":
-            return tensor.flatten(1)
-        return tensor.flatten(1).unflatten(0, (self.batch, -1))
+        """See a tensor shaped `(..., *A.shape)` as `(..., r, n)`, or `(..., batch, r, n)` where pairs are packed."""
+        matrix = tensor.flatten(tensor.dim() - self.A.dim() + 1)
+        return matrix if self.layout == "matrix" else matrix.unflatten(-2, (self.batch, -1))
 
     def matrix_B(self, tensor: Tensor) -> Tensor:
-        """See a tensor shaped like `B` as `(m, r)`, or `(batch, m, r)` where several pairs are packed."""
-        if self.layout == "matrix":
-            return tensor.flatten(1)
+        """See a tensor shaped `(..., *B.shape)` as `(..., m, r)`, or `(..., batch, m, r)` where pairs are packed."""
         if self.layout == "experts":  # PEFT packs the experts innermost here and outermost in A
-            return tensor.unflatten(1, (-1, self.batch)).permute(2, 0, 1)
-        return tensor.flatten(1).unflatten(0, (self.batch, -1))
+            return tensor.unflatten(-1, (-1, self.batch)).movedim(-1, -3)
+        matrix = tensor.flatten(tensor.dim() - self.B.dim() + 1)
+        return matrix if self.layout == "matrix" else matrix.unflatten(-2, (self.batch, -1))
 
     def factor_A(self, matrix: Tensor) -> Tensor:
         """The inverse of `matrix_A`."""
-        return matrix.reshape(self.A.shape)
+        return matrix.reshape(*self._stacked(matrix), *self.A.shape)
 
     def factor_B(self, matrix: Tensor) -> Tensor:
         """The inverse of `matrix_B`."""
+        stacked = self._stacked(matrix)
         if self.layout == "experts":
-            matrix = matrix.permute(1, 2, 0)
-        return matrix.reshape(self.B.shape)
+            matrix = matrix.movedim(-3, -1)
+        return matrix.reshape(*stacked, *self.B.shape)
+
+    def _stacked(self, matrix: Tensor) -> torch.Size:
+        return matrix.shape[:-2] if self.layout == "matrix" else matrix.shape[:-3]
 
     def gradients(self) -> tuple[Tensor, Tensor] | None:
-        """The gradients of both factors as matrices, tied layers' added up, or None where no backward reached them.
+        """The gradients of both factors, shaped like them, tied layers' added up; None where no backward reached them.
 
         Raises:
             RuntimeError: only one of the factors has a gradient, a gradient is sharded or sparse, or tied layers have
                 been parted.
         """
-        found = _plain_gradients(self)
+        return self.gradients_of(self.A, self.B)
+
+    def gradients_of(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor] | None:
+        """As `gradients`, for a caller who has looked the factors up already."""
+        found = _plain_gradients(self.name, A, B)
         for twin in self._twins:
-            transposed = _same_memory(self.A, twin.B)
-            if not (transposed or _same_memory(self.A, twin.A)):
+            transposed = _same_memory(A, twin.B)
+            if not (transposed or _same_memory(A, twin.A)):
                 raise RuntimeError(
                     f"{self.name} and {twin.name} shared their factors in memory and do so no longer; the model was "
                     "moved or cast since. Build the optimizer after that."
                 )
-            other = _plain_gradients(twin)
+            other = _plain_gradients(twin.name, twin.A, twin.B)
             if other is None:
                 continue
             if transposed:
@@ -158,21 +164,14 @@ def check_scaling(pair: LoRAPair) -> float:
     return scaling
 
 
-def group_by_shape(pairs: Iterable[LoRAPair]) -> list[list[LoRAPair]]:
-    """Pairs whose factors agree in shape, dtype and device, so that one batched computation serves each group."""
-    groups: dict[tuple[Any, ...], list[LoRAPair]] = {}
-    for pair in pairs:
-        A, B = pair.A, pair.B
-        key = (pair.matrix_A(A).shape, pair.matrix_B(B).shape, A.dtype, B.dtype, A.device)
-        groups.setdefault(key, []).append(pair)
-    return list(groups.values())
-
-
 def _factor(layer: Any, letter: str, adapter_name: str) -> nn.Parameter:
-    embedding = getattr(layer, f"lora_embedding_{letter}")
-    if adapter_name in embedding:
-        return embedding[adapter_name]
-    return getattr(layer, f"lora_{letter}")[adapter_name].weight
+    # Past nn.Module's attribute search, which hundreds of layers would pay for at every step.
+    modules = layer._modules
+    holder = modules[f"lora_{letter}"]._modules.get(adapter_name)
+    if holder is None:
+        return modules[f"lora_embedding_{letter}"][adapter_name]
+    weight = holder._parameters.get("weight")
+    return holder.weight if weight is None else weight
 
 
 def _is_trainable(name: str, layer: Any, adapter_name: str) -> bool:
@@ -264,21 +263,21 @@ def _merge_tied(pairs: list[LoRAPair]) -> list[LoRAPair]:
     return kept
 
 
-def _plain_gradients(pair: LoRAPair) -> tuple[Tensor, Tensor] | None:
-    grad_A, grad_B = pair.A.grad, pair.B.grad
+def _plain_gradients(name: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor] | None:
+    grad_A, grad_B = A.grad, B.grad
     if grad_A is None and grad_B is None:
         return None
     if grad_A is None or grad_B is None:
         missing = "lora_A" if grad_A is None else "lora_B"
         raise RuntimeError(
-            f"{pair.name}: {missing} has no gradient but the other factor has one. Was it frozen after the optimizer "
+            f"{name}: {missing} has no gradient but the other factor has one. Was it frozen after the optimizer "
             "was built? Build the optimizer again after changing requires_grad."
         )
     if grad_A.is_sparse or grad_B.is_sparse:
-        raise RuntimeError(f"{pair.name}: sparse gradients are not supported; use an embedding with sparse=False.")
-    if hasattr(grad_A, "placements") or hasattr(grad_B, "placements"):
+        raise RuntimeError(f"{name}: sparse gradients are not supported; use an embedding with sparse=False.")
+    if any(type(grad) is not Tensor and hasattr(grad, "placements") for grad in (grad_A, grad_B)):
         raise RuntimeError(
-            f"{pair.name}: the gradients are sharded (DTensor), which LoRA-Pro does not support yet; "
+            f"{name}: the gradients are sharded (DTensor), which LoRA-Pro does not support yet; "
             "train with DDP or on one process."
         )
-    return pair.matrix_A(grad_A), pair.matrix_B(grad_B)
+    return grad_A, grad_B

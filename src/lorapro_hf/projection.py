@@ -9,7 +9,7 @@ How it is computed: with the singular value decompositions `B = B̂ Σ Uᵀ` and
 r x r Gram matrices), the gradients are seen as `a = B̂ᵀ g`, `b = g Âᵀ` and their common core `c = B̂ᵀ g Âᵀ`. The core can
 be moved by either factor, and X is nothing but the share ω of it that B takes:
 
-    h_A = s⁻¹ U Σ⁻¹ [a − (ω∘c) Â]        h_B = s⁻¹ [b − B̂ ((1−ω)∘c)] T⁻¹ Vᵀ
+    h_A = s⁻¹ U Σ⁻¹ [a − (ω∘c) Â]        h_B = s⁻¹ [(I − B̂B̂ᵀ) b + B̂ (ω∘c)] T⁻¹ Vᵀ
 
 with `ω = 0` for X = 0, `½` for the symmetric choice and `τⱼ² / (σᵢ² + τⱼ²)` for the Sylvester one. Every intermediate
 is of the size of `g`, whatever the scale of the factors, so B = 0 and rank-deficient factors need no case of their
@@ -23,16 +23,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lorapro_hf.bases import RowBasis, row_bases
 from lorapro_hf.config import X_MODES, check_choice
 
 
-class _RowBasis(NamedTuple):
-    """The r rows of a factor `F = vectors @ diag(singular) @ rows`, absent directions being zero in the last two."""
+class Coordinates(NamedTuple):
+    """An equivalent gradient `B̂ a + b Â` in the bases of its factors, rows along the last dimension."""
 
-    vectors: Tensor  # (..., r, r) orthogonal
-    singular: Tensor  # (..., r)
-    inverse: Tensor  # (..., r), zero where a direction is absent
-    rows: Tensor  # (..., r, k), orthonormal where present
+    a: Tensor  # (K, r, n), `B̂ᵀ g`
+    b: Tensor  # (K, r, m), the transpose of `(I − P_B) g Âᵀ`
 
 
 @torch.no_grad()
@@ -73,21 +72,48 @@ def project_lora_gradients(
     check_choice("x_mode", x_mode, X_MODES)
     _check_inputs(A, B, grad_A, grad_B, scaling)
     dtype = compute_dtype(A, B, grad_A, grad_B)
-    dtype_A, dtype_B = grad_A.dtype, grad_B.dtype
-    A, B, grad_A, grad_B = (tensor.to(dtype) for tensor in (A, B, grad_A, grad_B))
-    s = scaling.to(A)[..., None, None] if isinstance(scaling, Tensor) else scaling
+    one_A, one_B, one_grad_A, one_grad_B = (x.to(dtype).reshape(-1, *x.shape[-2:]) for x in (A, B, grad_A, grad_B))
+    s = scaling.to(one_A).expand(A.shape[:-2]).reshape(-1, 1, 1) if isinstance(scaling, Tensor) else scaling
 
     # Under autocast the products would silently run in bf16.
     with torch.autocast(A.device.type, enabled=False):
-        basis_A = _row_basis(A, rtol)
-        basis_B = _row_basis(B.mT, rtol)
-        a = basis_B.inverse[..., None] * (basis_B.vectors.mT @ grad_A) / s
-        b = (grad_B @ basis_A.vectors) * basis_A.inverse[..., None, :] / s
-        share_of_B = _core_share_of_B(basis_A, basis_B, x_mode) * (a @ basis_A.rows.mT)
-        h_A = basis_B.vectors @ (basis_B.inverse[..., None] / s * (a - share_of_B @ basis_A.rows))
-        h_B = b - basis_B.rows.mT @ (basis_B.rows @ b - share_of_B)
-        h_B = (h_B * basis_A.inverse[..., None, :] / s) @ basis_A.vectors.mT
-    return h_A.to(dtype_A), h_B.to(dtype_B)
+        basis_A, basis_B = row_bases([one_A, one_B.mT], rtol)
+        coordinates = gradient_coordinates(basis_A, basis_B, one_grad_A, one_grad_B.mT, s)
+        h_A, h_B = factor_gradients(basis_A, basis_B, coordinates, s, x_mode)
+    return h_A.reshape(A.shape).to(grad_A.dtype), h_B.mT.reshape(B.shape).to(grad_B.dtype)
+
+
+def gradient_coordinates(
+    basis_A: RowBasis, basis_B: RowBasis, grad_A: Tensor, grad_B: Tensor, scaling: float | Tensor = 1.0
+) -> Coordinates:
+    """The optimal equivalent gradient of what the factor gradients tell of g, in the bases of the factors.
+
+    Args:
+        basis_A: of A `(K, r, n)`.
+        basis_B: of B transposed, `(K, r, m)`.
+        grad_A: `s Bᵀ g` `(K, r, n)`.
+        grad_B: the transpose of `s g Aᵀ`, `(K, r, m)`.
+        scaling: s, a number or `(K, 1, 1)`.
+    """
+    a = (basis_B.whitening / scaling).mT @ grad_A
+    b = (basis_A.whitening / scaling).mT @ grad_B
+    return Coordinates(a, outside(b, basis_B))
+
+
+def outside(rows: Tensor, basis: RowBasis) -> Tensor:
+    """The part of `rows` `(K, r, k)` that is orthogonal to a basis."""
+    return torch.baddbmm(rows, rows @ basis.rows.mT, basis.rows, alpha=-1)
+
+
+def factor_gradients(
+    basis_A: RowBasis, basis_B: RowBasis, coordinates: Coordinates, scaling: float | Tensor = 1.0, x_mode: str = "zero"
+) -> tuple[Tensor, Tensor]:
+    """Factor gradients `h_A` `(K, r, n)` and `h_B`, transposed `(K, r, m)`, with the given equivalent gradient."""
+    a, b = coordinates
+    core_of_B = _core_share_of_B(basis_A, basis_B, x_mode) * (a @ basis_A.rows.mT)
+    h_A = (basis_B.whitening / scaling) @ torch.baddbmm(a, core_of_B, basis_A.rows, alpha=-1)
+    h_B = (basis_A.whitening / scaling) @ torch.baddbmm(b, core_of_B.mT, basis_B.rows)
+    return h_A, h_B
 
 
 @torch.no_grad()
@@ -124,29 +150,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def _row_basis(factor: Tensor, rtol: float | None) -> _RowBasis:
-    """Singular directions of the rows of `factor` `(..., r, k)`, from its r x r Gram matrix."""
-    # A Gram matrix squares the condition number: in float64 it keeps all that float32 factors hold.
-    gram_dtype = torch.float64 if factor.device.type != "mps" else torch.float32
-    if rtol is None:
-        r, k = factor.shape[-2:]
-        rtol = max(r * torch.finfo(factor.dtype).eps, max(r, k) * torch.finfo(gram_dtype).eps)
-    exact = factor.to(gram_dtype)
-    try:
-        eigenvalues, vectors = torch.linalg.eigh(exact @ exact.mT)
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise ValueError(
-            "a LoRA factor holds NaN, Inf or values out of range; go back to a checkpoint whose adapter is finite."
-        ) from error
-    largest = eigenvalues[..., -1:].clamp_min(0)
-    present = eigenvalues > rtol * largest
-    singular = torch.where(present, eigenvalues, 0).sqrt()
-    inverse = torch.where(present, 1 / singular, 0).to(factor.dtype)
-    vectors = vectors.to(factor.dtype)
-    return _RowBasis(vectors, singular.to(factor.dtype), inverse, inverse[..., None] * (vectors.mT @ factor))
-
-
-def _core_share_of_B(basis_A: _RowBasis, basis_B: _RowBasis, x_mode: str) -> Tensor | float:
+def _core_share_of_B(basis_A: RowBasis, basis_B: RowBasis, x_mode: str) -> Tensor | float:
     """The share ω `(..., r, r)` of the core that B moves; A moves the rest."""
     if x_mode == "zero":
         return 0.0

@@ -6,6 +6,8 @@ Symbols as in `lorapro_hf.projection`; `g` is the gradient of the adapted weight
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -89,3 +91,60 @@ class DenseFullAdamW:
         keep = (1 - self.lr * self.weight_decay) ** 0.5
         self.A = keep * self.A - self.lr * h_A
         self.B = keep * self.B - self.lr * h_B
+
+
+def sequential_step(
+    u: Tensor, A: Tensor, B: Tensor, scaling: float, lr_A: float, lr_B: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """The factors after the direction `u` `(m, n)` has been spent on B first and then, through the new B, on A.
+
+    Args:
+        u: `(m, n)`.
+        A: `(r, n)`, already decayed.
+        B: `(m, r)`, already decayed.
+        scaling: factor in front of `B @ A`.
+        lr_A: learning rate of A.
+        lr_B: learning rate of B, by default that of A.
+    """
+    u, A, B = u.double(), A.double(), B.double()
+    pinv_A = torch.linalg.pinv(A, rtol=RTOL)
+    new_B = B - (lr_A if lr_B is None else lr_B) / scaling * u @ pinv_A
+    rest = u - u @ pinv_A @ A
+    return A - lr_A / scaling * torch.linalg.pinv(new_B, rtol=RTOL) @ rest, new_B
+
+
+class DenseFactoredAdamW(DenseFullAdamW):
+    """AdamW of the factored mode on one pair, in float64: a dense first moment that is kept in the tangent space.
+
+    Args:
+        update: `"sequential"` or `"linear"`.
+        options: as for `DenseFullAdamW`.
+    """
+
+    def __init__(self, A: Tensor, B: Tensor, scaling: float, *, update: str = "sequential", **options: Any) -> None:
+        super().__init__(A, B, scaling, **options)
+        self.update = update
+        self.row, self.column = torch.zeros(len(B), dtype=torch.float64), torch.zeros(A.shape[-1], dtype=torch.float64)
+
+    def step(self, g: Tensor) -> None:
+        """One step for the full gradient `g` `(m, n)`."""
+        u = self.direction(g)
+        keep = (1 - self.lr * self.weight_decay) ** 0.5
+        if self.update == "sequential":
+            self.A, self.B = sequential_step(u, keep * self.A, keep * self.B, self.scaling, self.lr)
+        else:
+            h_A, h_B = factor_gradients(u, self.A, self.B, self.scaling, self.x_mode)
+            self.A, self.B = keep * self.A - self.lr * h_A, keep * self.B - self.lr * h_B
+        self.M = projected_gradient(self.M, self.A, self.B)
+
+    def direction(self, g: Tensor) -> Tensor:
+        """Count the gradient in and return Adam's direction `(m, n)`."""
+        beta1, beta2 = self.betas
+        self.t += 1
+        projected = projected_gradient(g, self.A, self.B)
+        self.M = beta1 * self.M + (1 - beta1) * projected
+        self.row = beta2 * self.row + (1 - beta2) * (projected**2).mean(1)
+        self.column = beta2 * self.column + (1 - beta2) * (projected**2).mean(0)
+        row, column = self.row / (1 - beta2**self.t), self.column / (1 - beta2**self.t)
+        root = torch.outer(row.sqrt() + self.eps, column.sqrt() + self.eps) / (row.mean().sqrt() + self.eps)
+        return torch.where(root > 0, self.M / (1 - beta1**self.t) / root, 0)

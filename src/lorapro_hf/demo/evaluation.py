@@ -69,6 +69,16 @@ class Evaluator:
         references = [example.answer for example in self.examples]
         return Score(loss=loss, **self.metric.compute(predictions=answers, references=references))
 
+    @torch.no_grad()
+    def loss(self, model: PeftModel) -> float:
+        """The loss a token of the held-out answers, in evaluation mode, without generating any."""
+        was_training = model.training
+        model.eval()
+        try:
+            return self._loss(model, lambda: None)
+        finally:
+            model.train(was_training)
+
     def _loss(self, model: PeftModel, advance: Callable[[], None]) -> float:
         collate = DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=-100)
         total, count = 0.0, 0

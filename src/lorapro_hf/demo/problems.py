@@ -11,8 +11,9 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
-from lorapro_hf.demo.settings import DemoSettings, UsageError, is_missing_path
+from lorapro_hf.demo.settings import DemoSettings, is_missing_path
 from lorapro_hf.demo.word_problems import word_problems
+from lorapro_hf.options import UsageError
 
 _FILE_KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _HELD_OUT_SPLITS = ("test", "validation", "eval", "dev")

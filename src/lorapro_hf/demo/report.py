@@ -25,8 +25,15 @@ from lorapro_hf.demo.evaluation import Score
 from lorapro_hf.demo.settings import DemoSettings
 from lorapro_hf.demo.training import MethodResult
 
-_COLOURS = {"lora": "#0072B2", "lora_pro": "#D55E00", "lora_pro_efficient": "#009E73"}
-_MARKERS = {"lora": "o", "lora_pro": "s", "lora_pro_efficient": "^"}
+COLOURS = {
+    "lora": "#0072B2",
+    "lora_pro": "#D55E00",
+    "lora_pro_sequential": "#E69F00",
+    "lora_pro_8bit": "#56B4E9",
+    "lora_pro_factored": "#CC79A7",
+    "lora_pro_efficient": "#009E73",
+}
+_MARKERS = dict(zip(COLOURS, "os>DP^", strict=True))
 
 
 def _number(value: float | None, form: str) -> str:
@@ -74,6 +81,7 @@ def _row(result: MethodResult) -> dict[str, Any]:
         "method": result.method.name,
         "title": result.method.title,
         "lora_pro_mode": result.method.lora_pro_mode,
+        "lora_pro_update": result.method.lora_pro_update,
         "learning_rate": result.learning_rate,
         "steps": len(result.losses),
         "interrupted": result.interrupted,
@@ -105,12 +113,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """JSON has no NaN and no infinity: `None` stands for both."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -131,7 +139,7 @@ def write_results(
         "interrupted": any(result.interrupted for result in results),
         **more,
     }
-    path.write_text(json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def smooth(losses: Sequence[float], reach: int = 2) -> list[float]:
@@ -150,7 +158,7 @@ def plot_curves(path: Path, base: Score | None, results: Sequence[MethodResult])
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for result in results:
-        colour, marker = _COLOURS[result.method.name], _MARKERS[result.method.name]
+        colour, marker = COLOURS[result.method.name], _MARKERS[result.method.name]
         steps = range(1, len(result.losses) + 1)
         axes.plot(steps, result.losses, color=colour, alpha=0.25, linewidth=1)
         label = f"{_state(result)}, lr {result.learning_rate:g}"

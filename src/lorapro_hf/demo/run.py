@@ -21,8 +21,9 @@ from lorapro_hf.demo.base_model import BaseModel, load_base_model
 from lorapro_hf.demo.evaluation import Evaluator, Score
 from lorapro_hf.demo.problems import Example, encode, load_problems
 from lorapro_hf.demo.report import plot_curves, results_table, write_results
-from lorapro_hf.demo.settings import METHODS, DemoSettings, UsageError
+from lorapro_hf.demo.settings import METHODS, DemoSettings
 from lorapro_hf.demo.training import MethodResult, train_method
+from lorapro_hf.options import UsageError
 
 STOCK_PEFT_SCRIPT = Path(__file__).parent / "stock_peft" / "answer.py"
 INTERRUPTED = 130
@@ -38,7 +39,8 @@ class _Outcome:
     answer: dict[str, str] | None = None
 
 
-def _progress(console: Console) -> Progress:
+def progress_bars(console: Console) -> Progress:
+    """Bars that say what is done, how far it is, for how long, and a note."""
     return Progress(
         TextColumn("{task.description:<32}"),
         BarColumn(),
@@ -74,7 +76,7 @@ def add_adapter(base: BaseModel, seed: int) -> PeftModel:
         return get_peft_model(base.model, config)
 
 
-class _Run:
+class Run:
     """One demo run: the model, the problems, and what came out so far."""
 
     def __init__(self, settings: DemoSettings, console: Console) -> None:
@@ -110,10 +112,10 @@ class _Run:
         """Evaluate the base model, then train and evaluate each method; a Ctrl-C ends it with what is there."""
         weights = get_peft_model_state_dict(model, save_embedding_layers=False)
         initial = {name: value.clone() for name, value in weights.items()}
-        with _progress(self.console) as progress:
+        with progress_bars(self.console) as progress:
             self.outcome.base = self._score(model, progress, "Evaluating the base model")
             for name in self.settings.methods:
-                result = self._train(model, initial, progress, name)
+                result = self.train_with(model, initial, progress, name)
                 self.outcome.results.append(result)
                 self.outcome.stopped = result.interrupted
                 if not self.outcome.stopped:
@@ -130,7 +132,10 @@ class _Run:
         progress.update(task, note=f"loss {score.loss:.3f}, exact match {score.exact_match:.1%}")
         return score
 
-    def _train(self, model: PeftModel, initial: dict[str, torch.Tensor], progress: Progress, name: str) -> MethodResult:
+    def train_with(
+        self, model: PeftModel, initial: dict[str, torch.Tensor], progress: Progress, name: str
+    ) -> MethodResult:
+        """Train with one method from the initial adapter on, under a progress bar."""
         method = METHODS[name]
         task = progress.add_task(f"Training {method.title}", total=self.settings.steps, note="")
 
@@ -173,7 +178,7 @@ def run_demo(settings: DemoSettings, console: Console | None = None) -> int:
     console = console or Console()
     transformers_logging.disable_progress_bar()  # they would run through ours
     prepare_output(settings.output_dir)
-    run = _Run(settings, console)
+    run = Run(settings, console)
     model = run.prepare()
     run.compare(model)
     outcome = run.outcome

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
-class UsageError(ValueError):
-    """What the user asked for cannot be done; the message says why and what to do instead."""
+from lorapro_hf.options import UsageError
 
 
 def is_missing_path(name: str, suffixes: tuple[str, ...] = ()) -> bool:
@@ -27,12 +25,14 @@ class Method:
         title: Its name in the table.
         lora_pro_mode: The mode of LoRA-Pro; `None` for plain LoRA with AdamW.
         learning_rate: The default, tuned on the demo's own task.
+        lora_pro_update: How LoRA-Pro spends a step; `None` for the mode's own way.
     """
 
     name: str
     title: str
     lora_pro_mode: str | None
     learning_rate: float
+    lora_pro_update: str | None = None
 
 
 # Learning rates with the lowest held-out loss after 24 steps on the problems of seed 1 (the demo's seed is 0), out of
@@ -42,9 +42,14 @@ METHODS: Mapping[str, Method] = {
     for method in (
         Method("lora", "LoRA (AdamW)", None, 4e-3),
         Method("lora_pro", "LoRA-Pro full", "full", 2e-4),
+        Method("lora_pro_sequential", "LoRA-Pro full, sequential", "full", 2e-4, "sequential"),
+        Method("lora_pro_8bit", "LoRA-Pro full_8bit", "full_8bit", 2e-4),
+        Method("lora_pro_factored", "LoRA-Pro factored", "factored", 2e-4),
         Method("lora_pro_efficient", "LoRA-Pro efficient", "efficient", 2e-3),
     )
 }
+COMPARED = ("lora", "lora_pro", "lora_pro_factored", "lora_pro_efficient")
+CURVES = ("lora", "lora_pro", "lora_pro_sequential", "lora_pro_8bit", "lora_pro_factored")
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class DemoSettings:
     model: str | None = None
     dataset: str | None = None
     dataset_config: str | None = None
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[str, ...] = COMPARED
     learning_rates: Mapping[str, float] = field(default_factory=dict)
     steps: int = 24
     batch_size: int = 8

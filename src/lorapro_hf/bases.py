@@ -1,0 +1,79 @@
+"""Which directions does a factor span, and how strongly?
+
+A factor is taken by its rows, `F` `(r, k)`: A as it is, B transposed. With the eigenvectors of its r x r Gram matrix it
+is `F = U Σ F̂`, where the rows of F̂ are orthonormal. Directions that are absent (a B of zeros, a rank-deficient factor)
+have zeros in Σ, in its inverse and in F̂, so that nothing that follows needs a case of its own for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorapro_hf.kernels.eigh import symmetric_eigh
+
+
+class RowBasis(NamedTuple):
+    """The r rows of a factor `F = vectors @ diag(singular) @ rows`; what belongs to absent directions is zero."""
+
+    vectors: Tensor  # (..., r, r) orthogonal
+    singular: Tensor  # (..., r)
+    inverse: Tensor  # (..., r)
+    rows: Tensor  # (..., r, k), orthonormal where present
+
+    @property
+    def whitening(self) -> Tensor:
+        """`U Σ⁻¹` `(..., r, r)`: its transpose turns the factor into `rows`."""
+        return self.vectors * self.inverse[..., None, :]
+
+
+def row_basis(factor: Tensor, rtol: float | None = None) -> RowBasis:
+    """The basis of one factor `(..., r, k)`, see `row_bases`."""
+    return row_bases([factor], rtol)[0]
+
+
+def row_bases(factors: Sequence[Tensor], rtol: float | None = None) -> list[RowBasis]:
+    """The bases of factors `(..., r, k)`, with one eigendecomposition for all that agree in r and device.
+
+    Args:
+        factors: float32 or float64.
+        rtol: directions whose squared singular value is at most `rtol` times the largest count as absent. Default:
+            `max(r * eps(dtype), max(r, k) * eps(Gram dtype))`.
+
+    Raises:
+        ValueError: a factor holds NaN or Inf (on the CPU; elsewhere the result is NaN, as finding out would wait for
+            the device).
+    """
+    grams = [_gram(factor) for factor in factors]
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for index, gram in enumerate(grams):
+        alike.setdefault((gram.shape[-1], gram.dtype, gram.device), []).append(index)
+    bases: dict[int, RowBasis] = {}
+    for indices in alike.values():
+        flat = [grams[index].flatten(0, -3) if grams[index].dim() > 2 else grams[index][None] for index in indices]
+        eigenvalues, vectors = symmetric_eigh(torch.cat(flat))
+        sizes = [len(gram) for gram in flat]
+        for index, values, of_factor in zip(indices, eigenvalues.split(sizes), vectors.split(sizes), strict=True):
+            shape = grams[index].shape
+            bases[index] = _basis(factors[index], values.view(shape[:-1]), of_factor.view(shape), rtol)
+    return [bases[index] for index in range(len(factors))]
+
+
+def _gram(factor: Tensor) -> Tensor:
+    # A Gram matrix squares the condition number: in float64 it keeps all that float32 factors hold.
+    exact = factor.to(torch.float64 if factor.device.type != "mps" else torch.float32)
+    return exact @ exact.mT
+
+
+def _basis(factor: Tensor, eigenvalues: Tensor, vectors: Tensor, rtol: float | None) -> RowBasis:
+    r, k = factor.shape[-2:]
+    if rtol is None:
+        rtol = max(r * torch.finfo(factor.dtype).eps, max(r, k) * torch.finfo(eigenvalues.dtype).eps)
+    present = eigenvalues > rtol * eigenvalues[..., -1:].clamp_min(0)
+    singular = torch.where(present, eigenvalues, 0).sqrt()
+    inverse = torch.where(present, 1 / singular, 0).to(factor.dtype)
+    vectors = vectors.to(factor.dtype)
+    return RowBasis(vectors, singular.to(factor.dtype), inverse, (vectors * inverse[..., None, :]).mT @ factor)

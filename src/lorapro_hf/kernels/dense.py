@@ -1,0 +1,101 @@
+"""How is the step of dense moments taken: which backend serves this device?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorapro_hf.kernels.storage import Moments
+
+
+class DirectionProducts(NamedTuple):
+    """What the factors need to know of Adam's direction u, rows along the last dimension."""
+
+    u_A: Tensor  # (K, r, m), the transpose of `u Aᵀ`
+    B_u: Tensor  # (K, r, n), `Bᵀ u`
+    K_u: Tensor | None  # (K, r, n), `Kᵀ u` with `K = u Aᵀ`, of a sequential update only
+
+
+def dense_update(
+    moments: Moments,
+    left: Tensor,
+    right: Tensor,
+    A: Tensor,
+    B: Tensor,
+    steps: Tensor,
+    skip: Tensor,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    sequential: bool = False,
+    live: Sequence[int] | None = None,
+    backend: str = "auto",
+) -> DirectionProducts:
+    """Take equivalent gradients into their dense moments and give the products of Adam's direction, tile by tile.
+
+    With `g = leftᵀ right`: `M ← β₁ M + (1−β₁) g`, `V ← β₂ V + (1−β₂) g∘g` and `u = M̂ / (√V̂ + eps)`, whose products with
+    the factors are accumulated while a tile is at hand. Beside the moments nothing of the size of `g` exists, and the
+    host waits for no device.
+
+    Args:
+        moments: of K weights `(m, n)`, updated in place.
+        left: `(K, 2r, m)`.
+        right: `(K, 2r, n)`.
+        A: rows to multiply u with, `(K, r, n)`: A, or better conditioned its orthonormal rows.
+        B: likewise for the columns of B, `(K, r, m)`.
+        steps: `(K,)` float32, how often each has been stepped, this step included.
+        skip: 0-dim; where it is 1 the moments stay as they are and u counts as 0.
+        betas: decay rates of the moments.
+        eps: added to the denominator.
+        sequential: also give `K_u`.
+        live: the entries that take part, all by default; the others stay as they are and get zeros.
+        backend: `"torch"`, `"compiled"`, `"triton"`, or `"auto"`.
+
+    Raises:
+        RuntimeError: the backend cannot serve this device.
+    """
+    chosen = choose_backend(backend, A.device)
+    if chosen == "triton":
+        from lorapro_hf.kernels import triton_dense
+
+        return DirectionProducts(
+            *triton_dense.dense_update(
+                moments, left, right, A, B, steps, skip, betas=betas, eps=eps, sequential=sequential, live=live
+            )
+        )
+    from lorapro_hf.kernels import torch_dense
+
+    products = DirectionProducts(torch.zeros_like(B), torch.zeros_like(A), torch.zeros_like(A) if sequential else None)
+    torch_dense.dense_update(
+        moments,
+        left,
+        right,
+        A,
+        B,
+        steps,
+        skip,
+        products=products,
+        live=range(len(A)) if live is None else live,
+        betas=betas,
+        eps=eps,
+        compiled=chosen == "compiled",
+    )
+    return products
+
+
+def choose_backend(backend: str, device: torch.device) -> str:
+    """The backend that `"auto"` stands for on this device, or the one asked for.
+
+    Raises:
+        RuntimeError: it cannot serve this device.
+    """
+    if backend == "auto":
+        return "triton" if device.type == "cuda" and find_spec("triton") is not None else "torch"
+    if backend == "triton" and (device.type != "cuda" or find_spec("triton") is None):
+        missing = "it is not installed" if device.type == "cuda" else f"the factors are on {device.type}"
+        raise RuntimeError(f"backend='triton' needs CUDA and the package triton, but {missing}. Use backend='auto'.")
+    return backend

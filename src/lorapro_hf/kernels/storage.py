@@ -1,0 +1,94 @@
+"""In which form are the two dense moments kept: float32 (or float64), bfloat16, or 8-bit codes?"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorapro_hf.kernels.dynamic_map import tables_on
+
+BLOCK = 256  # columns of a row that share one scale in 8-bit storage
+
+
+class Moments(NamedTuple):
+    """Dense moments of K weights of one shape; in 8 bits the second one is kept by its square root."""
+
+    exp_avg: Tensor  # (K, m, n), float or uint8 codes
+    exp_avg_sq: Tensor  # (K, m, n)
+    exp_avg_absmax: Tensor | None = None  # (K, m, ceil(n / BLOCK)) float32, of 8-bit storage only
+    exp_avg_sq_absmax: Tensor | None = None
+
+
+def new_moments(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Moments:
+    """Moments of zeros; `dtype` `torch.uint8` stands for 8-bit storage."""
+    values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
+    if dtype != torch.uint8:
+        return Moments(*values)
+    scales = (*shape[:-1], -(-shape[-1] // BLOCK))
+    return Moments(*values, *(torch.zeros(scales, device=device) for _ in range(2)))
+
+
+def load(values: Tensor, absmax: Tensor | None, signed: bool, dtype: torch.dtype) -> Tensor:
+    """One moment of some rows `(..., n)` in the dtype to compute in: the stored tensor itself where it has that."""
+    if values.dtype != torch.uint8:
+        return values.to(dtype)
+    assert absmax is not None
+    codes = _whole_blocks(values)
+    code = _map(signed, values.device)
+    exact = _bitsandbytes().dequantize_blockwise(codes, absmax.flatten(), code, BLOCK, torch.float32)
+    exact = exact.view(codes.shape)[..., : values.shape[-1]].contiguous()
+    return (exact if signed else exact.square()).to(dtype)
+
+
+def store(values: Tensor, absmax: Tensor | None, exact: Tensor, signed: bool, step: Tensor, skip: Tensor) -> None:
+    """Write a moment back unless `skip` (0-dim) is 1; what is stored as it is computed has been updated in place.
+
+    bfloat16 rounds the first moment to nearest and the second stochastically: with `beta2 = 0.999` its changes are
+    smaller than half a unit in the last place and would never be taken up. The dither comes from the bits of the value
+    and from the step (one per entry, `(K, 1, 1)`), so that a resumed run repeats it.
+    """
+    exact = exact.float() if values.dtype in (torch.bfloat16, torch.uint8) else exact
+    if values.dtype == torch.bfloat16:
+        values.copy_(exact if signed else dithered(exact, step))
+    elif values.dtype == torch.uint8:
+        assert absmax is not None
+        whole = _whole_blocks(exact if signed else exact.sqrt())
+        codes, scales = _bitsandbytes().quantize_blockwise(whole, _map(signed, values.device), BLOCK)
+        # A second quantisation of the same values may move a scale, so that a skipped step has to be left out.
+        keep = skip > 0
+        values.copy_(torch.where(keep, values, codes.view(whole.shape)[..., : values.shape[-1]]))
+        absmax.copy_(torch.where(keep, absmax, scales.view(absmax.shape)))
+
+
+def dithered(exact: Tensor, step: Tensor) -> Tensor:
+    """Float32 values whose lower half has been rounded up or down at random, so that bfloat16 holds them exactly."""
+    bits = exact.view(torch.int32)
+    mixed = (bits + step.to(torch.int32) * _signed(0x9E3779B1)) * _signed(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13 & 0x7FFFF)) * _signed(0xC2B2AE35)
+    return (bits + (mixed >> 16 & 0xFFFF) & ~0xFFFF).view(torch.float32)
+
+
+def _map(signed: bool, device: torch.device) -> Tensor:
+    return tables_on(device)[0 if signed else 2]
+
+
+def _signed(constant: int) -> int:
+    return constant - (1 << 32)  # int32 arithmetic wraps around as uint32's does
+
+
+def _whole_blocks(rows: Tensor) -> Tensor:
+    missing = -rows.shape[-1] % BLOCK
+    return torch.nn.functional.pad(rows, (0, missing)) if missing else rows.contiguous()
+
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes  # noqa: F401  (registers the operators)
+    except ImportError as error:
+        raise ImportError(
+            "mode 'full_8bit' needs bitsandbytes for this device; install it with "
+            "`pip install 'lorapro_hf[8bit]'`, or choose another mode."
+        ) from error
+    return torch.ops.bitsandbytes

@@ -1,0 +1,241 @@
+"""How much memory does LoRA-Pro's optimizer need on each device, is it there, and which modes would do with less?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+
+import torch
+from torch import Tensor
+
+from lorapro_hf.config import MODES, LoRAProConfig
+from lorapro_hf.pairs import LoRAPair
+from lorapro_hf.projection import compute_dtype
+
+_QUANTISATION_BLOCK = 256  # elements along a row that share one scale in mode full_8bit
+
+# A step packs factors and gradients into batches, shape by shape, and works on copies of that size.
+_WORKING_COPIES = 4
+
+# Files of a control group: its limit, what is in use, and the entry of memory.stat for caches that the kernel drops
+# when memory is short.
+_CGROUP_V2 = ("memory.max", "memory.current", "inactive_file")
+_CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_NO_LIMIT = 2**60  # version 1 says "no limit" with the largest number of pages
+
+
+class StateTooLargeError(ValueError):
+    """The optimizer state of the chosen mode does not fit on a device; the message names the modes that would."""
+
+
+def readable_bytes(count: float) -> str:
+    """`1536` as `"1.5 KiB"`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def state_bytes_by_device(
+    pairs: Iterable[LoRAPair], config: LoRAProConfig, others: Iterable[Tensor] = ()
+) -> dict[torch.device, int]:
+    """Bytes of optimizer state on each device once every parameter has been stepped.
+
+    Exact but for the step counters, 4 bytes for each parameter. Only shapes, dtypes and devices are read: the factors
+    may be on the meta device.
+
+    Args:
+        pairs: from `find_lora_pairs(model)`.
+        config: its `mode` and `moments_dtype` count.
+        others: trainable parameters of no pair; AdamW keeps two moments of each in its own dtype. Parameters tied to
+            those of a pair have no moments and do not belong here.
+    """
+    return _state_bytes(pairs, config.mode, config.moments_dtype, others)
+
+
+def scratch_bytes(pairs: Iterable[LoRAPair]) -> dict[torch.device, int]:
+    """Bytes on each device that a step may need beyond the state: four copies of all factors, in float32 at least.
+
+    An allowance, not a count. It is the same in all modes, because no step holds anything of the size of a weight
+    beside its state. Activations, parameters and their gradients are not in it.
+    """
+    total: dict[torch.device, int] = {}
+    for pair in pairs:
+        A, B = pair.A, pair.B
+        _add(total, A.device, _WORKING_COPIES * (A.numel() + B.numel()) * compute_dtype(A, B).itemsize)
+    return total
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on a device, or `None` where that is not known.
+
+    CUDA: what the driver has left and what PyTorch's caching allocator holds without using it. CPU: what the system
+    has left (`psutil`, which accelerate brings) within the memory limits of the process's control groups; caches
+    that the kernel would drop count as available. Other devices, and a CPU without psutil and without limits: `None`.
+    """
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type == "cpu":
+        known = [count for count in (_system_available(), _cgroup_available()) if count is not None]
+        return min(known, default=None)
+    return None
+
+
+def require_state_fits(pairs: Sequence[LoRAPair], config: LoRAProConfig, others: Sequence[Tensor] = ()) -> None:
+    """Refuse a mode whose optimizer state cannot fit, before anything of it is allocated.
+
+    To be called when the optimizer is built, while it has no state yet. Passing says nothing of activations and
+    gradients, which need memory as well. A device whose free memory is not known is never refused.
+
+    Args:
+        pairs: from `find_lora_pairs(model)`, on the devices they will be trained on.
+        config: the settings of the optimizer.
+        others: trainable parameters of no pair.
+
+    Raises:
+        StateTooLargeError: state and working memory exceed what a device has left. The message gives both in bytes and
+            names the modes that would fit.
+    """
+    chosen = (config.mode, config.moments_dtype)
+    need = _need(pairs, *chosen, others)
+    free = {device: available_bytes(device) for device in need}
+    short = _devices_short_of(need, free)
+    if not short:
+        return
+    listed = ", and ".join(
+        f"{readable_bytes(need[device])} on {device}, where {readable_bytes(free[device] or 0)} are free"
+        for device in short
+    )
+    raise StateTooLargeError(
+        f"The optimizer state of {_setting_name(*chosen, 'mode=')}, with a step's working memory, needs {listed}. "
+        f"{_remedies(pairs, others, free)}, or turn this check off with check_memory=False."
+    )
+
+
+def _remedies(pairs: Sequence[LoRAPair], others: Sequence[Tensor], free: dict[torch.device, int | None]) -> str:
+    """What to do where the chosen mode does not fit, with the modes that do."""
+    together = " (all devices together)" if len(free) > 1 else ""
+    needs = {setting: _need(pairs, *setting, others) for setting in _all_settings()}
+    fitting = [
+        _described(*setting, sum(need.values())) for setting, need in needs.items() if not _devices_short_of(need, free)
+    ]
+    if fitting:
+        return (
+            f"Modes that fit{together}: {', '.join(fitting)}. Choose one with LoRAProConfig(mode=...) or "
+            "--lora_pro_mode, adapt fewer layers (target_modules)"
+        )
+    least, (mode, _) = min((sum(need.values()), setting) for setting, need in needs.items())
+    return (
+        f"No mode fits; the smallest, {mode!r}, needs {readable_bytes(least)}{together}. Adapt fewer layers "
+        "(target_modules), choose a smaller r, free memory there"
+    )
+
+
+def _all_settings() -> list[tuple[str, str]]:
+    """Every `(mode, moments_dtype)` there is, in the order of the modes."""
+    return [(mode, dtype) for mode in MODES for dtype in (("float32", "bfloat16") if mode == "full" else ("float32",))]
+
+
+def _setting_name(mode: str, moments_dtype: str, prefix: str = "") -> str:
+    return f"{prefix}{mode!r}" + (f" with moments_dtype={moments_dtype!r}" if moments_dtype != "float32" else "")
+
+
+def _described(mode: str, moments_dtype: str, count: int) -> str:
+    # Its moments are those of the factors: with the rate of the other modes it would hardly move.
+    rates = ", with learning rates of LoRA" if mode == "efficient" else ""
+    return f"{_setting_name(mode, moments_dtype)} ({readable_bytes(count)}{rates})"
+
+
+def _need(
+    pairs: Sequence[LoRAPair], mode: str, moments_dtype: str, others: Sequence[Tensor]
+) -> dict[torch.device, int]:
+    """State and working memory together."""
+    need = _state_bytes(pairs, mode, moments_dtype, others)
+    for device, count in scratch_bytes(pairs).items():
+        _add(need, device, count)
+    return need
+
+
+def _devices_short_of(need: dict[torch.device, int], free: dict[torch.device, int | None]) -> list[torch.device]:
+    short = []
+    for device, count in need.items():
+        there = free[device]
+        if there is not None and count > there:
+            short.append(device)
+    return short
+
+
+def _state_bytes(
+    pairs: Iterable[LoRAPair], mode: str, moments_dtype: str, others: Iterable[Tensor]
+) -> dict[torch.device, int]:
+    total: dict[torch.device, int] = {}
+    for pair in pairs:
+        _add(total, pair.A.device, _state_bytes_of_pair(pair, mode, moments_dtype))
+    for parameter in others:
+        _add(total, parameter.device, 2 * parameter.numel() * parameter.element_size())
+    return total
+
+
+def _state_bytes_of_pair(pair: LoRAPair, mode: str, moments_dtype: str) -> int:
+    A, B = pair.A, pair.B
+    itemsize = compute_dtype(A, B).itemsize
+    *batch_shape, m, _ = pair.matrix_B(B).shape
+    batch, n = torch.Size(batch_shape).numel(), pair.matrix_A(A).shape[-1]
+    if mode == "full":
+        return 2 * batch * m * n * (torch.bfloat16.itemsize if moments_dtype == "bfloat16" else itemsize)
+    if mode == "full_8bit":  # two codes of a byte, and two float32 scales for each block
+        return 2 * batch * m * (n + torch.float32.itemsize * -(-n // _QUANTISATION_BLOCK))
+    if mode == "factored":  # a first moment like each factor, a second one for each column and row of the weight
+        return (A.numel() + B.numel() + batch * (m + n)) * itemsize
+    if mode == "efficient":
+        return 2 * (A.numel() * compute_dtype(A).itemsize + B.numel() * compute_dtype(B).itemsize)
+    raise ValueError(f"the size of the state of mode {mode!r} is not known; the modes are {list(MODES)}.")
+
+
+def _add(total: dict[torch.device, int], device: torch.device, count: int) -> None:
+    total[device] = total.get(device, 0) + count
+
+
+def _system_available() -> int | None:
+    try:
+        import psutil  # type: ignore[import-untyped, unused-ignore]
+    except ImportError:
+        return None
+    return int(psutil.virtual_memory().available)
+
+
+def _cgroup_available(membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes until the tightest memory limit of the process's control groups and those above them, if there is one."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:  # no Linux
+        return None
+    rooms = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mount, names = (root / "memory", _CGROUP_V1) if controllers else (root, _CGROUP_V2)
+        # A container may be shown its path on the host, which does not exist inside: then only the mount itself does.
+        parts = PurePosixPath(path).parts[1:]
+        levels = [mount.joinpath(*parts[:depth]) for depth in range(len(parts) + 1)] if ".." not in parts else [mount]
+        rooms += [room for level in levels if (room := _cgroup_room(level, *names)) is not None]
+    return min(rooms, default=None)
+
+
+def _cgroup_room(group: Path, limit_name: str, usage_name: str, cache_name: str) -> int | None:
+    """Bytes that one control group may still take, or None if it has no limit."""
+    try:
+        limit, usage = (group / limit_name).read_text().strip(), int((group / usage_name).read_text())
+    except OSError:
+        return None
+    if limit == "max" or int(limit) >= _NO_LIMIT:
+        return None
+    try:
+        lines = (group / "memory.stat").read_text().splitlines()
+    except OSError:
+        lines = []
+    droppable = sum(int(line.split()[1]) for line in lines if line.split()[0] == cache_name)
+    return max(0, int(limit) - usage + droppable)

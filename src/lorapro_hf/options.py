@@ -1,0 +1,35 @@
+"""What do the options of the command line have in common?"""
+
+from __future__ import annotations
+
+import argparse
+
+
+class UsageError(ValueError):
+    """What the user asked for cannot be done; the message says why and what to do instead."""
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Default values where there are any, and descriptions as they are written."""
+
+
+def at_least_one(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return value
+
+
+def rate(text: str) -> float:
+    """A positive number, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number such as 1e-4")
+    return value

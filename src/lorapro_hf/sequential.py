@@ -1,0 +1,198 @@
+r"""Given a step direction u of the weight, how is it spent on both factors so that no cross term exists?
+
+Moving both factors at once along `h_A`, `h_B` moves `s B A` by `−γ s (B h_A + h_B A) + γ² s h_B h_A`, and right after
+B = 0 the last term is as large as the others. So B takes its part first, and A takes what is left through the new B:
+
+    B' = B − γ/s · u Aᵀ (AAᵀ)⁺        A' = A − γ/s · (B'ᵀB')⁺ B'ᵀ u (I − P_A)
+
+which gives exactly, not to first order, `s (B'A' − BA) = −γ [u P_A + P_B' u (I − P_A)]`: the best that two factors can
+do for u once B' has its column space, and never longer than γ u. X plays no role. From B = 0 the weight moves by
+`−γ P_B' u` with `col(B') = col(u Aᵀ)`, a low-rank approximation of u sketched by A.
+
+How it is computed: `û = u Âᵀ` and `w = B̂'ᵀ u` in the orthonormal bases of A and of B' are of the size of u whatever the
+scale of the factors, and `ΔB = −γ/s û T⁻¹ Vᵀ`, `ΔA = −γ/s U' Σ'⁻¹ w (I − ÂᵀÂ)`. Absent directions have a zero in T⁻¹
+or Σ'⁻¹, so rank-deficient and zero factors need no case of their own.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lorapro_hf.bases import RowBasis, row_basis
+
+
+class Rates(NamedTuple):
+    """How far a step goes: numbers, 0-dim tensors, or one per pair in a tensor `(K,)`."""
+
+    lr_A: float | Tensor
+    lr_B: float | Tensor
+    keep_A: float | Tensor = 1.0  # what the decoupled decay leaves of A
+    keep_B: float | Tensor = 1.0
+
+
+class Direction(Protocol):
+    """A step direction u `(K, m, n)` that need not be at hand but in its products."""
+
+    def through_A(self, weights: Tensor) -> Tensor:
+        """`weights (u Âᵀ)ᵀ` `(K, r, m)` for weights `(K, r, r)`, Âᵀ being the columns of the basis of A."""
+        ...
+
+    def rest_through_B(self, weights: Tensor, basis_B: RowBasis) -> Tensor:
+        """`weights B̂ᵀ u (I − P_A)` `(K, r, n)` for weights `(K, r, r)` and a basis of B."""
+        ...
+
+
+class SequentialStep(NamedTuple):
+    """The factors after a step, in rows layout, and the basis of the new B, which whoever asks next need not redo."""
+
+    A: Tensor  # (K, r, n)
+    Bt: Tensor  # (K, r, m)
+    basis_B: RowBasis
+
+
+@torch.no_grad()
+def sequential_step(
+    A: Tensor,
+    Bt: Tensor,
+    u_A: Tensor,
+    B_u: Tensor,
+    K_u: Tensor,
+    scaling: float | Tensor,
+    basis_A: RowBasis,
+    basis_B: RowBasis,
+    rates: Rates,
+    *,
+    rtol: float | None = None,
+    live: Tensor | None = None,
+    factor_dtype: torch.dtype | None = None,
+) -> SequentialStep:
+    """Move K pairs of factors, B first, given the products of the direction u with the bases of the factors.
+
+    All tensors are float32 or all float64. Allocates nothing larger than the factors, and waits for no value.
+
+    Args:
+        A: `(K, r, n)`, before its decay.
+        Bt: `(K, r, m)`, B transposed, before its decay.
+        u_A: `(K, r, m)`, the transpose of `K = u Âᵀ`, Â being `basis_A.rows`.
+        B_u: `(K, r, n)`, `B̂ᵀ u`, B̂ᵀ being `basis_B.rows`.
+        K_u: `(K, r, n)`, `Kᵀ u`.
+        scaling: s in `W = W0 + s B A`; a number or a tensor like the rates.
+        basis_A: `row_basis(A, rtol)`.
+        basis_B: `row_basis(Bt, rtol)`.
+        rates: learning rates and what decay leaves of the factors; the step acts on the decayed factors.
+        rtol: as in `project_lora_gradients`.
+        live: bool `(K,)`; where it is False the factors come out to the bit as they went in. Default: all take part.
+        factor_dtype: dtype in which the factors are stored. The new B is rounded to it before A follows, so that A
+            makes up for the B that is there; both still come out in the dtype of the inputs.
+
+    Returns:
+        The new factors and the basis of the new B. `s (B'A' − BA)` with the decayed B, A is
+        `−[lr_B u P_A + lr_A P_B' u (I − P_A)]`.
+    """
+    moved = per_pair(rates.lr_B, A) * _reciprocal(per_pair(scaling, A) * per_pair(rates.keep_A, A))
+    # What Bᵀu becomes with the step of B, by linearity: B' = B − moved K T⁻¹Vᵀ.
+    through_B = (per_pair(rates.keep_B, A) * basis_B.vectors * basis_B.singular[:, None]) @ B_u
+    through_B = through_B.baddbmm_(moved * basis_A.whitening, K_u, alpha=-1)
+    direction = _Products(u_A, through_B, basis_A)
+    options = {"rtol": rtol, "live": live, "factor_dtype": factor_dtype}
+    return spend_direction(A, Bt, direction, scaling, basis_A, rates, **options)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def spend_direction(
+    A: Tensor,
+    Bt: Tensor,
+    direction: Direction,
+    scaling: float | Tensor,
+    basis_A: RowBasis,
+    rates: Rates,
+    *,
+    rtol: float | None = None,
+    live: Tensor | None = None,
+    factor_dtype: torch.dtype | None = None,
+) -> SequentialStep:
+    """The step of `sequential_step` for a direction that can be multiplied by any rows.
+
+    Where u itself is at hand in some form this is more accurate than its products with the factors: nothing has to be
+    divided by the singular values of B' that was multiplied by those of B.
+
+    Args:
+        A: as in `sequential_step`, like all arguments not named here.
+        Bt: as in `sequential_step`.
+        direction: u.
+        scaling: as in `sequential_step`.
+        basis_A: as in `sequential_step`.
+        rates: as in `sequential_step`.
+
+    Returns:
+        As in `sequential_step`.
+    """
+    s = per_pair(scaling, A)
+    moved = per_pair(rates.lr_B, A) * _reciprocal(s * per_pair(rates.keep_A, A))
+    step_B = direction.through_A(-moved * basis_A.whitening)
+    new_Bt = settle(Bt, step_B, rates.keep_B, live, factor_dtype)
+    basis_B = row_basis(new_Bt, rtol)
+    step_A = direction.rest_through_B(-per_pair(rates.lr_A, A) / s * basis_B.whitening, basis_B)
+    new_A = settle(A, step_A, rates.keep_A, live, factor_dtype)
+    return SequentialStep(new_A, new_Bt, basis_B)
+
+
+class _Products(NamedTuple):
+    """A direction known by its products with the factors."""
+
+    u_A: Tensor
+    B_u: Tensor  # (K, r, n), B'ᵀ u with the new B
+    basis_A: RowBasis
+
+    def through_A(self, weights: Tensor) -> Tensor:
+        return weights @ self.u_A
+
+    def rest_through_B(self, weights: Tensor, basis_B: RowBasis) -> Tensor:
+        through = (weights @ basis_B.whitening.mT) @ self.B_u
+        return through - (through @ self.basis_A.rows.mT) @ self.basis_A.rows
+
+
+def settle(
+    factor: Tensor, step: Tensor, keep: float | Tensor, live: Tensor | None, factor_dtype: torch.dtype | None
+) -> Tensor:
+    """`keep * factor + step` as it will be stored, or `factor` where the pair does not take part; overwrites `step`."""
+    keep = per_pair(keep, factor)
+    new = step.addcmul_(factor, keep) if isinstance(keep, Tensor) else step.add_(factor, alpha=keep)
+    if factor_dtype is not None and factor_dtype != new.dtype:
+        new = new.to(factor_dtype).to(new.dtype)
+    return select(live, new, factor)
+
+
+def select(live: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    """`new` `(K, ...)` where bool `(K,)` is True and `old` where it is False, to the bit, whatever the other holds."""
+    if live is None:
+        return new
+    of_new, of_old = new.flatten(1), old.flatten(1)
+    if new.device.type == "cpu" and _is_wide(of_new) and _is_wide(of_old):
+        # On the CPU torch.where goes element by element, which takes three times as long as an addition.
+        of_new, of_old = of_new.view(torch.complex128), of_old.view(torch.complex128)
+    return torch.where(live[:, None], of_new, of_old).view(new.dtype).view(new.shape)
+
+
+def per_pair(value: float | Tensor, like: Tensor) -> float | Tensor:
+    """A number, or a tensor that broadcasts over `(K, r, length)`."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(like)
+    return value[..., None, None] if value.dim() else value
+
+
+def _reciprocal(value: float | Tensor) -> float | Tensor:
+    """1 / value, and 0 for 0: a factor that decays to nothing leaves no direction to move along."""
+    if isinstance(value, Tensor):
+        return torch.where(value != 0, 1 / value, 0)
+    return 1 / value if value else 0.0
+
+
+def _is_wide(tensor: Tensor) -> bool:
+    """Whether rows can be seen as words of 16 bytes."""
+    words = 16 // tensor.element_size()
+    return tensor.is_contiguous() and tensor.shape[1] % words == 0 and tensor.storage_offset() % words == 0

@@ -1,0 +1,203 @@
+"""How are many pairs of one shape read and written as one batch?
+
+In rows layout every factor-size quantity of K pairs is `(K, r, length)`: A as it is, B transposed. Packed pairs
+(experts, convolution groups) count one by one: K is the number of layers times those packed in each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lorapro_hf.bases import RowBasis, row_bases
+from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.pairs import LoRAPair, check_scaling
+from lorapro_hf.projection import Coordinates, compute_dtype, gradient_coordinates
+
+
+class Rows(NamedTuple):
+    """Two factor-size quantities of all pairs of a stack, in the dtype that steps are computed in."""
+
+    A: Tensor  # (K, r, n)
+    B: Tensor  # (K, r, m)
+
+
+class Stack:
+    """Pairs whose factors agree in shape, dtype and device, and in the param groups that they are stepped in.
+
+    Args:
+        pairs: at least one.
+        groups: positions of the param groups of A and of B, for those who step.
+    """
+
+    def __init__(self, pairs: Sequence[LoRAPair], groups: tuple[int, int] = (0, 0)) -> None:
+        self.pairs = list(pairs)
+        self.groups = groups
+        self.factors = [(pair.A, pair.B) for pair in pairs]
+        A, B = self.factors[0]
+        self.dtype, self.device = compute_dtype(A, B), A.device
+        self.stored_dtype = A.dtype if A.dtype == B.dtype else None
+        self._scalings: list[float] = []
+        self._scaling = torch.empty(0)
+
+    @property
+    def packed(self) -> int:
+        """How many pairs each layer holds."""
+        return self.pairs[0].batch
+
+    def scaling(self) -> Tensor:
+        """The scalings as they are now, `(K,)`.
+
+        Raises:
+            ValueError: one is 0 or not finite.
+        """
+        scalings = [check_scaling(pair) for pair in self.pairs]
+        if scalings != self._scalings:  # a copy to the device waits for it: only when something has changed
+            self._scalings = scalings
+            self._scaling = torch.tensor(scalings, dtype=self.dtype, device=self.device)
+        return self.per_entry(self._scaling)
+
+    def per_entry(self, of_pairs: Tensor) -> Tensor:
+        """`(pairs,)` as `(K,)`."""
+        return of_pairs.repeat_interleave(self.packed) if self.packed > 1 else of_pairs
+
+    def entries(self, live: list[int] | None) -> list[int] | None:
+        """The entries of some pairs."""
+        if live is None or self.packed == 1:
+            return live
+        return [index * self.packed + i for index in live for i in range(self.packed)]
+
+    def mask(self, live: list[int]) -> Tensor:
+        """1 for the given pairs and 0 for the others, `(pairs,)` float32, without waiting for the device."""
+        chosen = set(live)
+        mask = torch.tensor([float(index in chosen) for index in range(len(self.pairs))])
+        if self.device.type == "cuda":
+            mask = mask.pin_memory()
+        return mask.to(self.device, non_blocking=True)
+
+    def read(self) -> Rows:
+        """Copies of the factors."""
+        A, B = zip(*self.factors, strict=True)
+        return self._rows(A, B)
+
+    def read_gradients(self) -> tuple[Rows, list[int] | None] | None:
+        """The gradients and which pairs have some: None for all. None instead of both if no pair has.
+
+        Raises:
+            RuntimeError: a gradient is missing for one factor of a pair, sparse or sharded.
+        """
+        found = [pair.gradients_of(*factors) for pair, factors in zip(self.pairs, self.factors, strict=True)]
+        if None not in found:
+            A, B = zip(*found, strict=True)
+            return self._rows(A, B), None
+        live = [index for index, gradients in enumerate(found) if gradients is not None]
+        if not live:
+            return None
+        either = [
+            gradients or tuple(map(torch.zeros_like, factors))
+            for gradients, factors in zip(found, self.factors, strict=True)
+        ]
+        return self._rows(*zip(*either, strict=True)), live
+
+    def write(self, rows: Rows, live: list[int] | None) -> None:
+        """Store new factors, rounded to the dtype of the parameters."""
+        A, B = self.layers_A(rows.A), self.layers_B(rows.B)
+        for values, position in ((A, 0), (B, 1)):
+            parameters = [factors[position] for factors in self.factors]
+            store_layers(parameters, values, live)
+
+    def layers_A(self, rows: Tensor) -> Tensor:
+        """Rows `(K, r, n)` as `(pairs, *A.shape)`."""
+        return self.pairs[0].factor_A(self.per_layer(rows))
+
+    def layers_B(self, rows: Tensor) -> Tensor:
+        """Rows `(K, r, m)` as `(pairs, *B.shape)`."""
+        return self.pairs[0].factor_B(self.per_layer(rows).mT)
+
+    def per_layer(self, stacked: Tensor) -> Tensor:
+        """`(K, ...)` as `(pairs, ...)`, or `(pairs, packed, ...)` where pairs are packed."""
+        return stacked if self.pairs[0].layout == "matrix" else stacked.unflatten(0, (-1, self.packed))
+
+    def _rows(self, A: Iterable[Tensor], B: Iterable[Tensor]) -> Rows:
+        first = self.pairs[0]
+        matrices_A, matrices_B = first.matrix_A(_stacked(A, self.dtype)), first.matrix_B(_stacked(B, self.dtype))
+        if first.layout != "matrix":
+            matrices_A, matrices_B = matrices_A.flatten(0, 1), matrices_B.flatten(0, 1)
+        # Contiguous, because every product with a transposed operand would take twice as long.
+        return Rows(matrices_A, matrices_B.mT.contiguous())
+
+
+class StackGradient(NamedTuple):
+    """What a step starts from: a stack's factors, their bases and the equivalent gradient."""
+
+    stack: Stack
+    live: list[int] | None
+    scaling: Tensor  # (K,)
+    factors: Rows
+    gradients: Rows
+    basis_A: RowBasis
+    basis_B: RowBasis
+    coordinates: Coordinates
+
+
+@torch.no_grad()
+def read_stacks(stacks: Iterable[Stack], config: LoRAProConfig) -> list[StackGradient]:
+    """The equivalent gradients of all stacks that have gradients; nothing is changed.
+
+    Raises:
+        ValueError: a scaling is 0, or a factor is not finite (found on the CPU only).
+        RuntimeError: a gradient is missing for one factor of a pair, sparse or sharded.
+    """
+    found = [(stack, *found) for stack in stacks if (found := stack.read_gradients()) is not None]
+    factors = [stack.read() for stack, _, _ in found]
+    bases = row_bases([rows for pair in factors for rows in pair], config.rtol)
+    read = []
+    for (stack, gradients, live), own, basis_A, basis_B in zip(found, factors, bases[::2], bases[1::2], strict=True):
+        scaling = stack.scaling()
+        coordinates = gradient_coordinates(basis_A, basis_B, gradients.A, gradients.B, scaling[:, None, None])
+        read.append(StackGradient(stack, live, scaling, own, gradients, basis_A, basis_B, coordinates))
+    return read
+
+
+@contextmanager
+def exact_arithmetic(stacks: Iterable[Stack]) -> Iterator[None]:
+    """Switch autocast off, under which the products of a step would silently run in bf16."""
+    with ExitStack() as off:
+        for device_type in {stack.device.type for stack in stacks}:
+            off.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
+def global_norm(read: Sequence[StackGradient]) -> Tensor:
+    """The 2-norm of all equivalent gradients together, a float32 or float64 scalar left on its device."""
+    if not read:
+        return torch.zeros(())
+    return torch.nn.utils.get_total_norm([x for each in read for x in each.coordinates])
+
+
+def stacks_of(
+    pairs: Iterable[LoRAPair], groups: Callable[[LoRAPair], tuple[int, int]] = lambda pair: (0, 0)
+) -> list[Stack]:
+    """Pairs grouped into stacks."""
+    alike: dict[tuple[Any, ...], list[LoRAPair]] = {}
+    for pair in pairs:
+        A, B = pair.A, pair.B
+        key = (A.shape, B.shape, pair.layout, pair.batch, A.dtype, B.dtype, A.device, groups(pair))
+        alike.setdefault(key, []).append(pair)
+    return [Stack(each, groups(each[0])) for each in alike.values()]
+
+
+def store_layers(parameters: Sequence[Tensor], values: Tensor, live: list[int] | None) -> None:
+    """Copy `values` `(pairs, ...)` into as many parameters, or into those of the live ones."""
+    layers = values.unbind()
+    if live is not None:
+        parameters, layers = [parameters[index] for index in live], tuple(layers[index] for index in live)
+    torch._foreach_copy_(list(parameters), list(layers))
+
+
+def _stacked(tensors: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.stack([tensor.detach() for tensor in tensors]).to(dtype)

@@ -1,0 +1,158 @@
+"""How does each mode step a stack of pairs? Called once it is clear what the step starts from; nothing here waits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.factored import Bases, FactoredState, factored_step
+from lorapro_hf.kernels.dense import dense_update
+from lorapro_hf.moments import StackMoments
+from lorapro_hf.projection import Coordinates, factor_gradients, outside
+from lorapro_hf.sequential import Rates, sequential_step, settle
+from lorapro_hf.stacks import Rows, StackGradient, store_layers
+
+Group = dict[str, Any]
+
+
+def adjusted_gradients(read: StackGradient, x_mode: str) -> Rows:
+    """The adjusted factor gradients `(h_A, h_B)`, in rows layout."""
+    scaling = read.scaling[:, None, None]
+    return Rows(*factor_gradients(read.basis_A, read.basis_B, read.coordinates, scaling, x_mode))
+
+
+def efficient_step(
+    read: StackGradient, h: Rows, moments: StackMoments, groups: tuple[Group, Group], skip: Tensor
+) -> None:
+    """AdamW on the factors with their adjusted gradients, in the dtype of the moments."""
+    stack = read.stack
+    layers = (
+        ("A", groups[0], stack.layers_A(read.factors.A), stack.layers_A(h.A)),
+        ("B", groups[1], stack.layers_B(read.factors.B), stack.layers_B(h.B)),
+    )
+    for position, (factor, group, values, gradients) in enumerate(layers):
+        values, gradients = values.contiguous(), gradients.contiguous()
+        states = (values, gradients, moments[factor, "exp_avg"], moments[factor, "exp_avg_sq"])
+        if moments.uniform and read.live is None:
+            one_by_one = [[each] for each in states]
+            steps = [moments.steps[0]]
+        else:
+            indices = range(len(values)) if read.live is None else read.live
+            one_by_one = [[each[index] for index in indices] for each in states]
+            steps = [moments.steps[index] for index in indices]
+        fused_adamw(one_by_one[0], one_by_one[1], one_by_one[2], one_by_one[3], steps, group, skip)
+        store_layers([factors[position] for factors in stack.factors], values, read.live)
+
+
+def full_step(
+    read: StackGradient, moments: StackMoments, groups: tuple[Group, Group], skip: Tensor, config: LoRAProConfig
+) -> None:
+    """Adam on the equivalent gradient; its direction, seen through the bases of the factors, moves them."""
+    stack, bases = read.stack, (read.basis_A, read.basis_B)
+    basis_A, basis_B = bases
+    a, b = read.coordinates
+    live = stack.entries(read.live)
+    u_A, B_u, K_u = dense_update(
+        moments.dense,
+        torch.cat([basis_B.rows, b], dim=-2),
+        torch.cat([a, basis_A.rows], dim=-2),
+        basis_A.rows,
+        basis_B.rows,
+        stack.per_entry(moments.steps),
+        skip,
+        betas=groups[0]["betas"],
+        eps=groups[0]["eps"],
+        sequential=config.is_sequential,
+        live=live,
+        backend=config.backend,
+    )
+    rates, active, dtype = rates_of(groups), active_entries(read, skip), stack.stored_dtype
+    if K_u is not None:
+        options: Any = {"rtol": config.rtol, "live": active, "factor_dtype": dtype}
+        new = Rows(*sequential_step(*read.factors, u_A, B_u, K_u, read.scaling, *bases, rates, **options)[:2])
+    else:
+        coordinates = Coordinates(B_u, outside(u_A, basis_B))
+        h_A, h_B = factor_gradients(*bases, coordinates, read.scaling[:, None, None], config.x_mode)
+        new = Rows(
+            settle(read.factors.A, h_A.mul_(-rates.lr_A), rates.keep_A, active, dtype),
+            settle(read.factors.B, h_B.mul_(-rates.lr_B), rates.keep_B, active, dtype),
+        )
+    stack.write(new, read.live)
+
+
+def factored_mode_step(
+    read: StackGradient, moments: StackMoments, groups: tuple[Group, Group], skip: Tensor, config: LoRAProConfig
+) -> None:
+    """Adam with moments in the form of factors."""
+    stack = read.stack
+    state = FactoredState(
+        moments["A", "exp_avg"],
+        moments["B", "exp_avg"],
+        moments["A", "exp_avg_sq"],
+        moments["B", "exp_avg_sq"],
+        stack.per_entry(moments.steps) - 1,  # a copy: the step adds to it, and the pairs' own have been counted
+    )
+    new = factored_step(
+        *read.factors,
+        *read.gradients,
+        read.scaling,
+        state,
+        rates_of(groups),
+        betas=groups[0]["betas"],
+        eps=groups[0]["eps"],
+        update="sequential" if config.is_sequential else "linear",
+        x_mode=config.x_mode,
+        rtol=config.rtol,
+        live=active_entries(read, skip),
+        factor_dtype=stack.stored_dtype,
+        bases=Bases(read.basis_A, read.basis_B),
+    )
+    stack.write(Rows(new.A, new.Bt), read.live)
+
+
+def active_entries(read: StackGradient, skip: Tensor) -> Tensor:
+    """Which entries take the step, bool `(K,)`."""
+    taken = skip == 0
+    if read.live is None:
+        return taken.expand(len(read.scaling))
+    return taken & (read.stack.per_entry(read.stack.mask(read.live)) > 0)
+
+
+def rates_of(groups: tuple[Group, Group]) -> Rates:
+    """Learning rates, and what decay leaves of each factor so that their product decays by `1 − lr * weight_decay`."""
+    keep = []
+    for group in groups:
+        left = 1 - group["lr"] * group["weight_decay"]
+        keep.append(left.clamp_min(0).sqrt() if isinstance(left, Tensor) else max(0.0, left) ** 0.5)
+    return Rates(groups[0]["lr"], groups[1]["lr"], *keep)
+
+
+def fused_adamw(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    group: Group,
+    skip: Tensor,
+) -> None:
+    """`torch.optim.AdamW(fused=True)` for steps that are counted already; does nothing where `skip` is 1."""
+    torch._fused_adamw_(
+        parameters,
+        gradients,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        lr=group["lr"],
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+        found_inf=skip,
+    )

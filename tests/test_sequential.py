@@ -1,0 +1,203 @@
+"""The sequential step against dense projectors in float64."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorapro_hf import reference
+from lorapro_hf.bases import RowBasis, row_basis
+from lorapro_hf.sequential import Rates, select, sequential_step, spend_direction
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def random_pairs(K, m, n, r, seed, rank_A=None, rank_B=None, dtype=torch.float64):
+    """K pairs in rows layout with factors of the given ranks (full by default), and K dense directions."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rows(length, rank):
+        rank = min(r, length) if rank is None else min(rank, r, length)
+        left = torch.randn(K, r, rank, generator=generator, dtype=torch.float64)
+        right = torch.randn(K, rank, length, generator=generator, dtype=torch.float64)
+        return (torch.linalg.qr(left).Q @ torch.linalg.qr(right.mT).Q.mT if rank else left @ right).to(dtype)
+
+    u = torch.randn(K, m, n, generator=generator, dtype=torch.float64)
+    return rows(n, rank_A), rows(m, rank_B) * 1.5, u.to(dtype)
+
+
+def from_products(A, Bt, u, s, rates, **options):
+    basis_A, basis_B = row_basis(A), row_basis(Bt)
+    K = u @ basis_A.rows.mT
+    return sequential_step(A, Bt, K.mT, basis_B.rows @ u, K.mT @ u, s, basis_A, basis_B, rates, **options)
+
+
+class DenseDirection(NamedTuple):
+    u: torch.Tensor
+    basis_A: RowBasis
+
+    def through_A(self, weights):
+        return weights @ (self.u @ self.basis_A.rows.mT).mT
+
+    def rest_through_B(self, weights, basis_B):
+        rest = self.u - self.u @ self.basis_A.rows.mT @ self.basis_A.rows
+        return weights @ basis_B.rows @ rest
+
+
+def from_direction(A, Bt, u, s, rates, **options):
+    basis_A = row_basis(A)
+    return spend_direction(A, Bt, DenseDirection(u, basis_A), s, basis_A, rates, **options)
+
+
+ROUTES = pytest.mark.parametrize("take", [from_products, from_direction])
+
+
+def realised(A, Bt, s, rates, step):
+    """How far `s B A` has moved from the decayed factors, in float64."""
+    of_old = s * (rates.keep_B * Bt.double()).mT @ (rates.keep_A * A.double())
+    return s * step.Bt.double().mT @ step.A.double() - of_old
+
+
+def promised(A, u, rates, new_Bt):
+    """`−[lr_B u P_A + lr_A P_B' u (I − P_A)]` by dense projectors, pair by pair."""
+    moves = []
+    for A_k, u_k, Bt_k in zip(A.double(), u.double(), new_Bt.double(), strict=True):
+        inside = u_k @ torch.linalg.pinv(A_k, rtol=1e-6) @ A_k
+        P_B = torch.linalg.pinv(Bt_k, rtol=1e-6) @ Bt_k
+        moves.append(-rates.lr_B * inside - rates.lr_A * P_B @ (u_k - inside))
+    return torch.stack(moves)
+
+
+def assert_close(found, expected, scale, tolerance):
+    assert ((found - expected).norm() / scale).item() < tolerance
+
+
+shapes = st.fixed_dictionaries(
+    {
+        "K": st.integers(1, 3),
+        "m": st.integers(1, 20),
+        "n": st.integers(1, 20),
+        "r": st.integers(1, 8),
+        "seed": st.integers(0, 2**31),
+        "rank_A": st.one_of(st.none(), st.integers(0, 5)),
+        "rank_B": st.one_of(st.none(), st.integers(0, 5)),
+    }
+)
+
+
+@ROUTES
+@settings(max_examples=60, deadline=None)
+@given(shape=shapes, s=st.floats(0.1, 10), lr=st.floats(0.05, 2))
+def test_moves_the_weight_exactly_as_promised_and_never_too_far(take, shape, s, lr):
+    A, Bt, u = random_pairs(**shape)
+    rates = Rates(lr, lr)
+    step = take(A, Bt, u, s, rates)
+    moved = realised(A, Bt, s, rates, step)
+    assert_close(moved, promised(A, u, rates, step.Bt), lr * u.norm(), 1e-10 * (1 + s / lr))
+    lengths, limits = moved.flatten(1).norm(dim=1), lr * u.flatten(1).norm(dim=1)
+    assert (lengths <= limits * (1 + 1e-9 * (1 + s / lr))).all()
+
+
+@ROUTES
+@settings(max_examples=30, deadline=None)
+@given(shape=shapes, s=st.floats(0.1, 10))
+def test_factors_are_those_of_the_dense_formula(take, shape, s):
+    A, Bt, u = random_pairs(**shape)
+    rates = Rates(0.3, 0.2, keep_A=0.9, keep_B=0.8)
+    step = take(A, Bt, u, s, rates)
+    for k in range(len(A)):
+        new_A, new_B = reference.sequential_step(u[k], 0.9 * A[k], 0.8 * Bt[k].T, s, 0.3, 0.2)
+        torch.testing.assert_close(step.A[k], new_A, rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(step.Bt[k], new_B.T, rtol=1e-9, atol=1e-9)
+
+
+@ROUTES
+@pytest.mark.parametrize("size_of_B", [1.0, 1e-3, 1e-6, 1e-12, 1e-20, 0.0])
+def test_float32_holds_for_factors_of_any_size(take, size_of_B):
+    A, Bt, u = random_pairs(3, 40, 56, 8, seed=1, dtype=torch.float32)
+    Bt = Bt * size_of_B
+    rates = Rates(0.1, 0.1)
+    step = take(A, Bt, u, 2.0, rates)
+    moved = realised(A, Bt, 2.0, rates, step)
+    assert_close(moved, promised(A, u, rates, step.Bt), 0.1 * u.norm(), 1e-5)
+
+
+@ROUTES
+def test_from_zero_B_the_weight_takes_the_best_part_of_u_in_the_columns_of_uAt(take):
+    A, _, u = random_pairs(2, 12, 17, 3, seed=2)
+    step = take(A, torch.zeros(2, 3, 12, dtype=torch.float64), u, 2.0, Rates(0.1, 0.1))
+    for k in range(2):
+        columns = torch.linalg.qr(u[k] @ A[k].T).Q
+        torch.testing.assert_close(2.0 * step.Bt[k].T @ step.A[k], -0.1 * columns @ (columns.T @ u[k]))
+    # B alone moves as in the paper, whose A stays where it is.
+    _, h_B = reference.factor_gradients(u[0], A[0], torch.zeros(12, 3), 2.0)
+    torch.testing.assert_close(step.Bt[0], -0.1 * h_B.T)
+
+
+def test_zero_A_leaves_the_step_to_A():
+    _, Bt, u = random_pairs(1, 12, 17, 3, seed=3)
+    step = from_products(torch.zeros(1, 3, 17, dtype=torch.float64), Bt, u, 2.0, Rates(0.1, 0.1))
+    assert torch.equal(step.Bt, Bt)
+    torch.testing.assert_close(step.A[0], -0.05 * torch.linalg.pinv(Bt[0].T) @ u[0])
+
+
+@ROUTES
+def test_rates_and_scalings_may_differ_between_pairs(take):
+    A, Bt, u = random_pairs(3, 12, 17, 4, seed=4)
+    s, lr_A, lr_B = (torch.tensor(values) for values in ([2.0, 0.5, 1.0], [0.1, 0.2, 0.0], [0.3, 0.1, 0.2]))
+    keep_A, keep_B = torch.tensor([1.0, 0.9, 0.8]), torch.tensor(0.7)
+    step = take(A, Bt, u, s, Rates(lr_A, lr_B, keep_A, keep_B))
+    for k in range(3):
+        rates = Rates(*(float(rate) for rate in (lr_A[k], lr_B[k], keep_A[k], keep_B)))
+        alone = take(A[k : k + 1], Bt[k : k + 1], u[k : k + 1], float(s[k]), rates)
+        torch.testing.assert_close(step.A[k], alone.A[0], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(step.Bt[k], alone.Bt[0], rtol=1e-9, atol=1e-12)
+
+
+def test_a_decay_to_nothing_stays_finite():
+    A, Bt, u = random_pairs(1, 12, 17, 4, seed=5)
+    for keep in (0.0, torch.tensor(0.0)):
+        step = from_products(A, Bt, u, 2.0, Rates(0.1, 0.1, keep, keep))
+        assert step.A.isfinite().all() and not step.Bt.any()
+
+
+def test_pairs_that_do_not_take_part_stay_to_the_bit():
+    A, Bt, u = random_pairs(3, 12, 17, 4, seed=6, dtype=torch.float32)
+    rates = Rates(0.1, 0.1, 0.9, 0.9)
+    everyone = from_products(A, Bt, u, 2.0, rates)
+    u[1] = float("nan")
+    some = from_products(A, Bt, u, 2.0, rates, live=torch.tensor([True, False, True]))
+    assert torch.equal(some.A[1], A[1]) and torch.equal(some.Bt[1], Bt[1])
+    for k in (0, 2):
+        assert torch.equal(some.A[k], everyone.A[k]) and torch.equal(some.Bt[k], everyone.Bt[k])
+    torch.testing.assert_close(some.basis_B.rows[1], row_basis(Bt).rows[1])
+
+
+def test_A_follows_the_B_that_is_stored():
+    A, Bt, u = random_pairs(2, 30, 40, 4, seed=7, dtype=torch.float32)
+    A, Bt = A.bfloat16().float(), Bt.bfloat16().float()
+    rates = Rates(0.1, 0.1)
+    step = from_direction(A, Bt, u, 2.0, rates, factor_dtype=torch.bfloat16)
+    assert torch.equal(step.Bt, step.Bt.bfloat16().float()) and torch.equal(step.A, step.A.bfloat16().float())
+    for k in range(2):
+        rest = u[k] - u[k] @ torch.linalg.pinv(A[k]) @ A[k]
+        expected = A[k] - 0.05 * torch.linalg.pinv(step.Bt[k].T) @ rest
+        torch.testing.assert_close(step.A[k], expected, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("shape", "offset"), [((3, 4, 6), 0), ((3, 1, 5), 0), ((3, 4, 6), 1), ((3, 7), 0)])
+def test_select_copies_bits(dtype, shape, offset):
+    count = torch.Size(shape).numel()
+    new, old = (torch.randn(count + 1, dtype=dtype)[offset : count + offset].view(shape) for _ in range(2))
+    new[1] = float("nan")
+    old[2] = -0.0
+    found = select(torch.tensor([True, False, False]), new, old)
+    assert torch.equal(found[0], new[0]) and torch.equal(found[1], old[1])
+    assert found[2].signbit().all() and not found[2].any()
+    assert select(None, new, old) is new
+    transposed = torch.randn(3, 6, 4, dtype=dtype).mT
+    if shape == (3, 4, 6):
+        assert torch.equal(select(torch.tensor([False, False, False]), new, transposed), transposed)

@@ -1,5 +1,7 @@
 """What LoRAProAdamW refuses: each with the thing and the remedy named, and nothing changed."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -138,3 +140,14 @@ def test_factory():
     assert isinstance(optimizer, LoRAProAdamW) and optimizer.config.mode == "efficient"
     with pytest.raises(ValueError, match="needs the learning rate"):
         LoRAProOptimizerFactory()(model)
+
+
+def test_missing_bitsandbytes_is_named_before_training(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ImportError, match=r"needs bitsandbytes .*pip install 'lorapro_hf\[8bit\]'"):
+        create_lorapro_optimizer(small_model(), lr=1e-2, config={"mode": "full_8bit"})
+
+
+def test_triton_without_cuda_is_refused_before_training():
+    with pytest.raises(RuntimeError, match=r"backend='triton' needs CUDA .* the factors are on cpu"):
+        create_lorapro_optimizer(small_model(), lr=1e-2, config={"backend": "triton"})

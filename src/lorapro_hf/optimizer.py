@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lorapro_hf.checkpoint import check_state_dict
 from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.kernels.dense import require_backend
 from lorapro_hf.memory import state_bytes_by_device
 from lorapro_hf.moments import StackMoments, state_dtype
 from lorapro_hf.pairs import LoRAPair
@@ -53,6 +54,8 @@ class LoRAProAdamW(torch.optim.Optimizer):
 
     Raises:
         ValueError: no pairs, factors missing from `params`, or hyperparameters out of range.
+        ImportError: mode full_8bit needs bitsandbytes on this device.
+        RuntimeError: the backend asked for cannot serve the device of the factors.
     """
 
     def __init__(
@@ -70,6 +73,9 @@ class LoRAProAdamW(torch.optim.Optimizer):
         _check_hyperparameters(lr, betas, eps, weight_decay)
         self.config = LoRAProConfig.of(config)
         self.pairs = list(pairs)
+        if self.config.keeps_dense_moments:
+            for pair in self.pairs:
+                require_backend(self.config.backend, pair.A.device, state_dtype(pair, self.config, "exp_avg"))
         self.last_grad_norm: Tensor | None = None
         self._stacks: list[Stack] = []
         self._moments: dict[Stack, StackMoments] = {}
@@ -133,7 +139,7 @@ class LoRAProAdamW(torch.optim.Optimizer):
             raise RuntimeError("a parameter has a sparse gradient, which AdamW does not take; use sparse=False.")
         self.last_grad_norm = global_norm(read)
         computed = [x for each in read for x in each.coordinates] + [x for rows in adjusted for x in rows]
-        skip = _not_finite(gradients + computed)
+        skip = _not_finite(computed + gradients)
         self._skipped = skip.clone() if self._skipped is None else self._skipped.add_(skip)
         for group, parameters in others:
             self._step_others(parameters, group, skip)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorapro_hf.kernels.storage import Moments
+from lorapro_hf.kernels.storage import Moments, bitsandbytes_operators
 
 
 class DirectionProducts(NamedTuple):
@@ -85,6 +85,17 @@ def dense_update(
         compiled=chosen == "compiled",
     )
     return products
+
+
+def require_backend(backend: str, device: torch.device, storage: torch.dtype) -> None:
+    """Raise now what `dense_update` would raise for want of a package or a device.
+
+    Raises:
+        ImportError: 8-bit storage needs bitsandbytes here.
+        RuntimeError: the backend cannot serve this device.
+    """
+    if choose_backend(backend, device) != "triton" and storage == torch.uint8:
+        bitsandbytes_operators()
 
 
 def choose_backend(backend: str, device: torch.device) -> str:

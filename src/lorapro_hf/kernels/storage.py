@@ -37,7 +37,7 @@ def load(values: Tensor, absmax: Tensor | None, signed: bool, dtype: torch.dtype
     assert absmax is not None
     codes = _whole_blocks(values)
     code = _map(signed, values.device)
-    exact = _bitsandbytes().dequantize_blockwise(codes, absmax.flatten(), code, BLOCK, torch.float32)
+    exact = bitsandbytes_operators().dequantize_blockwise(codes, absmax.flatten(), code, BLOCK, torch.float32)
     exact = exact.view(codes.shape)[..., : values.shape[-1]].contiguous()
     return (exact if signed else exact.square()).to(dtype)
 
@@ -55,7 +55,7 @@ def store(values: Tensor, absmax: Tensor | None, exact: Tensor, signed: bool, st
     elif values.dtype == torch.uint8:
         assert absmax is not None
         whole = _whole_blocks(exact if signed else exact.sqrt())
-        codes, scales = _bitsandbytes().quantize_blockwise(whole, _map(signed, values.device), BLOCK)
+        codes, scales = bitsandbytes_operators().quantize_blockwise(whole, _map(signed, values.device), BLOCK)
         # A second quantisation of the same values may move a scale, so that a skipped step has to be left out.
         keep = skip > 0
         values.copy_(torch.where(keep, values, codes.view(whole.shape)[..., : values.shape[-1]]))
@@ -83,7 +83,12 @@ def _whole_blocks(rows: Tensor) -> Tensor:
     return torch.nn.functional.pad(rows, (0, missing)) if missing else rows.contiguous()
 
 
-def _bitsandbytes() -> Any:
+def bitsandbytes_operators() -> Any:
+    """The quantisers of bitsandbytes.
+
+    Raises:
+        ImportError: it is not installed.
+    """
     try:
         import bitsandbytes  # noqa: F401  (registers the operators)
     except ImportError as error:

@@ -47,7 +47,7 @@ class StackMoments:
         self.stack = stack
         self.steps = torch.zeros(len(stack.pairs), dtype=torch.float32, device=stack.device)
         self.uniform = True
-        self._shown: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._shown: list[tuple[Tensor, str, Tensor]] = []
         self.slots = {(slot.factor, slot.name): slot for slot in _new_slots(stack, config)}
 
     def __getitem__(self, key: tuple[str, str]) -> Tensor:
@@ -61,28 +61,27 @@ class StackMoments:
 
     def adopt(self, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
         """Take up what `state` holds of the pairs and let it show these tensors instead."""
-        kept_of = [(state[A], state[B]) for A, B in self.stack.factors]
         self._shown = [
-            (kept["AB".index(factor)], name, view)
+            (factors["AB".index(factor)], name, view)
             for (factor, name), slot in self.slots.items()
-            for kept, view in zip(kept_of, slot.views, strict=True)
+            for factors, view in zip(self.stack.factors, slot.views, strict=True)
         ]
-        for kept, name, view in self._shown:
-            if name in kept:
-                view.copy_(kept[name])
-            kept[name] = view
-        counts = [float(of_A.get("step", 0)) for of_A, _ in kept_of]
+        for parameter, name, view in self._shown:
+            if name in state[parameter]:
+                view.copy_(state[parameter][name])
+            state[parameter][name] = view
+        counts = [float(state[A].get("step", 0)) for A, _ in self.stack.factors]
         self.steps.copy_(torch.tensor(counts))
         self.uniform = len(set(counts)) == 1
         for pair, factors, step in zip(self.stack.pairs, self.stack.factors, self.steps.unbind(), strict=True):
             # Distributed checkpoints want some state for each parameter.
             for parameter in (*factors, *pair.tied_parameters):
                 state[parameter]["step"] = step
+                self._shown.append((parameter, "step", step))
 
     def is_shown_by(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Whether `state` still holds these tensors: loading a checkpoint or moving the state replaces them."""
-        kept = state.get(self.stack.factors[0][0])
-        return kept is self._shown[0][0] and all(kept.get(name) is view for kept, name, view in self._shown)
+        return all(state.get(parameter, {}).get(name) is view for parameter, name, view in self._shown)
 
     def count_step(self, live: list[int] | None, skip: Tensor) -> None:
         """Count a step of the live pairs unless `skip` is 1."""

@@ -10,6 +10,8 @@ from torch import Tensor
 from lorapro_hf.kernels.dynamic_map import tables_on
 
 BLOCK = 256  # columns of a row that share one scale in 8-bit storage
+_ZERO = 127  # the code of 0 in the signed map
+_TINY = 1e-5  # of the largest value of a block: halfway to what bitsandbytes stores as next to 0 on the CPU
 
 
 class Moments(NamedTuple):
@@ -56,6 +58,11 @@ def store(values: Tensor, absmax: Tensor | None, exact: Tensor, signed: bool, st
         assert absmax is not None
         whole = _whole_blocks(exact if signed else exact.sqrt())
         codes, scales = bitsandbytes_operators().quantize_blockwise(whole, _map(signed, values.device), BLOCK)
+        if signed and values.device.type == "cpu":
+            # Here bitsandbytes rounds on a grid and stores 0 as 2e-5 of the largest value: what had no gradient would
+            # move. The root of V is only rounded up, which keeps it from being 0 below an M that is not.
+            tiny = whole.view(-1, BLOCK).abs() <= _TINY * scales.view(-1, 1)
+            codes = codes.view(-1, BLOCK).masked_fill(tiny, _ZERO)
         # A second quantisation of the same values may move a scale, so that a skipped step has to be left out.
         keep = skip > 0
         values.copy_(torch.where(keep, values, codes.view(whole.shape)[..., : values.shape[-1]]))

@@ -1,0 +1,312 @@
+"""One step of dense moments against plain float64, in every storage, tiling and backend that runs on a CPU."""
+
+import shutil
+
+import pytest
+import torch
+
+from lorapro_hf.kernels import dense, torch_dense
+from lorapro_hf.kernels.dense import choose_backend, dense_update
+from lorapro_hf.kernels.storage import Moments, new_moments
+
+BETAS, EPS = (0.8, 0.95), 1e-6
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+STORAGES = [torch.float32, torch.bfloat16, torch.uint8]
+BACKENDS = pytest.mark.parametrize("backend", ["torch", pytest.param("compiled", marks=pytest.mark.slow)])
+# (K, m, n, r), among them sizes of 1, rows of several 8-bit blocks and a last block that is not full.
+SHAPES = [(3, 20, 33, 4), (2, 13, 600, 2), (2, 1, 7, 1), (2, 7, 1, 1), (1, 1, 1, 1)]
+
+
+@pytest.fixture(autouse=True)
+def _needs_what_the_backend_needs(request):
+    callspec = getattr(request.node, "callspec", None)
+    if callspec is None:
+        return
+    if callspec.params.get("backend") == "compiled" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        pytest.skip("torch.compile needs a C++ compiler on the CPU, and there is none")
+    if callspec.params.get("storage") == torch.uint8:
+        pytest.importorskip("bitsandbytes", reason="8-bit moments on the CPU need bitsandbytes")
+
+
+def inputs(K, m, n, r, dtype=torch.float64):
+    """left, right, A and B of gradients whose size differs from element to element."""
+    left, right = torch.randn(K, 2 * r, m, dtype=torch.float64), torch.randn(K, 2 * r, n, dtype=torch.float64)
+    A, B = torch.randn(K, r, n, dtype=torch.float64), torch.randn(K, r, m, dtype=torch.float64)
+    return [x.to(dtype) for x in (left, right, A, B)]
+
+
+def random_moments(shape, storage):
+    """Moments in the middle of a run, in the given storage."""
+    M, V = torch.randn(shape, dtype=torch.float64), torch.rand(shape, dtype=torch.float64) + 0.01
+    moments = new_moments(shape, storage, torch.device("cpu"))
+    if storage != torch.uint8:
+        moments.exp_avg.copy_(M)
+        moments.exp_avg_sq.copy_(V)
+        return moments
+    # Where the second moment is near zero and the first is not, u would depend on the last bit of the gradient.
+    for tensor, lowest in zip(moments[:2], (0, 128), strict=True):
+        tensor.copy_(torch.randint(lowest, 256, shape, dtype=torch.uint8))
+    for scales in moments[2:]:
+        scales.copy_(torch.rand_like(scales) + 0.5)
+    return moments
+
+
+def map_of(signed):
+    import bitsandbytes.functional
+
+    return bitsandbytes.functional.create_dynamic_map(signed=signed).double()
+
+
+def scales_of(absmax, n):
+    """The scale of each element."""
+    return absmax.double().repeat_interleave(256, -1)[..., :n]
+
+
+def exact(moments):
+    """What moments stand for, as float64 copies of M and V."""
+    M, V, absmax, sq_absmax = moments
+    if M.dtype != torch.uint8:
+        return M.double().clone(), V.double().clone()
+    n = M.shape[-1]
+    root = map_of(False)[V.long()] * scales_of(sq_absmax, n)
+    return map_of(True)[M.long()] * scales_of(absmax, n), root**2
+
+
+def copied(moments):
+    return Moments(*(None if x is None else x.clone() for x in moments))
+
+
+def assert_same_moments(one, two):
+    for first, second in zip(one, two, strict=True):
+        assert first is second is None or torch.equal(first, second)
+
+
+def dense_step(M, V, left, right, A, B, steps):
+    """The new M and V and the products of u, by the formulas."""
+    g = left.double().mT @ right.double()
+    t = steps.double()[:, None, None]
+    M, V = BETAS[0] * M + (1 - BETAS[0]) * g, BETAS[1] * V + (1 - BETAS[1]) * g**2
+    u = (M / (1 - BETAS[0] ** t)) / ((V / (1 - BETAS[1] ** t)).sqrt() + EPS)
+    K = u @ A.double().mT
+    return M, V, (K.mT, B.double() @ u, K.mT @ u)
+
+
+def assert_near(found, expected, tolerance):
+    assert found.shape == expected.shape
+    assert (found.double() - expected).norm() <= tolerance * expected.norm()
+
+
+def update(moments, operands, steps, skip=0.0, backend="torch", sequential=True, live=None, betas=BETAS):
+    options = {"betas": betas, "eps": EPS, "sequential": sequential, "live": live, "backend": backend}
+    return dense_update(moments, *operands, steps, torch.tensor(skip), **options)
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sequential", [False, True])
+def test_four_steps_equal_the_dense_formulas(backend, dtype, shape, sequential):
+    K, m, n, r = shape
+    moments = random_moments((K, m, n), dtype)
+    M, V = exact(moments)
+    steps = torch.tensor([0.0, 6.0, 2.0][:K])  # the entries are not equally far
+    for _ in range(4):
+        steps += 1
+        operands = inputs(*shape, dtype)
+        M, V, expected = dense_step(M, V, *operands, steps)
+        found = update(moments, operands, steps, backend=backend, sequential=sequential)
+        assert_near(moments.exp_avg, M, TOLERANCE[dtype])
+        assert_near(moments.exp_avg_sq, V, TOLERANCE[dtype])
+        assert_near(found.u_A, expected[0], TOLERANCE[dtype])
+        assert_near(found.B_u, expected[1], TOLERANCE[dtype])
+        if sequential:
+            assert_near(found.K_u, expected[2], TOLERANCE[dtype])
+        else:
+            assert found.K_u is None
+
+
+def bf16_neighbours(values):
+    """The next bfloat16 numbers below and above positive values."""
+    bits = values.float().view(torch.int32)
+    return ((bits & ~0xFFFF).view(torch.float32), ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32))
+
+
+@BACKENDS
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bfloat16_moments_are_rounded_once(backend, shape):
+    """M to the nearest and V to either neighbour of what float64 makes of the stored moments before."""
+    K, m, n, _ = shape
+    moments, steps = random_moments((K, m, n), torch.bfloat16), torch.tensor([0.0, 6.0, 2.0][:K])
+    for _ in range(3):
+        steps += 1
+        operands = inputs(*shape, torch.float32)
+        M, V, expected = dense_step(*exact(moments), *operands, steps)
+        found = update(moments, operands, steps, backend=backend)
+        slack = 1e-5 * M.abs().max()
+        assert ((M - slack).bfloat16() <= moments.exp_avg).all() and (moments.exp_avg <= (M + slack).bfloat16()).all()
+        lowest, highest = bf16_neighbours(V * (1 - 1e-5))[0], bf16_neighbours(V * (1 + 1e-5))[1]
+        assert (lowest <= moments.exp_avg_sq).all() and (moments.exp_avg_sq <= highest).all()
+        for one, two in zip(found, expected, strict=True):
+            assert_near(one, two, 1e-5)
+
+
+def test_bfloat16_second_moments_are_rounded_without_bias():
+    shape = (2, 200, 300, 2)
+    moments, steps = random_moments(shape[:3], torch.bfloat16), torch.tensor([3.0, 4.0])
+    operands = inputs(*shape)
+    _, V, _ = dense_step(*exact(moments), *operands, steps)
+    update(moments, operands, steps)
+    below, above = (x.double() for x in bf16_neighbours(V))
+    between = above > below
+    assert torch.equal(moments.exp_avg_sq.double()[~between], below[~between])
+    fraction = ((V - below) / (above - below))[between]
+    up = ((moments.exp_avg_sq.double() - below) / (above - below))[between]
+    assert ((up == 0) | (up == 1)).all()
+    # 120000 elements: the mean of so many coins has a standard deviation of 0.0012.
+    assert abs((up - fraction).mean()) < 0.006
+    for low in (0.0, 0.25, 0.5, 0.75):  # the chance of the upper neighbour is the distance from the lower one
+        chosen = (fraction >= low) & (fraction < low + 0.25)
+        assert chosen.sum() > 20_000 and abs((up - fraction)[chosen].mean()) < 0.015
+
+
+@BACKENDS
+def test_bfloat16_second_moments_fade_without_gradients(backend):
+    """Rounded to nearest, each would keep its value for ever: beta2 takes away less than half a unit of it."""
+    moments = random_moments((1, 30, 40), torch.bfloat16)
+    before = moments.exp_avg_sq.double()
+    operands = [torch.zeros_like(x) for x in inputs(1, 30, 40, 2, torch.float32)]
+    for step in range(200):
+        update(moments, operands, torch.tensor([step + 1.0]), backend=backend, betas=(0.9, 0.999))
+    assert (moments.exp_avg_sq.double() / before).mean().item() == pytest.approx(0.999**200, rel=0.01)
+    assert moments.exp_avg.abs().max() < 1e-6
+
+
+def assert_nearest(codes, absmax, values, signed):
+    """Codes and scales are those of `values`, a block of 256 columns at a time."""
+    n = values.shape[-1]
+    blocks = [block.abs().amax(-1) for block in values.split(256, dim=-1)]
+    torch.testing.assert_close(absmax.double(), torch.stack(blocks, -1), rtol=1e-5, atol=0)
+    relative = values / scales_of(torch.stack(blocks, -1), n)
+    entries = map_of(signed)
+    away = (entries[codes.long()] - relative).abs()
+    nearest = (entries - relative[..., None]).abs().amin(-1)
+    # On the CPU bitsandbytes looks the code up in a table of steps of 2^-15, so that "nearest" holds to as much.
+    assert (away <= nearest + 2**-15 + 1e-6).all()
+
+
+@BACKENDS
+@pytest.mark.parametrize("storage", [torch.uint8])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_8_bit_moments_are_the_nearest_codes(backend, storage, shape):
+    K, m, n, _ = shape
+    moments, steps = random_moments((K, m, n), storage), torch.tensor([0.0, 6.0, 2.0][:K])
+    for _ in range(3):
+        steps += 1
+        operands = inputs(*shape, torch.float32)
+        M, V, expected = dense_step(*exact(moments), *operands, steps)
+        found = update(moments, operands, steps, backend=backend)
+        assert_nearest(moments.exp_avg, moments.exp_avg_absmax, M, signed=True)
+        assert_nearest(moments.exp_avg_sq, moments.exp_avg_sq_absmax, V.sqrt(), signed=False)
+        for one, two in zip(found, expected, strict=True):
+            assert_near(one, two, 1e-5)
+
+
+@pytest.mark.parametrize("storage", [torch.uint8])
+def test_elements_without_gradients_do_not_move_in_8_bits(storage):
+    left, right, A, B = inputs(2, 9, 300, 2, torch.float32)
+    right[..., 7] = 0
+    A, moments = torch.eye(300)[[7, 7]].expand(2, 2, 300).contiguous(), new_moments((2, 9, 300), storage, A.device)
+    for step in (1.0, 2.0, 3.0):
+        assert not update(moments, (left, right, A, B), torch.full((2,), step)).u_A.any()
+
+
+@BACKENDS
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("elements", [2**19, 100])
+def test_a_skipped_step_changes_nothing_whatever_the_gradients_hold(backend, storage, elements, monkeypatch):
+    monkeypatch.setattr(torch_dense, "_CPU_ELEMENTS", elements)
+    moments = random_moments((3, 9, 300), storage)
+    before = copied(moments)
+    left, right, A, B = inputs(3, 9, 300, 2, torch.float32)
+    left[0], right[1] = float("nan"), float("inf")
+    for _ in range(2):
+        found = update(moments, (left, right, A, B), torch.tensor([1.0, 2.0, 3.0]), skip=1.0, backend=backend)
+        assert_same_moments(moments, before)
+        assert not any(product.any() for product in found)
+    update(moments, inputs(3, 9, 300, 2, torch.float32), torch.tensor([1.0, 2.0, 3.0]), backend=backend)
+    assert not torch.equal(moments.exp_avg, before.exp_avg)
+
+
+@BACKENDS
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("live", [[1, 2, 4], [3], [0, 4]])
+@pytest.mark.parametrize("elements", [2**19, 100])
+def test_entries_that_take_no_part_stay_as_they_are(backend, storage, live, elements, monkeypatch):
+    monkeypatch.setattr(torch_dense, "_CPU_ELEMENTS", elements)
+    moments, steps = random_moments((5, 9, 30), storage), torch.tensor([4.0, 1.0, 7.0, 2.0, 3.0])
+    before, operands = copied(moments), inputs(5, 9, 30, 2)
+    others = [entry for entry in range(5) if entry not in live]
+    for x in operands:
+        x[others] = float("nan")
+    alone = copied([None if x is None else x[live] for x in moments])
+    found = update(moments, operands, steps, backend=backend, live=live)
+    expected = dense_step(*exact(alone), *(x[live] for x in operands), steps[live])[2]
+    together = update(alone, [x[live] for x in operands], steps[live], backend=backend)
+    for kept, old, of_alone in zip(moments, before, alone, strict=True):
+        if kept is not None:
+            assert torch.equal(kept[others], old[others]) and torch.equal(kept[live], of_alone)
+    for product, of_alone, formula in zip(found, together, expected, strict=True):
+        assert not product[others].any()
+        torch.testing.assert_close(product[live], of_alone, rtol=1e-12, atol=1e-12)
+        assert_near(product[live], formula, 1e-5)  # the moments go through float32 where they are stored in less
+
+
+@pytest.mark.parametrize("storage", [torch.float64, *STORAGES[1:]])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("elements", [1, 700, 2000, 4000, 9000])
+def test_any_tiling_gives_what_one_tile_gives(storage, threads, elements, monkeypatch):
+    """From single rows over parts of a matrix to several matrices a tile, with rows that do not divide evenly."""
+    shape = (5, 13, 300, 2)
+    operands, steps = inputs(*shape), torch.tensor([4.0, 1.0, 7.0, 2.0, 3.0])
+    whole = random_moments(shape[:3], storage)
+    tiled = copied(whole)
+    expected = update(whole, operands, steps, live=[0, 1, 3, 4])
+    monkeypatch.setattr(torch_dense, "_CPU_ELEMENTS", elements)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    found = update(tiled, operands, steps, live=[0, 1, 3, 4])
+    if storage == torch.float64:
+        torch.testing.assert_close(tiled[:2], whole[:2], rtol=1e-12, atol=1e-12)
+    else:  # rounding of the products in float64 is lost in float32
+        assert_same_moments(tiled, whole)
+    for one, two in zip(found, expected, strict=True):
+        assert_near(one, two, 1e-11)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("elements", "tallest"), [(1, 1), (100, 3), (400, 13)])
+def test_tiles_hold_no_more_than_their_share(threads, elements, tallest, monkeypatch):
+    monkeypatch.setattr(torch_dense, "_CPU_ELEMENTS", elements)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    tiles = list(torch_dense._tiles([0, 1, 3], 13, 30, torch.device("cpu")))
+    rows = [(e, row) for t in tiles for e in range(5)[t.entries] for row in range(13)[t.rows]]
+    assert sorted(rows) == [(e, row) for e in (0, 1, 3) for row in range(13)]
+    for tile in tiles:
+        assert len(range(13)[tile.rows]) // tile.parts <= tallest
+        assert len(range(5)[tile.entries]) * tile.parts <= threads
+    assert max(len(range(13)[tile.rows]) // tile.parts for tile in tiles) == tallest or threads > 1
+
+
+def test_backends_are_chosen_by_device(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for installed in (True, False):
+        monkeypatch.setattr(dense, "find_spec", lambda name, there=installed: "triton" if there else None)
+        assert choose_backend("auto", cpu) == "torch"
+        assert choose_backend("auto", cuda) == ("triton" if installed else "torch")
+        assert choose_backend("compiled", cuda) == choose_backend("compiled", cpu) == "compiled"
+        assert choose_backend("torch", cuda) == "torch"
+        with pytest.raises(RuntimeError, match=r"backend='triton' needs CUDA.*factors are on cpu.*Use backend='auto'"):
+            choose_backend("triton", cpu)
+    with pytest.raises(RuntimeError, match=r"backend='triton' needs CUDA.*it is not installed.*Use backend='auto'"):
+        choose_backend("triton", cuda)
+    monkeypatch.setattr(dense, "find_spec", lambda name: "triton")
+    assert choose_backend("triton", cuda) == "triton"

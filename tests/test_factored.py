@@ -42,14 +42,16 @@ def full_gradients(m, n, count, rank=None, K=3, seed=10):
     return g * normal(m, 1, seed=seed + 2).exp() * normal(n, seed=seed + 3).exp() * 1e-2
 
 
-def train(A, Bt, gradients, s=SCALINGS, state=None, rates=RATES, betas=BETAS, eps=EPS, transform=None, **options):
+def train(A, Bt, gradients, s=SCALINGS, state=None, rates=RATES, betas=BETAS, eps=EPS, handed_on=None, **options):
     """Take a step for each of the gradients; gives the trajectory of `s B A`, the last factors and the state."""
     s = torch.tensor(s[: len(A)], dtype=A.dtype)[:, None, None]
     state = new_factored_state(A, Bt) if state is None else state
     weights = []
     for g in gradients.to(A.dtype):
         grad_A, grad_Bt = s * Bt @ g, s * A @ g.mT
-        step = factored_step(A, Bt, grad_A, grad_Bt, s.flatten(), state, rates, betas=betas, eps=eps, **options)
+        bases = handed_on or Bases(*row_bases([A, Bt]))
+        gradient = gradient_coordinates(*bases, grad_A, grad_Bt, s)
+        step = factored_step(A, Bt, bases, gradient, s.flatten(), state, rates, betas=betas, eps=eps, **options)
         A, Bt = step.A, step.Bt
         weights.append(s * Bt.mT @ A)
     return torch.stack(weights), step, state
@@ -127,8 +129,7 @@ def with_bases(m, n, r, seed=0, start="random", dtype=torch.float64):
 
 
 def means(grad_A, grad_Bt, bases):
-    a, bt = gradient_coordinates(*bases, grad_A, grad_Bt)
-    return mean_squares(a, bt, bases.A.whitening.mT @ grad_Bt, bases)
+    return mean_squares(gradient_coordinates(*bases, grad_A, grad_Bt), bases)
 
 
 @pytest.mark.parametrize("start", ["zero", "random"])
@@ -263,10 +264,9 @@ def test_a_step_that_is_off_changes_nothing(broken, taken_before, update):
     before = copy_of(state)
     gradients = full_gradients(24, 33, 1)
     gradients[..., 2, 3] = broken
-    for ok in (torch.tensor(0.0), torch.tensor(False)):
-        _, step, _ = train(A, Bt, gradients, state=state, update=update, ok=ok)
-        assert torch.equal(step.A, A) and torch.equal(step.Bt, Bt)
-        assert all(torch.equal(now, then) for now, then in zip(state, before, strict=True))
+    _, step, _ = train(A, Bt, gradients, state=state, update=update, live=torch.tensor(False).expand(3))
+    assert torch.equal(step.A, A) and torch.equal(step.Bt, Bt)
+    assert all(torch.equal(now, then) for now, then in zip(state, before, strict=True))
 
 
 @pytest.mark.parametrize("update", ["sequential", "linear"])
@@ -278,7 +278,7 @@ def test_pairs_that_do_not_take_part_stay_and_the_others_do_not_notice(update):
     _, whole, _ = train(A, Bt, gradients, state=everyone, update=update)
     gradients[:, 1] = float("nan")
     live = torch.tensor([True, False, True])
-    _, step, _ = train(A, Bt, gradients, state=state, update=update, live=live, ok=torch.tensor(1.0))
+    _, step, _ = train(A, Bt, gradients, state=state, update=update, live=live)
     assert torch.equal(step.A[1], A[1]) and torch.equal(step.Bt[1], Bt[1])
     assert all(torch.equal(now[1], then[1]) for now, then in zip(state, before, strict=True))
     for k in (0, 2):
@@ -292,7 +292,7 @@ def test_bases_handed_on_are_those_of_the_new_factors():
     _, first, state = train(A, Bt, gradients[:1])
     alike = copy_of(state)
     fresh, _, _ = train(first.A, first.Bt, gradients[1:], state=state)
-    handed_on, _, _ = train(first.A, first.Bt, gradients[1:], state=alike, bases=first.bases)
+    handed_on, _, _ = train(first.A, first.Bt, gradients[1:], state=alike, handed_on=first.bases)
     torch.testing.assert_close(handed_on, fresh, rtol=1e-12, atol=1e-13)
 
 
@@ -331,9 +331,11 @@ def test_forms_nothing_of_the_size_of_the_weight_and_waits_for_nothing(update):
         A, Bt = pairs(m, n, r, K=K)
         state = new_factored_state(A, Bt)
         grad_A, grad_Bt = normal(K, r, n, seed=1), normal(K, r, m, seed=2)
-        options = {"live": torch.ones(K, dtype=torch.bool), "ok": torch.tensor(1.0), "betas": BETAS, "eps": EPS}
+        options = {"live": torch.ones(K, dtype=torch.bool), "betas": BETAS, "eps": EPS}
         with Watch() as watch:
-            factored_step(A, Bt, grad_A, grad_Bt, torch.ones(K), state, RATES, update=update, **options)
+            bases = Bases(*row_bases([A, Bt]))
+            gradient = gradient_coordinates(*bases, grad_A, grad_Bt)
+            factored_step(A, Bt, bases, gradient, torch.ones(K), state, RATES, update=update, **options)
         assert all(sum(size in (m, n) for size in shape) <= 1 for shape in watch.shapes)
         assert max(torch.Size(shape).numel() for shape in watch.shapes) <= K * 2 * r * n
         counts.append(len(watch.shapes))

@@ -14,6 +14,7 @@ from torch import nn
 
 from lora_layers import ROWS, tied_llama
 from lorapro_hf import LoRAProConfig, create_lorapro_optimizer, find_lora_pairs, memory
+from lorapro_hf.bench.probes import memory_of
 from lorapro_hf.config import MODES
 from lorapro_hf.memory import StateTooLargeError, available_bytes, require_state_fits, scratch_bytes
 from lorapro_hf.memory import _cgroup_available as cgroup_available
@@ -23,6 +24,14 @@ CPU, META = torch.device("cpu"), torch.device("meta")
 SETTINGS = [*((mode, "float32") for mode in MODES), ("full", "bfloat16")]
 all_settings = pytest.mark.parametrize(("mode", "moments_dtype"), SETTINGS)
 KIB = 1024
+
+
+@pytest.fixture(autouse=True)
+def _round_working_memory(request, monkeypatch):
+    """Four copies of the factors and no tile, unless a test is about the allowance itself: counts that can be read."""
+    if "allowance" not in request.node.name:
+        monkeypatch.setattr(memory, "_WORKING_COPIES", 4)
+        monkeypatch.setattr(memory, "_TILE_ARRAYS", 0)
 
 
 def four_layers(dtype: torch.dtype = torch.float32):
@@ -115,7 +124,7 @@ def test_eight_bit_moments_take_at_most_2_1_bytes_per_element_of_a_7b_block():
 @pytest.mark.parametrize(("dtype", "itemsize"), [(torch.bfloat16, 4), (torch.float32, 4), (torch.float64, 8)], ids=str)
 def test_working_memory_is_four_copies_of_the_factors(dtype: torch.dtype, itemsize: int):
     elements = 2 * (300 + 40) + 3 * (40 + 16) + 5 * (16 + 512) + 2 * (512 + 4)
-    assert scratch_bytes(find_lora_pairs(four_layers(dtype))) == {CPU: 4 * elements * itemsize}
+    assert scratch_bytes(find_lora_pairs(four_layers(dtype)), "full") == {CPU: 4 * elements * itemsize}
 
 
 def test_bytes_are_counted_by_device():
@@ -124,7 +133,7 @@ def test_bytes_are_counted_by_device():
     other = nn.Parameter(torch.zeros(10, dtype=torch.bfloat16))
     assert estimate(pairs, LoRAProConfig(mode="full"), [other]) == {CPU: 8 * 64 * 32 + 40, META: 8 * 32 * 128}
     assert estimate(pairs, LoRAProConfig(mode="efficient")) == {CPU: 8 * 4 * 96, META: 8 * 4 * 160}
-    assert scratch_bytes(pairs) == {CPU: 16 * 4 * 96, META: 16 * 4 * 160}
+    assert scratch_bytes(pairs, "full") == {CPU: 16 * 4 * 96, META: 16 * 4 * 160}
 
 
 def set_free(monkeypatch: pytest.MonkeyPatch, **free: int | None) -> None:
@@ -327,3 +336,19 @@ def test_cgroup_over_its_limit_leaves_nothing(tmp_path: Path):
 def test_no_cgroups_no_limit(tmp_path: Path):
     assert cgroup_available(tmp_path / "missing", tmp_path) is None
     assert read_groups(tmp_path, "0::/\n") is None
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_allowance_covers_what_a_step_takes(mode):
+    """Peak of live tensors in a third step beyond what lives before it, on a model of one shape."""
+    torch.manual_seed(0)
+    layers = nn.ModuleDict({f"layer{i}": nn.Linear(300, 260, bias=False) for i in range(6)})
+    model = get_peft_model(layers, LoraConfig(r=4, target_modules=list(layers), init_lora_weights=False))
+    optimizer = create_lorapro_optimizer(model, lr=1e-3, config={"mode": mode})
+    for _ in range(2):
+        for pair in optimizer.pairs:
+            pair.A.grad, pair.B.grad = torch.randn_like(pair.A), torch.randn_like(pair.B)
+        optimizer.step()
+    probe = memory_of(optimizer.step, torch.device("cpu"))
+    allowed = sum(scratch_bytes(optimizer.pairs, mode).values())
+    assert allowed / 20 < probe.peak <= allowed

@@ -43,7 +43,7 @@ class LoRAProTrainingArguments(TrainingArguments):
         lora_pro_check_memory: Refuse a mode whose optimizer state cannot fit into the memory that is left.
 
     Raises:
-        ValueError: for an unknown mode, x_mode or update, or an rtol outside `[0, 1)`.
+        ValueError: for an unknown choice, a combination that has no meaning, or an rtol outside `[0, 1)`.
     """
 
     lora_pro: bool = field(
@@ -85,8 +85,9 @@ class LoRAProTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if not isinstance(self.lora_pro, bool):
-            raise ValueError(f"lora_pro={self.lora_pro!r} must be true or false (in YAML without quotes).")
+        for name in ("lora_pro", "lora_pro_check_memory"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false (in YAML without quotes).")
         check_choice("lora_pro_mode", self.lora_pro_mode, MODES)
         check_choice("lora_pro_x_mode", self.lora_pro_x_mode, X_MODES)
         check_choice("lora_pro_update", self.lora_pro_update, (None, *UPDATES))

@@ -86,8 +86,8 @@ def new_factored_state(A: Tensor, Bt: Tensor) -> FactoredState:
 def factored_step(
     A: Tensor,
     Bt: Tensor,
-    grad_A: Tensor,
-    grad_Bt: Tensor,
+    bases: Bases,
+    gradient: Coordinates,
     scaling: float | Tensor,
     state: FactoredState,
     rates: Rates,
@@ -98,9 +98,7 @@ def factored_step(
     x_mode: str = "sylvester",
     rtol: float | None = None,
     live: Tensor | None = None,
-    ok: Tensor | None = None,
     factor_dtype: torch.dtype | None = None,
-    bases: Bases | None = None,
 ) -> FactoredStep:
     """One AdamW step of K pairs with moments of O((m + n) r); updates `state` in place and returns the new factors.
 
@@ -110,8 +108,8 @@ def factored_step(
     Args:
         A: `(K, r, n)`, float32 or float64 like all tensors here.
         Bt: `(K, r, m)`, B transposed.
-        grad_A: `s Bᵀ g`, shaped like A.
-        grad_Bt: `(s g Aᵀ)ᵀ`, shaped like Bt.
+        bases: of both factors, `Bases(*row_bases([A, Bt], rtol))`.
+        gradient: the equivalent gradient, from `gradient_coordinates`.
         scaling: s in `W = W0 + s B A`; a number, a 0-dim tensor, or a tensor `(K,)`.
         state: what is remembered, from `new_factored_state` at first.
         rates: learning rates and what decay leaves of the factors.
@@ -120,79 +118,55 @@ def factored_step(
         update: `"sequential"`, or `"linear"` for the paper's step.
         x_mode: as in `project_lora_gradients`; only for the linear step.
         rtol: as in `project_lora_gradients`.
-        live: bool `(K,)`, the pairs that take part. Default: all.
-        ok: 0-dim, 0 or False where the whole step is off. Where a step is off, factors and state stay as they are to
-            the bit. Default: it is on.
+        live: bool `(K,)`, the pairs that take part; the others and their state stay as they are to the bit. Default:
+            all.
         factor_dtype: dtype in which the factors are stored, if another: they are rounded to it before the moments are
             transported, so that state and stored factors fit together.
-        bases: what the last step returned, if the factors have not been changed since.
 
     Returns:
         The new factors, in the dtype of the inputs, and their bases.
     """
-    active = _active(live, ok, A)
-    old = Bases(*row_bases([A, Bt], rtol)) if bases is None else bases
-    moments = _updated(state, grad_A, grad_Bt, per_pair(scaling, A), old, betas)
-    u = adam_direction(moments, old, betas, eps)
+    moments = _updated(state, gradient, bases, betas)
+    u = adam_direction(moments, bases, betas, eps)
     # Whatever a pair computed that does not take part is dropped here, before it meets an eigendecomposition.
     if update == "sequential":
         A, Bt, basis_B = spend_direction(
-            A, Bt, u, scaling, old.A, rates, rtol=rtol, live=active, factor_dtype=factor_dtype
+            A, Bt, u, scaling, bases.A, rates, rtol=rtol, live=live, factor_dtype=factor_dtype
         )
         new = Bases(row_basis(A, rtol), basis_B)
     else:
-        h_A, h_Bt = factor_gradients(*old, u.coordinates(old.B), per_pair(scaling, A), x_mode)
-        A = settle(A, h_A.mul_(-per_pair(rates.lr_A, A)), rates.keep_A, active, factor_dtype)
-        Bt = settle(Bt, h_Bt.mul_(-per_pair(rates.lr_B, Bt)), rates.keep_B, active, factor_dtype)
+        h_A, h_Bt = factor_gradients(*bases, u.coordinates(bases.B), per_pair(scaling, A), x_mode)
+        A = settle(A, h_A.mul_(-per_pair(rates.lr_A, A)), rates.keep_A, live, factor_dtype)
+        Bt = settle(Bt, h_Bt.mul_(-per_pair(rates.lr_B, Bt)), rates.keep_B, live, factor_dtype)
         new = Bases(*row_bases([A, Bt], rtol))
     M_a, M_b = transport(u.left, u.right, new)
-    _store(state, moments._replace(M_a=M_a, M_b=M_b), active)
+    _store(state, moments._replace(M_a=M_a, M_b=M_b), live)
     return FactoredStep(A, Bt, new)
 
 
-def _updated(
-    state: FactoredState,
-    grad_A: Tensor,
-    grad_Bt: Tensor,
-    scaling: float | Tensor,
-    bases: Bases,
-    betas: tuple[float, float],
-) -> FactoredState:
+def _updated(state: FactoredState, gradient: Coordinates, bases: Bases, betas: tuple[float, float]) -> FactoredState:
     """The moments with the gradient counted in; the first in the coordinates of the bases instead of the polar ones."""
-    B = bases.B.rows
-    a = (bases.B.whitening / scaling).mT @ grad_A
-    through_A = (bases.A.whitening / scaling).mT @ grad_Bt  # (g Âᵀ)ᵀ
-    bt = torch.baddbmm(through_A, through_A @ B.mT, B, alpha=-1)
-    column, row = mean_squares(a, bt, through_A, bases)
+    column, row = mean_squares(gradient, bases)
     beta1, beta2 = betas
     return FactoredState(
-        a.baddbmm_(bases.B.vectors.mT, state.M_a, beta=1 - beta1, alpha=beta1),
-        bt.baddbmm_(bases.A.vectors.mT, state.M_b, beta=1 - beta1, alpha=beta1),
+        torch.baddbmm(gradient.a, bases.B.vectors.mT, state.M_a, beta=1 - beta1, alpha=beta1),
+        torch.baddbmm(gradient.b, bases.A.vectors.mT, state.M_b, beta=1 - beta1, alpha=beta1),
         state.column.lerp(column, 1 - beta2),
         state.row.lerp(row, 1 - beta2),
         state.steps + 1,
     )
 
 
-def mean_squares(a: Tensor, bt: Tensor, through_A: Tensor, bases: Bases) -> tuple[Tensor, Tensor]:
-    """The means of `g̃∘g̃` over each column and over each row, for `g̃ = B̂ a + b Â`.
-
-    Args:
-        a: `(K, r, n)`, `B̂ᵀ g`.
-        bt: `(K, r, m)`, the transpose of `(I − P_B) g Âᵀ`.
-        through_A: `(K, r, m)`, the transpose of `g Âᵀ`.
-        bases: of the factors.
-
-    Returns:
-        `(K, n)` and `(K, m)`.
-    """
-    A, B = bases.A.rows, bases.B.rows
+def mean_squares(gradient: Coordinates, bases: Bases) -> tuple[Tensor, Tensor]:
+    """The means of `g̃∘g̃` over each column `(K, n)` and over each row `(K, m)`, for `g̃ = B̂ a + b Â`."""
+    (a, b), A, B = gradient, bases.A.rows, bases.B.rows
     # Both sums of squares are taken over orthogonal parts, so that no large terms cancel in them: g̃ = B̂ a + b Â by
     # columns, and g̃ = (g Âᵀ) Â + B̂ a (I − P_A) by rows.
-    column = a.square().sum(-2) + ((bt @ bt.mT) @ A).mul_(A).sum(-2)
+    column = a.square().sum(-2) + ((b @ b.mT) @ A).mul_(A).sum(-2)
     core = a @ A.mT
+    through_A = torch.baddbmm(b, core.mT, B)  # (g Âᵀ)ᵀ
     outside = torch.baddbmm(a @ a.mT, core, core.mT, alpha=-1)
-    row = through_A.square().sum(-2) + (outside @ B).mul_(B).sum(-2)
+    row = through_A.square_().sum(-2) + (outside @ B).mul_(B).sum(-2)
     return column.clamp_min_(0) / row.shape[-1], row.clamp_min_(0) / column.shape[-1]
 
 
@@ -243,15 +217,7 @@ def _bias_correction(beta: float, steps: Tensor) -> Tensor:
     return -torch.expm1(steps.clamp_min(1) * (math.log(beta) if beta > 0 else -math.inf))
 
 
-def _active(live: Tensor | None, ok: Tensor | None, like: Tensor) -> Tensor | None:
-    """Bool `(K,)`, the pairs that step, or None where all are known to."""
-    if ok is None:
-        return live
-    on = ok.to(torch.bool).expand(like.shape[0])
-    return on if live is None else on & live
-
-
-def _store(state: FactoredState, new: FactoredState, active: Tensor | None) -> None:
+def _store(state: FactoredState, new: FactoredState, live: Tensor | None) -> None:
     for kept, value in zip(state[:-1], new[:-1], strict=True):
-        kept.copy_(select(active, value, kept))
-    state.steps.add_(1 if active is None else active.to(state.steps))
+        kept.copy_(select(live, value, kept))
+    state.steps.add_(1 if live is None else live.to(state.steps))

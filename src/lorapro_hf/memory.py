@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from lorapro_hf.config import MODES, LoRAProConfig
+from lorapro_hf.kernels.torch_dense import tile_elements
+from lorapro_hf.moments import dense_shape, state_dtype, state_shapes
 from lorapro_hf.pairs import LoRAPair
 from lorapro_hf.projection import compute_dtype
 
-_QUANTISATION_BLOCK = 256  # elements along a row that share one scale in mode full_8bit
-
-# A step packs factors and gradients into batches, shape by shape, and works on copies of that size.
-_WORKING_COPIES = 4
+# A step packs factors and gradients into batches, shape by shape, and works on about so many copies of that size.
+_WORKING_COPIES = 12
+# Arrays of a tile of dense moments: gradient, direction, and the moments and codes on their way where they are not kept
+# as they are computed.
+_TILE_ARRAYS = 10
 
 # Files of a control group: its limit, what is in use, and the entry of memory.stat for caches that the kernel drops
 # when memory is short.
@@ -54,16 +57,20 @@ def state_bytes_by_device(
     return _state_bytes(pairs, config.mode, config.moments_dtype, others)
 
 
-def scratch_bytes(pairs: Iterable[LoRAPair]) -> dict[torch.device, int]:
-    """Bytes on each device that a step may need beyond the state: four copies of all factors, in float32 at least.
+def scratch_bytes(pairs: Iterable[LoRAPair], mode: str) -> dict[torch.device, int]:
+    """Bytes on each device that a step may need beyond the state: copies of all factors, and a tile of dense moments.
 
-    An allowance, not a count. It is the same in all modes, because no step holds anything of the size of a weight
-    beside its state. Activations, parameters and their gradients are not in it.
+    An allowance, not a count. Activations, parameters and their gradients are not in it.
     """
     total: dict[torch.device, int] = {}
+    dense: dict[torch.device, int] = {}
     for pair in pairs:
         A, B = pair.A, pair.B
+        _add(dense, A.device, torch.Size(dense_shape(pair)).numel())
         _add(total, A.device, _WORKING_COPIES * (A.numel() + B.numel()) * compute_dtype(A, B).itemsize)
+    if LoRAProConfig(mode=mode).keeps_dense_moments:
+        for device, elements in dense.items():
+            total[device] += _TILE_ARRAYS * min(tile_elements(device), elements) * torch.float32.itemsize
     return total
 
 
@@ -153,7 +160,7 @@ def _need(
 ) -> dict[torch.device, int]:
     """State and working memory together."""
     need = _state_bytes(pairs, mode, moments_dtype, others)
-    for device, count in scratch_bytes(pairs).items():
+    for device, count in scratch_bytes(pairs, mode).items():
         _add(need, device, count)
     return need
 
@@ -179,19 +186,12 @@ def _state_bytes(
 
 
 def _state_bytes_of_pair(pair: LoRAPair, mode: str, moments_dtype: str) -> int:
-    A, B = pair.A, pair.B
-    itemsize = compute_dtype(A, B).itemsize
-    *batch_shape, m, _ = pair.matrix_B(B).shape
-    batch, n = torch.Size(batch_shape).numel(), pair.matrix_A(A).shape[-1]
-    if mode == "full":
-        return 2 * batch * m * n * (torch.bfloat16.itemsize if moments_dtype == "bfloat16" else itemsize)
-    if mode == "full_8bit":  # two codes of a byte, and two float32 scales for each block
-        return 2 * batch * m * (n + torch.float32.itemsize * -(-n // _QUANTISATION_BLOCK))
-    if mode == "factored":  # a first moment like each factor, a second one for each column and row of the weight
-        return (A.numel() + B.numel() + batch * (m + n)) * itemsize
-    if mode == "efficient":
-        return 2 * (A.numel() * compute_dtype(A).itemsize + B.numel() * compute_dtype(B).itemsize)
-    raise ValueError(f"the size of the state of mode {mode!r} is not known; the modes are {list(MODES)}.")
+    config = LoRAProConfig(mode=mode, moments_dtype=moments_dtype)
+    return sum(
+        torch.Size(shape).numel() * state_dtype(pair, config, name).itemsize
+        for shapes in state_shapes(pair, mode)
+        for name, shape in shapes.items()
+    )
 
 
 def _add(total: dict[torch.device, int], device: torch.device, count: int) -> None:

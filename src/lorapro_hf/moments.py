@@ -71,7 +71,7 @@ class StackMoments:
                 view.copy_(state[parameter][name])
             state[parameter][name] = view
         counts = [float(state[A].get("step", 0)) for A, _ in self.stack.factors]
-        self.steps.copy_(torch.tensor(counts))
+        self.steps.copy_(torch.tensor(counts, device="cpu"))
         self.uniform = len(set(counts)) == 1
         for pair, factors, step in zip(self.stack.pairs, self.stack.factors, self.steps.unbind(), strict=True):
             # Distributed checkpoints want some state for each parameter.

@@ -17,6 +17,9 @@ from lorapro_hf.pairs import LoRAPair
 from lorapro_hf.stacks import Stack, StackGradient, exact_arithmetic, global_norm, read_stacks, stacks_of
 from lorapro_hf.steps import adjusted_gradients, efficient_step, factored_mode_step, full_step, fused_adamw
 
+# Mode factored sums squares of what it reads; beyond this they overflow in float32.
+_LARGEST = 1e15
+
 
 class LoRAProAdamW(torch.optim.Optimizer):
     r"""AdamW whose steps on LoRA factors move the adapted weight as full fine-tuning would (arXiv 2407.18242).
@@ -35,9 +38,10 @@ class LoRAProAdamW(torch.optim.Optimizer):
 
     Parameters of no pair (biases, `modules_to_save`, DoRA magnitudes) get what `torch.optim.AdamW(fused=True)` gives
     them, to the bit. Moments of a pair are kept in float32 (float64 for float64 factors) unless the mode says
-    otherwise, also for bf16 factors and through `load_state_dict`. If any gradient holds NaN or Inf the whole step is
-    left out and counted in `skipped_steps`; no parameter and no state changes. (Steps that a `GradScaler` leaves out do
-    not reach the optimizer, nor its count.) A pair that no backward reached is left out of the step.
+    otherwise, also for bf16 factors and through `load_state_dict`. If any gradient holds NaN or Inf (in mode factored
+    also beyond 1e15) the whole step is left out and counted in `skipped_steps`; no parameter and no state changes.
+    (Steps that a `GradScaler` leaves out do not reach the optimizer, nor its count.) A pair that no backward reached is
+    left out of the step.
 
     Pairs of one shape are stepped together, and on CUDA no step waits for the device (with r beyond what the Triton
     kernel of `lorapro_hf.kernels.triton_eigh` takes, or without Triton, once).
@@ -88,6 +92,8 @@ class LoRAProAdamW(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of ordinary parameters or of factors, as in `torch.optim.Optimizer`."""
+        merged = {**self.defaults, **param_group}
+        _check_hyperparameters(merged["lr"], merged["betas"], merged["eps"], merged["weight_decay"])
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         # What a checkpoint must agree in: kept in the group because that is what state_dict saves.
@@ -139,13 +145,15 @@ class LoRAProAdamW(torch.optim.Optimizer):
             raise RuntimeError("a parameter has a sparse gradient, which AdamW does not take; use sparse=False.")
         self.last_grad_norm = global_norm(read)
         computed = [x for each in read for x in each.coordinates] + [x for rows in adjusted for x in rows]
-        skip = _not_finite(computed + gradients)
-        self._skipped = skip.clone() if self._skipped is None else self._skipped.add_(skip)
+        # Allocated before anything is stepped: where memory does not suffice, nothing has been changed.
+        moments_of = [self._moments_of(each.stack) for each in read]
+        skip = _not_finite(computed + gradients, _LARGEST if self.config.mode == "factored" else float("inf"))
+        self._skipped = skip.clone() if self._skipped is None else self._skipped.add_(skip.to(self._skipped.device))
         for group, parameters in others:
             self._step_others(parameters, group, skip)
         while read:  # what a stack was read into is let go once it is stepped
-            each = read.pop()
-            moments, there = self._moments_of(each.stack), skip.to(each.stack.device)
+            each, moments = read.pop(), moments_of.pop()
+            there = skip.to(each.stack.device)
             groups = (self.param_groups[each.stack.groups[0]], self.param_groups[each.stack.groups[1]])
             moments.count_step(each.live, there)
             if self.config.mode == "efficient":
@@ -216,8 +224,8 @@ class LoRAProAdamW(torch.optim.Optimizer):
                     exp_avg=torch.zeros_like(p, memory_format=torch.preserve_format),
                     exp_avg_sq=torch.zeros_like(p, memory_format=torch.preserve_format),
                 )
-        for device in {p.device for p in parameters}:
-            there, own = skip.to(device), [p for p in parameters if p.device == device]
+        for kind in {(p.device, p.dtype) for p in parameters}:  # on CUDA the kernel takes one dtype at a time
+            there, own = skip.to(kind[0]), [p for p in parameters if (p.device, p.dtype) == kind]
             states = [self.state[p] for p in own]
             exp_avgs, exp_avg_sqs, steps = ([state[n] for state in states] for n in ("exp_avg", "exp_avg_sq", "step"))
             torch._foreach_add_(steps, 1 - there)
@@ -241,19 +249,24 @@ class LoRAProAdamW(torch.optim.Optimizer):
                 changed then.
         """
         check_state_dict(state_dict, self.param_groups, self.pairs, self.config)
-        super().load_state_dict(state_dict)
-        self._skipped, self._moments = None, {}
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
         loaded = [parameter for group in self.param_groups for parameter in group["params"]]
         pair_of = {id(factor): pair for pair in self.pairs for factor in (pair.A, pair.B)}
+        of_factors = {key for key, parameter in zip(saved, loaded, strict=True) if id(parameter) in pair_of}
+        # torch would cast moments to the dtype of the factors, which rounds those of bf16 factors and blows 8-bit codes
+        # up to four times their size: it gets the others only.
+        others = {key: value for key, value in state_dict["state"].items() if key not in of_factors}
+        super().load_state_dict({**state_dict, "state": others})
+        self._skipped, self._moments = None, {}
         for key, parameter in zip(saved, loaded, strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                # torch casts floating state to the parameter's dtype, which would round the moments of bf16 factors,
-                # and leaves the counters where they were saved.
-                dtype = torch.float32 if name == "step" else self.state[parameter][name].dtype
-                if name != "step" and id(parameter) in pair_of:
-                    dtype = state_dtype(pair_of[id(parameter)], self.config, name)
-                self.state[parameter][name] = value.to(parameter.device, dtype)
+            own = state_dict["state"].get(key, {})
+            if key in of_factors:
+                pair = pair_of[id(parameter)]
+                dtypes = {name: state_dtype(pair, self.config, name) for name in own if name != "step"}
+                self.state[parameter] = {n: own[n].to(parameter.device, d, copy=True) for n, d in dtypes.items()}
+            if "step" in own:
+                step = torch.as_tensor(own["step"], dtype=torch.float32, device=parameter.device)
+                self.state[parameter]["step"] = step.clone()
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle_skipped()
@@ -262,14 +275,15 @@ class LoRAProAdamW(torch.optim.Optimizer):
         return {**super().__getstate__(), "pairs": self.pairs, "config": self.config, **of_this_run}
 
 
-def _not_finite(tensors: list[Tensor]) -> Tensor:
-    """1 if any value of any tensor is NaN or Inf, else 0: a float32 scalar on the device of the first."""
+def _not_finite(tensors: list[Tensor], limit: float) -> Tensor:
+    """1 if any value of any tensor is NaN, Inf or beyond the limit: a float32 scalar on the device of the first."""
     device = tensors[0].device
     if device.type == "cpu":  # where norms of infinite order take twenty times as long
         extremes = torch.stack([x.double() for tensor in tensors if tensor.numel() for x in torch.aminmax(tensor)])
-        return (~extremes.isfinite().all()).float()
-    # Not the 2-norm: squares of large finite values overflow.
-    return (~torch.nn.utils.get_total_norm(tensors, norm_type=float("inf")).isfinite()).float().to(device)
+        largest = extremes.abs().amax()
+    else:  # not the 2-norm: squares of large finite values overflow
+        largest = torch.nn.utils.get_total_norm(tensors, norm_type=float("inf"))
+    return (~(largest.isfinite() & (largest <= limit))).float().to(device)
 
 
 def _check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:

@@ -195,4 +195,9 @@ def _reciprocal(value: float | Tensor) -> float | Tensor:
 def _is_wide(tensor: Tensor) -> bool:
     """Whether rows can be seen as words of 16 bytes."""
     words = 16 // tensor.element_size()
-    return tensor.is_contiguous() and tensor.shape[1] % words == 0 and tensor.storage_offset() % words == 0
+    return (
+        tensor.is_contiguous()
+        and tensor.numel() > 0
+        and tensor.shape[1] % words == 0
+        and tensor.storage_offset() % words == 0
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -74,11 +75,12 @@ class Stack:
     def mask(self, live: list[int]) -> Tensor:
         """1 for the given pairs and 0 for the others, `(pairs,)` float32, without waiting for the device."""
         chosen = set(live)
-        mask = torch.tensor([float(index in chosen) for index in range(len(self.pairs))])
+        mask = torch.tensor([float(index in chosen) for index in range(len(self.pairs))], device="cpu")
         if self.device.type == "cuda":
             mask = mask.pin_memory()
         return mask.to(self.device, non_blocking=True)
 
+    @torch.no_grad()
     def read(self) -> Rows:
         """Copies of the factors."""
         A, B = zip(*self.factors, strict=True)
@@ -127,8 +129,7 @@ class Stack:
         matrices_A, matrices_B = first.matrix_A(_stacked(A, self.dtype)), first.matrix_B(_stacked(B, self.dtype))
         if first.layout != "matrix":
             matrices_A, matrices_B = matrices_A.flatten(0, 1), matrices_B.flatten(0, 1)
-        # Contiguous, because every product with a transposed operand would take twice as long.
-        return Rows(matrices_A, matrices_B.mT.contiguous())
+        return Rows(matrices_A, matrices_B.mT)
 
 
 class StackGradient(NamedTuple):
@@ -165,10 +166,16 @@ def read_stacks(stacks: Iterable[Stack], config: LoRAProConfig) -> list[StackGra
 
 @contextmanager
 def exact_arithmetic(stacks: Iterable[Stack]) -> Iterator[None]:
-    """Switch autocast off, under which the products of a step would silently run in bf16."""
+    """Switch off what would silently round the products of a step: autocast, and TF32 on CUDA."""
+    matmul: Any = torch.backends.cuda.matmul
+    setting = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"  # the latter before torch 2.9
+    exact = {"fp32_precision": "ieee", "allow_tf32": False}[setting]
     with ExitStack() as off:
         for device_type in {stack.device.type for stack in stacks}:
             off.enter_context(torch.autocast(device_type, enabled=False))
+            if device_type == "cuda":
+                off.callback(setattr, matmul, setting, getattr(matmul, setting))
+                setattr(matmul, setting, exact)
         yield
 
 
@@ -183,12 +190,24 @@ def stacks_of(
     pairs: Iterable[LoRAPair], groups: Callable[[LoRAPair], tuple[int, int]] = lambda pair: (0, 0)
 ) -> list[Stack]:
     """Pairs grouped into stacks."""
+    _keep_freed_memory()
     alike: dict[tuple[Any, ...], list[LoRAPair]] = {}
     for pair in pairs:
         A, B = pair.A, pair.B
         key = (A.shape, B.shape, pair.layout, pair.batch, A.dtype, B.dtype, A.device, groups(pair))
         alike.setdefault(key, []).append(pair)
     return [Stack(each, groups(each[0])) for each in alike.values()]
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Have the C library keep what a step frees for the next one, instead of asking the system for it page by page.
+
+    glibc returns freed memory beyond a limit that grows with the largest block that was ever freed, up to 32 MB; the
+    pages cost a third of an efficient step otherwise. Training frees such blocks sooner or later; this does it now. The
+    block is never touched, so that it takes no memory. Without effect on other devices and C libraries.
+    """
+    torch.empty(30 * 2**20, dtype=torch.uint8, device="cpu")
 
 
 def store_layers(parameters: Sequence[Tensor], values: Tensor, live: list[int] | None) -> None:
@@ -200,4 +219,4 @@ def store_layers(parameters: Sequence[Tensor], values: Tensor, live: list[int] |
 
 
 def _stacked(tensors: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.stack([tensor.detach() for tensor in tensors]).to(dtype)
+    return torch.stack(list(tensors)).to(dtype)

@@ -97,7 +97,8 @@ def factored_mode_step(
     )
     new = factored_step(
         *read.factors,
-        *read.gradients,
+        Bases(read.basis_A, read.basis_B),
+        read.coordinates,
         read.scaling,
         state,
         rates_of(groups),
@@ -108,7 +109,6 @@ def factored_mode_step(
         rtol=config.rtol,
         live=active_entries(read, skip),
         factor_dtype=stack.stored_dtype,
-        bases=Bases(read.basis_A, read.basis_B),
     )
     stack.write(Rows(new.A, new.Bt), read.live)
 

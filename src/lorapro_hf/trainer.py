@@ -190,7 +190,9 @@ class LoRAProTrainerMixin(_Base):
         factory = self._factory()
         if factory is not None and self.optimizer_cls_and_kwargs is not None:
             # not the parent's work: transformers 4 knows no factories
-            return factory()(model, **{**self.optimizer_cls_and_kwargs[1], "config": self.lora_pro_config})
+            check_memory = getattr(self.args, "lora_pro_check_memory", True)
+            settings = {"check_memory": check_memory, **self.optimizer_cls_and_kwargs[1]}
+            return factory()(model, **{**settings, "config": self.lora_pro_config})
         return create_lorapro_optimizer(
             model,
             lr=self.args.learning_rate,

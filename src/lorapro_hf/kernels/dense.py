@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lorapro_hf.kernels.eigh import has_triton
 from lorapro_hf.kernels.storage import Moments, bitsandbytes_operators
 
 
@@ -105,8 +105,8 @@ def choose_backend(backend: str, device: torch.device) -> str:
         RuntimeError: it cannot serve this device.
     """
     if backend == "auto":
-        return "triton" if device.type == "cuda" and find_spec("triton") is not None else "torch"
-    if backend == "triton" and (device.type != "cuda" or find_spec("triton") is None):
+        return "triton" if device.type == "cuda" and has_triton() else "torch"
+    if backend == "triton" and (device.type != "cuda" or not has_triton()):
         missing = "it is not installed" if device.type == "cuda" else f"the factors are on {device.type}"
         raise RuntimeError(f"backend='triton' needs CUDA and the package triton, but {missing}. Use backend='auto'.")
     return backend

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return find_spec("triton") is not None
 
 
 def symmetric_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,7 +30,7 @@ def symmetric_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: a matrix holds NaN or Inf (the Triton kernel returns NaN instead).
     """
-    if matrices.device.type == "cuda" and find_spec("triton") is not None:
+    if matrices.device.type == "cuda" and has_triton():
         from lorapro_hf.kernels.triton_eigh import MAX_RANK
         from lorapro_hf.kernels.triton_eigh import symmetric_eigh as triton_eigh
 

@@ -29,7 +29,7 @@ def new_moments(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     if dtype != torch.uint8:
         return Moments(*values)
     scales = (*shape[:-1], -(-shape[-1] // BLOCK))
-    return Moments(*values, *(torch.zeros(scales, device=device) for _ in range(2)))
+    return Moments(*values, *(torch.zeros(scales, dtype=torch.float32, device=device) for _ in range(2)))
 
 
 def load(values: Tensor, absmax: Tensor | None, signed: bool, dtype: torch.dtype) -> Tensor:

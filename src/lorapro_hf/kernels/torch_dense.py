@@ -84,9 +84,16 @@ def dense_update(
             tile.add_columns(products.K_u, torch.bmm(u_A, u))
 
 
+def tile_elements(device: torch.device) -> int:
+    """About how many elements a tile has at most."""
+    return torch.get_num_threads() * _CPU_ELEMENTS if device.type == "cpu" else _DEVICE_ELEMENTS
+
+
 def _tiles(live: Sequence[int], m: int, n: int, device: torch.device) -> Iterator[_Tile]:
-    on_cpu = device.type == "cpu"
-    threads, elements = (torch.get_num_threads(), _CPU_ELEMENTS) if on_cpu else (1, _DEVICE_ELEMENTS)
+    if m * n == 0:
+        return
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    elements = tile_elements(device) // threads
     for start, stop in _runs(live):
         if m * n <= elements:
             together = max(1, threads * elements // (m * n))

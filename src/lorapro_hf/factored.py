@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lorapro_hf.bases import RowBasis, row_bases, row_basis
-from lorapro_hf.projection import Coordinates, factor_gradients
+from lorapro_hf.projection import Coordinates, factor_gradients_
 from lorapro_hf.sequential import Rates, per_pair, select, settle, spend_direction
 
 
@@ -135,7 +135,7 @@ def factored_step(
         )
         new = Bases(row_basis(A, rtol), basis_B)
     else:
-        h_A, h_Bt = factor_gradients(*bases, u.coordinates(bases.B), per_pair(scaling, A), x_mode)
+        h_A, h_Bt = factor_gradients_(*bases, u.coordinates(bases.B), per_pair(scaling, A), x_mode)
         A = settle(A, h_A.mul_(-per_pair(rates.lr_A, A)), rates.keep_A, live, factor_dtype)
         Bt = settle(Bt, h_Bt.mul_(-per_pair(rates.lr_B, Bt)), rates.keep_B, live, factor_dtype)
         new = Bases(*row_bases([A, Bt], rtol))

@@ -47,7 +47,7 @@ class StackMoments:
         self.stack = stack
         self.steps = torch.zeros(len(stack.pairs), dtype=torch.float32, device=stack.device)
         self.uniform = True
-        self._shown: list[tuple[Tensor, str, Tensor]] = []
+        self._shown: dict[Tensor, dict[str, Tensor]] = {}
         self.slots = {(slot.factor, slot.name): slot for slot in _new_slots(stack, config)}
 
     def __getitem__(self, key: tuple[str, str]) -> Tensor:
@@ -61,27 +61,31 @@ class StackMoments:
 
     def adopt(self, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
         """Take up what `state` holds of the pairs and let it show these tensors instead."""
-        self._shown = [
-            (factors["AB".index(factor)], name, view)
-            for (factor, name), slot in self.slots.items()
-            for factors, view in zip(self.stack.factors, slot.views, strict=True)
-        ]
-        for parameter, name, view in self._shown:
-            if name in state[parameter]:
-                view.copy_(state[parameter][name])
-            state[parameter][name] = view
+        self._shown = {parameter: {} for factors in self.stack.factors for parameter in factors}
+        for (factor, name), slot in self.slots.items():
+            for factors, view in zip(self.stack.factors, slot.views, strict=True):
+                parameter = factors["AB".index(factor)]
+                if name in state[parameter]:
+                    view.copy_(state[parameter][name])
+                self._shown[parameter][name] = view
         counts = [float(state[A].get("step", 0)) for A, _ in self.stack.factors]
         self.steps.copy_(torch.tensor(counts, device="cpu"))
         self.uniform = len(set(counts)) == 1
         for pair, factors, step in zip(self.stack.pairs, self.stack.factors, self.steps.unbind(), strict=True):
             # Distributed checkpoints want some state for each parameter.
-            for parameter in (*factors, *pair.tied_parameters):
-                state[parameter]["step"] = step
-                self._shown.append((parameter, "step", step))
+            for kept in (*factors, *pair.tied_parameters):
+                self._shown.setdefault(kept, {})["step"] = step
+        for shown, views in self._shown.items():
+            state[shown].update(views)
 
     def is_shown_by(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Whether `state` still holds these tensors: loading a checkpoint or moving the state replaces them."""
-        return all(state.get(parameter, {}).get(name) is view for parameter, name, view in self._shown)
+        for parameter, views in self._shown.items():
+            kept = state.get(parameter, {})
+            for name, view in views.items():
+                if kept.get(name) is not view:
+                    return False
+        return True
 
     def count_step(self, live: list[int] | None, skip: Tensor) -> None:
         """Count a step of the live pairs unless `skip` is 1."""

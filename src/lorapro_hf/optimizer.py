@@ -15,7 +15,7 @@ from lorapro_hf.memory import state_bytes_by_device
 from lorapro_hf.moments import StackMoments, state_dtype
 from lorapro_hf.pairs import LoRAPair
 from lorapro_hf.stacks import Stack, StackGradient, exact_arithmetic, global_norm, read_stacks, stacks_of
-from lorapro_hf.steps import adjusted_gradients, efficient_step, factored_mode_step, full_step, fused_adamw
+from lorapro_hf.steps import adjusted_gradients_, efficient_step, factored_mode_step, full_step, fused_adamw
 
 # Mode factored sums squares of what it reads; beyond this they overflow in float32.
 _LARGEST = 1e15
@@ -139,15 +139,18 @@ class LoRAProAdamW(torch.optim.Optimizer):
 
     def _step_all(self, read: list[StackGradient]) -> None:
         others = [(group, [p for p in own if p.grad is not None]) for group, own in self._others()]
-        adjusted = [adjusted_gradients(each, self.config.x_mode) for each in read if self.config.mode == "efficient"]
         gradients = [p.grad for _, parameters in others for p in parameters if p.grad is not None]
         if any(gradient.is_sparse for gradient in gradients):
             raise RuntimeError("a parameter has a sparse gradient, which AdamW does not take; use sparse=False.")
         self.last_grad_norm = global_norm(read)
-        computed = [x for each in read for x in each.coordinates] + [x for rows in adjusted for x in rows]
+        limit = _LARGEST if self.config.mode == "factored" else float("inf")
+        skip = _not_finite([x for each in read for x in each.coordinates] + gradients, limit)
+        adjusted = []
+        if self.config.mode == "efficient":
+            adjusted = [adjusted_gradients_(each, self.config.x_mode) for each in read]
+            skip = torch.maximum(skip, _not_finite([x for rows in adjusted for x in rows], limit))
         # Allocated before anything is stepped: where memory does not suffice, nothing has been changed.
         moments_of = [self._moments_of(each.stack) for each in read]
-        skip = _not_finite(computed + gradients, _LARGEST if self.config.mode == "factored" else float("inf"))
         self._skipped = skip.clone() if self._skipped is None else self._skipped.add_(skip.to(self._skipped.device))
         for group, parameters in others:
             self._step_others(parameters, group, skip)

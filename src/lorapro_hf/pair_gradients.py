@@ -10,7 +10,7 @@ from torch import Tensor
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.pairs import LoRAPair
 from lorapro_hf.stacks import Stack, exact_arithmetic, global_norm, read_stacks, stacks_of, store_layers
-from lorapro_hf.steps import adjusted_gradients
+from lorapro_hf.steps import adjusted_gradients_
 
 
 @torch.no_grad()
@@ -33,12 +33,13 @@ def project_pair_gradients_(pairs: Sequence[LoRAPair], config: LoRAProConfig) ->
     stacks = stacks_of(pairs)
     with exact_arithmetic(stacks):
         read = read_stacks(stacks, config)
+        norm = global_norm(read)
         for each in read:
-            h = adjusted_gradients(each, config.x_mode)
+            h = adjusted_gradients_(each, config.x_mode)
             layers = each.stack.layers_A(h.A), each.stack.layers_B(h.B)
             for position, values in enumerate(layers):
                 _store_gradients(each.stack, position, values, each.live)
-        return global_norm(read)
+        return norm
 
 
 def _store_gradients(stack: Stack, position: int, values: Tensor, live: list[int] | None) -> None:

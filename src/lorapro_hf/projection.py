@@ -79,7 +79,7 @@ def project_lora_gradients(
     with torch.autocast(A.device.type, enabled=False):
         basis_A, basis_B = row_bases([one_A, one_B.mT], rtol)
         coordinates = gradient_coordinates(basis_A, basis_B, one_grad_A, one_grad_B.mT, s)
-        h_A, h_B = factor_gradients(basis_A, basis_B, coordinates, s, x_mode)
+        h_A, h_B = factor_gradients_(basis_A, basis_B, coordinates, s, x_mode)
     return h_A.reshape(A.shape).to(grad_A.dtype), h_B.mT.reshape(B.shape).to(grad_B.dtype)
 
 
@@ -97,22 +97,25 @@ def gradient_coordinates(
     """
     a = (basis_B.whitening / scaling).mT @ grad_A
     b = (basis_A.whitening / scaling).mT @ grad_B
-    return Coordinates(a, outside(b, basis_B))
+    return Coordinates(a, outside_(b, basis_B))
 
 
-def outside(rows: Tensor, basis: RowBasis) -> Tensor:
-    """The part of `rows` `(K, r, k)` that is orthogonal to a basis."""
-    return torch.baddbmm(rows, rows @ basis.rows.mT, basis.rows, alpha=-1)
+def outside_(rows: Tensor, basis: RowBasis) -> Tensor:
+    """The part of `rows` `(K, r, k)` that is orthogonal to a basis, in their place."""
+    return rows.baddbmm_(rows @ basis.rows.mT, basis.rows, alpha=-1)
 
 
-def factor_gradients(
+def factor_gradients_(
     basis_A: RowBasis, basis_B: RowBasis, coordinates: Coordinates, scaling: float | Tensor = 1.0, x_mode: str = "zero"
 ) -> tuple[Tensor, Tensor]:
-    """Factor gradients `h_A` `(K, r, n)` and `h_B`, transposed `(K, r, m)`, with the given equivalent gradient."""
+    """Factor gradients `h_A` `(K, r, n)` and `h_B`, transposed `(K, r, m)`, with the given equivalent gradient.
+
+    Its coordinates are overwritten.
+    """
     a, b = coordinates
     core_of_B = _core_share_of_B(basis_A, basis_B, x_mode) * (a @ basis_A.rows.mT)
-    h_A = (basis_B.whitening / scaling) @ torch.baddbmm(a, core_of_B, basis_A.rows, alpha=-1)
-    h_B = (basis_A.whitening / scaling) @ torch.baddbmm(b, core_of_B.mT, basis_B.rows)
+    h_A = (basis_B.whitening / scaling) @ a.baddbmm_(core_of_B, basis_A.rows, alpha=-1)
+    h_B = (basis_A.whitening / scaling) @ b.baddbmm_(core_of_B.mT, basis_B.rows)
     return h_A, h_B
 
 

@@ -11,17 +11,17 @@ from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.factored import Bases, FactoredState, factored_step
 from lorapro_hf.kernels.dense import dense_update
 from lorapro_hf.moments import StackMoments
-from lorapro_hf.projection import Coordinates, factor_gradients, outside
+from lorapro_hf.projection import Coordinates, factor_gradients_, outside_
 from lorapro_hf.sequential import Rates, sequential_step, settle
 from lorapro_hf.stacks import Rows, StackGradient, store_layers
 
 Group = dict[str, Any]
 
 
-def adjusted_gradients(read: StackGradient, x_mode: str) -> Rows:
-    """The adjusted factor gradients `(h_A, h_B)`, in rows layout."""
+def adjusted_gradients_(read: StackGradient, x_mode: str) -> Rows:
+    """The adjusted factor gradients `(h_A, h_B)`, in rows layout; overwrites the coordinates that were read."""
     scaling = read.scaling[:, None, None]
-    return Rows(*factor_gradients(read.basis_A, read.basis_B, read.coordinates, scaling, x_mode))
+    return Rows(*factor_gradients_(read.basis_A, read.basis_B, read.coordinates, scaling, x_mode))
 
 
 def efficient_step(
@@ -74,8 +74,8 @@ def full_step(
         options: Any = {"rtol": config.rtol, "live": active, "factor_dtype": dtype}
         new = Rows(*sequential_step(*read.factors, u_A, B_u, K_u, read.scaling, *bases, rates, **options)[:2])
     else:
-        coordinates = Coordinates(B_u, outside(u_A, basis_B))
-        h_A, h_B = factor_gradients(*bases, coordinates, read.scaling[:, None, None], config.x_mode)
+        coordinates = Coordinates(B_u, outside_(u_A, basis_B))
+        h_A, h_B = factor_gradients_(*bases, coordinates, read.scaling[:, None, None], config.x_mode)
         new = Rows(
             settle(read.factors.A, h_A.mul_(-rates.lr_A), rates.keep_A, active, dtype),
             settle(read.factors.B, h_B.mul_(-rates.lr_B), rates.keep_B, active, dtype),

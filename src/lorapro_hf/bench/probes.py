@@ -120,7 +120,8 @@ class KernelCount:
 
     Args:
         kernels: On CUDA its kernels; on the CPU the innermost operators that compute (no views, no allocations), each
-            compiled graph counted once at least.
+            compiled graph counted once at least, and an operator on lists of tensors, one loop here, as the one kernel
+            that it is on CUDA.
         calls: Operators and compiled graphs that Python called.
     """
 
@@ -190,6 +191,8 @@ def _computing(event: _Event) -> int:
         kind = _kind(event.name)
         if kind == "free":
             return 0
+        if event.name.startswith("aten::_foreach_"):
+            return 1
         # `aten::to` inside an operator makes a tensor of a Python number
         inner = sum(_computing(child) for child in event.children if kind == "several" or child.name != "aten::to")
         return inner if kind == "several" else max(1, inner)

@@ -29,8 +29,8 @@ _CAPTION = (
     "step: median of optimizer.step() alone with the quartiles; n: timed steps; ×AdamW: ratio of the medians within a "
     "batch, in which the methods take turns; state, kept: memory of the moments and of all that the optimizer keeps; "
     "peak: most memory of a step beyond parameters, gradients and what is kept; ×roof, ×sum: step over the roofline of "
-    "dense moments, max(memory, flops) and their sum; kernels: innermost operators that compute, on CUDA kernels; "
-    "calls: operators that Python called."
+    "dense moments, max(memory, flops) and their sum; kernels: innermost operators that compute, one on a list of "
+    "tensors counting once; on CUDA kernels; calls: operators that Python called."
 )
 
 

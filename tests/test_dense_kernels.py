@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from lorapro_hf.kernels import dense, torch_dense
+from lorapro_hf.kernels import dense, eigh, torch_dense
 from lorapro_hf.kernels.dense import choose_backend, dense_update
 from lorapro_hf.kernels.storage import Moments, new_moments
 
@@ -310,3 +310,14 @@ def test_backends_are_chosen_by_device(monkeypatch):
         choose_backend("triton", cuda)
     monkeypatch.setattr(dense, "has_triton", lambda: True)
     assert choose_backend("triton", cuda) == "triton"
+
+
+def test_triton_can_be_turned_off(monkeypatch):
+    monkeypatch.setattr(eigh, "find_spec", lambda name: name == "triton" or None)
+    found = []
+    for value in (None, "0", "1"):
+        monkeypatch.delenv("LORAPRO_HF_NO_TRITON", raising=False)
+        if value is not None:
+            monkeypatch.setenv("LORAPRO_HF_NO_TRITON", value)
+        found.append(eigh.has_triton.__wrapped__())
+    assert found == [True, True, False]

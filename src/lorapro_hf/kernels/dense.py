@@ -107,6 +107,6 @@ def choose_backend(backend: str, device: torch.device) -> str:
     if backend == "auto":
         return "triton" if device.type == "cuda" and has_triton() else "torch"
     if backend == "triton" and (device.type != "cuda" or not has_triton()):
-        missing = "it is not installed" if device.type == "cuda" else f"the factors are on {device.type}"
+        missing = "it is not installed, or turned off" if device.type == "cuda" else f"the factors are on {device.type}"
         raise RuntimeError(f"backend='triton' needs CUDA and the package triton, but {missing}. Use backend='auto'.")
     return backend

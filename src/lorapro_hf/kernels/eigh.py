@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from importlib.util import find_spec
 
@@ -11,8 +12,8 @@ from torch import Tensor
 
 @cache
 def has_triton() -> bool:
-    """Whether Triton is installed."""
-    return find_spec("triton") is not None
+    """Whether Triton is installed and not turned off by `LORAPRO_HF_NO_TRITON=1` in the environment."""
+    return find_spec("triton") is not None and os.environ.get("LORAPRO_HF_NO_TRITON", "0") in ("", "0")
 
 
 def symmetric_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:

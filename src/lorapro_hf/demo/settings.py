@@ -49,7 +49,7 @@ METHODS: Mapping[str, Method] = {
         Method("lora_pro_efficient", "LoRA-Pro efficient", "efficient", 2e-3),
     )
 }
-COMPARED = ("lora", "lora_pro", "lora_pro_factored", "lora_pro_efficient")
+COMPARED = ("lora", "lora_pro", "lora_pro_efficient")
 CURVES = ("lora", "lora_pro", "lora_pro_sequential", "lora_pro_8bit", "lora_pro_factored")
 
 

@@ -107,7 +107,8 @@ class Stack:
 
     def write(self, rows: Rows, live: list[int] | None) -> None:
         """Store new factors, rounded to the dtype of the parameters."""
-        A, B = self.layers_A(rows.A), self.layers_B(rows.B)
+        # Turned over as a batch: layer by layer that takes twice as long.
+        A, B = self.layers_A(rows.A), self.layers_B(rows.B).contiguous()
         for values, position in ((A, 0), (B, 1)):
             parameters = [factors[position] for factors in self.factors]
             store_layers(parameters, values, live)

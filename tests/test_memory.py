@@ -150,7 +150,7 @@ def set_free(monkeypatch: pytest.MonkeyPatch, **free: int | None) -> None:
             "free. Modes that fit: 'full' with moments_dtype='bfloat16' (2.1 MiB), 'full_8bit' (1.1 MiB), 'factored' "
             "(126.0 KiB), 'efficient' (144.0 KiB, with learning rates of LoRA). Choose one with "
             "LoRAProConfig(mode=...) or --lora_pro_mode, adapt fewer layers (target_modules), or turn this check off "
-            "with check_memory=False.",
+            "with check_memory=False (in the arguments lora_pro_check_memory=False).",
         ),
         (
             1200 * KIB,
@@ -164,8 +164,8 @@ def set_free(monkeypatch: pytest.MonkeyPatch, **free: int | None) -> None:
             100 * KIB,
             {"mode": "factored"},
             "needs 126.0 KiB on cpu, where 100.0 KiB are free. No mode fits; the smallest, 'factored', needs "
-            "126.0 KiB. Adapt fewer layers (target_modules), choose a smaller r, free memory there, or turn this "
-            "check off with check_memory=False.",
+            "126.0 KiB. Adapt fewer layers (target_modules), choose a smaller r, free memory on it, or turn this "
+            "check off with check_memory=False (in the arguments lora_pro_check_memory=False).",
         ),
     ],
     ids=["full", "full in bfloat16", "efficient", "factored"],

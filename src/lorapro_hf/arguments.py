@@ -58,7 +58,10 @@ class LoRAProTrainingArguments(TrainingArguments):
         "moments of the factors and uses learning rates of LoRA.",
     )
     lora_pro_x_mode: str = _choice(
-        _DEFAULTS.x_mode, X_MODES, "Which of the equivalent factor gradients to take; 'sylvester' is the paper's."
+        _DEFAULTS.x_mode,
+        X_MODES,
+        "Which of the equivalent factor gradients to take; 'sylvester' is the paper's. Without effect on a sequential "
+        "update.",
     )
     lora_pro_update: str | None = _choice(
         _DEFAULTS.update,
@@ -77,7 +80,10 @@ class LoRAProTrainingArguments(TrainingArguments):
         _DEFAULTS.moments_dtype, MOMENTS_DTYPES, "'bfloat16' halves the optimizer state of mode 'full'."
     )
     lora_pro_backend: str = _choice(
-        _DEFAULTS.backend, BACKENDS, "What updates moments of the size of the weights; 'auto' goes by the device."
+        _DEFAULTS.backend,
+        BACKENDS,
+        "What updates moments of the size of the weights; 'auto' is Triton on CUDA where it is installed, else torch; "
+        "'compiled' is torch.compile.",
     )
     lora_pro_check_memory: bool = field(
         default=True,

@@ -23,7 +23,8 @@ def check_state_dict(
         found = "of another optimizer" if None in modes else f"of LoRA-Pro mode {modes.pop()}"
         raise ValueError(
             f"the checkpoint is {found}, but this optimizer has LoRA-Pro mode {own_mode}. Resume with the settings it "
-            "was written with, or without the optimizer's state (delete optimizer.pt from the checkpoint's folder)."
+            "was written with, or start a new training from the saved adapter: PeftModel.from_pretrained(base, "
+            "checkpoint, is_trainable=True)."
         )
     if len(saved_groups) != len(param_groups):
         raise ValueError(

@@ -117,7 +117,8 @@ def require_state_fits(pairs: Sequence[LoRAPair], config: LoRAProConfig, others:
     )
     raise StateTooLargeError(
         f"The optimizer state of {_setting_name(*chosen, 'mode=')}, with a step's working memory, needs {listed}. "
-        f"{_remedies(pairs, others, free)}, or turn this check off with check_memory=False."
+        f"{_remedies(pairs, others, free)}, or turn this check off with check_memory=False (in the arguments "
+        "lora_pro_check_memory=False)."
     )
 
 
@@ -136,7 +137,7 @@ def _remedies(pairs: Sequence[LoRAPair], others: Sequence[Tensor], free: dict[to
     least, (mode, _) = min((sum(need.values()), setting) for setting, need in needs.items())
     return (
         f"No mode fits; the smallest, {mode!r}, needs {readable_bytes(least)}{together}. Adapt fewer layers "
-        "(target_modules), choose a smaller r, free memory there"
+        "(target_modules), choose a smaller r, free memory on it"
     )
 
 

@@ -170,8 +170,10 @@ class LoRAProAdamW(torch.optim.Optimizer):
         """The pairs in stacks, built anew when parameters or groups have been replaced."""
         factors = [factor for pair in self.pairs for factor in (pair.A, pair.B, *pair.tied_parameters)]
         signature = [
-            [(id(factor), factor.dtype, factor.device) for factor in factors],
-            [[id(parameter) for parameter in group["params"]] for group in self.param_groups],
+            list(map(id, factors)),
+            [factor.dtype for factor in factors],
+            [factor.device for factor in factors],
+            [list(map(id, group["params"])) for group in self.param_groups],
         ]
         if signature != self._signature:
             positions = self._group_of_parameters()

@@ -65,7 +65,7 @@ def test_parameters_of_no_pair_get_torch_adamw_to_the_bit(mode):
 
 
 def test_efficient_mode_without_projection_is_torch_adamw_to_the_bit(monkeypatch):
-    monkeypatch.setattr("lorapro_hf.optimizer.adjusted_gradients_", lambda read, x_mode: read.gradients)
+    monkeypatch.setattr("lorapro_hf.optimizer.adjusted_gradients_", lambda read, x_mode: read.stack.read_gradients()[0])
     model = small_model()
     mirror = copy.deepcopy(model)
     optimizer = create_lorapro_optimizer(model, lr=1e-2, weight_decay=0.1, config={"mode": "efficient"})

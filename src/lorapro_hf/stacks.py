@@ -140,7 +140,6 @@ class StackGradient(NamedTuple):
     live: list[int] | None
     scaling: Tensor  # (K,)
     factors: Rows
-    gradients: Rows
     basis_A: RowBasis
     basis_B: RowBasis
     coordinates: Coordinates
@@ -161,7 +160,7 @@ def read_stacks(stacks: Iterable[Stack], config: LoRAProConfig) -> list[StackGra
     for (stack, gradients, live), own, basis_A, basis_B in zip(found, factors, bases[::2], bases[1::2], strict=True):
         scaling = stack.scaling()
         coordinates = gradient_coordinates(basis_A, basis_B, gradients.A, gradients.B, scaling[:, None, None])
-        read.append(StackGradient(stack, live, scaling, own, gradients, basis_A, basis_B, coordinates))
+        read.append(StackGradient(stack, live, scaling, own, basis_A, basis_B, coordinates))
     return read
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from lorapro_hf.demo.report import COLOURS, environment, smooth, without_nan
+from lorapro_hf.demo.report import COLOURS, environment, finish_loss_axes, smooth, without_nan
 from lorapro_hf.demo.run import INTERRUPTED, Run, prepare_output, progress_bars
 from lorapro_hf.demo.settings import METHODS, DemoSettings
 from lorapro_hf.options import UsageError
@@ -128,7 +128,6 @@ def plot_seeds(path: Path, curves: Sequence[Curve]) -> None:
     """Draw each method's smoothed training loss: the mean over the seeds, and the range between them."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -143,13 +142,7 @@ def plot_seeds(path: Path, curves: Sequence[Curve]) -> None:
         axes.fill_between(steps, lowest, highest, color=COLOURS[name], alpha=0.15, linewidth=0)
     count = len({curve.seed for curve in curves})
     title = f"Training loss: mean and range over {count} seed{'' if count == 1 else 's'}"
-    axes.set(xlabel="step", ylabel="loss per answer token (log scale)", yscale="log", title=title)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(axis="y", which="minor", labelsize="x-small")
-    axes.grid(which="both", alpha=0.2)
-    axes.legend(fontsize="small")
+    finish_loss_axes(axes, title)
     figure.savefig(path, dpi=150)
 
 

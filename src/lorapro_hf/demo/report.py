@@ -152,7 +152,6 @@ def plot_curves(path: Path, base: Score | None, results: Sequence[MethodResult])
     """Draw the training loss of every method, raw and smoothed, with the held-out loss before and after."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -184,11 +183,18 @@ def plot_curves(path: Path, base: Score | None, results: Sequence[MethodResult])
             linestyle="none",
             label=f"held-out, base model: {base.loss:.3f}",
         )
-    axes.set(xlabel="step", ylabel="loss per answer token (log scale)", yscale="log", title="LoRA and LoRA-Pro")
+    finish_loss_axes(axes, "LoRA and LoRA-Pro")
+    figure.savefig(path, dpi=150)
+
+
+def finish_loss_axes(axes: Any, title: str) -> None:
+    """Label the axes of loss against step, with a logarithmic loss in plain numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set(xlabel="step", ylabel="loss per answer token (log scale)", yscale="log", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="y", which="minor", labelsize="x-small")
     axes.grid(which="both", alpha=0.2)
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)

@@ -252,3 +252,22 @@ def test_gradients_that_overflow_in_the_projection_count_as_not_finite():
     optimizer.step()
     assert optimizer.skipped_steps == 1
     assert all(torch.equal(one, two) for one, two in zip(before[0], snapshot(optimizer)[0], strict=True))
+
+
+def test_factored_mode_skips_gradients_whose_squares_overflow():
+    model = small_model()
+    optimizer = create_lorapro_optimizer(model, lr=1e-2, config={"mode": "factored"})
+    backward(model)
+    for pair in optimizer.pairs:
+        pair.B.grad.mul_(1e20)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert all(torch.equal(p, kept) for p, kept in zip(model.parameters(), before, strict=True))
+
+
+def test_settings_of_a_group_are_checked_too():
+    model = small_model()
+    pairs = find_lora_pairs(model)
+    with pytest.raises(ValueError, match="lr=-1 must be"):
+        LoRAProAdamW([{"params": [p for p in model.parameters() if p.requires_grad], "lr": -1}], pairs)

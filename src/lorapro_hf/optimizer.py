@@ -15,7 +15,14 @@ from lorapro_hf.memory import state_bytes_by_device
 from lorapro_hf.moments import StackMoments, state_dtype
 from lorapro_hf.pairs import LoRAPair
 from lorapro_hf.stacks import Stack, StackGradient, exact_arithmetic, global_norm, read_stacks, stacks_of
-from lorapro_hf.steps import adjusted_gradients_, efficient_step, factored_mode_step, full_step, fused_adamw
+from lorapro_hf.steps import (
+    adjusted_gradients_,
+    efficient_step,
+    factored_mode_step,
+    full_step,
+    fused_adamw,
+    longest_adjusted,
+)
 
 # Mode factored sums squares of what it reads; beyond this they overflow in float32.
 _LARGEST = 1e15
@@ -142,13 +149,10 @@ class LoRAProAdamW(torch.optim.Optimizer):
         gradients = [p.grad for _, parameters in others for p in parameters if p.grad is not None]
         if any(gradient.is_sparse for gradient in gradients):
             raise RuntimeError("a parameter has a sparse gradient, which AdamW does not take; use sparse=False.")
-        self.last_grad_norm = global_norm(read)
-        limit = _LARGEST if self.config.mode == "factored" else float("inf")
-        skip = _not_finite([x for each in read for x in each.coordinates] + gradients, limit)
+        skip = self._measure(read, gradients)
         adjusted = []
         if self.config.mode == "efficient":
             adjusted = [adjusted_gradients_(each, self.config.x_mode) for each in read]
-            skip = torch.maximum(skip, _not_finite([x for rows in adjusted for x in rows], limit))
         # Allocated before anything is stepped: where memory does not suffice, nothing has been changed.
         moments_of = [self._moments_of(each.stack) for each in read]
         self._skipped = skip.clone() if self._skipped is None else self._skipped.add_(skip.to(self._skipped.device))
@@ -165,6 +169,21 @@ class LoRAProAdamW(torch.optim.Optimizer):
                 factored_mode_step(each, moments, groups, there, self.config)
             else:
                 full_step(each, moments, groups, there, self.config)
+
+    def _measure(self, read: list[StackGradient], gradients: list[Tensor]) -> Tensor:
+        """Set `last_grad_norm`; 1 if the step must be left out, else 0: float32 on the device of the first stack."""
+        norm = global_norm(read)
+        # A norm tells whether all that it was taken of is finite, without another pass over it.
+        lengths = [norm]
+        if self.config.mode == "efficient":
+            lengths += [longest_adjusted(each, norm) for each in read]
+        if gradients:
+            lengths.append(_largest(gradients))
+        dtype = torch.float64 if any(length.dtype == torch.float64 for length in lengths) else torch.float32
+        longest = torch.stack([length.to(norm.device, dtype) for length in lengths]).amax()
+        limit = _LARGEST if self.config.mode == "factored" else float("inf")
+        self.last_grad_norm = norm
+        return (~(longest.isfinite() & (longest <= limit))).float()
 
     def _current_stacks(self) -> list[Stack]:
         """The pairs in stacks, built anew when parameters or groups have been replaced."""
@@ -280,15 +299,12 @@ class LoRAProAdamW(torch.optim.Optimizer):
         return {**super().__getstate__(), "pairs": self.pairs, "config": self.config, **of_this_run}
 
 
-def _not_finite(tensors: list[Tensor], limit: float) -> Tensor:
-    """1 if any value of any tensor is NaN, Inf or beyond the limit: a float32 scalar on the device of the first."""
-    device = tensors[0].device
-    if device.type == "cpu":  # where norms of infinite order take twenty times as long
-        extremes = torch.stack([x.double() for tensor in tensors if tensor.numel() for x in torch.aminmax(tensor)])
-        largest = extremes.abs().amax()
-    else:  # not the 2-norm: squares of large finite values overflow
-        largest = torch.nn.utils.get_total_norm(tensors, norm_type=float("inf"))
-    return (~(largest.isfinite() & (largest <= limit))).float().to(device)
+def _largest(tensors: list[Tensor]) -> Tensor:
+    """The largest magnitude in any of the tensors; NaN and Inf come through."""
+    if tensors[0].device.type == "cpu":  # where norms of infinite order take twenty times as long
+        extremes = [x.double() for tensor in tensors if tensor.numel() for x in torch.aminmax(tensor)]
+        return torch.stack(extremes).abs().amax() if extremes else torch.zeros(())
+    return torch.nn.utils.get_total_norm(tensors, norm_type=float("inf"))
 
 
 def _check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:

@@ -24,6 +24,12 @@ def adjusted_gradients_(read: StackGradient, x_mode: str) -> Rows:
     return Rows(*factor_gradients_(read.basis_A, read.basis_B, read.coordinates, scaling, x_mode))
 
 
+def longest_adjusted(read: StackGradient, norm: Tensor) -> Tensor:
+    """A bound on the adjusted gradients, given the norm of the equivalent ones; infinite where they may overflow."""
+    stretch = torch.maximum(read.basis_A.inverse.amax(-1), read.basis_B.inverse.amax(-1)) / read.scaling.abs()
+    return stretch.amax() * norm.to(stretch)
+
+
 def efficient_step(
     read: StackGradient, h: Rows, moments: StackMoments, groups: tuple[Group, Group], skip: Tensor
 ) -> None:

@@ -15,9 +15,9 @@ Measure the time of optimizer.step() of LoRA-Pro's modes and of other optimizers
 the factors of real models; with the memory and the kernels of a step, its growth with layers, m, n and r, the roofline
 of this machine, and the optimizer's share of a whole training step. Nothing is downloaded.
 
-The default run takes about a quarter of an hour on two CPU cores; nothing else should run meanwhile. Methods that would
-take too long or too much memory on a whole model are measured on one of its transformer blocks, and the table says so.
-Ctrl-C keeps what is measured.
+The default run takes about three quarters of an hour on two CPU cores, and --quick a few minutes; nothing else should
+run meanwhile. Methods that would take too long or too much memory on a whole model are measured on one of its
+transformer blocks, and the table says so. Ctrl-C keeps what is measured.
 """
 
 BENCH_EXAMPLES = """\

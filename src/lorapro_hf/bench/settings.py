@@ -142,7 +142,7 @@ class BenchSettings:
     rounds: int = 5
     repeats: int = 3
     seconds: float = 3.0
-    minutes: float = 18.0
+    minutes: float = 45.0
     output_dir: Path | None = None
     device: str = "cpu"
     threads: int | None = None

@@ -70,7 +70,7 @@ def dense_update(
     advance = _compiled_advance if compiled else _fused_advance
     m, n = moments.exp_avg.shape[1:]
     g = u = left.new_empty(0)
-    for tile in _tiles(live, m, n, left.device):
+    for tile in _tiles(live, m, n, left.device, moments.exp_avg.dtype):
         L, R = tile.rows_of(left), tile.columns_of(right)
         shape = (len(L), L.shape[-1], n)
         if g.shape != shape:
@@ -84,16 +84,19 @@ def dense_update(
             tile.add_columns(products.K_u, torch.bmm(u_A, u))
 
 
-def tile_elements(device: torch.device) -> int:
-    """About how many elements a tile has at most."""
-    return torch.get_num_threads() * _CPU_ELEMENTS if device.type == "cpu" else _DEVICE_ELEMENTS
+def tile_elements(device: torch.device, storage: torch.dtype = torch.float32) -> int:
+    """About how many elements a tile has at most; half as many in 8 bits, where quantising needs copies of its own."""
+    most = torch.get_num_threads() * _CPU_ELEMENTS if device.type == "cpu" else _DEVICE_ELEMENTS
+    return most // 2 if storage == torch.uint8 else most
 
 
-def _tiles(live: Sequence[int], m: int, n: int, device: torch.device) -> Iterator[_Tile]:
+def _tiles(
+    live: Sequence[int], m: int, n: int, device: torch.device, storage: torch.dtype = torch.float32
+) -> Iterator[_Tile]:
     if m * n == 0:
         return
     threads = torch.get_num_threads() if device.type == "cpu" else 1
-    elements = tile_elements(device) // threads
+    elements = tile_elements(device, storage) // threads
     for start, stop in _runs(live):
         if m * n <= elements:
             together = max(1, threads * elements // (m * n))

@@ -10,6 +10,9 @@ CONSTRAINTS := requirements/constraints.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' $(CONSTRAINTS))
 
+# A file at a time in each of two processes: the files share what takes long to set up.
+PARALLEL := -n 2 --dist loadfile
+
 ifeq ($(CI),true)
 export NO_COLOR := 1
 export PIP_PROGRESS_BAR := off
@@ -17,10 +20,10 @@ export PIP_QUIET := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo curves bench test lint format clean distclean
+.PHONY: help install demo curves bench test test-distributed scaling lint format clean distclean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
 	@echo
 	@echo '  ARGS="..." adds arguments: make test ARGS="-k projection", make demo ARGS="--help"'
 	@echo '  PYTHON=... picks the interpreter that the virtual environment is made with'
@@ -37,7 +40,13 @@ bench: $(STAMP) ## measure the optimizer steps beside those of other optimizers 
 	$(BIN)/lorapro bench $(ARGS)
 
 test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+
+test-distributed: $(STAMP) ## run the tests that start several processes: DDP, FSDP2, DeepSpeed, resume
+	$(BIN)/python -m pytest $(PARALLEL) -m distributed $(ARGS)
+
+scaling: $(STAMP) ## measure and compute state and traffic by the number of ranks
+	$(BIN)/python benchmarks/scaling.py > benchmarks/scaling.md
 
 lint: $(STAMP) ## check style, formatting and types
 	$(BIN)/ruff check .

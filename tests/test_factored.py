@@ -299,7 +299,8 @@ def test_bases_handed_on_are_those_of_the_new_factors():
 @pytest.mark.parametrize("update", ["sequential", "linear"])
 def test_moment_belongs_to_the_factors_as_they_are_stored(update):
     A, Bt = (factor.bfloat16().float() for factor in pairs(24, 33, 4, dtype=torch.float32))
-    _, step, state = train(A, Bt, full_gradients(24, 33, 3), update=update, factor_dtype=torch.bfloat16)
+    stored = {"factor_dtypes": (torch.bfloat16, torch.bfloat16)}
+    _, step, state = train(A, Bt, full_gradients(24, 33, 3), update=update, **stored)
     assert torch.equal(step.A, step.A.bfloat16().float()) and torch.equal(step.Bt, step.Bt.bfloat16().float())
     overlap = state.M_b @ step.Bt.mT
     assert overlap.norm() < 1e-5 * state.M_b.norm() * step.Bt.norm()

@@ -173,10 +173,11 @@ def test_pairs_without_gradient_wait(mode):
 
 def test_groups_decay_as_in_trainer():
     model = small_model(bias="lora_only")
-    decaying, others = create_lorapro_optimizer(model, lr=1e-2, weight_decay=0.3).param_groups
-    assert decaying["weight_decay"] == 0.3 and others["weight_decay"] == 0.0
+    factors, decaying, others = create_lorapro_optimizer(model, lr=1e-2, weight_decay=0.3).param_groups
+    assert factors["weight_decay"] == decaying["weight_decay"] == 0.3 and others["weight_decay"] == 0.0
+    assert all("lora_" in name for name in factors["param_names"])
     assert all("bias" in name or name.startswith("base_model.model.1.") for name in others["param_names"])
-    assert len(decaying["params"]) == 5 and len(others["params"]) == 5
+    assert [len(group["params"]) for group in (factors, decaying, others)] == [4, 1, 5]
 
 
 @both_modes

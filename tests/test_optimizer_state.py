@@ -33,6 +33,21 @@ def test_moments_of_bf16_factors_are_fp32_and_stay_so(mode):
     assert not torch.equal(moment.bfloat16().float(), moment)
 
 
+def test_codes_of_8_bits_are_loaded_as_they_are():
+    model = small_model()
+    optimizer = create_lorapro_optimizer(model, lr=1e-2, config={"mode": "full_8bit"})
+    backward(model)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    fresh = create_lorapro_optimizer(small_model(), lr=1e-2, config={"mode": "full_8bit"})
+    fresh.load_state_dict(saved)
+    for pair in fresh.pairs:
+        state = fresh.state[pair.A]
+        assert {state[name].dtype for name in ("exp_avg", "exp_avg_sq")} == {torch.uint8}
+        assert {state[name].dtype for name in ("exp_avg_absmax", "exp_avg_sq_absmax")} == {torch.float32}
+    assert_same(([], saved), ([], fresh.state_dict()))
+
+
 @both_modes
 def test_a_step_on_zero_gradients_at_lr_zero_is_harmless(mode):
     """torch.distributed.checkpoint makes such a step to create the state."""

@@ -135,10 +135,10 @@ def test_pairs_share_a_stack_only_if_they_are_alike():
     groups = {id(other["group"]): (0, 1)}
     stacks = stacks_of([*other.values(), *alike], lambda pair: groups.get(id(pair), (0, 0)))
     assert sorted(len(stack.pairs) for stack in stacks) == [1, 1, 1, 1, 1, 3]
-    assert stacks[-1].pairs == alike and stacks[-1].stored_dtype == torch.float64
+    assert stacks[-1].pairs == alike and stacks[-1].stored_dtypes == (torch.float64, torch.float64)
     by_pair = {id(stack.pairs[0]): stack for stack in stacks}
     assert by_pair[id(other["group"])].groups == (0, 1)
-    assert by_pair[id(other["dtype of one factor"])].stored_dtype is None
+    assert by_pair[id(other["dtype of one factor"])].stored_dtypes == (torch.float64, torch.float32)
 
 
 class Oracles:

@@ -30,7 +30,7 @@ from lorapro_hf import (
     create_lorapro_optimizer,
     equivalent_gradient,
 )
-from lorapro_hf.memory import readable_bytes
+from lorapro_hf.memory import StateTooLargeError, readable_bytes
 from trainer_helpers import arguments, assert_same, build, differ, factors, logged, run, tiny_base, tiny_lora
 
 MODES = pytest.mark.parametrize("mode", ["full", "efficient"])
@@ -220,7 +220,11 @@ def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path, mode: str, drop
     for key, state in states[0].items():
         assert_same(state, states[1][key])
     # the moments count: without them the second half goes elsewhere
-    (tmp_path / "halves" / "checkpoint-3" / "optimizer.pt").unlink()
+    file = tmp_path / "halves" / "checkpoint-3" / "optimizer.pt"
+    saved = torch.load(file, weights_only=True)
+    for state in saved["state"].values():
+        state.update({moment: torch.zeros_like(value) for moment, value in state.items()})
+    torch.save(saved, file)
     forgetful = fresh("halves")
     forgetful.train(resume_from_checkpoint=str(tmp_path / "halves" / "checkpoint-3"))
     assert differ(factors(whole), factors(forgetful))
@@ -453,6 +457,14 @@ def test_factory_in_a_plain_trainer_equals_lorapro_trainer(tmp_path: Path):
     settings = {"adam_beta1": 0.8, "adam_beta2": 0.9, "weight_decay": 0.1}
     expected = run(tmp_path / "a", lora_pro_mode="efficient", **settings)
     assert_same(factors(expected), factors(run(tmp_path / "b", Trainer, factory)))
+
+
+def test_memory_is_checked_for_factories_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lorapro_hf.memory.available_bytes", lambda device: 10)
+    factory = {"optimizer_cls_and_kwargs": (LoRAProOptimizerFactory, {"lr": 1e-2})}
+    with pytest.raises(StateTooLargeError, match="lora_pro_check_memory=False"):
+        run(tmp_path / "a", build_with=factory)
+    run(tmp_path / "b", build_with=factory, lora_pro_check_memory=False)
 
 
 def test_factory_and_optimizer_in_lorapro_trainer(tmp_path: Path):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lorapro_hf.pairs import LoRAPair, find_lora_pairs
     from lorapro_hf.projection import equivalent_gradient, project_lora_gradients
     from lorapro_hf.trainer import LoRAProTrainer, LoRAProTrainerMixin
+    from lorapro_hf.zero import attach_deepspeed
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "LoRAProTrainerMixin",
     "LoRAProTrainingArguments",
     "StateTooLargeError",
+    "attach_deepspeed",
     "create_lorapro_optimizer",
     "equivalent_gradient",
     "find_lora_pairs",
@@ -47,6 +49,7 @@ _HOMES = {
     "LoRAProTrainerMixin": "trainer",
     "LoRAProTrainingArguments": "arguments",
     "StateTooLargeError": "memory",
+    "attach_deepspeed": "zero",
     "create_lorapro_optimizer": "factory",
     "equivalent_gradient": "projection",
     "find_lora_pairs": "pairs",

@@ -40,6 +40,8 @@ class LoRAProTrainingArguments(TrainingArguments):
         lora_pro_rtol: See `LoRAProConfig.rtol`.
         lora_pro_moments_dtype: See `LoRAProConfig.moments_dtype`.
         lora_pro_backend: See `LoRAProConfig.backend`.
+        lora_pro_shard_states: See `LoRAProConfig.shard_states`; by default the ranks share.
+        lora_pro_master_factors: See `LoRAProConfig.master_factors`.
         lora_pro_check_memory: Refuse a mode whose optimizer state cannot fit into the memory that is left.
 
     Raises:
@@ -85,13 +87,27 @@ class LoRAProTrainingArguments(TrainingArguments):
         "What updates moments of the size of the weights; 'auto' is Triton on CUDA where it is installed, else torch; "
         "'compiled' is torch.compile.",
     )
+    lora_pro_shard_states: bool | None = field(
+        default=_DEFAULTS.shard_states,
+        metadata={
+            "help": "Whether the ranks of a distributed run share moments and steps out among themselves (the default) "
+            "or each repeats all of them (false)."
+        },
+    )
+    lora_pro_master_factors: bool = field(
+        default=_DEFAULTS.master_factors,
+        metadata={
+            "help": "Step factors in bfloat16 or float16 in float32 copies, so that small steps are not rounded away; "
+            "4 bytes for each element of a factor."
+        },
+    )
     lora_pro_check_memory: bool = field(
         default=True,
         metadata={"help": "Refuse a mode whose optimizer state cannot fit into the memory that is left."},
     )
 
     def __post_init__(self) -> None:
-        for name in ("lora_pro", "lora_pro_check_memory"):
+        for name in ("lora_pro", "lora_pro_master_factors", "lora_pro_check_memory"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false (in YAML without quotes).")
         check_choice("lora_pro_mode", self.lora_pro_mode, MODES)
@@ -121,4 +137,6 @@ class LoRAProTrainingArguments(TrainingArguments):
             rtol=self.lora_pro_rtol,
             moments_dtype=self.lora_pro_moments_dtype,
             backend=self.lora_pro_backend,
+            master_factors=self.lora_pro_master_factors,
+            shard_states=self.lora_pro_shard_states,
         )

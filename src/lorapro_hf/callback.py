@@ -15,16 +15,25 @@ from lorapro_hf.optimizer import LoRAProAdamW
 from lorapro_hf.pair_gradients import project_pair_gradients_
 from lorapro_hf.pairs import LoRAPair, find_lora_pairs
 
-_SHARDED = {"DEEPSPEED", "FSDP", "MEGATRON_LM"}
 
+def require_supported_engine(state: Any, remedy: str) -> None:
+    """Raise a `RuntimeError` if accelerate runs an engine that LoRA-Pro cannot work with.
 
-def require_whole_gradients(distributed_type: DistributedType | str, remedy: str) -> None:
-    """Raise a `RuntimeError` if accelerate runs an engine that keeps or shards the gradients of the factors."""
-    name = getattr(distributed_type, "value", distributed_type)
-    if name in _SHARDED:
+    Args:
+        state: an `Accelerator` or an `AcceleratorState`.
+        remedy: what to do instead, after "or".
+    """
+    name = getattr(state.distributed_type, "value", state.distributed_type)
+    if name == "MEGATRON_LM":
         raise RuntimeError(
-            f"LoRA-Pro is not supported yet under accelerate's distributed type {name}: the engine holds the gradients "
-            f"of the factors, so that they could not be rewritten. Use a single process or DDP, or {remedy}."
+            f"LoRA-Pro does not support accelerate's distributed type {name}, which replaces the optimizer. Use DDP, "
+            f"FSDP2 or DeepSpeed, or {remedy}."
+        )
+    plugin = getattr(state, "fsdp_plugin", None) or getattr(getattr(state, "state", None), "fsdp_plugin", None)
+    if name == "FSDP" and getattr(plugin, "fsdp_version", 1) != 2:
+        raise RuntimeError(
+            "LoRA-Pro does not support FSDP1, which flattens the factors and cuts them at any place. Set "
+            f"fsdp_version: 2 in accelerate's configuration (FSDP2), or {remedy}."
         )
 
 
@@ -74,6 +83,11 @@ class LoRAProCallback(TrainerCallback):
                 f"LoRAProCallback cannot run mode={config.mode!r}: its moments live in LoRAProAdamW. Use "
                 'LoRAProConfig(mode="efficient"), or train with LoRAProTrainer or LoRAProAdamW.'
             )
+        if config.master_factors:
+            raise ValueError(
+                "LoRAProCallback cannot keep master_factors: the factors are stepped by your optimizer. Leave them "
+                "out, or train with LoRAProTrainer or LoRAProAdamW."
+            )
         self.config = config
         self.last_grad_norm: torch.Tensor | None = None
         self._pairs: list[LoRAPair] = []
@@ -94,7 +108,13 @@ class LoRAProCallback(TrainerCallback):
             )
         state._lora_pro_callback = self
         if is_initialized():
-            require_whole_gradients(AcceleratorState().distributed_type, "drop LoRAProCallback")
+            engine = AcceleratorState()
+            if engine.distributed_type == DistributedType.DEEPSPEED:
+                raise RuntimeError(
+                    "LoRAProCallback cannot work under DeepSpeed, which has stepped before any callback can see the "
+                    "gradients. Use LoRAProTrainer, or create_lorapro_optimizer with attach_deepspeed."
+                )
+            require_supported_engine(engine, "drop LoRAProCallback")
         self._pairs = find_lora_pairs(kwargs["model"])
         self.last_grad_norm = None
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.moments import state_shapes
-from lorapro_hf.pairs import LoRAPair
+from lorapro_hf.pairs import LoRAPair, unwrapped_name
 
 _ADVICE = "It is a checkpoint of another model or rank; resume with the model it was written for."
 
@@ -17,8 +17,13 @@ def check_state_dict(
 ) -> None:
     """Raise a `ValueError` that says what differs if `state_dict` is of another optimizer, mode, rank or model."""
     saved_groups = state_dict["param_groups"]
-    modes = {_kind(group.get("lora_pro_mode"), group.get("moments_dtype")) for group in saved_groups}
-    own_mode = _kind(config.mode, config.moments_dtype)
+    if any(group.get("lora_pro_partial") for group in saved_groups):
+        raise ValueError(
+            "the checkpoint was saved by a rank that has only part of the optimizer's state. Save and load the "
+            "state_dict() of rank 0, for which all ranks call state_dict() or consolidate_state_dict()."
+        )
+    modes = {_kind(group) for group in saved_groups}
+    own_mode = _kind(param_groups[0])
     if modes != {own_mode}:
         found = "of another optimizer" if None in modes else f"of LoRA-Pro mode {modes.pop()}"
         raise ValueError(
@@ -34,7 +39,9 @@ def check_state_dict(
         _check_group(saved, own)
     expected: dict[int, dict[str, tuple[int, ...]]] = {}
     for pair in pairs:
-        for factor, shapes in zip((pair.A, pair.B), state_shapes(pair, config.mode), strict=True):
+        for factor, shapes in zip(
+            (pair.A, pair.B), state_shapes(pair, config.mode, config.master_factors), strict=True
+        ):
             expected[id(factor)] = shapes
     for saved, own in zip(saved_groups, param_groups, strict=True):
         for key, name, parameter in zip(saved["params"], _names(own), own["params"], strict=True):
@@ -52,9 +59,13 @@ def _check_shapes(name: str, state: dict[str, Any], shapes: dict[str, tuple[int,
             raise ValueError(f"{name} has moments of shape {shape}, but {before} in the checkpoint. {_ADVICE}")
 
 
-def _kind(mode: str | None, moments_dtype: str | None) -> str | None:
-    """How a message names a form of moments; what has no `moments_dtype` was written with float32."""
-    return f"'full' in {moments_dtype}" if mode and moments_dtype not in (None, "float32") else mode and repr(mode)
+def _kind(group: dict[str, Any]) -> str | None:
+    """How a message names what is kept of the pairs; what a group does not say has its default."""
+    mode, moments_dtype = group.get("lora_pro_mode"), group.get("moments_dtype", "float32")
+    if mode is None:
+        return None
+    name = f"'full' in {moments_dtype}" if moments_dtype != "float32" else repr(mode)
+    return f"{name} with master factors" if group.get("master_factors") else name
 
 
 def _check_group(saved: dict[str, Any], own: dict[str, Any]) -> None:
@@ -65,7 +76,7 @@ def _check_group(saved: dict[str, Any], own: dict[str, Any]) -> None:
         )
     names = _names(own)
     for name, before in zip(names, saved.get("param_names") or names, strict=True):
-        if before != name:
+        if unwrapped_name(before) != unwrapped_name(name):
             raise ValueError(f"the checkpoint has the state of {before!r} where this optimizer has {name!r}. {_ADVICE}")
     for name, before, now in zip(names, saved["param_shapes"], own["param_shapes"], strict=True):
         if list(before) != list(now):

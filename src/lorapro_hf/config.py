@@ -14,7 +14,7 @@ BACKENDS = ("auto", "torch", "compiled", "triton")
 _OWN_UPDATES = {"factored": "sequential"}
 
 
-def check_choice(name: str, value: object, valid: tuple[str | None, ...]) -> None:
+def check_choice(name: str, value: object, valid: tuple[object, ...]) -> None:
     """Raise a `ValueError` that lists the valid values if `value` is not one of them."""
     if value not in valid:
         listed = ", ".join(repr(choice) for choice in valid)
@@ -45,6 +45,13 @@ class LoRAProConfig:
         backend: What computes the update of moments of the size of the weight (modes `"full"` and `"full_8bit"`).
             `"auto"`: Triton for CUDA where it is installed, else torch. `"compiled"` is `torch.compile`, which needs a
             C++ compiler on the CPU.
+        shard_states: Whether the ranks of a distributed run share the pairs out: each steps its own and keeps the
+            moments of those alone. `False` repeats the work and the moments on every rank. `None` shares wherever the
+            state can be collected for a checkpoint: under `LoRAProTrainer`, FSDP2 and DeepSpeed; elsewhere whoever
+            saves has to call `state_dict()` on all ranks, so that it must be asked for. Without effect on one process.
+        master_factors: Whether factors in bfloat16 or float16 are stepped in float32 copies, of which the parameters
+            are the roundings: 4 bytes of state for each element of a factor. Without them a step that changes an
+            element by less than half a unit in its last place is lost. Wider factors need no copies and get none.
 
     Raises:
         ValueError: for an unknown choice, a combination that has no meaning, or an `rtol` outside `[0, 1)`.
@@ -56,6 +63,8 @@ class LoRAProConfig:
     rtol: float | None = None
     moments_dtype: str = "float32"
     backend: str = "auto"
+    shard_states: bool | None = None
+    master_factors: bool = False
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, MODES)
@@ -63,6 +72,8 @@ class LoRAProConfig:
         check_choice("update", self.update, (None, *UPDATES))
         check_choice("moments_dtype", self.moments_dtype, MOMENTS_DTYPES)
         check_choice("backend", self.backend, BACKENDS)
+        check_choice("shard_states", self.shard_states, (None, True, False))
+        check_choice("master_factors", self.master_factors, (True, False))
         if self.rtol is not None and not (isinstance(self.rtol, int | float) and 0.0 <= self.rtol < 1.0):
             raise ValueError(
                 f"rtol={self.rtol!r} must be a number in [0, 1), or None for a value chosen from the dtype."

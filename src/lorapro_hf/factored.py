@@ -98,7 +98,7 @@ def factored_step(
     x_mode: str = "sylvester",
     rtol: float | None = None,
     live: Tensor | None = None,
-    factor_dtype: torch.dtype | None = None,
+    factor_dtypes: tuple[torch.dtype | None, torch.dtype | None] = (None, None),
 ) -> FactoredStep:
     """One AdamW step of K pairs with moments of O((m + n) r); updates `state` in place and returns the new factors.
 
@@ -120,7 +120,7 @@ def factored_step(
         rtol: as in `project_lora_gradients`.
         live: bool `(K,)`, the pairs that take part; the others and their state stay as they are to the bit. Default:
             all.
-        factor_dtype: dtype in which the factors are stored, if another: they are rounded to it before the moments are
+        factor_dtypes: dtypes in which A and B are stored, if others: they are rounded before the moments are
             transported, so that state and stored factors fit together.
 
     Returns:
@@ -131,13 +131,13 @@ def factored_step(
     # Whatever a pair computed that does not take part is dropped here, before it meets an eigendecomposition.
     if update == "sequential":
         A, Bt, basis_B = spend_direction(
-            A, Bt, u, scaling, bases.A, rates, rtol=rtol, live=live, factor_dtype=factor_dtype
+            A, Bt, u, scaling, bases.A, rates, rtol=rtol, live=live, factor_dtypes=factor_dtypes
         )
         new = Bases(row_basis(A, rtol), basis_B)
     else:
         h_A, h_Bt = factor_gradients_(*bases, u.coordinates(bases.B), per_pair(scaling, A), x_mode)
-        A = settle(A, h_A.mul_(-per_pair(rates.lr_A, A)), rates.keep_A, live, factor_dtype)
-        Bt = settle(Bt, h_Bt.mul_(-per_pair(rates.lr_B, Bt)), rates.keep_B, live, factor_dtype)
+        A = settle(A, h_A.mul_(-per_pair(rates.lr_A, A)), rates.keep_A, live, factor_dtypes[0])
+        Bt = settle(Bt, h_Bt.mul_(-per_pair(rates.lr_B, Bt)), rates.keep_B, live, factor_dtypes[1])
         new = Bases(*row_bases([A, Bt], rtol))
     M_a, M_b = transport(u.left, u.right, new)
     _store(state, moments._replace(M_a=M_a, M_b=M_b), live)

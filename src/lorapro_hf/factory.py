@@ -8,9 +8,11 @@ from typing import Any
 from torch import nn
 
 from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.gradients import PlainAccess
 from lorapro_hf.memory import require_state_fits
 from lorapro_hf.optimizer import LoRAProAdamW
 from lorapro_hf.pairs import find_lora_pairs
+from lorapro_hf.shares import Shares, everyone
 
 
 def create_lorapro_optimizer(
@@ -23,8 +25,11 @@ def create_lorapro_optimizer(
     weight_decay: float = 0.0,
     decay_parameters: Collection[str] | None = None,
     check_memory: bool = True,
+    saved_collectively: bool = False,
 ) -> LoRAProAdamW:
-    """LoRA-Pro's optimizer for a PEFT model, with one group that decays and one (biases and norms) that does not.
+    """LoRA-Pro's optimizer for a PEFT model, with groups that decay and others (biases and norms) that do not.
+
+    Factors are in groups of their own.
 
     Args:
         model: a model with trainable LoRA adapters, already on its device.
@@ -35,6 +40,8 @@ def create_lorapro_optimizer(
         weight_decay: decoupled weight decay of the first group.
         decay_parameters: names of the parameters that decay; by default all but biases and parameters of norms.
         check_memory: refuse a mode whose state cannot fit into the memory that its devices have left.
+        saved_collectively: whoever saves the state calls `consolidate_state_dict()` or `state_dict()` on all ranks, so
+            that these may share it out unless the config says otherwise.
 
     Raises:
         ValueError: the model has no trainable LoRA pair, or a setting is out of range.
@@ -45,15 +52,24 @@ def create_lorapro_optimizer(
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if decay_parameters is None:
         decay_parameters = _decaying_names(model)
-    decaying = [(name, parameter) for name, parameter in trainable if name in decay_parameters]
-    others = [(name, parameter) for name, parameter in trainable if name not in decay_parameters]
-    groups = [
-        {"params": named, "weight_decay": decay} for named, decay in ((decaying, weight_decay), (others, 0.0)) if named
-    ]
+    of_pairs = {id(p) for pair in pairs for p in (pair.A, pair.B, *pair.tied_parameters)}
+    groups = []
+    for are_factors in (True, False):
+        for decay in (True, False):
+            named = [
+                (name, p)
+                for name, p in trainable
+                if (id(p) in of_pairs) == are_factors and (name in decay_parameters) == decay
+            ]
+            group = {"params": named, "weight_decay": weight_decay if decay else 0.0, "lora_pro_factors": are_factors}
+            groups += [group] if named else []
     if check_memory:
-        of_pairs = {id(p) for pair in pairs for p in (pair.A, pair.B, *pair.tied_parameters)}
-        require_state_fits(pairs, config, [p for _, p in trainable if id(p) not in of_pairs])
-    return LoRAProAdamW(groups, pairs, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, config=config)
+        is_shared = saved_collectively if config.shard_states is None else config.shard_states
+        own = Shares(pairs, PlainAccess(everyone()), shared=bool(is_shared)).own
+        require_state_fits(own, config, [p for _, p in trainable if id(p) not in of_pairs])
+    optimizer = LoRAProAdamW(groups, pairs, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, config=config)
+    optimizer.saved_collectively = saved_collectively
+    return optimizer
 
 
 class LoRAProOptimizerFactory:

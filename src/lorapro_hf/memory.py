@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -16,6 +17,7 @@ from lorapro_hf.projection import compute_dtype
 
 # A step packs factors and gradients into batches, shape by shape, and works on about so many copies of that size.
 _WORKING_COPIES = 12
+_MASTER_COPIES = 4  # more with master copies of the factors, which have bases of their own
 # Arrays of a tile of dense moments: gradient, direction, and the moments and codes on their way where they are not kept
 # as they are computed.
 _TILE_ARRAYS = 10
@@ -50,24 +52,31 @@ def state_bytes_by_device(
 
     Args:
         pairs: from `find_lora_pairs(model)`.
-        config: its `mode` and `moments_dtype` count.
+        config: its `mode`, `moments_dtype` and `master_factors` count.
         others: trainable parameters of no pair; AdamW keeps two moments of each in its own dtype. Parameters tied to
             those of a pair have no moments and do not belong here.
     """
-    return _state_bytes(pairs, config.mode, config.moments_dtype, others)
+    total: dict[torch.device, int] = {}
+    for pair in pairs:
+        _add(total, pair.A.device, _state_bytes_of_pair(pair, config))
+    for parameter in others:
+        _add(total, parameter.device, 2 * parameter.numel() * parameter.element_size())
+    return total
 
 
-def scratch_bytes(pairs: Iterable[LoRAPair], mode: str) -> dict[torch.device, int]:
+def scratch_bytes(pairs: Iterable[LoRAPair], mode: str, master_factors: bool = False) -> dict[torch.device, int]:
     """Bytes on each device that a step may need beyond the state: copies of all factors, and a tile of dense moments.
 
     An allowance, not a count. Activations, parameters and their gradients are not in it.
     """
     total: dict[torch.device, int] = {}
     dense: dict[torch.device, int] = {}
+    copies = _WORKING_COPIES + (_MASTER_COPIES if master_factors else 0)
     for pair in pairs:
         A, B = pair.A, pair.B
         _add(dense, A.device, torch.Size(dense_shape(pair)).numel())
-        _add(total, A.device, _WORKING_COPIES * (A.numel() + B.numel()) * compute_dtype(A, B).itemsize)
+        elements = pair.shape_A.numel() + pair.shape_B.numel()
+        _add(total, A.device, copies * elements * compute_dtype(A, B).itemsize)
     if LoRAProConfig(mode=mode).keeps_dense_moments:
         for device, elements in dense.items():
             total[device] += _TILE_ARRAYS * min(tile_elements(device), elements) * torch.float32.itemsize
@@ -97,7 +106,7 @@ def require_state_fits(pairs: Sequence[LoRAPair], config: LoRAProConfig, others:
     gradients, which need memory as well. A device whose free memory is not known is never refused.
 
     Args:
-        pairs: from `find_lora_pairs(model)`, on the devices they will be trained on.
+        pairs: those that this process will step, on the devices they will be trained on.
         config: the settings of the optimizer.
         others: trainable parameters of no pair.
 
@@ -105,8 +114,7 @@ def require_state_fits(pairs: Sequence[LoRAPair], config: LoRAProConfig, others:
         StateTooLargeError: state and working memory exceed what a device has left. The message gives both in bytes and
             names the modes that would fit.
     """
-    chosen = (config.mode, config.moments_dtype)
-    need = _need(pairs, *chosen, others)
+    need = _need(pairs, config, others)
     free = {device: available_bytes(device) for device in need}
     short = _devices_short_of(need, free)
     if not short:
@@ -116,52 +124,55 @@ def require_state_fits(pairs: Sequence[LoRAPair], config: LoRAProConfig, others:
         for device in short
     )
     raise StateTooLargeError(
-        f"The optimizer state of {_setting_name(*chosen, 'mode=')}, with a step's working memory, needs {listed}. "
-        f"{_remedies(pairs, others, free)}, or turn this check off with check_memory=False (in the arguments "
+        f"The optimizer state of {_setting_name(config, 'mode=')}, with a step's working memory, needs {listed}. "
+        f"{_remedies(pairs, config, others, free)}, or turn this check off with check_memory=False (in the arguments "
         "lora_pro_check_memory=False)."
     )
 
 
-def _remedies(pairs: Sequence[LoRAPair], others: Sequence[Tensor], free: dict[torch.device, int | None]) -> str:
+def _remedies(
+    pairs: Sequence[LoRAPair], config: LoRAProConfig, others: Sequence[Tensor], free: dict[torch.device, int | None]
+) -> str:
     """What to do where the chosen mode does not fit, with the modes that do."""
     together = " (all devices together)" if len(free) > 1 else ""
-    needs = {setting: _need(pairs, *setting, others) for setting in _all_settings()}
-    fitting = [
-        _described(*setting, sum(need.values())) for setting, need in needs.items() if not _devices_short_of(need, free)
-    ]
+    needs = [(setting, _need(pairs, setting, others)) for setting in _all_settings(config.master_factors)]
+    fitting = [_described(setting, sum(need.values())) for setting, need in needs if not _devices_short_of(need, free)]
     if fitting:
         return (
             f"Modes that fit{together}: {', '.join(fitting)}. Choose one with LoRAProConfig(mode=...) or "
             "--lora_pro_mode, adapt fewer layers (target_modules)"
         )
-    least, (mode, _) = min((sum(need.values()), setting) for setting, need in needs.items())
+    least, smallest = min(((sum(need.values()), setting) for setting, need in needs), key=lambda each: each[0])
     return (
-        f"No mode fits; the smallest, {mode!r}, needs {readable_bytes(least)}{together}. Adapt fewer layers "
-        "(target_modules), choose a smaller r, free memory on it"
+        f"No mode fits; the smallest, {_setting_name(smallest)}, needs {readable_bytes(least)}{together}. Adapt fewer "
+        "layers (target_modules), choose a smaller r, free memory on it"
+        + (", leave out master_factors" if config.master_factors else "")
     )
 
 
-def _all_settings() -> list[tuple[str, str]]:
-    """Every `(mode, moments_dtype)` there is, in the order of the modes."""
-    return [(mode, dtype) for mode in MODES for dtype in (("float32", "bfloat16") if mode == "full" else ("float32",))]
+def _all_settings(master_factors: bool) -> list[LoRAProConfig]:
+    """Every mode and dtype of its moments, in the order of the modes."""
+    modes = [LoRAProConfig(mode=mode, master_factors=master_factors) for mode in MODES]
+    modes.insert(1 + MODES.index("full"), replace(modes[MODES.index("full")], moments_dtype="bfloat16"))
+    return modes
 
 
-def _setting_name(mode: str, moments_dtype: str, prefix: str = "") -> str:
-    return f"{prefix}{mode!r}" + (f" with moments_dtype={moments_dtype!r}" if moments_dtype != "float32" else "")
+def _setting_name(config: LoRAProConfig, prefix: str = "") -> str:
+    extras = [f"moments_dtype={config.moments_dtype!r}"] if config.moments_dtype != "float32" else []
+    extras += ["master_factors=True"] if config.master_factors else []
+    return f"{prefix}{config.mode!r}" + (f" with {' and '.join(extras)}" if extras else "")
 
 
-def _described(mode: str, moments_dtype: str, count: int) -> str:
+def _described(config: LoRAProConfig, count: int) -> str:
     # Its moments are those of the factors: with the rate of the other modes it would hardly move.
-    rates = ", with learning rates of LoRA" if mode == "efficient" else ""
-    return f"{_setting_name(mode, moments_dtype)} ({readable_bytes(count)}{rates})"
+    rates = ", with learning rates of LoRA" if config.mode == "efficient" else ""
+    return f"{_setting_name(config)} ({readable_bytes(count)}{rates})"
 
 
-def _need(
-    pairs: Sequence[LoRAPair], mode: str, moments_dtype: str, others: Sequence[Tensor]
-) -> dict[torch.device, int]:
+def _need(pairs: Sequence[LoRAPair], config: LoRAProConfig, others: Sequence[Tensor]) -> dict[torch.device, int]:
     """State and working memory together."""
-    need = _state_bytes(pairs, mode, moments_dtype, others)
-    for device, count in scratch_bytes(pairs, mode).items():
+    need = state_bytes_by_device(pairs, config, others)
+    for device, count in scratch_bytes(pairs, config.mode, config.master_factors).items():
         _add(need, device, count)
     return need
 
@@ -175,22 +186,10 @@ def _devices_short_of(need: dict[torch.device, int], free: dict[torch.device, in
     return short
 
 
-def _state_bytes(
-    pairs: Iterable[LoRAPair], mode: str, moments_dtype: str, others: Iterable[Tensor]
-) -> dict[torch.device, int]:
-    total: dict[torch.device, int] = {}
-    for pair in pairs:
-        _add(total, pair.A.device, _state_bytes_of_pair(pair, mode, moments_dtype))
-    for parameter in others:
-        _add(total, parameter.device, 2 * parameter.numel() * parameter.element_size())
-    return total
-
-
-def _state_bytes_of_pair(pair: LoRAPair, mode: str, moments_dtype: str) -> int:
-    config = LoRAProConfig(mode=mode, moments_dtype=moments_dtype)
+def _state_bytes_of_pair(pair: LoRAPair, config: LoRAProConfig) -> int:
     return sum(
         torch.Size(shape).numel() * state_dtype(pair, config, name).itemsize
-        for shapes in state_shapes(pair, mode)
+        for shapes in state_shapes(pair, config.mode, config.master_factors)
         for name, shape in shapes.items()
     )
 

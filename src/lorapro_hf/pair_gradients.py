@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.gradients import Access, access_to
 from lorapro_hf.pairs import LoRAPair
-from lorapro_hf.stacks import Stack, exact_arithmetic, global_norm, read_stacks, stacks_of, store_layers
+from lorapro_hf.shares import Shares
+from lorapro_hf.stacks import StackGradient, exact_arithmetic, global_norm, read_stacks, stacks_of
 from lorapro_hf.steps import adjusted_gradients_
 
 
@@ -28,27 +30,30 @@ def project_pair_gradients_(pairs: Sequence[LoRAPair], config: LoRAProConfig) ->
 
     Raises:
         ValueError: a scaling is 0, or a factor is not finite.
-        RuntimeError: a gradient is missing for one factor of a pair, sparse or sharded.
+        RuntimeError: a gradient is missing for one factor of a pair, sparse, or sharded in a way that is not supported.
     """
-    stacks = stacks_of(pairs)
+    access = access_to(pairs)
+    shares = Shares(pairs, access, shared=False)
+    shares.fetch()
+    stacks = stacks_of(pairs, factors=shares.factors)
     with exact_arithmetic(stacks):
         read = read_stacks(stacks, config)
         norm = global_norm(read)
         for each in read:
             h = adjusted_gradients_(each, config.x_mode)
-            layers = each.stack.layers_A(h.A), each.stack.layers_B(h.B)
-            for position, values in enumerate(layers):
-                _store_gradients(each.stack, position, values, each.live)
+            for factor, values in (("A", each.stack.layers_A(h.A)), ("B", each.stack.layers_B(h.B))):
+                _store_gradients(each, factor, values, access)
         return norm
 
 
-def _store_gradients(stack: Stack, position: int, values: Tensor, live: list[int] | None) -> None:
-    taking_part = range(len(stack.pairs)) if live is None else live
-    for index in taking_part:
-        parameter = stack.factors[index][position]
+def _store_gradients(read: StackGradient, factor: str, values: Tensor, access: Access) -> None:
+    pairs = read.stack.pairs
+    taking_part = range(len(pairs)) if read.live is None else read.live
+    for pair in (pairs[index] for index in taking_part):
+        parameter = getattr(pair, factor)
         if parameter.grad is None:  # a tied layer had it
             parameter.grad = torch.empty_like(parameter)
-        for tied in stack.pairs[index].tied_parameters:
+        for tied in pair.tied_parameters:
             tied.grad = None
-    gradients = [factors[position].grad for factors in stack.factors]
-    store_layers(gradients, values, live)  # type: ignore[arg-type]
+    gradients = [getattr(pairs[index], factor).grad for index in taking_part]
+    access.store(gradients, [values[index] for index in taking_part])

@@ -48,6 +48,16 @@ class LoRAPair:
         return _factor(self.layer, "B", self.adapter_name)
 
     @property
+    def shape_A(self) -> torch.Size:
+        """The shape of the whole of A, whatever part of it lies here."""
+        return _whole_shape(self.A)
+
+    @property
+    def shape_B(self) -> torch.Size:
+        """The shape of the whole of B, whatever part of it lies here."""
+        return _whole_shape(self.B)
+
+    @property
     def scaling(self) -> float:
         """The layer's own factor in front of `B @ A`, as it is now."""
         return float(self.layer.scaling[self.adapter_name])
@@ -59,26 +69,26 @@ class LoRAPair:
 
     def matrix_A(self, tensor: Tensor) -> Tensor:
         """See a tensor shaped `(..., *A.shape)` as `(..., r, n)`, or `(..., batch, r, n)` where pairs are packed."""
-        matrix = tensor.flatten(tensor.dim() - self.A.dim() + 1)
+        matrix = tensor.flatten(tensor.dim() - len(self.shape_A) + 1)
         return matrix if self.layout == "matrix" else matrix.unflatten(-2, (self.batch, -1))
 
     def matrix_B(self, tensor: Tensor) -> Tensor:
         """See a tensor shaped `(..., *B.shape)` as `(..., m, r)`, or `(..., batch, m, r)` where pairs are packed."""
         if self.layout == "experts":  # PEFT packs the experts innermost here and outermost in A
             return tensor.unflatten(-1, (-1, self.batch)).movedim(-1, -3)
-        matrix = tensor.flatten(tensor.dim() - self.B.dim() + 1)
+        matrix = tensor.flatten(tensor.dim() - len(self.shape_B) + 1)
         return matrix if self.layout == "matrix" else matrix.unflatten(-2, (self.batch, -1))
 
     def factor_A(self, matrix: Tensor) -> Tensor:
         """The inverse of `matrix_A`."""
-        return matrix.reshape(*self._stacked(matrix), *self.A.shape)
+        return matrix.reshape(*self._stacked(matrix), *self.shape_A)
 
     def factor_B(self, matrix: Tensor) -> Tensor:
         """The inverse of `matrix_B`."""
         stacked = self._stacked(matrix)
         if self.layout == "experts":
             matrix = matrix.movedim(-3, -1)
-        return matrix.reshape(*stacked, *self.B.shape)
+        return matrix.reshape(*stacked, *self.shape_B)
 
     def _stacked(self, matrix: Tensor) -> torch.Size:
         return matrix.shape[:-2] if self.layout == "matrix" else matrix.shape[:-3]
@@ -153,6 +163,11 @@ def find_lora_pairs(model: nn.Module) -> list[LoRAPair]:
     return _merge_tied(pairs)
 
 
+def unwrapped_name(name: str) -> str:
+    """The name of a module or parameter without what DistributedDataParallel and torch.compile put before it."""
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+
+
 def check_scaling(pair: LoRAPair) -> float:
     """The pair's scaling, or a `ValueError` if it is 0 or not finite."""
     scaling = pair.scaling
@@ -172,6 +187,11 @@ def _factor(layer: Any, letter: str, adapter_name: str) -> nn.Parameter:
         return modules[f"lora_embedding_{letter}"][adapter_name]
     weight = holder._parameters.get("weight")
     return holder.weight if weight is None else weight
+
+
+def _whole_shape(parameter: Tensor) -> torch.Size:
+    # DTensors show their whole shape; what DeepSpeed's stage 3 partitions looks empty and keeps it aside.
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _is_trainable(name: str, layer: Any, adapter_name: str) -> bool:
@@ -275,9 +295,4 @@ def _plain_gradients(name: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor] |
         )
     if grad_A.is_sparse or grad_B.is_sparse:
         raise RuntimeError(f"{name}: sparse gradients are not supported; use an embedding with sparse=False.")
-    if any(type(grad) is not Tensor and hasattr(grad, "placements") for grad in (grad_A, grad_B)):
-        raise RuntimeError(
-            f"{name}: the gradients are sharded (DTensor), which LoRA-Pro does not support yet; "
-            "train with DDP or on one process."
-        )
     return grad_A, grad_B

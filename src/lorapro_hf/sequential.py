@@ -67,7 +67,7 @@ def sequential_step(
     *,
     rtol: float | None = None,
     live: Tensor | None = None,
-    factor_dtype: torch.dtype | None = None,
+    factor_dtypes: tuple[torch.dtype | None, torch.dtype | None] = (None, None),
 ) -> SequentialStep:
     """Move K pairs of factors, B first, given the products of the direction u with the bases of the factors.
 
@@ -85,8 +85,8 @@ def sequential_step(
         rates: learning rates and what decay leaves of the factors; the step acts on the decayed factors.
         rtol: as in `project_lora_gradients`.
         live: bool `(K,)`; where it is False the factors come out to the bit as they went in. Default: all take part.
-        factor_dtype: dtype in which the factors are stored. The new B is rounded to it before A follows, so that A
-            makes up for the B that is there; both still come out in the dtype of the inputs.
+        factor_dtypes: dtypes in which A and B are stored, `None` for that of the inputs. The new B is rounded before A
+            follows, so that A makes up for the B that is there; both still come out in the dtype of the inputs.
 
     Returns:
         The new factors and the basis of the new B. `s (B'A' − BA)` with the decayed B, A is
@@ -97,7 +97,7 @@ def sequential_step(
     through_B = (per_pair(rates.keep_B, A) * basis_B.vectors * basis_B.singular[:, None]) @ B_u
     through_B = through_B.baddbmm_(moved * basis_A.whitening, K_u, alpha=-1)
     direction = _Products(u_A, through_B, basis_A)
-    options = {"rtol": rtol, "live": live, "factor_dtype": factor_dtype}
+    options = {"rtol": rtol, "live": live, "factor_dtypes": factor_dtypes}
     return spend_direction(A, Bt, direction, scaling, basis_A, rates, **options)  # type: ignore[arg-type]
 
 
@@ -112,7 +112,7 @@ def spend_direction(
     *,
     rtol: float | None = None,
     live: Tensor | None = None,
-    factor_dtype: torch.dtype | None = None,
+    factor_dtypes: tuple[torch.dtype | None, torch.dtype | None] = (None, None),
 ) -> SequentialStep:
     """The step of `sequential_step` for a direction that can be multiplied by any rows.
 
@@ -133,10 +133,10 @@ def spend_direction(
     s = per_pair(scaling, A)
     moved = per_pair(rates.lr_B, A) * _reciprocal(s * per_pair(rates.keep_A, A))
     step_B = direction.through_A(-moved * basis_A.whitening)
-    new_Bt = settle(Bt, step_B, rates.keep_B, live, factor_dtype)
+    new_Bt = settle(Bt, step_B, rates.keep_B, live, factor_dtypes[1])
     basis_B = row_basis(new_Bt, rtol)
     step_A = direction.rest_through_B(-per_pair(rates.lr_A, A) / s * basis_B.whitening, basis_B)
-    new_A = settle(A, step_A, rates.keep_A, live, factor_dtype)
+    new_A = settle(A, step_A, rates.keep_A, live, factor_dtypes[0])
     return SequentialStep(new_A, new_Bt, basis_B)
 
 

@@ -33,15 +33,21 @@ class Stack:
     Args:
         pairs: at least one.
         groups: positions of the param groups of A and of B, for those who step.
+        factors: whole tensors to read and write in place of the pairs' own, with their gradients in `.grad`.
     """
 
-    def __init__(self, pairs: Sequence[LoRAPair], groups: tuple[int, int] = (0, 0)) -> None:
+    def __init__(
+        self,
+        pairs: Sequence[LoRAPair],
+        groups: tuple[int, int] = (0, 0),
+        factors: Sequence[tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
         self.pairs = list(pairs)
         self.groups = groups
-        self.factors = [(pair.A, pair.B) for pair in pairs]
+        self.factors = [(pair.A, pair.B) for pair in pairs] if factors is None else list(factors)
         A, B = self.factors[0]
         self.dtype, self.device = compute_dtype(A, B), A.device
-        self.stored_dtype = A.dtype if A.dtype == B.dtype else None
+        self.stored_dtypes = A.dtype, B.dtype
         self._scalings: list[float] = []
         self._scaling = torch.empty(0)
 
@@ -84,7 +90,7 @@ class Stack:
     def read(self) -> Rows:
         """Copies of the factors."""
         A, B = zip(*self.factors, strict=True)
-        return self._rows(A, B)
+        return self.rows(stacked(A, self.dtype), stacked(B, self.dtype))
 
     def read_gradients(self) -> tuple[Rows, list[int] | None] | None:
         """The gradients and which pairs have some: None for all. None instead of both if no pair has.
@@ -95,7 +101,7 @@ class Stack:
         found = [pair.gradients_of(*factors) for pair, factors in zip(self.pairs, self.factors, strict=True)]
         if None not in found:
             A, B = zip(*found, strict=True)
-            return self._rows(A, B), None
+            return self.rows(stacked(A, self.dtype), stacked(B, self.dtype)), None
         live = [index for index, gradients in enumerate(found) if gradients is not None]
         if not live:
             return None
@@ -103,15 +109,25 @@ class Stack:
             gradients or tuple(map(torch.zeros_like, factors))
             for gradients, factors in zip(found, self.factors, strict=True)
         ]
-        return self._rows(*zip(*either, strict=True)), live
+        A, B = zip(*either, strict=True)
+        return self.rows(stacked(A, self.dtype), stacked(B, self.dtype)), live
 
-    def write(self, rows: Rows, live: list[int] | None) -> None:
-        """Store new factors, rounded to the dtype of the parameters."""
+    def write(
+        self, rows: Rows, live: list[int] | None, masters: tuple[Tensor | None, Tensor | None] = (None, None)
+    ) -> None:
+        """Store new factors, rounded to the dtype of the parameters.
+
+        Args:
+            rows: the values.
+            live: the pairs to store, `None` for all.
+            masters: wider tensors `(pairs, *A.shape)` and `(pairs, *B.shape)` that take the values as they are.
+        """
         # Turned over as a batch: layer by layer that takes twice as long.
-        A, B = self.layers_A(rows.A), self.layers_B(rows.B).contiguous()
-        for values, position in ((A, 0), (B, 1)):
-            parameters = [factors[position] for factors in self.factors]
+        layers = self.layers_A(rows.A), self.layers_B(rows.B).contiguous()
+        for values, master, parameters in zip(layers, masters, zip(*self.factors, strict=True), strict=True):
             store_layers(parameters, values, live)
+            if master is not None:
+                store_layers(master.unbind(), values, live)
 
     def layers_A(self, rows: Tensor) -> Tensor:
         """Rows `(K, r, n)` as `(pairs, *A.shape)`."""
@@ -125,9 +141,10 @@ class Stack:
         """`(K, ...)` as `(pairs, ...)`, or `(pairs, packed, ...)` where pairs are packed."""
         return stacked if self.pairs[0].layout == "matrix" else stacked.unflatten(0, (-1, self.packed))
 
-    def _rows(self, A: Iterable[Tensor], B: Iterable[Tensor]) -> Rows:
+    def rows(self, A: Tensor, B: Tensor) -> Rows:
+        """`(pairs, *A.shape)` and `(pairs, *B.shape)` as rows, without a copy where the layout allows it."""
         first = self.pairs[0]
-        matrices_A, matrices_B = first.matrix_A(_stacked(A, self.dtype)), first.matrix_B(_stacked(B, self.dtype))
+        matrices_A, matrices_B = first.matrix_A(A), first.matrix_B(B)
         if first.layout != "matrix":
             matrices_A, matrices_B = matrices_A.flatten(0, 1), matrices_B.flatten(0, 1)
         return Rows(matrices_A, matrices_B.mT)
@@ -187,16 +204,21 @@ def global_norm(read: Sequence[StackGradient]) -> Tensor:
 
 
 def stacks_of(
-    pairs: Iterable[LoRAPair], groups: Callable[[LoRAPair], tuple[int, int]] = lambda pair: (0, 0)
+    pairs: Sequence[LoRAPair],
+    groups: Callable[[LoRAPair], tuple[int, int]] = lambda pair: (0, 0),
+    factors: Sequence[tuple[Tensor, Tensor]] | None = None,
 ) -> list[Stack]:
-    """Pairs grouped into stacks."""
+    """Pairs grouped into stacks; `factors` as in `Stack`."""
     _keep_freed_memory()
-    alike: dict[tuple[Any, ...], list[LoRAPair]] = {}
-    for pair in pairs:
-        A, B = pair.A, pair.B
+    alike: dict[tuple[Any, ...], list[tuple[LoRAPair, tuple[Tensor, Tensor]]]] = {}
+    own = [(pair.A, pair.B) for pair in pairs] if factors is None else factors
+    for pair, (A, B) in zip(pairs, own, strict=True):
         key = (A.shape, B.shape, pair.layout, pair.batch, A.dtype, B.dtype, A.device, groups(pair))
-        alike.setdefault(key, []).append(pair)
-    return [Stack(each, groups(each[0])) for each in alike.values()]
+        alike.setdefault(key, []).append((pair, (A, B)))
+    return [
+        Stack([pair for pair, _ in each], groups(each[0][0]), [tensors for _, tensors in each])
+        for each in alike.values()
+    ]
 
 
 @cache
@@ -218,5 +240,6 @@ def store_layers(parameters: Sequence[Tensor], values: Tensor, live: list[int] |
     torch._foreach_copy_(list(parameters), list(layers))
 
 
-def _stacked(tensors: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
+def stacked(tensors: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
+    """Tensors of one shape as one, in another dtype."""
     return torch.stack(list(tensors)).to(dtype)

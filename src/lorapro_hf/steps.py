@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorapro_hf.bases import row_bases
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.factored import Bases, FactoredState, factored_step
 from lorapro_hf.kernels.dense import dense_update
@@ -35,12 +36,14 @@ def efficient_step(
 ) -> None:
     """AdamW on the factors with their adjusted gradients, in the dtype of the moments."""
     stack = read.stack
+    moments.refresh_masters()
     layers = (
         ("A", groups[0], stack.layers_A(read.factors.A), stack.layers_A(h.A)),
         ("B", groups[1], stack.layers_B(read.factors.B), stack.layers_B(h.B)),
     )
     for position, (factor, group, values, gradients) in enumerate(layers):
-        values, gradients = values.contiguous(), gradients.contiguous()
+        master = moments.masters[position]  # stepped in place where there is one
+        values, gradients = values.contiguous() if master is None else master, gradients.contiguous()
         states = (values, gradients, moments[factor, "exp_avg"], moments[factor, "exp_avg_sq"])
         if moments.uniform and read.live is None:
             one_by_one = [[each] for each in states]
@@ -57,14 +60,12 @@ def full_step(
     read: StackGradient, moments: StackMoments, groups: tuple[Group, Group], skip: Tensor, config: LoRAProConfig
 ) -> None:
     """Adam on the equivalent gradient; its direction, seen through the bases of the factors, moves them."""
-    stack, bases = read.stack, (read.basis_A, read.basis_B)
+    stack = read.stack
+    factors, bases, dtypes = stepped_factors(read, moments, config)
     basis_A, basis_B = bases
-    a, b = read.coordinates
-    live = stack.entries(read.live)
     u_A, B_u, K_u = dense_update(
         moments.dense,
-        torch.cat([basis_B.rows, b], dim=-2),
-        torch.cat([a, basis_A.rows], dim=-2),
+        *equivalent_products(read),
         basis_A.rows,
         basis_B.rows,
         stack.per_entry(moments.steps),
@@ -72,21 +73,21 @@ def full_step(
         betas=groups[0]["betas"],
         eps=groups[0]["eps"],
         sequential=config.is_sequential,
-        live=live,
+        live=stack.entries(read.live),
         backend=config.backend,
     )
-    rates, active, dtype = rates_of(groups), active_entries(read, skip), stack.stored_dtype
+    rates, active = rates_of(groups), active_entries(read, skip)
     if K_u is not None:
-        options: Any = {"rtol": config.rtol, "live": active, "factor_dtype": dtype}
-        new = Rows(*sequential_step(*read.factors, u_A, B_u, K_u, read.scaling, *bases, rates, **options)[:2])
+        options: Any = {"rtol": config.rtol, "live": active, "factor_dtypes": dtypes}
+        new = Rows(*sequential_step(*factors, u_A, B_u, K_u, read.scaling, *bases, rates, **options)[:2])
     else:
         coordinates = Coordinates(B_u, outside_(u_A, basis_B))
         h_A, h_B = factor_gradients_(*bases, coordinates, read.scaling[:, None, None], config.x_mode)
         new = Rows(
-            settle(read.factors.A, h_A.mul_(-rates.lr_A), rates.keep_A, active, dtype),
-            settle(read.factors.B, h_B.mul_(-rates.lr_B), rates.keep_B, active, dtype),
+            settle(factors.A, h_A.mul_(-rates.lr_A), rates.keep_A, active, dtypes[0]),
+            settle(factors.B, h_B.mul_(-rates.lr_B), rates.keep_B, active, dtypes[1]),
         )
-    stack.write(new, read.live)
+    stack.write(new, read.live, moments.masters)
 
 
 def factored_mode_step(
@@ -94,6 +95,12 @@ def factored_mode_step(
 ) -> None:
     """Adam with moments in the form of factors."""
     stack = read.stack
+    factors, bases, dtypes = stepped_factors(read, moments, config)
+    coordinates = read.coordinates
+    if bases.A is not read.basis_A:
+        left, right = equivalent_products(read)
+        a = (bases.B.rows @ left.mT) @ right
+        coordinates = Coordinates(a, outside_((bases.A.rows @ right.mT) @ left, bases.B))
     state = FactoredState(
         moments["A", "exp_avg"],
         moments["B", "exp_avg"],
@@ -102,9 +109,9 @@ def factored_mode_step(
         stack.per_entry(moments.steps) - 1,  # a copy: the step adds to it, and the pairs' own have been counted
     )
     new = factored_step(
-        *read.factors,
-        Bases(read.basis_A, read.basis_B),
-        read.coordinates,
+        *factors,
+        bases,
+        coordinates,
         read.scaling,
         state,
         rates_of(groups),
@@ -114,9 +121,30 @@ def factored_mode_step(
         x_mode=config.x_mode,
         rtol=config.rtol,
         live=active_entries(read, skip),
-        factor_dtype=stack.stored_dtype,
+        factor_dtypes=dtypes,
     )
-    stack.write(Rows(new.A, new.Bt), read.live)
+    stack.write(Rows(new.A, new.Bt), read.live, moments.masters)
+
+
+def stepped_factors(
+    read: StackGradient, moments: StackMoments, config: LoRAProConfig
+) -> tuple[Rows, Bases, tuple[torch.dtype | None, torch.dtype | None]]:
+    """The factors that a step moves, their bases, and the dtypes to round them to.
+
+    With master copies these are not the factors that the gradient was taken at: each has its own bases, as the small
+    directions of a factor differ by more than its roundings.
+    """
+    moments.refresh_masters()
+    factors, dtypes = moments.factors(read.factors)
+    if factors is read.factors:
+        return factors, Bases(read.basis_A, read.basis_B), dtypes
+    return factors, Bases(*row_bases(list(factors), config.rtol)), dtypes
+
+
+def equivalent_products(read: StackGradient) -> tuple[Tensor, Tensor]:
+    """`left` `(K, 2r, m)` and `right` `(K, 2r, n)` whose product `leftᵀ right` is the equivalent gradient."""
+    a, b = read.coordinates
+    return torch.cat([read.basis_B.rows, b], dim=-2), torch.cat([a, read.basis_A.rows], dim=-2)
 
 
 def active_entries(read: StackGradient, skip: Tensor) -> Tensor:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn, optim
 from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
 
 from lorapro_hf.arguments import LoRAProTrainingArguments
-from lorapro_hf.callback import LoRAProCallback, require_whole_gradients, unwrap_optimizer
+from lorapro_hf.callback import LoRAProCallback, require_supported_engine, unwrap_optimizer
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.factory import LoRAProOptimizerFactory, create_lorapro_optimizer
 from lorapro_hf.memory import readable_bytes
 from lorapro_hf.optimizer import LoRAProAdamW
 from lorapro_hf.pairs import find_lora_pairs
+from lorapro_hf.resume import STATE, kept_dtypes, require_complete, require_same_training
+from lorapro_hf.zero import attach_deepspeed
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -70,7 +75,8 @@ class LoRAProTrainerMixin(_Base):
         ValueError: if the model has no trainable LoRA pair, or if settings contradict each other: `lora_pro_config`
             beside `LoRAProTrainingArguments`, another `optim`, `optim_args`, another optimizer or factory, a
             `LoRAProCallback`.
-        RuntimeError: under DeepSpeed, FSDP or Megatron-LM, which are not supported yet.
+        RuntimeError: under FSDP1 or Megatron-LM, which are not supported, and under DeepSpeed with settings that are
+            not, see `attach_deepspeed`.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -92,10 +98,23 @@ class LoRAProTrainerMixin(_Base):
         super().__init__(*args, **kwargs)
         self._given_lora_pro_config = None if lora_pro_config is None else LoRAProConfig.of(lora_pro_config)
         self._lora_pro_announced = False
+        self._lora_pro_announces = True
         # only now: some trainers build the PEFT model in their __init__
         self._resolve_lora_pro()
         if self.lora_pro_config is not None and self.train_dataset is not None:  # evaluation needs no trainable pair
             find_lora_pairs(self.model)
+
+    @property
+    def deepspeed(self) -> Any:
+        """The DeepSpeed engine, which the parent sets before it loads a checkpoint or takes a step; else `None`."""
+        return self.__dict__.get("deepspeed")
+
+    @deepspeed.setter
+    def deepspeed(self, engine: Any) -> None:
+        self.__dict__["deepspeed"] = engine
+        optimizer = unwrap_optimizer(self.__dict__.get("optimizer"))
+        if engine is not None and self.lora_pro_config is not None and isinstance(optimizer, LoRAProAdamW):
+            attach_deepspeed(engine, optimizer)
 
     def _resolve_lora_pro(self) -> None:
         """Set `lora_pro_config` from what the user stated, and refuse what contradicts it."""
@@ -110,7 +129,7 @@ class LoRAProTrainerMixin(_Base):
             if not self.args.lora_pro:
                 return
             stated = self.args.lora_pro_config
-        require_whole_gradients(self.accelerator.distributed_type, _TURN_OFF)
+        require_supported_engine(self.accelerator, _TURN_OFF)
         self._refuse_other_optimizers()
         if any(isinstance(callback, LoRAProCallback) for callback in self.callback_handler.callbacks):
             raise ValueError(
@@ -191,7 +210,7 @@ class LoRAProTrainerMixin(_Base):
         if factory is not None and self.optimizer_cls_and_kwargs is not None:
             # not the parent's work: transformers 4 knows no factories
             check_memory = getattr(self.args, "lora_pro_check_memory", True)
-            settings = {"check_memory": check_memory, **self.optimizer_cls_and_kwargs[1]}
+            settings = {"check_memory": check_memory, "saved_collectively": True, **self.optimizer_cls_and_kwargs[1]}
             return factory()(model, **{**settings, "config": self.lora_pro_config})
         return create_lorapro_optimizer(
             model,
@@ -202,10 +221,73 @@ class LoRAProTrainerMixin(_Base):
             config=self.lora_pro_config,
             decay_parameters=self.get_decay_parameter_names(model),
             check_memory=getattr(self.args, "lora_pro_check_memory", True),
+            saved_collectively=True,
         )
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the parent, which would load what fits of a checkpoint that is not complete or of another training.
+
+        Raises:
+            ValueError: the checkpoint is not complete, or of another training. Nothing has been loaded then.
+        """
+        if resume_from_checkpoint:
+            self._resolve_lora_pro()
+        if resume_from_checkpoint and self.lora_pro_config is not None:
+            folder: Any = resume_from_checkpoint
+            if folder is True:
+                folder = get_last_checkpoint(self.args.output_dir)
+            if folder is not None:
+                self._check_checkpoint(Path(folder))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_checkpoint(self, folder: Path) -> None:
+        by_engine = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        require_complete(folder, by_engine)
+        if by_engine:
+            return
+        # The parent builds the optimizer after it has loaded the weights; this one is thrown away.
+        before, self._lora_pro_announces = self.optimizer, False
+        try:
+            optimizer = unwrap_optimizer(self.create_optimizer())
+        finally:
+            self.optimizer, self._lora_pro_announces = before, True
+        if not isinstance(optimizer, LoRAProAdamW):  # the first log says so
+            optimizer = None
+        if not require_same_training(folder, optimizer, self.accelerator.unwrap_model(self.model)):
+            logger.warning(
+                "%s holds no optimizer state (save_only_model=True): moments and learning rate schedule start anew, so "
+                "that the training does not go on as it would have.",
+                folder,
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As the parent, but adapters keep their precision."""
+        keeping = contextlib.nullcontext() if self.lora_pro_config is None else kept_dtypes(model or self.model)
+        with keeping:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
+        """As the parent; an older checkpoint in the same folder counts as unfinished from the first file on."""
+        if self.lora_pro_config is not None and self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            (folder / STATE).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial, *args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As the parent; what marks a checkpoint as finished comes after the files of all ranks."""
+        super()._save_rng_state(output_dir)
+        if self.lora_pro_config is not None:
+            self.accelerator.wait_for_everyone()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As the parent, which asks rank 0 alone for a state that the ranks may share out."""
+        optimizer = unwrap_optimizer(self.optimizer)
+        if isinstance(optimizer, LoRAProAdamW) and optimizer.engine_step is None:
+            optimizer.consolidate_state_dict()
+        super()._save_optimizer_and_scheduler(output_dir)
+
     def _announce(self) -> None:
-        if self._lora_pro_announced or not self.is_world_process_zero():
+        if self._lora_pro_announced or not self._lora_pro_announces or not self.is_world_process_zero():
             return
         self._lora_pro_announced = True
         optimizer = unwrap_optimizer(self.optimizer)

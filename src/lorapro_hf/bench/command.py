@@ -53,7 +53,13 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     )
     how = parser.add_argument_group("how to measure")
     how.add_argument("--device", choices=("cpu", "cuda"), default=default.device, help="where")
-    how.add_argument("--threads", type=at_least_one, metavar="N", help="threads of torch on the CPU (default: torch's)")
+    how.add_argument(
+        "--threads",
+        type=at_least_one,
+        default=argparse.SUPPRESS,
+        metavar="N",
+        help="threads of torch on the CPU (default: torch's)",
+    )
     how.add_argument("--rounds", type=at_least_one, default=default.rounds, metavar="N", help="turns of each method")
     how.add_argument("--repeats", type=at_least_one, default=default.repeats, metavar="N", help="timed steps a turn")
     how.add_argument(

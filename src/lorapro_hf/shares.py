@@ -1,0 +1,195 @@
+"""Which rank steps which pair, and how do all ranks get the result?
+
+Every pair has one owner, which alone keeps its moments and computes its step: the work and the state are divided by the
+number of ranks. Before a step owners get what they need whole, after it one collective for each shape brings the new
+factors to all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lorapro_hf.gradients import Access, all_gather
+from lorapro_hf.pairs import LoRAPair
+
+# Factors are fetched a few at a time, so that no rank holds those of the whole model at once.
+_FETCHED_ELEMENTS = 2**25
+
+
+class Shares:
+    """The pairs of a model and who steps them.
+
+    Args:
+        pairs: in the same order on all ranks.
+        access: how their factors are read and written.
+        shared: whether each pair has one owner; otherwise every rank steps all of them.
+
+    Attributes:
+        own: the pairs that this rank steps.
+        factors: A and B of those, whole: the parameters themselves, or stand-ins that `fetch` fills.
+    """
+
+    def __init__(self, pairs: Sequence[LoRAPair], access: Access, shared: bool) -> None:
+        self.access = access
+        self.pairs = list(pairs)
+        self.group = access.group if shared and access.group is not None and access.group.size() > 1 else None
+        self.rank = self.group.rank() if self.group else 0
+        self.size = self.group.size() if self.group else 1
+        self.alike = _alike(self.pairs)
+        self.owners = assign_owners([len(indices) for indices in self.alike], self.size)
+        self._owner_of = dict.fromkeys(range(len(self.pairs)), 0)
+        for indices, owners in zip(self.alike, self.owners, strict=True):
+            self._owner_of.update(zip(indices, owners, strict=True))
+        self._own = [index for index in range(len(self.pairs)) if self._owner_of[index] == self.rank]
+        self.own = [self.pairs[index] for index in self._own]
+        self.factors: list[tuple[Tensor, Tensor]] = [(pair.A, pair.B) for pair in self.own]
+        if not access.in_place:
+            self.factors = [
+                (_stand_in(pair.A, pair.shape_A, access), _stand_in(pair.B, pair.shape_B, access)) for pair in self.own
+            ]
+
+    def owner_of(self, index: int) -> int:
+        """The rank in the group that steps the pair at this position."""
+        return self._owner_of[index]
+
+    @torch.no_grad()
+    def fetch(self) -> bool:
+        """Bring values and gradients of own pairs here; whether any pair at all has a gradient."""
+        if self.access.in_place:
+            return any(factor.grad is not None for pair in self.pairs for factor in _all_factors(pair))
+        found = False
+        own = dict(zip(self._own, self.factors, strict=True))
+        for indices in self._portions():
+            parameters = [factor for index in indices for factor in (self.pairs[index].A, self.pairs[index].B)]
+            gradients = self.access.gradients(parameters)
+            values = self.access.values(parameters)
+            found = found or any(gradient is not None for gradient in gradients)
+            for position, index in enumerate(indices):
+                for offset, stand_in in enumerate(own.get(index, ())):
+                    gradient = gradients[2 * position + offset]
+                    stand_in.copy_(values[2 * position + offset])
+                    stand_in.grad = None if gradient is None else gradient.to(stand_in)
+        return found
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Store the new values of all pairs on all ranks."""
+        new = dict(zip(self._own, self.factors, strict=True))
+        if self.group is None:
+            if not self.access.in_place:
+                parameters = [factor for pair in self.own for factor in (pair.A, pair.B)]
+                self.access.store(parameters, [value for factors in self.factors for value in factors])
+            return
+        for indices, owners in zip(self.alike, self.owners, strict=True):
+            self._publish_alike(indices, owners, new)
+
+    def _publish_alike(self, indices: list[int], owners: list[int], new: dict[int, tuple[Tensor, Tensor]]) -> None:
+        first = self.pairs[indices[0]]
+        sizes, device = (first.shape_A.numel(), first.shape_B.numel()), first.A.device
+        of_rank = [[i for i, owner in zip(indices, owners, strict=True) if owner == rank] for rank in range(self.size)]
+        dtype = torch.promote_types(self.access.dtype(first.A), self.access.dtype(first.B))
+        rows = max(map(len, of_rank))
+        own = torch.zeros(rows, sum(sizes), dtype=dtype, device=device)
+        for row, index in zip(own, of_rank[self.rank], strict=False):
+            torch.cat([factor.reshape(-1) for factor in new[index]], out=row)
+        gathered = own.new_empty(self.size * rows, sum(sizes))
+        assert self.group is not None
+        all_gather(gathered, own, self.group)
+        parameters: list[Tensor] = []
+        values: list[Tensor] = []
+        for rank, received in enumerate(gathered.view(self.size, rows, -1)):
+            if rank == self.rank and self.access.in_place:
+                continue
+            for row, index in zip(received, of_rank[rank], strict=False):
+                pair = self.pairs[index]
+                A, B = row.split(sizes)
+                parameters += [pair.A, pair.B]
+                values += [A.view(pair.shape_A), B.view(pair.shape_B)]
+        if parameters:
+            self.access.store(parameters, values)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over the ranks, in the place of `values`."""
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def agree(self, norm: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of the pairs of all ranks together, and whether any rank must skip the step.
+
+        Args:
+            norm: that of this rank's pairs.
+            skip: 1 if this rank has found something that is not finite, else 0; ranks differ in this also where all
+                step all pairs, as other parameters may be sharded.
+        """
+        group = self.group if self.access.in_place else self.access.group
+        if group is None or group.size() == 1:
+            return norm, skip
+        share = norm.double().square() if self.group else torch.zeros_like(norm, dtype=torch.float64)
+        both = torch.stack([share, skip.double()])
+        dist.all_reduce(both, group=group)
+        return both[0].sqrt().to(norm.dtype) if self.group else norm, (both[1] > 0).to(skip.dtype)
+
+    def _portions(self) -> list[list[int]]:
+        portions: list[list[int]] = [[]]
+        elements = 0
+        for index, pair in enumerate(self.pairs):
+            size = pair.shape_A.numel() + pair.shape_B.numel()
+            if portions[-1] and elements + size > _FETCHED_ELEMENTS:
+                portions.append([])
+                elements = 0
+            portions[-1].append(index)
+            elements += size
+        return portions
+
+
+def everyone() -> dist.ProcessGroup | None:
+    """All processes of a distributed run, `None` where there is only this one."""
+    running = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return dist.group.WORLD if running else None
+
+
+def assign_owners(counts: Sequence[int], ranks: int) -> list[list[int]]:
+    """Owners for groups of equal pairs, the costliest group first: equal numbers each, the rest to the least busy.
+
+    Args:
+        counts: how many pairs each group has.
+        ranks: how many ranks there are.
+
+    Returns:
+        For each group the owners of its pairs.
+    """
+    spare = [0] * ranks
+    owners = []
+    for count in counts:
+        own = [index % ranks for index in range(count - count % ranks)]
+        for rank in sorted(range(ranks), key=lambda rank: (spare[rank], rank))[: count % ranks]:
+            own.append(rank)
+            spare[rank] += 1
+        owners.append(own)
+    return owners
+
+
+def _alike(pairs: Sequence[LoRAPair]) -> list[list[int]]:
+    """Positions of pairs of one shape, dtype and device, the largest weights first."""
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for index, pair in enumerate(pairs):
+        A, B = pair.A, pair.B
+        alike.setdefault((pair.shape_A, pair.shape_B, A.dtype, B.dtype, A.device), []).append(index)
+    return sorted(alike.values(), key=lambda indices: -_cost(pairs[indices[0]]))
+
+
+def _cost(pair: LoRAPair) -> int:
+    return pair.shape_A.numel() * pair.shape_B.numel()
+
+
+def _all_factors(pair: LoRAPair) -> list[Tensor]:
+    return [pair.A, pair.B, *pair.tied_parameters]
+
+
+def _stand_in(parameter: Tensor, shape: torch.Size, access: Access) -> Tensor:
+    return torch.empty(shape, dtype=access.dtype(parameter), device=parameter.device)

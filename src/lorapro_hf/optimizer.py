@@ -15,6 +15,7 @@ from lorapro_hf.moments import state_dtype
 from lorapro_hf.ordinary import step_ordinary
 from lorapro_hf.pair_optimizer import PairOptimizer
 from lorapro_hf.pairs import LoRAPair
+from lorapro_hf.shares import Shares
 from lorapro_hf.stacks import StackGradient, exact_arithmetic, global_norm, read_stacks
 from lorapro_hf.steps import (
     adjusted_gradients_,
@@ -104,12 +105,13 @@ class LoRAProAdamW(PairOptimizer):
         if self.engine_step is not None:
             self.engine_step()
         else:
-            self._step(self._ordinary())
+            shares = self._current_shares()
+            self._step(shares, self._ordinary())
 
     @torch.no_grad()
     def step_pairs(self) -> None:
         """Step the pairs and nothing else; for engines that step the other parameters at another time."""
-        self._step([])
+        self._step(self._current_shares(), [])
 
     @torch.no_grad()
     def step_ordinary(self, groups: Iterable[dict[str, Any]]) -> None:
@@ -119,27 +121,28 @@ class LoRAProAdamW(PairOptimizer):
             skip = torch.zeros((), device=parameters[0].device) if parameters else torch.zeros(())
             step_ordinary(parameters, self.state, group, skip)
 
-    def _step(self, ordinary: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
-        shares, stacks = self._current_shares(), self._stacks
+    def _step(self, shares: Shares, ordinary: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
         if not shares.fetch():
             raise RuntimeError(
                 f"none of the {len(self.pairs)} LoRA pairs has a gradient. Call loss.backward() before step(), and "
                 "build the optimizer from the model that is trained, with the adapter active that it was built for."
             )
         self._consolidated = None
-        with exact_arithmetic(stacks):
-            self._step_all(read_stacks(stacks, self.config), ordinary)
+        with exact_arithmetic(self._stacks):
+            self._step_all(shares, read_stacks(self._stacks, self.config), ordinary)
         shares.publish()
         if shares.size > 1:  # distributed checkpoints take an optimizer that has no state for one that has not begun
             for pair in self.pairs:
                 self.state[pair.A].setdefault("step", torch.zeros((), dtype=torch.float32))
 
-    def _step_all(self, read: list[StackGradient], ordinary: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
+    def _step_all(
+        self, shares: Shares, read: list[StackGradient], ordinary: list[tuple[dict[str, Any], list[Tensor]]]
+    ) -> None:
         ordinary = [(group, [p for p in own if p.grad is not None]) for group, own in ordinary]
         gradients = [local(p.grad) for _, parameters in ordinary for p in parameters if p.grad is not None]
         if any(gradient.is_sparse for gradient in gradients):
             raise RuntimeError("a parameter has a sparse gradient, which AdamW does not take; use sparse=False.")
-        skip = self._measure(read, gradients)
+        skip = self._measure(shares, read, [gradient for gradient in gradients if gradient.numel()])
         adjusted = []
         if self.config.mode == "efficient":
             adjusted = [adjusted_gradients_(each, self.config.x_mode) for each in read]
@@ -160,7 +163,7 @@ class LoRAProAdamW(PairOptimizer):
             else:
                 full_step(each, moments, groups, there, self.config)
 
-    def _measure(self, read: list[StackGradient], gradients: list[Tensor]) -> Tensor:
+    def _measure(self, shares: Shares, read: list[StackGradient], gradients: list[Tensor]) -> Tensor:
         """Set `last_grad_norm`; 1 if the step must be left out, else 0: float32 on the device of the first pair."""
         norm = global_norm(read).to(self.pairs[0].A.device)
         # A norm tells whether all that it was taken of is finite, without another pass over it.
@@ -173,7 +176,7 @@ class LoRAProAdamW(PairOptimizer):
         longest = torch.stack([length.to(norm.device, dtype) for length in lengths]).amax()
         limit = _LARGEST if self.config.mode == "factored" else float("inf")
         skip = (~(longest.isfinite() & (longest <= limit))).float()
-        self.last_grad_norm, skip = self._current_shares().agree(norm, skip)
+        self.last_grad_norm, skip = shares.agree(norm, skip)
         return skip
 
     def __getstate__(self) -> dict[str, Any]:
@@ -183,6 +186,5 @@ class LoRAProAdamW(PairOptimizer):
 def _largest(tensors: list[Tensor]) -> Tensor:
     """The largest magnitude in any of the tensors; NaN and Inf come through."""
     if tensors[0].device.type == "cpu":  # where norms of infinite order take twenty times as long
-        extremes = [x.double() for tensor in tensors if tensor.numel() for x in torch.aminmax(tensor)]
-        return torch.stack(extremes).abs().amax() if extremes else torch.zeros(())
+        return torch.stack([x.double() for tensor in tensors for x in torch.aminmax(tensor)]).abs().amax()
     return torch.nn.utils.get_total_norm(tensors, norm_type=float("inf"))

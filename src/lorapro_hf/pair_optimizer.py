@@ -80,8 +80,9 @@ class PairOptimizer(torch.optim.Optimizer):
 
     def estimated_state_bytes(self) -> int:
         """Bytes of optimizer state on this rank once every parameter has been stepped, the pairs' and the others'."""
+        own = self._current_shares().own
         ordinary = [local(p) for _, parameters in self._ordinary() for p in parameters if p.requires_grad]
-        return sum(state_bytes_by_device(self._current_shares().own, self.config, ordinary).values())
+        return sum(state_bytes_by_device(own, self.config, ordinary).values())
 
     def _current_shares(self) -> Shares:
         """Who steps which pairs, in which stacks; found out anew when parameters or groups have been replaced."""
@@ -145,8 +146,7 @@ class PairOptimizer(torch.optim.Optimizer):
             )
 
     def _ordinary(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
-        """The parameters of no pair, group by group."""
-        self._current_shares()
+        """The parameters of no pair, group by group, once the pairs' are known from `_current_shares`."""
         return [(group, [p for p in group["params"] if id(p) not in self._of_pairs]) for group in self.param_groups]
 
     def consolidate_state_dict(self, to: int = 0) -> None:

@@ -82,12 +82,20 @@ class LoRAProOptimizerFactory:
         """Build the optimizer; `kwargs` as in `create_lorapro_optimizer`.
 
         Raises:
-            ValueError: `lr` is missing, or as in `create_lorapro_optimizer`.
+            ValueError: `lr` is missing, ranks would share a state that nobody collects for a checkpoint, or as in
+                `create_lorapro_optimizer`.
         """
         if "lr" not in kwargs:
             raise ValueError(
                 "LoRAProOptimizerFactory needs the learning rate: Trainer passes none on to an optimizer factory. Use "
                 'optimizer_cls_and_kwargs=(LoRAProOptimizerFactory, {"lr": args.learning_rate}).'
+            )
+        collected = kwargs.get("saved_collectively", False)
+        if LoRAProConfig.of(kwargs.get("config")).shard_states and not collected and everyone() is not None:
+            raise ValueError(
+                "shard_states=True needs a trainer that collects the state of all ranks when it saves, which a plain "
+                "Trainer does not: it asks rank 0 alone. Use LoRAProTrainer (or LoRAProTrainerMixin), or leave "
+                "shard_states out."
             )
         return create_lorapro_optimizer(model, **kwargs)
 

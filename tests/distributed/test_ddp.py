@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from lorapro_hf import consolidation
+from lorapro_hf import LoRAProOptimizerFactory, consolidation
 from lorapro_hf.config import MODES
 from processes import run
 from training import STEPS, assert_close, assert_differ, batches, build, loss_of, make_optimizer, result, share, train
@@ -226,3 +226,17 @@ def test_the_norm_is_that_of_all_pairs(tmp_path):
     train(model, optimizer, steps=range(3))
     for found in run(norms, 2, tmp_path):
         assert found["norm"] == pytest.approx(float(optimizer.last_grad_norm), rel=1e-9)
+
+
+def plain_factory(rank, ranks):
+    """What a plain Trainer does with a factory."""
+    try:
+        LoRAProOptimizerFactory()(build(), lr=1e-2, config={"shard_states": True})
+    except ValueError as error:
+        return {"message": str(error)}
+
+
+def test_a_factory_shares_only_what_is_collected(tmp_path):
+    for found in run(plain_factory, 2, tmp_path):
+        assert "Use LoRAProTrainer" in found["message"]
+    LoRAProOptimizerFactory()(build(), lr=1e-2, config={"shard_states": True})  # one process keeps all

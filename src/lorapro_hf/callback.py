@@ -70,8 +70,8 @@ class LoRAProCallback(TrainerCallback):
 
     Raises:
         ValueError: for `mode="full"`, and at the start of training for a model without trainable LoRA pairs.
-        RuntimeError: at the start of training, if the optimizer is a `LoRAProAdamW` or the run is under DeepSpeed or
-            FSDP; at a step, if no pair has a gradient.
+        RuntimeError: at the start of training, if the optimizer is a `LoRAProAdamW` or the run is under DeepSpeed,
+            FSDP1 or Megatron-LM; at a step, if no pair has a gradient.
     """
 
     def __init__(self, config: LoRAProConfig | Mapping[str, Any] | None = None) -> None:

@@ -48,7 +48,8 @@ class LoRAProConfig:
         shard_states: Whether the ranks of a distributed run share the pairs out: each steps its own and keeps the
             moments of those alone. `False` repeats the work and the moments on every rank. `None` shares wherever the
             state can be collected for a checkpoint: under `LoRAProTrainer`, FSDP2 and DeepSpeed; elsewhere whoever
-            saves has to call `state_dict()` on all ranks, so that it must be asked for. Without effect on one process.
+            saves has to call `state_dict()` on all ranks, so that it must be asked for. All processes must train the
+            same model. Without effect on one process.
         master_factors: Whether factors in bfloat16 or float16 are stepped in float32 copies, of which the parameters
             are the roundings: 4 bytes of state for each element of a factor. Without them a step that changes an
             element by less than half a unit in its last place is lost. Wider factors need no copies and get none.

@@ -60,9 +60,14 @@ def collect_states(shares: Shares, state: Mapping[Tensor, dict[str, Any]], confi
 
 
 def shard_states(shares: Shares, state: Mapping[Tensor, dict[str, Any]], config: LoRAProConfig) -> States:
-    """The state of all pairs in rows: a DTensor on the mesh of the factors for each moment, steps on every rank."""
+    """The state of all pairs in rows: a DTensor on the mesh of the factors for each moment, steps on every rank.
+
+    Raises:
+        RuntimeError: the other ranks do not take part.
+    """
     access = shares.access
     assert isinstance(access, ShardedAccess)
+    _await_all(access.group)
     found: States = {}
     begun = _begun(shares, state)
     for index, pair in enumerate(shares.pairs):
@@ -186,7 +191,8 @@ def _await_all(group: dist.ProcessGroup) -> None:
             store.add(f"{name}/turn{turn}", -1)
             raise RuntimeError(
                 f"state_dict() was called on rank {group.rank()}, but not on all {group.size()} ranks that share the "
-                "optimizer's state out among themselves. Call optimizer.consolidate_state_dict() on all ranks first, "
-                "or keep the whole state on each with LoRAProConfig(shard_states=False)."
+                "optimizer's state out among themselves. Call it on all ranks (under DDP "
+                "optimizer.consolidate_state_dict() on all ranks first will do), or keep the whole state on each with "
+                "LoRAProConfig(shard_states=False)."
             )
         time.sleep(0.01)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from lorapro_hf.config import LoRAProConfig
-from lorapro_hf.gradients import PlainAccess
+from lorapro_hf.gradients import access_to, local
 from lorapro_hf.memory import require_state_fits
 from lorapro_hf.optimizer import LoRAProAdamW
 from lorapro_hf.pairs import find_lora_pairs
@@ -65,8 +65,9 @@ def create_lorapro_optimizer(
             groups += [group] if named else []
     if check_memory:
         is_shared = saved_collectively if config.shard_states is None else config.shard_states
-        own = Shares(pairs, PlainAccess(everyone()), shared=bool(is_shared)).own
-        require_state_fits(own, config, [p for _, p in trainable if id(p) not in of_pairs])
+        access = access_to(pairs, everyone())
+        own = Shares(pairs, access, shared=bool(is_shared) if access.in_place else config.shard_states is not False).own
+        require_state_fits(own, config, [local(p) for _, p in trainable if id(p) not in of_pairs])
     optimizer = LoRAProAdamW(groups, pairs, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, config=config)
     optimizer.saved_collectively = saved_collectively
     return optimizer

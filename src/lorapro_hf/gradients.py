@@ -77,13 +77,15 @@ class ShardedAccess:
         parameters: all factors.
 
     Raises:
-        RuntimeError: they are sharded over several dimensions of a mesh (tensor parallelism), or over several meshes.
+        RuntimeError: they are sharded over several dimensions of a mesh (tensor parallelism) or over several meshes, or
+            offloaded.
     """
 
     in_place = False
 
     def __init__(self, parameters: Iterable[Any]) -> None:
-        meshes = {(parameter.device_mesh, _mesh_dim(parameter)) for parameter in parameters}
+        factors = list(parameters)
+        meshes = {(factor.device_mesh, _mesh_dim(factor)) for factor in factors}
         of_shards = {(mesh, dim) for mesh, dim in meshes if dim is not None}
         if len({mesh for mesh, _ in meshes}) > 1 or len(of_shards) > 1:
             raise RuntimeError(
@@ -92,6 +94,13 @@ class ShardedAccess:
             )
         self.mesh, self.mesh_dim = next(iter(of_shards or meshes))
         self.group = self.mesh.get_group(self.mesh_dim or 0)
+        lying = {parameter.to_local().device.type for parameter in factors}
+        if lying != {self.mesh.device_type}:
+            raise RuntimeError(
+                f"the factors lie on {', '.join(sorted(lying))}, while their device mesh is of "
+                f"{self.mesh.device_type}: parameters are offloaded, which LoRA-Pro does not support. Leave out "
+                "CPUOffloadPolicy, or set fsdp_offload_params: false."
+            )
 
     def dtype(self, parameter: Tensor) -> torch.dtype:
         """Its own."""
@@ -127,7 +136,7 @@ class ShardedAccess:
     def gather(self, tensors: Sequence[Any]) -> list[Tensor]:
         """The whole tensors of DTensors that lie like the factors."""
         whole: dict[int, Tensor] = {}
-        for dtype in {tensor.dtype for tensor in tensors}:
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):  # in the same order on all ranks, unlike a set
             alike = [index for index, tensor in enumerate(tensors) if tensor.dtype == dtype]
             found = self._gather_alike([tensors[index] for index in alike])
             whole.update(zip(alike, found, strict=True))

@@ -85,6 +85,7 @@ class LoRAProAdamW(PairOptimizer):
             for pair in pairs:
                 require_backend(config.backend, pair.A.device, state_dtype(pair, config, "exp_avg"))
         self.last_grad_norm: Tensor | None = None
+        self._pairs_skipped: Tensor | None = None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, pairs, defaults, config)
 
@@ -94,7 +95,7 @@ class LoRAProAdamW(PairOptimizer):
 
         Raises:
             ValueError: a closure is given, a scaling is 0, a factor is not finite or lost its place in `param_groups`.
-            RuntimeError: no pair has a gradient, or one is missing for one factor of a pair, sparse or sharded. Nothing
+            RuntimeError: no pair has a gradient, or one is missing for one factor of a pair, or sparse. Nothing
                 has been changed in any of these cases.
         """
         if closure is not None:
@@ -115,11 +116,18 @@ class LoRAProAdamW(PairOptimizer):
 
     @torch.no_grad()
     def step_ordinary(self, groups: Iterable[dict[str, Any]]) -> None:
-        """AdamW on all parameters of some groups; for engines that put their own tensors there."""
+        """AdamW on all parameters of some groups; for engines that put their own tensors there.
+
+        Left out like the pairs' step where that has been left out by `step_pairs` since `begin_engine_step`.
+        """
         for group in groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            skip = torch.zeros((), device=parameters[0].device) if parameters else torch.zeros(())
+            skip = torch.zeros(()) if self._pairs_skipped is None else self._pairs_skipped
             step_ordinary(parameters, self.state, group, skip)
+
+    def begin_engine_step(self) -> None:
+        """Forget whether the pairs' last step has been left out."""
+        self._pairs_skipped = None
 
     def _step(self, shares: Shares, ordinary: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
         if not shares.fetch():
@@ -143,6 +151,7 @@ class LoRAProAdamW(PairOptimizer):
         if any(gradient.is_sparse for gradient in gradients):
             raise RuntimeError("a parameter has a sparse gradient, which AdamW does not take; use sparse=False.")
         skip = self._measure(shares, read, [gradient for gradient in gradients if gradient.numel()])
+        self._pairs_skipped = skip
         adjusted = []
         if self.config.mode == "efficient":
             adjusted = [adjusted_gradients_(each, self.config.x_mode) for each in read]
@@ -180,7 +189,7 @@ class LoRAProAdamW(PairOptimizer):
         return skip
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "last_grad_norm": None}
+        return {**super().__getstate__(), "last_grad_norm": None, "_pairs_skipped": None}
 
 
 def _largest(tensors: list[Tensor]) -> Tensor:

@@ -211,8 +211,11 @@ class PairOptimizer(torch.optim.Optimizer):
         """
         states = read_own_state(self._current_shares(), read, self.config)
         self._moments = {}
-        for parameter, state in states.items():
-            self.state[parameter] = dict(state)
+        for pair in self._current_shares().own:  # what the checkpoint lacks had not begun when it was saved
+            for parameter in (pair.A, pair.B):
+                self.state.pop(parameter, None)
+                if parameter in states:
+                    self.state[parameter] = dict(states[parameter])
 
     def _settle_skipped(self) -> None:
         self.param_groups[0]["skipped_steps"] = self.skipped_steps
@@ -242,9 +245,9 @@ class PairOptimizer(torch.optim.Optimizer):
             if key in of_factors:
                 pair = pair_of[id(parameter)]
                 state = {name: whole(value) for name, value in state_dict["state"].get(key, {}).items()}
-                if id(pair) in own_pairs:
+                if state and id(pair) in own_pairs:  # an entry without content would outlive an exchange of parameters
                     self.state[parameter] = self._state_as_kept(pair, parameter, state)
-            elif "step" in self.state[parameter]:
+            elif "step" in self.state.get(parameter, {}):
                 step = torch.as_tensor(self.state[parameter]["step"], dtype=torch.float32, device=parameter.device)
                 self.state[parameter]["step"] = step.clone()
 

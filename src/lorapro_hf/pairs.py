@@ -97,7 +97,7 @@ class LoRAPair:
         """The gradients of both factors, shaped like them, tied layers' added up; None where no backward reached them.
 
         Raises:
-            RuntimeError: only one of the factors has a gradient, a gradient is sharded or sparse, or tied layers have
+            RuntimeError: only one of the factors has a gradient, a gradient is sparse, or tied layers have
                 been parted.
         """
         return self.gradients_of(self.A, self.B)

@@ -7,6 +7,7 @@ factors to all.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lorapro_hf.gradients import Access, all_gather
-from lorapro_hf.pairs import LoRAPair
+from lorapro_hf.pairs import LoRAPair, unwrapped_name
 
 # Factors are fetched a few at a time, so that no rank holds those of the whole model at once.
 _FETCHED_ELEMENTS = 2**25
@@ -37,6 +38,7 @@ class Shares:
         self.access = access
         self.pairs = list(pairs)
         self.group = access.group if shared and access.group is not None and access.group.size() > 1 else None
+        self._agreed = False
         self.rank = self.group.rank() if self.group else 0
         self.size = self.group.size() if self.group else 1
         self.alike = _alike(self.pairs)
@@ -58,7 +60,12 @@ class Shares:
 
     @torch.no_grad()
     def fetch(self) -> bool:
-        """Bring values and gradients of own pairs here; whether any pair at all has a gradient."""
+        """Bring values and gradients of own pairs here; whether any pair at all has a gradient.
+
+        Raises:
+            RuntimeError: the ranks do not train the same pairs.
+        """
+        self._require_same_pairs()
         if self.access.in_place:
             return any(factor.grad is not None for pair in self.pairs for factor in _all_factors(pair))
         found = False
@@ -74,6 +81,21 @@ class Shares:
                     stand_in.copy_(values[2 * position + offset])
                     stand_in.grad = None if gradient is None else gradient.to(stand_in)
         return found
+
+    def _require_same_pairs(self) -> None:
+        """Once: with pairs of another model the collectives would mix up factors, or wait for ever."""
+        if self.group is None or self._agreed:
+            return
+        described = [(unwrapped_name(pair.name), *pair.shape_A, *pair.shape_B) for pair in self.pairs]
+        code = float(zlib.crc32(repr(described).encode()))
+        extremes = torch.tensor([code, -code], dtype=torch.float64, device=self.pairs[0].A.device)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group)
+        if extremes.tolist() != [code, -code]:
+            raise RuntimeError(
+                "the ranks train different pairs and cannot share them out among themselves. Give all ranks the same "
+                "adapter, or set LoRAProConfig(shard_states=False) where each trains a model of its own."
+            )
+        self._agreed = True
 
     @torch.no_grad()
     def publish(self) -> None:

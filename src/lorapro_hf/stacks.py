@@ -96,7 +96,7 @@ class Stack:
         """The gradients and which pairs have some: None for all. None instead of both if no pair has.
 
         Raises:
-            RuntimeError: a gradient is missing for one factor of a pair, sparse or sharded.
+            RuntimeError: a gradient is missing for one factor of a pair, or sparse.
         """
         found = [pair.gradients_of(*factors) for pair, factors in zip(self.pairs, self.factors, strict=True)]
         if None not in found:
@@ -168,7 +168,7 @@ def read_stacks(stacks: Iterable[Stack], config: LoRAProConfig) -> list[StackGra
 
     Raises:
         ValueError: a scaling is 0, or a factor is not finite (found on the CPU only).
-        RuntimeError: a gradient is missing for one factor of a pair, sparse or sharded.
+        RuntimeError: a gradient is missing for one factor of a pair, or sparse.
     """
     found = [(stack, *found) for stack in stacks if (found := stack.read_gradients()) is not None]
     factors = [stack.read() for stack, _, _ in found]

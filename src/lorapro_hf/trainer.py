@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn, optim
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
@@ -19,7 +20,7 @@ from lorapro_hf.factory import LoRAProOptimizerFactory, create_lorapro_optimizer
 from lorapro_hf.memory import readable_bytes
 from lorapro_hf.optimizer import LoRAProAdamW
 from lorapro_hf.pairs import find_lora_pairs
-from lorapro_hf.resume import STATE, kept_dtypes, require_complete, require_same_training
+from lorapro_hf.resume import OPTIMIZER, SCHEDULER, STATE, kept_dtypes, require_complete, require_same_training
 from lorapro_hf.zero import attach_deepspeed
 
 if TYPE_CHECKING:
@@ -265,6 +266,17 @@ class LoRAProTrainerMixin(_Base):
         keeping = contextlib.nullcontext() if self.lora_pro_config is None else kept_dtypes(model or self.model)
         with keeping:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the parent, which would put the state of all ranks onto the device of each of them first."""
+        by_engine = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        files = [Path(checkpoint, name) for name in (OPTIMIZER, SCHEDULER)] if checkpoint else []
+        optimizer = unwrap_optimizer(self.optimizer)
+        if by_engine or not files or not isinstance(optimizer, LoRAProAdamW) or not all(f.is_file() for f in files):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        for target, file in zip((self.optimizer, self.lr_scheduler), files, strict=True):
+            target.load_state_dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
         """As the parent; an older checkpoint in the same folder counts as unfinished from the first file on."""

@@ -317,6 +317,7 @@ def refusals(rank, ranks):
     attempt("'elastic_checkpoint'", zero_optimization={"elastic_checkpoint": True})
     attempt("'load_universal'", checkpoint={"load_universal": True})
     attempt("'check_grad_overflow'", bf16={**BF16, "check_grad_overflow": False})
+    attempt("master_factors=True", make=with_masters, bf16=BF16)
     attempt("mixes factors", make=mixed)
 
     engine = attempt("no exception")
@@ -328,6 +329,10 @@ def refusals(rank, ranks):
             train, engine, rank, ranks, range(1)
         )
     return found
+
+
+def with_masters(model):
+    return make_optimizer(model, {"master_factors": True})
 
 
 def mixed(model):

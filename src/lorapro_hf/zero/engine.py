@@ -126,6 +126,7 @@ class _EngineStep:
                 "it was built for."
             )
         self.access.hold_gradients(live)
+        self.optimizer.begin_engine_step()
         self._groups = self.optimizer.param_groups  # while DeepSpeed steps, these are cut down to one
         self._loss_scale = float(getattr(self.zero, "loss_scale", 1.0))
         self._pairs_are_due = True

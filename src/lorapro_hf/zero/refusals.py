@@ -28,7 +28,7 @@ def require_supported(engine: Any, optimizer: Any) -> None:
     for reason in (_other_optimizer(engine, optimizer), _layout(engine), _settings(engine)):
         if reason:
             raise RuntimeError(_BEFORE + reason)
-    for reason in (_precision(engine), _groups(optimizer), _factors(optimizer)):
+    for reason in (_precision(engine, optimizer), _groups(optimizer), _factors(optimizer)):
         if reason:
             raise RuntimeError(_BEFORE + reason)
 
@@ -104,8 +104,13 @@ def _settings(engine: Any) -> str | None:
     return None
 
 
-def _precision(engine: Any) -> str | None:
+def _precision(engine: Any, optimizer: LoRAProAdamW) -> str | None:
     zero = engine.optimizer
+    if optimizer.config.master_factors and (engine.bfloat16_enabled() or engine.fp16_enabled()):
+        return (
+            "it keeps float32 masters of all parameters itself, so that master_factors=True would keep them twice. "
+            "Leave master_factors out."
+        )
     if getattr(zero, "master_weights_and_grads_dtype", torch.float32) != torch.float32:
         return (
             "its master weights are not float32. Remove 'fp16_master_weights_and_grads' and "

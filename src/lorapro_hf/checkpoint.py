@@ -13,11 +13,23 @@ _ADVICE = "It is a checkpoint of another model or rank; resume with the model it
 
 
 def check_state_dict(
-    state_dict: dict[str, Any], param_groups: list[dict[str, Any]], pairs: Sequence[LoRAPair], config: LoRAProConfig
+    state_dict: dict[str, Any],
+    param_groups: list[dict[str, Any]],
+    pairs: Sequence[LoRAPair],
+    config: LoRAProConfig,
+    share: Sequence[int] = (0, 1),
 ) -> None:
-    """Raise a `ValueError` that says what differs if `state_dict` is of another optimizer, mode, rank or model."""
+    """Raise a `ValueError` that says what differs if `state_dict` is of another optimizer, mode, rank or model.
+
+    Args:
+        state_dict: what is to be loaded.
+        param_groups: of the optimizer that loads it.
+        pairs: of that optimizer.
+        config: of that optimizer.
+        share: the process's rank among those that share the state out, and their number.
+    """
     saved_groups = state_dict["param_groups"]
-    if any(group.get("lora_pro_partial") for group in saved_groups):
+    if any(list(group.get("lora_pro_partial", share)) != list(share) for group in saved_groups):
         raise ValueError(
             "the checkpoint was saved by a rank that has only part of the optimizer's state. Save and load the "
             "state_dict() of rank 0, for which all ranks call state_dict() or consolidate_state_dict()."

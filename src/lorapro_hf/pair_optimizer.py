@@ -168,8 +168,9 @@ class PairOptimizer(torch.optim.Optimizer):
         """As in `torch.optim.Optimizer`: tensors by parameter, and the groups.
 
         Where ranks share the state out, this collects all of it on rank 0 and must be called on all ranks, unless
-        `consolidate_state_dict` has been. What the other ranks get can be loaded nowhere. State of DTensors comes as
-        DTensors, for `torch.distributed.checkpoint`; for this, too, all ranks are needed.
+        `consolidate_state_dict` has been. The other ranks get the state of their own pairs, which only the same
+        rank of as many can load. State of DTensors comes as DTensors, for `torch.distributed.checkpoint`; for this all
+        ranks are needed, too.
 
         Raises:
             RuntimeError: the other ranks do not take part within five minutes.
@@ -184,7 +185,9 @@ class PairOptimizer(torch.optim.Optimizer):
             if states is None:
                 states = collect_states(shares, self.state, self.config, 0)
             if not states and any(self.state.get(pair.A) for pair in self.pairs):
-                saved["param_groups"][0]["lora_pro_partial"] = True
+                saved["param_groups"][0]["lora_pro_partial"] = [shares.rank, shares.size]
+                begun = [pair for pair in shares.own if "exp_avg" in self.state.get(pair.A, {})]
+                states = {p: self.state[p] for pair in begun for p in (pair.A, pair.B)}
         else:
             states = shard_states(shares, self.state, self.config)
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -230,7 +233,8 @@ class PairOptimizer(torch.optim.Optimizer):
             ValueError: the checkpoint is of another mode, rank or model, or of another optimizer. Nothing has been
                 changed then.
         """
-        check_state_dict(state_dict, self.param_groups, self.pairs, self.config)
+        shares = self._current_shares()
+        check_state_dict(state_dict, self.param_groups, self.pairs, self.config, [shares.rank, shares.size])
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
         loaded = [parameter for group in self.param_groups for parameter in group["params"]]
         pair_of = {id(factor): pair for pair in self.pairs for factor in (pair.A, pair.B)}
@@ -239,6 +243,7 @@ class PairOptimizer(torch.optim.Optimizer):
         # up to four times their size: it gets the others only.
         others = {key: value for key, value in state_dict["state"].items() if key not in of_factors}
         super().load_state_dict({**state_dict, "state": others})
+        self.param_groups[0].pop("lora_pro_partial", None)
         self._skipped, self._shares, self._consolidated = None, None, None
         own_pairs = set(map(id, self._current_shares().own))
         for key, parameter in zip(saved, loaded, strict=True):

@@ -149,10 +149,14 @@ def shared_state(rank, ranks, mode):
     saved = copy.deepcopy(optimizer.state_dict())
     refused = ""
     if rank:
+        optimizer.load_state_dict(copy.deepcopy(saved))  # its own part, as accelerate loads what it has just saved
+        saved["param_groups"][0]["lora_pro_partial"] = [0, ranks]
         try:
             optimizer.load_state_dict(saved)
         except ValueError as error:
             refused = str(error)
+    else:
+        optimizer.load_state_dict(copy.deepcopy(saved))
     midway = result(model)
     whole = _from_rank_0(saved)
     train(model, optimizer, rank, ranks, steps=range(5, STEPS))

@@ -85,7 +85,9 @@ def main(argv: list[str] | None = None) -> None:
     gguf = {"gguf_file": model_args.gguf_file} if model_args.gguf_file and not model_args.tokenizer_name else {}
     tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or source, **gguf, **model_args.hub_kwargs)
     model = load_model(AutoModelForCausalLM, model_args)
-    longest = min(getattr(model.config, "max_position_embeddings", None) or DEFAULT_BLOCK, tokenizer.model_max_length)
+    # models without a table of positions (Mamba, BLOOM) have no such bound
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
+    longest = min(positions, tokenizer.model_max_length)
     block_size = data.block_size or min(longest, DEFAULT_BLOCK)
     if block_size > longest:
         raise UsageError(f"--block_size {block_size}: the model takes at most {longest} tokens.")

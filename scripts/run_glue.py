@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from datasets import ClassLabel, DatasetDict
 from transformers import (
     AutoConfig,
@@ -26,8 +25,14 @@ from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.data import DataArguments, load_splits
 from lorapro_hf.recipes.flow import as_program, run, start
-from lorapro_hf.recipes.metrics import GLUE_METRICS, of_labels
-from lorapro_hf.recipes.model import AdapterArguments, ModelArguments, add_adapter, load_model
+from lorapro_hf.recipes.metrics import GLUE_METRICS, labels_in, of_labels
+from lorapro_hf.recipes.model import (
+    AdapterArguments,
+    ModelArguments,
+    add_adapter,
+    layers_without_weights,
+    load_model,
+)
 from lorapro_hf.recipes.parser import RecipeParser
 
 TEXT_COLUMNS = {
@@ -42,17 +47,21 @@ TEXT_COLUMNS = {
     "wnli": ("sentence1", "sentence2"),
 }
 
+OF_MEASURES = ("pearson_and_spearman", "mse")  # metrics of regressions
+
 
 @dataclass
 class GlueArguments(DataArguments):
     """The texts and their labels."""
 
     task_name: str | None = field(default=None, metadata={"help": "GLUE task.", "choices": [*TEXT_COLUMNS]})
-    max_seq_length: int = field(default=128, metadata={"help": "Longer texts are cut to so many tokens."})
+    max_seq_length: int = field(
+        default=128, metadata={"help": "Cut texts to so many tokens, or to what the model takes."}
+    )
     pad_to_max_length: bool = field(default=False, metadata={"help": "Pad to max_seq_length, not to the batch."})
     metric_for_labels: str | None = field(
         default=None,
-        metadata={"help": "Metric where there is no task.", "choices": [*{*GLUE_METRICS.values()}, "mse"]},
+        metadata={"help": "Metric where there is no task.", "choices": [*dict.fromkeys(GLUE_METRICS.values()), "mse"]},
     )
 
     def __post_init__(self) -> None:
@@ -62,7 +71,9 @@ class GlueArguments(DataArguments):
         if self.dataset_name is None and not self._files():  # files stand in for the task where there is no network
             self.dataset_name, self.dataset_config_name = "nyu-mll/glue", self.task_name
         if self.task_name == "mnli" and self.dataset_name == "nyu-mll/glue":
-            self.validation_split, self.test_split = "validation_matched", "test_matched"
+            for name in ("validation", "test"):  # --validation_split validation_mismatched stays what it is
+                if getattr(self, f"{name}_split") == name:
+                    setattr(self, f"{name}_split", f"{name}_matched")
 
 
 def text_columns(data: GlueArguments, names: list[str]) -> tuple[str, str | None]:
@@ -104,7 +115,8 @@ def tokenized(splits: DatasetDict, tokenizer: Any, labels: list[str] | None, dat
         first, second = columns
         texts = (batch[first],) if second is None else (batch[first], batch[second])
         padding = "max_length" if data.pad_to_max_length else False
-        result = tokenizer(*texts, padding=padding, max_length=data.max_seq_length, truncation=True)
+        longest = min(data.max_seq_length, tokenizer.model_max_length)
+        result = tokenizer(*texts, padding=padding, max_length=longest, truncation=True)
         if has_labels:
             result["labels"] = [label_number(label) for label in batch["label"]]
         return dict(result)
@@ -135,16 +147,20 @@ def main(argv: list[str] | None = None) -> None:
     source = model_args.model_name_or_path
     config = AutoConfig.from_pretrained(model_args.config_name or source, **names, **model_args.hub_kwargs)
     tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or source, **model_args.hub_kwargs)
-    model = load_model(AutoModelForSequenceClassification, model_args, config=config)
+    model, loaded = load_model(AutoModelForSequenceClassification, model_args, config=config, output_loading_info=True)
+    new_layers = layers_without_weights(model, loaded["missing_keys"])
     if model.config.pad_token_id is None:  # decoders classify the last token before the padding
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
-    model = add_adapter(model, adapter, "SEQ_CLS", training.gradient_checkpointing)
+    model = add_adapter(model, adapter, "SEQ_CLS", training.gradient_checkpointing, new_layers=new_layers)
 
     with training.main_process_first(desc="tokenizing"):
         splits = tokenized(splits, tokenizer, labels, data)
     by_default = "mse" if labels is None else "accuracy"
     metric = GLUE_METRICS[data.task_name] if data.task_name else data.metric_for_labels or by_default
+    if (metric in OF_MEASURES) != (labels is None) or (metric == "accuracy_and_f1" and len(labels or ()) != 2):
+        kind = "measures" if labels is None else f"{len(labels)} classes"
+        raise UsageError(f"the metric {metric} does not fit labels that are {kind}; see --metric_for_labels.")
     trainer = LoRAProTrainer(
         model,
         training,
@@ -156,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     def save_predictions(output: Any) -> None:
-        found = np.squeeze(output.predictions, axis=-1) if labels is None else np.argmax(output.predictions, axis=-1)
+        found = labels_in(output.predictions, is_regression=labels is None)
         lines = [f"{index}\t{value if labels is None else labels[value]}" for index, value in enumerate(found)]
         Path(training.output_dir, "predictions.txt").write_text("\n".join(["index\tprediction", *lines]) + "\n")
 

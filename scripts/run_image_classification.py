@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, load_dataset
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
@@ -25,7 +24,7 @@ from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.data import DataArguments, load_splits
 from lorapro_hf.recipes.flow import as_program, run, start
-from lorapro_hf.recipes.metrics import of_labels
+from lorapro_hf.recipes.metrics import labels_in, of_labels
 from lorapro_hf.recipes.model import AdapterArguments, ModelArguments, add_adapter, load_model
 from lorapro_hf.recipes.parser import RecipeParser
 
@@ -156,8 +155,8 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     def save_predictions(output: Any) -> None:
-        found = np.argmax(output.predictions, axis=-1)
-        lines = ["index\tprediction", *(f"{index}\t{labels[number]}" for index, number in enumerate(found))]
+        found = enumerate(labels_in(output.predictions))
+        lines = ["index\tprediction", *(f"{index}\t{labels[number]}" for index, number in found)]
         Path(training.output_dir, "predictions.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     dataset = data.described or (Path(data.train_dir).name if data.train_dir else None)

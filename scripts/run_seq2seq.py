@@ -71,7 +71,14 @@ def texts_of(data: TextPairArguments, names: list[str]) -> Any:
     if data.source_lang is not None:
         if "translation" not in names:
             raise UsageError(f"--source_lang needs a column `translation`; the columns are {names}.")
-        return lambda row: (row["translation"][data.source_lang], row["translation"][data.target_lang])
+
+        def translation(row: dict[str, Any]) -> tuple[str, str]:
+            pair = row["translation"]
+            if not {data.source_lang, data.target_lang} <= pair.keys():
+                raise UsageError(f"--source_lang and --target_lang must be among {sorted(pair)}.")
+            return pair[data.source_lang], pair[data.target_lang]
+
+        return translation
     if len(names) < 2 and not (data.text_column and data.summary_column):
         raise UsageError(f"two columns of text are needed; the columns are {names}.")
     source, target = data.text_column or names[0], data.summary_column or names[1]
@@ -79,22 +86,29 @@ def texts_of(data: TextPairArguments, names: list[str]) -> Any:
         if column is not None and column not in names:
             raise UsageError(f"there is no column {column}; the columns are {names}.")
 
-    def texts(row: dict[str, Any]) -> tuple[str, str]:
+    def texts(row: dict[str, Any]) -> tuple[str, str | None]:
         second = "" if data.second_text_column is None else data.second_prefix + str(row[data.second_text_column])
-        written = row[target] if data.label_texts is None else data.label_texts[int(row[target])]
-        return str(row[source]) + second, str(written)
+        read = str(row[source]) + second
+        if data.label_texts is None:
+            return read, str(row[target])
+        label = int(row[target])
+        if label >= len(data.label_texts):
+            raise UsageError(f"--label_texts has {len(data.label_texts)} texts, none for the label {label}.")
+        return read, None if label < 0 else data.label_texts[label]  # GLUE's test sets hide their labels as -1
 
     return texts
 
 
 def tokenized(splits: DatasetDict, tokenizer: Any, data: TextPairArguments) -> DatasetDict:
-    """Tokens of both texts."""
+    """Tokens of both texts; of the first alone where the second is hidden."""
     names = next(iter(splits.values())).column_names
     texts = texts_of(data, names)
 
     def tokenize(row: dict[str, Any]) -> dict[str, Any]:
         source, target = texts(row)
         result = tokenizer(data.source_prefix + source, max_length=data.max_source_length, truncation=True)
+        if target is None:
+            return dict(result)
         labels = tokenizer(text_target=target, max_length=data.max_target_length, truncation=True)
         return {**result, "labels": labels["input_ids"]}
 
@@ -135,17 +149,28 @@ def main(argv: list[str] | None = None) -> None:
     splits = load_splits(data, training, model_args.cache_dir)
     source = model_args.model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or source, **model_args.hub_kwargs)
+    if hasattr(tokenizer, "set_src_lang_special_tokens"):  # mBART, M2M100, NLLB
+        raise UsageError(
+            f"{source} marks languages by tokens of its own, which this script does not set; take a model that is told "
+            "the task in words, such as T5."
+        )
     model = load_model(AutoModelForSeq2SeqLM, model_args)
     model = add_adapter(model, adapter, "SEQ_2_SEQ_LM", training.gradient_checkpointing)
     with training.main_process_first(desc="tokenizing"):
         splits = tokenized(splits, tokenizer, data)
+    pad = DataCollatorForSeq2Seq(tokenizer, model=model)
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        # without labels it says `None`, which the trainer would take for labels
+        return {name: values for name, values in pad(rows).items() if values is not None}
+
     trainer = LoRAProSeq2SeqTrainer(
         model,
         training,
         train_dataset=splits.get("train"),
         eval_dataset=splits.get("validation"),
         processing_class=tokenizer,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+        data_collator=collate,
         compute_metrics=of_texts(data.metric, tokenizer) if training.predict_with_generate else None,
     )
 

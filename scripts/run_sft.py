@@ -45,7 +45,9 @@ def is_conversation(rows: Dataset, data: InstructionArguments) -> bool:
     """Whether the rows need a chat template."""
     if data.prompt_column is not None:
         return data.prompt_template == CHAT
-    return "messages" in rows.column_names or "conversations" in rows.column_names
+    if {"messages", "conversations"} & set(rows.column_names):
+        return True
+    return "prompt" in rows.column_names and not isinstance(rows[0]["prompt"], str)
 
 
 def require_known_columns(rows: Dataset, text_column: str) -> None:
@@ -81,7 +83,8 @@ def main(argv: list[str] | None = None) -> None:
                 f"{model_args.model_name_or_path} has no chat template for conversations: name one by "
                 "--chat_template_path, or take the model's instruction-tuned variant or another --prompt_template."
             )
-        if training.assistant_only_loss and "messages" not in rows.column_names:
+        # of conversations in ShareGPT's form TRL says that they are none
+        if training.assistant_only_loss and ("conversations" in rows.column_names or not is_conversation(rows, data)):
             raise UsageError("--assistant_only_loss needs conversations (a column `messages`).")
     trainer = LoRAProSFTTrainer(
         args=training,

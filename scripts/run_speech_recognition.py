@@ -148,12 +148,14 @@ def main(argv: list[str] | None = None) -> None:
 
     metric = load_metric("wer")
 
+    def decoded(tokens: np.ndarray, **how: Any) -> list[str]:
+        # -100 fills up recordings that are shorter than others, and would be read as a letter that is not known
+        return list(tokenizer.batch_decode(np.where(tokens < 0, tokenizer.pad_token_id, tokens), **how))
+
     def word_errors(prediction: Any) -> dict[str, float]:
-        heard = tokenizer.batch_decode(prediction.predictions)
-        labels = np.where(prediction.label_ids < 0, tokenizer.pad_token_id, prediction.label_ids)
         # letters that stand twice in a text are no repetition of one sound
-        said = tokenizer.batch_decode(labels, group_tokens=False)
-        return dict(metric.compute(predictions=heard, references=said))
+        said = decoded(prediction.label_ids, group_tokens=False)
+        return dict(metric.compute(predictions=decoded(prediction.predictions), references=said))
 
     trainer = LoRAProTrainer(
         model,
@@ -167,8 +169,8 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     def save_predictions(output: Any) -> None:
-        lines = tokenizer.batch_decode(np.where(output.predictions < 0, tokenizer.pad_token_id, output.predictions))
-        Path(training.output_dir, "predictions.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        lines = "\n".join(decoded(output.predictions))
+        Path(training.output_dir, "predictions.txt").write_text(f"{lines}\n", encoding="utf-8")
 
     tokenizer.save_pretrained(training.output_dir)
     card = {"finetuned_from": source, "tasks": "automatic-speech-recognition", "dataset": data.described}

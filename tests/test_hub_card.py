@@ -135,6 +135,27 @@ def test_snippet_loads_the_adapter(make: Any, tag: str, runs: bool, head: str | 
         torch.testing.assert_close(names["model"](**inputs).logits, model(**inputs).logits)
 
 
+@pytest.mark.parametrize(
+    ("make", "head", "size"), [(vit, "classifier", "num_labels"), (wav2vec2, "lm_head", "vocab_size")]
+)
+def test_snippet_replaces_the_head_of_the_checkpoint(make: Any, head: str, size: str, tmp_path: Path) -> None:
+    base, inputs = make()
+    other = type(base)(type(base.config).from_dict({**base.config.to_dict(), "id2label": {}, size: 3}))
+    other.load_state_dict({k: v for k, v in base.state_dict().items() if head not in k}, strict=False)
+    other.save_pretrained(tmp_path / "base")  # whose head is for other labels or letters
+    settings = LoraConfig(r=2, target_modules=["q_proj", "query"], modules_to_save=[head], init_lora_weights=False)
+    model = get_peft_model(base, settings).eval()
+    save_adapter(model, None, tmp_path / "adapter")
+    code = re.search(r"```python\n(.*?)```", create_model_card(model, None, tmp_path / "adapter").text, re.DOTALL)[1]
+    code = code.replace("path/to/the/base/model", str(tmp_path / "base"))
+    code = code.replace("path/to/this/folder", str(tmp_path / "adapter"))
+    code = "\n".join(line for line in code.split("\n\n")[1].splitlines() if "rocessor" not in line)
+    names: dict[str, Any] = {}
+    exec(f"from peft import PeftModel\nfrom transformers import {task_of(model).auto_class}\n{code}", names)
+    with torch.no_grad():
+        torch.testing.assert_close(names["model"](**inputs).logits, model(**inputs).logits)
+
+
 def test_card_of_a_trainer(tmp_path: Path) -> None:
     trainer = trained(tmp_path / "run", lora_pro_mode="factored", weight_decay=0.1)
     trainer.save_model()

@@ -1,18 +1,27 @@
-"""Every recipe has a twin on tiny inputs, fits its script, and its twin trains to an adapter that stock PEFT loads."""
+"""Every recipe has a twin on tiny inputs, fits its script, and its twin trains to an adapter that stock PEFT loads.
+
+Then what the scripts make of models, labels and metrics that are less plain than those of the recipes.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, EvalPrediction
 
 from lorapro_hf.cli import build_parser
+from lorapro_hf.recipes.metrics import of_labels
+from lorapro_hf.recipes.model import ModelArguments, load_model
 from lorapro_hf.recipes.parser import EXTENDS, SCRIPT, RecipeParser, read_recipe
-from script_helpers import CONFIGS, ROOT, SCRIPTS, check_adapter, make_inputs, results, script
+from script_helpers import CONFIGS, INPUTS, ROOT, SCRIPTS, TINY, check_adapter, factors, make_inputs, results, script
 
 SMOKE = CONFIGS / "smoke"
 NO_RECIPES = {"accelerate", "compare", "smoke"}
@@ -136,3 +145,155 @@ def test_the_page_on_recipes_says_their_modes() -> None:
     for line in page.splitlines():
         for name in re.findall(r"`([^`]+\.yaml)`", line.split(" | ")[0]) if line.startswith("| `") else []:
             assert f"| `{read_recipe(CONFIGS / name)['lora_pro_mode']}` |" in line, name
+
+
+LLAMA, DATA = f"{INPUTS}/models/llama", f"{INPUTS}/data"
+SST2 = ["--train_file", f"{DATA}/sst2.jsonl", "--validation_file", f"{DATA}/sst2.jsonl", "--do_eval"]
+SIZES = {"vocab_size": 260, "pad_token_id": 0}
+
+
+def base_without_heads(kind: str, folder: Path) -> str:
+    """A checkpoint that has none of the layers between model and label."""
+    if kind == "t5":
+        return f"{INPUTS}/models/t5"
+    torch.manual_seed(0)
+    if kind == "distilbert":  # `pre_classifier`
+        model: Any = DistilBertModel(DistilBertConfig(dim=32, hidden_dim=48, n_layers=1, n_heads=2, **SIZES))
+    else:  # `bert.pooler`
+        small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = BertModel(BertConfig(**SIZES, **small), add_pooling_layer=False)
+    model.save_pretrained(folder)
+    script("make_smoke_inputs.py").byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["distilbert", "bert", "t5"])
+def test_layers_that_start_at_random_are_in_the_adapter(
+    kind: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(inputs)
+    words = ["--model_name_or_path", base_without_heads(kind, tmp_path / "base"), *SST2, *TINY]
+    main, trained, judged = script("run_glue.py").main, tmp_path / "trained", tmp_path / "judged"
+    # with a test set: the encoder's states come with the logits of some models
+    main([*words, "--do_train", "--do_predict", "--test_file", f"{DATA}/sst2.jsonl", "--output_dir", str(trained)])
+    # with another seed they would start as others
+    main([*words, "--adapter_name_or_path", str(trained), "--seed", "7", "--output_dir", str(judged)])
+    assert results(judged)["eval_loss"] == pytest.approx(results(trained)["eval_loss"], rel=1e-6)
+    assert len((trained / "predictions.txt").read_text().splitlines()) == 25
+    assert not [name for name in factors(trained) if "lora" in name and "class" in name]
+
+
+@pytest.mark.parametrize("more", [[], ["--bf16"]], ids=["plain", "autocast"])
+def test_heads_of_narrow_models_learn(
+    more: list[str], inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(inputs)
+    words = ["--model_name_or_path", LLAMA, *SST2, *TINY, "--dtype", "bfloat16", *more, "--do_train"]
+    script("run_glue.py").main([*words, "--learning_rate", "1e-6", "--output_dir", str(tmp_path)])
+    (head,) = (values for name, values in factors(tmp_path).items() if "score" in name)
+    assert head.dtype == torch.float32
+    # what bfloat16 could not hold
+    assert not torch.equal(head, head.bfloat16().float())
+
+
+def test_a_configuration_of_another_folder_is_used(inputs: Path, tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = inputs / LLAMA
+    AutoConfig.from_pretrained(model, rms_norm_eps=0.25).save_pretrained(tmp_path)
+    loaded = load_model(AutoModelForCausalLM, ModelArguments(str(model), config_name=str(tmp_path)))
+    assert loaded.config.rms_norm_eps == 0.25
+
+
+def test_local_paths_stay_out_of_the_card(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(inputs)
+    words = ["--model_name_or_path", str(inputs / LLAMA), *SST2, *TINY, "--do_train", "--output_dir", str(tmp_path)]
+    script("run_glue.py").main(words)
+    card = (tmp_path / "README.md").read_text()
+    assert str(inputs) not in card and "base_model:" not in card and "a local Llama" in card
+
+
+def test_splits_of_mnli_may_be_chosen() -> None:
+    data = script("run_glue.py").GlueArguments
+    plain, chosen = data(task_name="mnli"), data(task_name="mnli", validation_split="validation_mismatched")
+    assert (plain.validation_split, plain.test_split) == ("validation_matched", "test_matched")
+    assert (chosen.validation_split, chosen.test_split) == ("validation_mismatched", "test_matched")
+
+
+@pytest.mark.parametrize("metric", ["accuracy_and_f1", "mse"])
+def test_metrics_that_fit_no_labels_are_refused(
+    metric: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(inputs)
+    (tmp_path / "three.jsonl").write_text("\n".join(json.dumps({"text": f"{n}", "label": n % 3}) for n in range(6)))
+    words = ["--model_name_or_path", LLAMA, "--train_file", str(tmp_path / "three.jsonl"), *TINY, "--do_train"]
+    with pytest.raises(SystemExit):
+        script("run_glue.py").main([*words, "--metric_for_labels", metric, "--output_dir", str(tmp_path)])
+    assert f"the metric {metric} does not fit labels that are 3 classes" in capsys.readouterr().err
+
+
+def test_two_metrics_have_a_combined_score() -> None:
+    logits = np.eye(2)[[1, 1, 0, 0]]
+    found = of_labels("accuracy_and_f1")(EvalPrediction((logits, np.zeros((4, 3))), np.array([1, 0, 0, 0])))
+    assert found == {"accuracy": 0.75, "f1": pytest.approx(2 / 3), "combined_score": pytest.approx((0.75 + 2 / 3) / 2)}
+
+
+def test_hidden_labels_have_no_text(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(inputs)
+    test = tmp_path / "test.jsonl"
+    test.write_text("\n".join(json.dumps({"sentence": f"What is {n}?", "label": -1}) for n in range(3)))
+    words = [str(SMOKE / "paper" / "t5-base-sst2.yaml"), "--test_file", str(test), "--do_predict"]
+    script("run_seq2seq.py").main([*words, "--output_dir", str(tmp_path / "out")])
+    assert "predict_exact_match" not in results(tmp_path / "out")
+    assert len((tmp_path / "out" / "predictions.txt").read_text().splitlines()) == 3
+    texts = script("run_seq2seq.py").texts_of
+    data = script("run_seq2seq.py").TextPairArguments(train_file="x.csv", label_texts=["no", "yes"])
+    assert texts(data, ["a", "label"])({"a": "x", "label": 1}) == ("x", "yes")
+    with pytest.raises(ValueError, match="none for the label 2"):
+        texts(data, ["a", "label"])({"a": "x", "label": 2})
+
+
+def test_an_unknown_language_is_refused() -> None:
+    module = script("run_seq2seq.py")
+    data = module.TextPairArguments(train_file="x.json", source_lang="en_XX", target_lang="ro")
+    with pytest.raises(ValueError, match=r"must be among \['en', 'ro'\]"):
+        module.texts_of(data, ["translation"])({"translation": {"en": "a", "ro": "b"}})
+
+
+def test_recordings_of_different_lengths_are_held_against_all_their_words(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(inputs)
+    module, seen = script("run_speech_recognition.py"), []
+
+    class Stop(Exception):
+        """Ends the script once it has a trainer."""
+
+    def trainer(*_: Any, compute_metrics: Any, processing_class: Any, **__: Any) -> None:
+        seen.append(compute_metrics)
+        raise Stop
+
+    monkeypatch.setattr(module, "LoRAProTrainer", trainer)
+    words = ["--model_name_or_path", f"{INPUTS}/models/wav2vec2", "--train_file", f"{DATA}/speech/train.jsonl"]
+    with pytest.raises(Stop):
+        module.main([*words, *TINY, "--do_train", "--output_dir", str(tmp_path)])
+    letters = json.loads((tmp_path / "vocab.json").read_text())
+    spelled = [[letters[each] for each in word] for word in ("low", "high")]
+    padded = np.array([[*tokens, *[-100] * (6 - len(tokens))] for tokens in spelled])
+    assert seen[0](EvalPrediction(padded, padded)) == {"wer": 0.0}
+
+
+def test_models_without_a_table_of_positions_take_blocks_of_any_length(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    monkeypatch.chdir(inputs)
+    BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=1, n_head=2, **SIZES)).save_pretrained(tmp_path / "base")
+    script("make_smoke_inputs.py").byte_tokenizer().save_pretrained(tmp_path / "base")
+    settings = tmp_path / "base" / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace('"model_max_length": 256', '"model_max_length": 4096'))
+    (tmp_path / "text.txt").write_text("some words " * 1000)
+    words = ["--model_name_or_path", str(tmp_path / "base"), "--train_file", str(tmp_path / "text.txt"), *TINY]
+    script("run_clm.py").main([*words, "--block_size", "1100", "--do_train", "--output_dir", str(tmp_path / "out")])
+    assert results(tmp_path / "out")["train_samples"] == 10

@@ -64,6 +64,7 @@ def refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
             "load_in_4bit and load_in_8bit exclude each other",
         ),
         ("run_glue.py", [*SST2, "--init_lora_weights", "eva"], "init_lora_weights='eva' must be one of true, false"),
+        ("run_glue.py", [*SST2, "--init_lora_weights", "pissa_niter_4"], "nobody could load the adapter exactly"),
         ("run_glue.py", [*SST2, "--lora_pro_mode", "fast"], "--lora_pro_mode"),
         ("run_glue.py", ["--train_file", f"{DATA}/sst2.jsonl"], "--model_name_or_path"),
         ("run_glue.py", ["no.yaml"], "cannot read the recipe"),
@@ -154,11 +155,13 @@ def test_resuming_where_there_is_no_checkpoint_is_refused(refusal: Callable[...,
     assert "has no checkpoint. Leave it out to start anew" in refusal("run_clm.py", *words)
 
 
-def test_a_saved_adapter_is_evaluated_and_trained_further(tmp_path: Path) -> None:
+def test_a_saved_adapter_is_evaluated_and_trained_further(tmp_path: Path, refusal: Callable[..., str]) -> None:
     main, trained = script("run_glue.py").main, tmp_path / "trained"
     main([*SST2, *TINY, "--do_train", "--do_eval", "--output_dir", str(trained)])
     check_adapter(trained, "run_glue.py")
     known = [*SST2, *TINY, "--adapter_name_or_path", str(trained)]
+    other = [*known, "--lora_r", "4", "--do_eval"]
+    assert "has r=2, which --lora_r 4 cannot change" in refusal("run_glue.py", *other)
     main([*known, "--do_eval", "--output_dir", str(tmp_path / "judged")])
     # the head too is the trained one
     assert results(tmp_path / "judged")["eval_loss"] == pytest.approx(results(trained)["eval_loss"], rel=1e-6)
@@ -263,7 +266,7 @@ def test_card_and_hub_flags_reach_the_push(tmp_path: Path, monkeypatch: pytest.M
     out = tmp_path / "mine"
     script("run_glue.py").main([*SST2, *TINY, *hub, "--task_name", "sst2", "--do_train", "--output_dir", str(out)])
     assert len(pushed) == 2  # `save_model` pushes too, as in `Trainer`
-    assert pushed[-1] == {"finetuned_from": LLAMA, "tasks": "text-classification", "dataset": "sst2"}
+    assert pushed[-1] == {"tasks": "text-classification", "dataset": "sst2"}  # the model is a local folder's
     arguments = torch.load(out / "training_args.bin", weights_only=False)
     assert (arguments.hub_model_id, arguments.hub_private_repo, arguments.hub_strategy) == ("me/mine", True, "end")
 

@@ -186,6 +186,12 @@ def test_instructions_are_trained_and_resumed(model: Path, tmp_path: Path):
     assert any(bool(factor.any()) for name, factor in whole.items() if "lora_B" in name)
 
 
+def test_assistant_only_loss_takes_instructions_put_as_conversations(model: Path, tmp_path: Path):
+    more = (*NAMED, "--prompt_template", "chat", "--assistant_only_loss")
+    script("run_sft").main(flags(model, tmp_path / "out", questions(tmp_path), *more))
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
 def test_without_do_train_it_trains_as_trl_does(model: Path, tmp_path: Path):
     rows = [
         {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}."}]}
@@ -278,3 +284,13 @@ def test_messages_need_a_chat_template(model: Path, tmp_path: Path, capsys: pyte
     pairs = rows_file(tmp_path / "pairs.jsonl", [{"chosen": turns[0], "rejected": turns[1]}] * 4)
     assert "no chat template" in refused("run_dpo", flags(bare, output, pairs), capsys)
     assert "there is no column chosen" in refused("run_dpo", flags(bare, output, data), capsys)
+
+
+def test_models_that_mark_languages_by_tokens_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = script("run_seq2seq")
+    marking = type("Marking", (), {"set_src_lang_special_tokens": None})
+    monkeypatch.setattr(program, "AutoTokenizer", type("Auto", (), {"from_pretrained": lambda *a, **k: marking()}))
+    words = ["--model_name_or_path", "marking", "--train_file", str(questions(tmp_path)), "--do_train", "--use_cpu"]
+    assert "marks languages by tokens of its own" in refused("run_seq2seq", words, capsys)

@@ -240,6 +240,15 @@ def test_resumes_to_the_bit_beside_another_adapter(tmp_path: Path):
     assert_same_parameters(again.model, whole.model)
 
 
+def test_measuring_the_gap_leaves_trls_own_logs_alone(tmp_path: Path):
+    trainer, _ = trainer_of("SFT", "mixin", tmp_path, lora_pro_log_gap=1)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 2
+    assert all("mean_token_accuracy" in entry for entry in logged)
+    assert any("lora_pro_gap/lora_pro_gap" in entry for entry in trainer.state.log_history)
+
+
 def test_trl_names_stay_on_the_card(tmp_path: Path):
     trainer, _ = trainer_of("SFT", "mixin", tmp_path, max_steps=1)
     trainer.train()

@@ -144,7 +144,8 @@ class GradientGapCallback(TrainerCallback):
             state.log_history.append({**metrics, "epoch": state.epoch, "step": state.global_step})
             return
         should_log = control.should_log  # a log of ours is not the one that is due
-        self._trainer.log(metrics)
+        # not the trainer's own `log`: TRL's would empty there what it has gathered for the log that is due
+        Trainer.log(self._trainer, metrics)
         control.should_log = should_log
 
     def on_train_end(

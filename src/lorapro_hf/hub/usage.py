@@ -117,6 +117,9 @@ _TASKS = {
     ),
 }  # fmt: skip
 
+# checkpoints for these tasks have heads of their own sizes, which the adapter's head replaces
+_NEW_HEADS = ("AutoModelForCTC", "AutoModelForImageClassification", "AutoModelForAudioClassification")
+
 
 def base_of(model: Any) -> Any:
     """The model inside PEFT's wrapper, with the adapter in it; the model itself where there is no wrapper."""
@@ -173,6 +176,10 @@ def loading_snippet(model: Any, task: Task, source: Source, processor: Any = Non
     """
     base = base_of(model)
     labels = f", num_labels={base.config.num_labels}" if task.has_labels else ""
+    if task.auto_class == "AutoModelForCTC":  # the head has a place for each letter of the training set
+        labels = f", vocab_size={base.config.vocab_size}"
+    if task.auto_class in _NEW_HEADS:
+        labels += ", ignore_mismatched_sizes=True"
     lines = [f'adapter = "{source.adapter}"']
     if task.auto_class:
         imported = sorted(filter(None, [task.auto_class, task.processor_class]))

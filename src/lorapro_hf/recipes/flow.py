@@ -111,6 +111,9 @@ def run(
         All metrics, by their names in `all_results.json`.
     """
     arguments = trainer.args
+    card = dict(card or {})
+    if "finetuned_from" in card and Path(card["finetuned_from"]).exists():
+        del card["finetuned_from"]  # a path of this machine, which the Hub would refuse as the name of a model
     found: dict[str, float] = {}
     if arguments.do_train:
         result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments))
@@ -126,9 +129,9 @@ def run(
         if save_predictions is not None and trainer.is_world_process_zero():
             save_predictions(output)
     if arguments.push_to_hub:
-        trainer.push_to_hub(**(card or {}))
+        trainer.push_to_hub(**card)
     elif arguments.do_train:
-        trainer.create_model_card(**(card or {}))
+        trainer.create_model_card(**card)
     return found
 
 

@@ -56,7 +56,7 @@ class Accuracy(OfflineMetric):
 
 
 class AccuracyAndF1(OfflineMetric):
-    """Share of right labels, and F1 of label 1."""
+    """Share of right labels, F1 of label 1, and the mean of both."""
 
     name = "accuracy_and_f1"
 
@@ -64,7 +64,8 @@ class AccuracyAndF1(OfflineMetric):
         from sklearn.metrics import f1_score
 
         right = float(np.mean(np.asarray(predictions) == np.asarray(references)))
-        return {"accuracy": right, "f1": float(f1_score(references, predictions))}
+        f1 = float(f1_score(references, predictions))
+        return {"accuracy": right, "f1": f1, "combined_score": (right + f1) / 2}
 
 
 class MatthewsCorrelation(OfflineMetric):
@@ -191,9 +192,19 @@ def of_labels(name: str, is_regression: bool = False) -> Callable[[Any], dict[st
     metric = load_metric(name)
 
     def compute(prediction: Any) -> dict[str, float]:
-        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-        values = np.squeeze(logits, axis=-1) if is_regression else np.argmax(logits, axis=-1)
+        values = labels_in(prediction.predictions, is_regression)
         found: dict[str, float] = metric.compute(predictions=values, references=prediction.label_ids)
         return found
 
     return compute
+
+
+def labels_in(predictions: Any, is_regression: bool = False) -> Any:
+    """The labels, or the numbers where `is_regression`, in what a `Trainer` predicts.
+
+    Args:
+        predictions: logits, or a tuple that begins with them, as of models that return the states of an encoder too.
+        is_regression: whether the model returns one number.
+    """
+    logits = predictions[0] if isinstance(predictions, tuple) else predictions
+    return np.squeeze(logits, axis=-1) if is_regression else np.argmax(logits, axis=-1)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from peft.utils import ModulesToSaveWrapper
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorapro_hf.options import UsageError
 
@@ -37,7 +39,10 @@ class ModelArguments:
     )
     dtype: str | None = field(
         default=None,
-        metadata={"help": "Precision of the base model; by default the checkpoint's.", "choices": list(DTYPES)},
+        metadata={
+            "help": "Precision of the base model; by default the checkpoint's (under transformers 4 float32).",
+            "choices": list(DTYPES),
+        },
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention: eager, sdpa, flash_attention_2, ..."}
@@ -101,15 +106,17 @@ class AdapterArguments:
     use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed adapter (DoRA)."})
     init_lora_weights: str = field(
         default="true",
-        metadata={"help": "Start of the factors: true (B = 0), gaussian, orthogonal, olora, pissa, pissa_niter_16."},
+        metadata={"help": "Start of the factors: true (B = 0), gaussian, orthogonal, olora, pissa."},
     )
 
     def __post_init__(self) -> None:
         name = self.init_lora_weights = str(self.init_lora_weights).lower()
-        if name not in _INITS and not re.fullmatch(r"pissa_niter_\d+", name):
+        if name.startswith("pissa_niter"):  # PEFT starts it anew when it loads the adapter, at random
+            raise UsageError(f"init_lora_weights={name!r}: nobody could load the adapter exactly; take pissa instead.")
+        if name not in _INITS:
             raise UsageError(
-                f"init_lora_weights={name!r} must be one of {', '.join(_INITS)} or pissa_niter_<number>. Others (eva, "
-                "corda, lora_ga, loftq) need data or a second model first: prepare the adapter in a script of your own."
+                f"init_lora_weights={name!r} must be one of {', '.join(_INITS)}. Others (eva, corda, lora_ga, loftq) "
+                "need data or a second model first: prepare the adapter in a script of your own."
             )
 
     def lora_config(self, task_type: str | None) -> LoraConfig:
@@ -137,7 +144,7 @@ class AdapterArguments:
         )
 
 
-def load_model(auto_class: Any, arguments: ModelArguments, **kwargs: Any) -> PreTrainedModel:
+def load_model(auto_class: Any, arguments: ModelArguments, **kwargs: Any) -> Any:
     """The base model, quantized if asked for.
 
     Args:
@@ -145,6 +152,11 @@ def load_model(auto_class: Any, arguments: ModelArguments, **kwargs: Any) -> Pre
         arguments: which one.
         **kwargs: passed on to `from_pretrained` (`config`, `num_labels`, ...).
     """
+    if arguments.config_name is not None and "config" not in kwargs:
+        config, unused = AutoConfig.from_pretrained(
+            arguments.config_name, return_unused_kwargs=True, **arguments.hub_kwargs, **kwargs
+        )
+        kwargs = {**unused, "config": config}
     kwargs = {**arguments.hub_kwargs, **kwargs}
     if arguments.dtype is not None:
         kwargs["dtype"] = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
@@ -186,6 +198,7 @@ def add_adapter(
     task_type: str | None,
     gradient_checkpointing: bool = False,
     head: str | None = None,
+    new_layers: Collection[str] = (),
 ) -> PeftModel:
     """The model with a new adapter, or the one that the arguments name, everything else frozen.
 
@@ -196,6 +209,7 @@ def add_adapter(
         gradient_checkpointing: whether the training will recompute activations, for which the inputs of the first
             layer need gradients.
         head: a layer that the task adds, to be trained whole; for tasks of which PEFT knows no name.
+        new_layers: from `layers_without_weights`; trained whole too, since nobody could load them again otherwise.
     """
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(
@@ -205,18 +219,65 @@ def add_adapter(
         )
     elif gradient_checkpointing:
         model.enable_input_require_grads()
+    own = {"classifier", "score"} if task_type == "SEQ_CLS" else set()  # which PEFT trains by itself
+    heads = {*new_layers, *own, head}
     if arguments.adapter_name_or_path is not None:
-        return continued_adapter(model, arguments)
+        return _with_wide_heads(continued_adapter(model, arguments), heads)
     config = arguments.lora_config(task_type)
     if head is not None:
         config.modules_to_save = [*(config.modules_to_save or []), head]
+    new = sorted({*new_layers} - own)
+    if new:
+        config.modules_to_save = [*(config.modules_to_save or []), *new]
+        config.exclude_modules = rf"(.*\.)?({'|'.join(map(re.escape, new))})(\..*)?"  # not for `all-linear` to adapt
     adapted = get_peft_model(model, config)
     targets = adapted.active_peft_config.target_modules
     if isinstance(targets, set) and head is not None:
         targets.discard(head)  # `all-linear` lists it, and then PEFT would save a head named lm_head twice
-    return adapted
+    return _with_wide_heads(adapted, heads)
+
+
+def layers_without_weights(model: PreTrainedModel, missing_keys: Collection[str]) -> set[str]:
+    """The layers that start at random because the checkpoint has none: heads, and what leads from the model to them.
+
+    Args:
+        model: as loaded.
+        missing_keys: of `from_pretrained(..., output_loading_info=True)`.
+    """
+    prefix = f"{model.base_model_prefix}."
+    inside = {key.rpartition(".")[0] for key in missing_keys if key.startswith(prefix)}
+    return inside | {key.partition(".")[0] for key in missing_keys if not key.startswith(prefix)}
 
 
 def continued_adapter(model: PreTrainedModel, arguments: AdapterArguments) -> PeftModel:
-    """The model with the adapter that the arguments name, ready to train on."""
-    return PeftModel.from_pretrained(model, arguments.adapter_name_or_path, is_trainable=True)
+    """The model with the adapter that the arguments name, ready to train on.
+
+    Raises:
+        UsageError: if they also ask for settings that this adapter does not have.
+    """
+    adapted = PeftModel.from_pretrained(model, arguments.adapter_name_or_path, is_trainable=True)
+    asked, has = arguments.lora_config(None), adapted.active_peft_config
+    for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"):
+        flag = name if name.startswith(("lora_", "use_")) else f"lora_{name}"
+        default = type(arguments).__dataclass_fields__[flag].default
+        if getattr(asked, name) not in (default, getattr(has, name)):
+            raise UsageError(
+                f"the adapter {arguments.adapter_name_or_path} has {name}={getattr(has, name)}, which "
+                f"--{flag} {getattr(asked, name)} cannot change; leave the flag out, or train a new adapter."
+            )
+    return adapted
+
+
+def _with_wide_heads(model: PeftModel, names: Collection[str | None]) -> PeftModel:
+    """Heads that are trained whole in float32, as PEFT has it for factors: in less, small steps are rounded away."""
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and any(f".{name}".endswith(f".{each}") for each in names):
+            narrow = any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in module.parameters())
+            if narrow:
+                module.modules_to_save.float()
+                module.register_forward_pre_hook(_widen)
+    return model
+
+
+def _widen(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)

@@ -135,6 +135,8 @@ def test_full_mode_raises():
         LoRAProCallback(LoRAProConfig(mode="full"))
     with pytest.raises(TypeError, match=r"must be a LoRAProConfig or a dictionary of its settings .* got 'efficient'"):
         LoRAProCallback("efficient")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"cannot run update='sequential'.*LoRAProTrainer"):
+        LoRAProCallback({"update": "sequential"})
     assert LoRAProCallback({"x_mode": "zero"}).config == LoRAProConfig(mode="efficient", x_mode="zero")
 
 

@@ -31,6 +31,7 @@ from lorapro_hf.comparison.tasks import load_task
 from lorapro_hf.comparison.tasks.base import Task
 from lorapro_hf.comparison.tasks.models import truncated
 from lorapro_hf.comparison.tasks.sources import docstrings, library_code, table
+from lorapro_hf.config import MODES, UPDATES
 from lorapro_hf.options import UsageError
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "compare"
@@ -82,8 +83,7 @@ def test_shipped_comparisons_are_valid_and_open_with_their_launch_line(path: Pat
 
 def test_every_mode_and_update_of_lora_pro_is_there() -> None:
     ours = {(m.settings["mode"], m.settings["update"]) for m in METHODS.values() if m.is_lora_pro}
-    both = {(mode, update) for mode in ("full", "full_8bit", "factored") for update in ("linear", "sequential")}
-    assert ours == both | {("efficient", "linear")}
+    assert ours == {(mode, update) for mode in MODES for update in UPDATES}
 
 
 def test_a_variant_adds_to_its_method() -> None:

@@ -36,6 +36,7 @@ CONFIGS = [
     {"mode": "full", "update": "sequential"},
     {"mode": "factored", "update": "linear"},
     {"mode": "full", "moments_dtype": "bfloat16"},
+    {"mode": "efficient", "update": "sequential"},
 ]
 each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: "-".join(config.values()))
 # Every third pair has no gradient now and then.
@@ -102,8 +103,13 @@ class Oracle:
             h = reference.factor_gradients(g, A, B, self.scaling)
             for parameter, gradient in zip(self.parameters, h, strict=True):
                 parameter.grad = gradient
+            before = self.A, self.B
             self.adamw.step()
-            self.A, self.B = (parameter.detach() for parameter in self.parameters)
+            self.A, self.B = (parameter.detach().clone() for parameter in self.parameters)
+            if self.update == "sequential":
+                kept_A, kept_B = ((1 - LR * DECAY) * factor for factor in before)
+                self.A = kept_A + reference.change_through(self.A - kept_A, kept_B, self.B)
+                self.parameters[0].data = self.A.clone()
             return
         projected = reference.projected_gradient(g, A, B)
         if self.mode == "factored":
@@ -130,6 +136,7 @@ class Oracle:
         {"mode": "factored"},
         {"mode": "factored", "update": "linear"},
         {"mode": "efficient"},
+        {"mode": "efficient", "update": "sequential"},
     ],
     ids=lambda config: "-".join(config.values()),
 )

@@ -70,7 +70,6 @@ def test_bad_construction(changes, message):
         ({"update": "one"}, "update='one' is unknown; valid values are None, 'linear', 'sequential'"),
         ({"moments_dtype": "float16"}, "moments_dtype='float16' is unknown; valid values are 'float32', 'bfloat16'"),
         ({"backend": "cuda"}, "backend='cuda' is unknown; valid values are 'auto', 'torch', 'compiled', 'triton'"),
-        ({"mode": "efficient", "update": "sequential"}, "mode 'efficient' runs Adam on the factors"),
         ({"mode": "full_8bit", "moments_dtype": "bfloat16"}, "is for mode 'full' only, not for mode 'full_8bit'"),
         ({"mode": "factored", "backend": "torch"}, "backend='torch' is for modes 'full' and 'full_8bit'"),
         ({"rtol": 2.0}, r"rtol=2.0 must be a number in \[0, 1\)"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lorapro_hf import reference
 from lorapro_hf.bases import RowBasis, row_basis
-from lorapro_hf.sequential import Rates, select, sequential_step, spend_direction
+from lorapro_hf.sequential import Rates, change_through, select, sequential_step, spend_direction
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -134,6 +134,22 @@ def test_from_zero_B_the_weight_takes_the_best_part_of_u_in_the_columns_of_uAt(t
     # B alone moves as in the paper, whose A stays where it is.
     _, h_B = reference.factor_gradients(u[0], A[0], torch.zeros(12, 3), 2.0)
     torch.testing.assert_close(step.Bt[0], -0.1 * h_B.T)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=shapes, size_of_B=st.sampled_from([1.0, 1e-3, 0.0]))
+def test_a_change_acts_through_the_new_B_without_a_cross_term(shape, size_of_B):
+    A, Bt, _ = random_pairs(**shape)
+    Bt = size_of_B * Bt
+    generator = torch.Generator().manual_seed(shape["seed"] + 1)
+    change, change_B = (torch.randn(f.shape, generator=generator, dtype=torch.float64) for f in (A, Bt))
+    new_Bt = Bt + 0.1 * change_B
+    new_A = A + change_through(change, Bt, row_basis(new_Bt))
+    for k in range(len(A)):
+        P_B = torch.linalg.pinv(new_Bt[k], rtol=1e-6) @ new_Bt[k]
+        promised = P_B @ Bt[k].mT @ change[k] + 0.1 * change_B[k].mT @ A[k]
+        found = new_Bt[k].mT @ new_A[k] - Bt[k].mT @ A[k]
+        torch.testing.assert_close(found, promised, rtol=1e-8, atol=1e-9)
 
 
 def test_zero_A_leaves_the_step_to_A():

@@ -21,6 +21,7 @@ CONFIGS = [
     {"mode": "full_8bit", "update": "sequential"},
     {"mode": "full", "moments_dtype": "bfloat16"},
     {"mode": "factored", "update": "linear"},
+    {"mode": "efficient", "update": "sequential"},
 ]
 each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: "-".join(config.values()))
 with_dense_moments = pytest.mark.parametrize(

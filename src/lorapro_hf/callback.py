@@ -62,7 +62,8 @@ class LoRAProCallback(TrainerCallback):
         last_grad_norm: Global norm of the adjusted gradients of the last step, a 0-dim tensor; `None` before it.
 
     Raises:
-        ValueError: for `mode="full"`, and at the start of training for a model without trainable LoRA pairs.
+        ValueError: for settings other than the linear update of mode efficient, and at the start of training for a
+            model without trainable LoRA pairs.
         RuntimeError: at the start of training, if the optimizer is a `LoRAProAdamW` or the run is under DeepSpeed,
             FSDP1 or Megatron-LM; at a step, if no pair has a gradient.
     """
@@ -75,6 +76,11 @@ class LoRAProCallback(TrainerCallback):
             raise ValueError(
                 f"LoRAProCallback cannot run mode={config.mode!r}: its moments live in LoRAProAdamW. Use "
                 'LoRAProConfig(mode="efficient"), or train with LoRAProTrainer or LoRAProAdamW.'
+            )
+        if config.is_sequential:
+            raise ValueError(
+                "LoRAProCallback cannot run update='sequential': the factors are stepped by your optimizer. Use "
+                "update='linear', or train with LoRAProTrainer or LoRAProAdamW."
             )
         if config.master_factors:
             raise ValueError(

@@ -37,7 +37,7 @@ class LoRAProConfig:
         update: How a step is spent on the two factors: `"linear"`, the paper's, moves both at once along their
             gradients; `"sequential"` moves B first and then A against the new B, so that the weight moves as meant and
             not only to first order. `None`: the mode's own, sequential for `"factored"` and linear for the others.
-            `"efficient"` knows only linear.
+            In `"efficient"` it is the change that AdamW asks of A that then acts through the new B.
         rtol: Directions of a factor whose squared singular value is at most `rtol` times the largest one count as
             absent. `None` picks a value from the dtype, see `project_lora_gradients`.
         moments_dtype: `"bfloat16"` halves the memory of mode `"full"`, its only user. The second moment is then rounded
@@ -78,11 +78,6 @@ class LoRAProConfig:
         if self.rtol is not None and not (isinstance(self.rtol, int | float) and 0.0 <= self.rtol < 1.0):
             raise ValueError(
                 f"rtol={self.rtol!r} must be a number in [0, 1), or None for a value chosen from the dtype."
-            )
-        if self.update == "sequential" and self.mode == "efficient":
-            raise ValueError(
-                "update='sequential' spends the step that Adam asks of the weight, but mode 'efficient' runs Adam on "
-                "the factors. Use mode 'full', 'full_8bit' or 'factored', or update='linear'."
             )
         if self.moments_dtype != "float32" and self.mode != "full":
             raise ValueError(

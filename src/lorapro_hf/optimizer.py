@@ -166,7 +166,7 @@ class LoRAProAdamW(PairOptimizer):
             groups = (self.param_groups[each.stack.groups[0]], self.param_groups[each.stack.groups[1]])
             moments.count_step(each.live, there)
             if self.config.mode == "efficient":
-                efficient_step(each, adjusted.pop(), moments, groups, there)
+                efficient_step(each, adjusted.pop(), moments, groups, there, self.config)
             elif self.config.mode == "factored":
                 factored_mode_step(each, moments, groups, there, self.config)
             else:

@@ -113,6 +113,11 @@ def sequential_step(
     return A - lr_A / scaling * torch.linalg.pinv(new_B, rtol=RTOL) @ rest, new_B
 
 
+def change_through(change: Tensor, B: Tensor, new_B: Tensor) -> Tensor:
+    """`B'⁺ B change` `(r, n)`: what A has to change by so that `B'A` moves as `change` would have moved `BA`."""
+    return torch.linalg.pinv(new_B.double(), rtol=RTOL) @ B.double() @ change.double()
+
+
 class DenseFactoredAdamW(DenseFullAdamW):
     """AdamW of the factored mode on one pair, in float64: a dense first moment that is kept in the tangent space.
 

@@ -140,6 +140,21 @@ def spend_direction(
     return SequentialStep(new_A, new_Bt, basis_B)
 
 
+def change_through(change: Tensor, Bt: Tensor, basis_B: RowBasis) -> Tensor:
+    """`B'⁺ B change` `(K, r, n)`: the change of A that moves `B'A` as `change` moves `BA`, as far as B' can.
+
+    With it, and B going to B', `s (B'A' − BA) = s [P_B' B change + (B' − B) A]`: no product of two changes. From B = 0
+    nothing is asked of A, and right after it, where `change` was made for a B that B' has long outgrown, A moves the
+    less, the larger B' is beside B.
+
+    Args:
+        change: `(K, r, n)`.
+        Bt: `(K, r, m)`, the transpose of the B that the change was made for.
+        basis_B: `row_basis` of the transpose of B'.
+    """
+    return (basis_B.whitening @ (basis_B.rows @ Bt.mT)) @ change
+
+
 class _Products(NamedTuple):
     """A direction known by its products with the factors."""
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorapro_hf.bases import row_bases
+from lorapro_hf.bases import row_bases, row_basis
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.factored import Bases, FactoredState, factored_step
 from lorapro_hf.kernels.dense import dense_update
 from lorapro_hf.moments import StackMoments
 from lorapro_hf.projection import Coordinates, factor_gradients_, outside_
-from lorapro_hf.sequential import Rates, sequential_step, settle
+from lorapro_hf.sequential import Rates, change_through, select, sequential_step, settle
 from lorapro_hf.stacks import Rows, StackGradient, store_layers
 
 Group = dict[str, Any]
@@ -32,19 +32,23 @@ def longest_adjusted(read: StackGradient, norm: Tensor) -> Tensor:
 
 
 def efficient_step(
-    read: StackGradient, h: Rows, moments: StackMoments, groups: tuple[Group, Group], skip: Tensor
+    read: StackGradient,
+    h: Rows,
+    moments: StackMoments,
+    groups: tuple[Group, Group],
+    skip: Tensor,
+    config: LoRAProConfig,
 ) -> None:
     """AdamW on the factors with their adjusted gradients, in the dtype of the moments."""
     stack = read.stack
     moments.refresh_masters()
-    layers = (
-        ("A", groups[0], stack.layers_A(read.factors.A), stack.layers_A(h.A)),
-        ("B", groups[1], stack.layers_B(read.factors.B), stack.layers_B(h.B)),
-    )
-    for position, (factor, group, values, gradients) in enumerate(layers):
-        master = moments.masters[position]  # stepped in place where there is one
-        values, gradients = values.contiguous() if master is None else master, gradients.contiguous()
-        states = (values, gradients, moments[factor, "exp_avg"], moments[factor, "exp_avg_sq"])
+    own = stack.layers_A(read.factors.A), stack.layers_B(read.factors.B)
+    # stepped in place
+    after = [x.contiguous() if master is None else master for x, master in zip(own, moments.masters, strict=True)]
+    before = stack.rows(*(values.clone() for values in after)) if config.is_sequential else None
+    gradients = stack.layers_A(h.A), stack.layers_B(h.B)
+    for factor, group, values, of_factor in zip("AB", groups, after, gradients, strict=True):
+        states = (values, of_factor.contiguous(), moments[factor, "exp_avg"], moments[factor, "exp_avg_sq"])
         if moments.uniform and read.live is None:
             one_by_one = [[each] for each in states]
             steps = [moments.steps[0]]
@@ -53,7 +57,31 @@ def efficient_step(
             one_by_one = [[each[index] for index in indices] for each in states]
             steps = [moments.steps[index] for index in indices]
         fused_adamw(one_by_one[0], one_by_one[1], one_by_one[2], one_by_one[3], steps, group, skip)
+    if before is not None:
+        _let_A_follow_(read, before, after, moments, groups, skip, config)
+    for position, values in enumerate(after):
         store_layers([factors[position] for factors in stack.factors], values, read.live)
+
+
+def _let_A_follow_(
+    read: StackGradient,
+    before: Rows,
+    after: list[Tensor],
+    moments: StackMoments,
+    groups: tuple[Group, Group],
+    skip: Tensor,
+    config: LoRAProConfig,
+) -> None:
+    """Have the change that AdamW has made to A act through the B that AdamW has made, as far as that B can."""
+    stack = read.stack
+    keep_A, keep_B = (1 - group["lr"] * group["weight_decay"] for group in groups)
+    A, Bt = stack.rows(*after)
+    dtype_B = moments.factors(read.factors)[1][1]
+    if dtype_B is not None:
+        Bt = Bt.to(dtype_B).to(Bt.dtype)
+    kept = keep_A * before.A
+    change = change_through(A - kept, keep_B * before.B, row_basis(Bt, config.rtol))
+    after[0].copy_(stack.layers_A(select(active_entries(read, skip), kept.add_(change), before.A)))
 
 
 def full_step(

@@ -66,7 +66,7 @@ class LoRAProTrainingArguments(TrainingArguments):
         _DEFAULTS.x_mode,
         X_MODES,
         "Which of the equivalent factor gradients to take; 'sylvester' is the paper's. Without effect on a sequential "
-        "update.",
+        "update, but in mode 'efficient'.",
     )
     lora_pro_update: str | None = _choice(
         _DEFAULTS.update,

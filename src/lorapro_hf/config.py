@@ -33,7 +33,7 @@ class LoRAProConfig:
             of the two factors, with learning rates of LoRA.
         x_mode: Which of the equivalent factor gradients to take: `"sylvester"` (closest to LoRA's own gradients, the
             paper's choice), `"zero"` or `"symmetric"` (both factors contribute alike). Without effect on a sequential
-            update, which has no such freedom.
+            update of modes other than `"efficient"`, which has no such freedom.
         update: How a step is spent on the two factors: `"linear"`, the paper's, moves both at once along their
             gradients; `"sequential"` moves B first and then A against the new B, so that the weight moves as meant and
             not only to first order. `None`: the mode's own, sequential for `"factored"` and linear for the others.
@@ -99,6 +99,13 @@ class LoRAProConfig:
     def is_sequential(self) -> bool:
         """Whether a step moves B first and then A against the new B."""
         return (self.update or _OWN_UPDATES.get(self.mode, "linear")) == "sequential"
+
+    @property
+    def described_update(self) -> str:
+        """The update, and the choice of X where it has one, for people to read."""
+        if not self.is_sequential:
+            return f"linear ({self.x_mode})"
+        return f"sequential ({self.x_mode})" if self.mode == "efficient" else "sequential"
 
     @classmethod
     def of(cls, settings: LoRAProConfig | Mapping[str, Any] | None) -> LoRAProConfig:

@@ -320,7 +320,7 @@ class LoRAProTrainerMixin(HubMixin):
             "LoRA-Pro: %d pairs, mode=%s, update=%s, optimizer state about %s",
             len(optimizer.pairs),
             optimizer.config.mode,
-            "sequential" if optimizer.config.is_sequential else f"linear ({optimizer.config.x_mode})",
+            optimizer.config.described_update,
             readable_bytes(optimizer.estimated_state_bytes()),
         )
 

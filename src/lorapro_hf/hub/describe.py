@@ -48,7 +48,7 @@ def describe_lora_pro(model: nn.Module, settings: Settings) -> dict[str, str]:
     config = settings.config
     rows = {
         "mode": config.mode,
-        "update": "sequential" if config.is_sequential else f"linear ({config.x_mode})",
+        "update": config.described_update,
         **_unusual(config.to_dict()),
     }
     try:

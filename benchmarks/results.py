@@ -1,0 +1,299 @@
+"""What did the comparison show, in words and against what was promised? Writes docs/results.md.
+
+    python benchmarks/results.py           # after: make compare-small ARGS="--report_dir docs/results"
+    python benchmarks/results.py --check   # exit code 1 if docs/results.md says something else
+
+Everything comes from `docs/results/summary.json`, which `lorapro compare` wrote, and `docs/pictures/gradient_gap.json`,
+which `docs/pictures/gradient_gap.py` wrote: no figure is typed in, and no run of the comparison is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lorapro_hf.memory import readable_bytes
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE, SUMMARY, GAP = DOCS / "results.md", DOCS / "results" / "summary.json", DOCS / "pictures" / "gradient_gap.json"
+LORA, FULL = "lora", "full"
+OURS = ("pro_full_sequential", "pro_full_linear")
+FACTORED = "pro_factored_sequential"
+SHARE, STEP = 0.8, 3.0  # of the gap to close; the factor between neighbors of a grid
+
+Summary = Mapping[str, Any]
+Method = Mapping[str, Any]
+
+
+def method(comparison: Summary, name: str) -> Method | None:
+    """A method's row if it finished at some rate."""
+    found = next((each for each in comparison["methods"] if each["method"] == name), None)
+    return found if found is not None and found["learning_rate"] is not None else None
+
+
+def title(comparison: Summary) -> str:
+    """How a comparison is called."""
+    return f"{comparison['task'].replace('_', ' ')}, r = {comparison['rank']}"
+
+
+def loss(row: Method) -> str:
+    """Mean and standard deviation of the test loss."""
+    test = row["test"]["loss"]
+    return f"{test['mean']:.3f}" + ("" if test["std"] is None else f" ± {test['std']:.3f}")
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table of Markdown."""
+    lines = [list(header), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def losses(comparisons: list[Summary]) -> str:
+    """Every method on every task at its own best rate."""
+    rows = []
+    for name, label in {each["method"]: each["title"] for c in comparisons for each in c["methods"]}.items():
+        cells = []
+        for comparison in comparisons:
+            row = method(comparison, name)
+            cells.append("none finished" if row is None else f"{loss(row)} ({row['learning_rate']:g}{edge(row)})")
+        rows.append([label, *cells])
+    return table(["method", *map(title, comparisons)], rows)
+
+
+def edge(row: Method) -> str:
+    """A mark where a better rate may lie beyond the grid."""
+    return {"lowest": " ↓", "highest": " ↑"}.get(row["at_edge"] or "", "")
+
+
+def against_lora(comparison: Summary) -> str:
+    """Who is better than LoRA and who is worse, on how many seeds."""
+    parts: dict[str, list[str]] = {"better": [], "worse": [], "apart": []}
+    for row in comparison["methods"]:
+        test = row["against_baseline"]
+        if test is None:
+            continue
+        every = {test["seeds"]: "better", 0: "worse"}.get(test["better"], "apart")
+        parts[every].append(f"{row['title']} ({test['difference']:+.3f})")
+    words = {
+        "better": "Better than tuned LoRA on every seed",
+        "worse": "worse on every seed",
+        "apart": "now better, now worse",
+    }
+    said = [f"{words[kind]}: {', '.join(names) if names else 'none'}" for kind, names in parts.items()]
+    return f"**{title(comparison)}.** " + "; ".join(said) + "."
+
+
+def costs(comparisons: list[Summary]) -> str:
+    """What each method takes, on the first task."""
+    first = comparisons[0]
+    rows = []
+    for row in first["methods"]:
+        cost = row["cost"]
+        if row["learning_rate"] is None:
+            continue
+        rows.append(
+            [
+                row["title"],
+                f"{cost['step_ms']:.0f}",
+                f"{cost['optimizer_ms']:.1f}",
+                readable_bytes(cost["state_bytes"]),
+                f"{int(cost['trainable']):,}",
+            ]
+        )
+    return table(["method", "step, ms", "of it optimizer, ms", "optimizer state", "trained parameters"], rows)
+
+
+def targets(comparisons: list[Summary], gap: Mapping[str, Any]) -> str:
+    """What was promised, what came out, and whether the promise is kept."""
+    rows = [
+        [
+            "equivalent gradient closer to the true one than plain LoRA's, on every layer and step measured",
+            f"closer in {gap['closer']} of {gap['measured']} measurements",
+            verdict(gap["closer"] == gap["measured"]),
+        ],
+        [
+            "sequential step: equal to its formula to 1e-5 in float32, from the first on",
+            f"largest error {gap['largest_step_error']:.1e} in {gap['measured_steps']} steps",
+            verdict(gap["largest_step_error"] <= 1e-5),
+        ],
+    ]
+    for name in OURS:
+        rows += [closed(comparisons, name), not_worse(comparisons, name)]
+    rows.append(factored(comparisons))
+    for name in OURS:
+        rows += [near_full(comparisons, name), as_wide(comparisons, name)]
+    return table(["target", "measured", ""], rows)
+
+
+def verdict(kept: bool) -> str:
+    """In a word."""
+    return "met" if kept else "**missed**"
+
+
+def name_of(comparisons: list[Summary], name: str) -> str:
+    """A method's title."""
+    return next(str(each["title"]) for c in comparisons for each in c["methods"] if each["method"] == name)
+
+
+def judged(
+    comparisons: list[Summary], names: tuple[str, ...], what: str, judge: Any, unless: str = "none finished"
+) -> list[str]:
+    """A row of the targets out of one judgment a task: words and whether the target is kept, `None` for neither."""
+    words, kept = [], []
+    for comparison in comparisons:
+        rows = [method(comparison, name) for name in names]
+        said, fine = (unless, False) if None in rows else judge(comparison, *rows)
+        words.append(f"{title(comparison)}: {said}")
+        kept.append(fine)
+    return [what, "; ".join(words), verdict(all(fine is not False for fine in kept))]
+
+
+def closed(comparisons: list[Summary], name: str) -> list[str]:
+    """The share of the gap that is closed."""
+
+    def judge(comparison: Summary, row: Method) -> tuple[str, bool | None]:
+        if row["gap_closed"] is None:
+            return "full fine-tuning is not better than LoRA, no gap to close", None
+        return f"{row['gap_closed']:.0%}", row["gap_closed"] >= SHARE
+
+    what = f"{name_of(comparisons, name)}: at least {SHARE:.0%} of the gap from LoRA to full fine-tuning closed"
+    return judged(comparisons, (name,), what, judge)
+
+
+def not_worse(comparisons: list[Summary], name: str) -> list[str]:
+    """The mean loss beside that of LoRA."""
+
+    def judge(comparison: Summary, row: Method, base: Method) -> tuple[str, bool]:
+        difference = row["test"]["loss"]["mean"] - base["test"]["loss"]["mean"]
+        return f"{difference:+.3f}", difference <= 0
+
+    what = f"{name_of(comparisons, name)}: never worse than tuned LoRA (difference of the mean losses)"
+    return judged(comparisons, (name, LORA), what, judge)
+
+
+def factored(comparisons: list[Summary]) -> list[str]:
+    """Factored mode beside full mode, both sequential."""
+
+    def judge(comparison: Summary, row: Method, dense: Method) -> tuple[str, bool]:
+        difference = row["test"]["loss"]["mean"] - dense["test"]["loss"]["mean"]
+        deviation = dense["test"]["loss"]["std"] or 0.0
+        share = row["cost"]["state_bytes"] / dense["cost"]["state_bytes"]
+        return f"{difference:+.3f} ({deviation:.3f}), {share:.1%} of the state", difference <= deviation
+
+    what = "factored mode: no further above full mode than one standard deviation of its seeds (in brackets)"
+    return judged(comparisons, (FACTORED, OURS[0]), what, judge)
+
+
+def near_full(comparisons: list[Summary], name: str) -> list[str]:
+    """The best rate beside that of full fine-tuning."""
+
+    def judge(comparison: Summary, row: Method, full: Method) -> tuple[str, bool]:
+        ratio = row["learning_rate"] / full["learning_rate"]
+        said = f"{row['learning_rate']:g}{edge(row)} and {full['learning_rate']:g}{edge(full)}"
+        return said, 1 / STEP * 0.9 <= ratio <= STEP * 1.2
+
+    what = f"{name_of(comparisons, name)}: best rate within one step of the grid (×{STEP:g}) of full fine-tuning's"
+    return judged(comparisons, (name, FULL), what, judge)
+
+
+def as_wide(comparisons: list[Summary], name: str) -> list[str]:
+    """How far the rate may be off, beside LoRA."""
+
+    def judge(comparison: Summary, row: Method, base: Method) -> tuple[str, bool]:
+        own, of_base = (each["good_range"][1] / each["good_range"][0] for each in (row, base))
+        return f"×{own:.3g} and ×{of_base:.3g}", own >= of_base * 0.99
+
+    what = f"{name_of(comparisons, name)}: rates within 2 % of the best loss reach as far as LoRA's"
+    return judged(comparisons, (name, LORA), what, judge)
+
+
+def page(summary: Summary, gap: Mapping[str, Any]) -> str:
+    """The whole page."""
+    comparisons = summary["comparisons"]
+    settings = summary["settings"]
+    environment = ", ".join(f"{key} {value}" for key, value in summary["environment"].items())
+    runs = sum(sum(row["runs"].values()) for c in comparisons for row in c["methods"])
+    ended = {kind: sum(row["runs"][kind] for c in comparisons for row in c["methods"]) for kind in BAD}
+    figures = "\n\n".join(
+        f"![{caption}, {title(c)}](results/figures/{c['task']}-r{c['rank']}-{figure}.png)"
+        for c in comparisons
+        for figure, caption in FIGURES.items()
+    )
+    return PAGE_TEXT.format(
+        runs=runs,
+        seeds=len(settings["seeds"]),
+        bad=", ".join(f"{count} {kind}" for kind, count in ended.items()),
+        losses=losses(comparisons),
+        against="\n\n".join(map(against_lora, comparisons)),
+        targets=targets(comparisons, gap),
+        costs=costs(comparisons),
+        first=title(comparisons[0]),
+        figures=figures,
+        environment=environment,
+    )
+
+
+BAD = ("diverged", "failed", "missing")
+FIGURES = {"loss": "Loss against steps", "rate-loss": "Final loss against learning rate"}
+PAGE_TEXT = """# Results
+
+<!-- Written by benchmarks/results.py from results/summary.json and pictures/gradient_gap.json. -->
+
+`make compare-small` trains every method at several learning rates and under {seeds} seeds on three tasks, with the \
+same batches in the same order: {runs} runs, of which {bad}. All of them are in [the report](results/report.md), \
+seed by seed. They are short trainings of small models, made to fit on two CPU cores: they show how fast methods learn \
+at their own best rate, not how a large model ends after thousands of steps. For that there are \
+`configs/compare/gpu.yaml` and the recipes in `configs/paper/`; nobody has run them with this package yet.
+
+## Test loss
+
+Mean ± standard deviation over the seeds at each method's own best learning rate (in brackets), chosen on other data. \
+↓ and ↑: that rate is the lowest or the highest of its grid, so that a better one may lie beyond.
+
+{losses}
+
+## Against LoRA
+
+Differences of the mean test losses, negative where a method is better. With {seeds} seeds no test of ranks can be \
+significant; the report has the p-values.
+
+{against}
+
+## Targets
+
+What this package set out to reach, and what was measured.
+
+{targets}
+
+The first two rows are from two trainings of SmolLM2-135M that [measure the gap](diagnostics.md#looking-at-it).
+
+## Cost
+
+{first}; medians at the best rate. Two trainings ran side by side, a core each, so that times are for comparison only: \
+[memory and speed](speed.md) has those of large models.
+
+{costs}
+
+## Curves
+
+{figures}
+
+Machine and versions: {environment}.
+"""
+
+
+def main(check: bool) -> int:
+    """Write the page, or say whether it is up to date."""
+    made = page(json.loads(SUMMARY.read_text(encoding="utf-8")), json.loads(GAP.read_text(encoding="utf-8")))
+    if check:
+        return int(PAGE.read_text(encoding="utf-8") != made)
+    PAGE.write_text(made, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main("--check" in sys.argv[1:]))

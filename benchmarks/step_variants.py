@@ -70,10 +70,20 @@ def B_first_damped(u: Tensor, A: Tensor, B: Tensor, s: float, lr: float, step: i
     return B_first(u, A, B, s, lr, step, DAMPING)
 
 
-def B_first_limited(u: Tensor, A: Tensor, B: Tensor, s: float, lr: float, step: int) -> Factors:
+def B_first_limited(u: Tensor, A: Tensor, B: Tensor, s: float, lr: float, step: int, limit: float = LIMIT) -> Factors:
     """The same, A moving by a tenth of its norm at most."""
     d_A, d_B = B_first(u, A, B, s, lr, step)
-    return (LIMIT * A.norm() / d_A.norm().clamp_min(1e-30)).clamp_max(1) * d_A, d_B
+    return (limit * A.norm() / d_A.norm().clamp_min(1e-30)).clamp_max(1) * d_A, d_B
+
+
+def B_first_limited_to_a_third(u: Tensor, A: Tensor, B: Tensor, s: float, lr: float, step: int) -> Factors:
+    """The same with a third of the norm."""
+    return B_first_limited(u, A, B, s, lr, step, 1 / 3)
+
+
+def B_first_limited_to_all(u: Tensor, A: Tensor, B: Tensor, s: float, lr: float, step: int) -> Factors:
+    """The same with the whole norm."""
+    return B_first_limited(u, A, B, s, lr, step, 1.0)
 
 
 def B_first_rescaled(u: Tensor, A: Tensor, B: Tensor, s: float, lr: float, step: int) -> Factors:
@@ -109,6 +119,8 @@ WAYS: Mapping[str, Spend] = {
         B_first,
         B_first_damped,
         B_first_limited,
+        B_first_limited_to_a_third,
+        B_first_limited_to_all,
         B_first_rescaled,
         A_first,
         in_turns,

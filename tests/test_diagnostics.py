@@ -218,7 +218,9 @@ MODES = {
     "full, linear": {"mode": "full", "update": "linear"},
     "full, linear, X = 0": {"mode": "full", "update": "linear", "x_mode": "zero"},
     "full, sequential": {"mode": "full", "update": "sequential"},
+    "full, sequential, limited": {"mode": "full", "update": "sequential", "trust_region": 0.02},
     "factored, sequential": {"mode": "factored"},
+    "factored, sequential, limited": {"mode": "factored", "trust_region": 0.02},
     "factored, linear": {"mode": "factored", "update": "linear"},
 }
 LR, DECAY = 0.02, 0.5
@@ -266,7 +268,7 @@ def test_step_is_compared_with_adams_direction(name, starts_at_zero):
             oracle.A, oracle.B = A, B
             u = oracle.direction(true[pair.name])
             if optimizer.config.is_sequential:
-                new_A, new_B = sequential_step(u, keep * A, keep * B, s, LR)
+                new_A, new_B = sequential_step(u, keep * A, keep * B, s, LR, trust_region=optimizer.config.trust_region)
                 intended = s * (new_B @ new_A - keep**2 * B @ A)
             else:
                 h_A, h_B = factor_gradients(u, A, B, s, optimizer.config.x_mode)

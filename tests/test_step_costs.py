@@ -234,8 +234,12 @@ def test_smaller_moments_follow_the_full_ones(config, tolerance, update):
 @pytest.mark.parametrize("init", [True, False], ids=["from B = 0", "from random factors"])
 @pytest.mark.parametrize(("lr_A", "lr_B"), [(0.02, 0.02), (0.01, 0.04)], ids=["one rate", "a rate for B"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
-def test_sequential_steps_of_full_mode_move_the_weight_as_meant(init, lr_A, lr_B, weight_decay):
-    """`s (B'A' − BA)`, with decayed B and A, is `−[lr_B u P_A + lr_A P_B' u (I − P_A)]` for Adam's own dense u."""
+@pytest.mark.parametrize("trust_region", [None, 0.02])
+def test_sequential_steps_of_full_mode_move_the_weight_as_meant(init, lr_A, lr_B, weight_decay, trust_region):
+    """`s (B'A' − BA)`, with decayed B and A, is `−[lr_B u P_A + lr_A P_B' u (I − P_A)]` for Adam's own dense u.
+
+    The second part is shortened where A would move by more than a share of its norm.
+    """
     model = get_peft_model(
         nn.Sequential(nn.Linear(13, 9), nn.Linear(9, 13), nn.Linear(13, 9)),
         LoraConfig(r=3, lora_alpha=5, target_modules=["0", "1", "2"], init_lora_weights=init),
@@ -245,7 +249,7 @@ def test_sequential_steps_of_full_mode_move_the_weight_as_meant(init, lr_A, lr_B
         {"params": [pair.A for pair in pairs], "lr": lr_A},
         {"params": [pair.B for pair in pairs], "lr": lr_B, "weight_decay": weight_decay},
     ]
-    config = LoRAProConfig(mode="full", update="sequential")
+    config = LoRAProConfig(mode="full", update="sequential", trust_region=trust_region)
     optimizer = LoRAProAdamW(groups, pairs, betas=(0.8, 0.95), eps=1e-7, weight_decay=weight_decay, config=config)
     keep_A, keep_B = ((1 - lr * weight_decay) ** 0.5 for lr in (lr_A, lr_B))
     moments = [(0.0, 0.0)] * 3
@@ -264,9 +268,16 @@ def test_sequential_steps_of_full_mode_move_the_weight_as_meant(init, lr_A, lr_B
         for pair, (A, B), u in zip(pairs, before, directions, strict=True):
             inside = u @ torch.linalg.pinv(A) @ A
             P_B = pair.B @ torch.linalg.pinv(pair.B)
-            expected = -(lr_B * inside + lr_A * P_B @ (u - inside))
+            turned = (pair.A - keep_A * A).norm().detach()
+            whole = lr_A / pair.scaling * torch.linalg.pinv(pair.B.detach()) @ (u - inside)
+            taken = (turned / whole.norm()).item()
+            if trust_region is None:
+                assert taken == pytest.approx(1, abs=1e-8)
+            else:
+                assert turned <= trust_region * keep_A * A.norm() * (1 + 1e-9) and taken <= 1 + 1e-9
+            expected = -(lr_B * inside + taken * lr_A * P_B @ (u - inside))
             moved = pair.scaling * (pair.B @ pair.A - keep_B * keep_A * B @ A)
             assert (moved - expected).norm() <= 1e-8 * u.norm() * lr_A
-            new_A, new_B = reference.sequential_step(u, keep_A * A, keep_B * B, pair.scaling, lr_A, lr_B)
+            new_A, new_B = reference.sequential_step(u, keep_A * A, keep_B * B, pair.scaling, lr_A, lr_B, trust_region)
             torch.testing.assert_close(pair.A.detach(), new_A, rtol=1e-8, atol=1e-9)
             torch.testing.assert_close(pair.B.detach(), new_B, rtol=1e-8, atol=1e-9)

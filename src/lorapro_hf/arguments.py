@@ -38,6 +38,7 @@ class LoRAProTrainingArguments(TrainingArguments):
         lora_pro_x_mode: See `LoRAProConfig.x_mode`.
         lora_pro_update: See `LoRAProConfig.update`.
         lora_pro_rtol: See `LoRAProConfig.rtol`.
+        lora_pro_trust_region: See `LoRAProConfig.trust_region`.
         lora_pro_moments_dtype: See `LoRAProConfig.moments_dtype`.
         lora_pro_backend: See `LoRAProConfig.backend`.
         lora_pro_shard_states: See `LoRAProConfig.shard_states`; by default the ranks share.
@@ -79,6 +80,13 @@ class LoRAProTrainingArguments(TrainingArguments):
         metadata={
             "help": "Directions of a factor whose squared singular value is at most this fraction of the largest one "
             "count as absent. By default chosen from the dtype."
+        },
+    )
+    lora_pro_trust_region: float | None = field(
+        default=_DEFAULTS.trust_region,
+        metadata={
+            "help": "How far a sequential step may move A, as a share of its norm; without a limit by default. Makes "
+            "higher learning rates usable."
         },
     )
     lora_pro_moments_dtype: str = _choice(
@@ -138,16 +146,18 @@ class LoRAProTrainingArguments(TrainingArguments):
         if self.lora_pro_gap_layers is not None and not self.lora_pro_log_gap:
             raise ValueError("lora_pro_gap_layers would be ignored: set lora_pro_log_gap to a number of steps, too.")
         if self.lora_pro_rtol is not None:
-            self.lora_pro_rtol = self._number(self.lora_pro_rtol)
+            self.lora_pro_rtol = self._number("rtol", self.lora_pro_rtol)
+        if self.lora_pro_trust_region is not None:
+            self.lora_pro_trust_region = self._number("trust_region", self.lora_pro_trust_region)
         _ = self.lora_pro_config  # validates the rest
         super().__post_init__()
 
     @staticmethod
-    def _number(rtol: Any) -> float:
+    def _number(name: str, value: Any) -> float:
         try:
-            return float(rtol)  # YAML reads 1e-6, without a dot, as text
+            return float(value)  # YAML reads 1e-6, without a dot, as text
         except (TypeError, ValueError) as error:
-            raise ValueError(f"lora_pro_rtol={rtol!r} must be a number in [0, 1), or be left out.") from error
+            raise ValueError(f"lora_pro_{name}={value!r} must be a number, or be left out.") from error
 
     @property
     def lora_pro_config(self) -> LoRAProConfig:
@@ -157,6 +167,7 @@ class LoRAProTrainingArguments(TrainingArguments):
             x_mode=self.lora_pro_x_mode,
             update=self.lora_pro_update,
             rtol=self.lora_pro_rtol,
+            trust_region=self.lora_pro_trust_region,
             moments_dtype=self.lora_pro_moments_dtype,
             backend=self.lora_pro_backend,
             master_factors=self.lora_pro_master_factors,

@@ -40,6 +40,9 @@ class LoRAProConfig:
             In `"efficient"` it is the change that AdamW asks of A that then acts through the new B.
         rtol: Directions of a factor whose squared singular value is at most `rtol` times the largest one count as
             absent. `None` picks a value from the dtype, see `project_lora_gradients`.
+        trust_region: How far a sequential step of modes other than `"efficient"` may move A, as a share of its norm:
+            what would move it further is shortened. `None` for no limit. It matters in the first steps, while B is
+            small, and makes learning rates usable that are too high otherwise.
         moments_dtype: `"bfloat16"` halves the memory of mode `"full"`, its only user. The second moment is then rounded
             stochastically: rounding to the nearest would freeze it.
         backend: What computes the update of moments of the size of the weight (modes `"full"` and `"full_8bit"`).
@@ -55,13 +58,15 @@ class LoRAProConfig:
             element by less than half a unit in its last place is lost. Wider factors need no copies and get none.
 
     Raises:
-        ValueError: for an unknown choice, a combination that has no meaning, or an `rtol` outside `[0, 1)`.
+        ValueError: for an unknown choice, a combination that has no meaning, an `rtol` outside `[0, 1)`, or
+            a `trust_region` that is no positive number.
     """
 
     mode: str = "full"
     x_mode: str = "sylvester"
     update: str | None = None
     rtol: float | None = None
+    trust_region: float | None = None
     moments_dtype: str = "float32"
     backend: str = "auto"
     shard_states: bool | None = None
@@ -79,6 +84,8 @@ class LoRAProConfig:
             raise ValueError(
                 f"rtol={self.rtol!r} must be a number in [0, 1), or None for a value chosen from the dtype."
             )
+        if self.trust_region is not None:
+            self._check_trust_region()
         if self.moments_dtype != "float32" and self.mode != "full":
             raise ValueError(
                 f"moments_dtype={self.moments_dtype!r} is for mode 'full' only, not for mode {self.mode!r}. Leave it "
@@ -88,6 +95,18 @@ class LoRAProConfig:
             raise ValueError(
                 f"backend={self.backend!r} is for modes 'full' and 'full_8bit'; mode {self.mode!r} has no such kernel. "
                 "Leave it at 'auto'."
+            )
+
+    def _check_trust_region(self) -> None:
+        if not (isinstance(self.trust_region, int | float) and 0.0 < self.trust_region < float("inf")):
+            raise ValueError(
+                f"trust_region={self.trust_region!r} must be a positive number, such as 0.1, or None for no limit."
+            )
+        if not self.is_sequential or self.mode == "efficient":
+            raise ValueError(
+                f"trust_region={self.trust_region!r} is for sequential steps of modes 'full', 'full_8bit' and "
+                f"'factored', not for mode {self.mode!r} with a {self.described_update} update. Leave it out, or use "
+                "update='sequential' in one of these modes."
             )
 
     @property

@@ -94,7 +94,13 @@ class DenseFullAdamW:
 
 
 def sequential_step(
-    u: Tensor, A: Tensor, B: Tensor, scaling: float, lr_A: float, lr_B: float | None = None
+    u: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    lr_A: float,
+    lr_B: float | None = None,
+    trust_region: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The factors after the direction `u` `(m, n)` has been spent on B first and then, through the new B, on A.
 
@@ -105,12 +111,16 @@ def sequential_step(
         scaling: factor in front of `B @ A`.
         lr_A: learning rate of A.
         lr_B: learning rate of B, by default that of A.
+        trust_region: how far A may move, as a share of its norm; A = 0 moves freely.
     """
     u, A, B = u.double(), A.double(), B.double()
     pinv_A = torch.linalg.pinv(A, rtol=RTOL)
     new_B = B - (lr_A if lr_B is None else lr_B) / scaling * u @ pinv_A
     rest = u - u @ pinv_A @ A
-    return A - lr_A / scaling * torch.linalg.pinv(new_B, rtol=RTOL) @ rest, new_B
+    step_A = lr_A / scaling * torch.linalg.pinv(new_B, rtol=RTOL) @ rest
+    if trust_region is not None and A.any():
+        step_A *= min(1.0, float(trust_region * A.norm() / step_A.norm().clamp_min(1e-300)))
+    return A - step_A, new_B
 
 
 def change_through(change: Tensor, B: Tensor, new_B: Tensor) -> Tensor:

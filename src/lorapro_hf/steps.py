@@ -104,7 +104,7 @@ def full_step(
         live=stack.entries(read.live),
         backend=config.backend,
     )
-    rates, active = rates_of(groups), active_entries(read, skip)
+    rates, active = rates_of(groups, config), active_entries(read, skip)
     if K_u is not None:
         options: Any = {"rtol": config.rtol, "live": active, "factor_dtypes": dtypes}
         new = Rows(*sequential_step(*factors, u_A, B_u, K_u, read.scaling, *bases, rates, **options)[:2])
@@ -142,7 +142,7 @@ def factored_mode_step(
         coordinates,
         read.scaling,
         state,
-        rates_of(groups),
+        rates_of(groups, config),
         betas=groups[0]["betas"],
         eps=groups[0]["eps"],
         update="sequential" if config.is_sequential else "linear",
@@ -183,13 +183,13 @@ def active_entries(read: StackGradient, skip: Tensor) -> Tensor:
     return taken & (read.stack.per_entry(read.stack.mask(read.live)) > 0)
 
 
-def rates_of(groups: tuple[Group, Group]) -> Rates:
+def rates_of(groups: tuple[Group, Group], config: LoRAProConfig) -> Rates:
     """Learning rates, and what decay leaves of each factor so that their product decays by `1 − lr * weight_decay`."""
     keep = []
     for group in groups:
         left = 1 - group["lr"] * group["weight_decay"]
         keep.append(left.clamp_min(0).sqrt() if isinstance(left, Tensor) else max(0.0, left) ** 0.5)
-    return Rates(groups[0]["lr"], groups[1]["lr"], *keep)
+    return Rates(groups[0]["lr"], groups[1]["lr"], keep[0], keep[1], config.trust_region)
 
 
 def fused_adamw(

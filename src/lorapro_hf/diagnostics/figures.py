@@ -15,7 +15,7 @@ from torch import Tensor
 from lorapro_hf.bases import row_basis
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.projection import project_lora_gradients
-from lorapro_hf.sequential import Rates
+from lorapro_hf.sequential import Rates, share_within
 
 
 class Halves(NamedTuple):
@@ -116,9 +116,13 @@ def intended_step(
         seen = (scaling * B.mT @ u, scaling * u @ A.mT)
         h_A, h_B = project_lora_gradients(A, B, *seen, scaling, x_mode=config.x_mode, rtol=config.rtol)
         return equivalent_halves(A, B, -lr_A * h_A, -lr_B * h_B, scaling)
-    of_A, of_B = (row_basis(rows, config.rtol).rows for rows in (A, new_B.mT.contiguous()))
+    of_A, basis_B = row_basis(A, config.rtol).rows, row_basis(new_B.mT.contiguous(), config.rtol)
+    of_B = basis_B.rows
     through_A, through_B = u @ of_A.mT, of_B @ u
     rest = through_B - (of_B @ through_A) @ of_A
+    if rates.limit_A is not None:
+        step_A = lr_A / scaling * (basis_B.whitening @ rest)
+        rest *= share_within(step_A, float(rates.keep_A) * A, rates.limit_A)
     return Halves(torch.cat([-lr_B * through_A, -lr_A * of_B.mT], dim=1), torch.cat([of_A, rest]))
 
 

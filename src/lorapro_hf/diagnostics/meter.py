@@ -260,7 +260,7 @@ def _groups(pair: LoRAPair, optimizer: Any) -> tuple[Mapping[str, Any], Mapping[
 def _rates(groups: tuple[Mapping[str, Any], Mapping[str, Any]], optimizer: Any) -> Rates:
     """Learning rates, and what decoupled decay leaves of the factors; other decay counts as part of the step."""
     if isinstance(optimizer, LoRAProAdamW) and optimizer.config.mode != "efficient":
-        return rates_of((dict(groups[0]), dict(groups[1])))
+        return rates_of((dict(groups[0]), dict(groups[1])), optimizer.config)
     decoupled = isinstance(optimizer, LoRAProAdamW | torch.optim.AdamW)
     lr_A, lr_B = (group.get("lr", 0.0) for group in groups)
     keep_A, keep_B = (

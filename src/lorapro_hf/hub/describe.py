@@ -172,6 +172,8 @@ def _unusual(settings: Mapping[str, Any]) -> dict[str, str]:
         rows["dtype of the moments"] = settings["moments_dtype"]
     if settings["rtol"] is not None:
         rows["rtol"] = f"{settings['rtol']:g}"
+    if settings["trust_region"] is not None:
+        rows["trust region"] = f"{settings['trust_region']:g}"
     if settings["master_factors"]:
         rows["master factors"] = "yes, in float32"
     return rows

@@ -25,7 +25,7 @@ export PIP_QUIET := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo curves bench test test-all test-distributed test-oldest test-newest support-table command-tables smoke compare-small docs scaling lint format clean distclean
+.PHONY: help install demo bench test test-all test-distributed test-oldest test-newest support-table command-tables smoke compare-small docs scaling lint format clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-25s %s\n", $$1, $$2 }'
@@ -37,9 +37,6 @@ install: $(STAMP) ## create .venv and install the package with its tools
 
 demo: $(STAMP) ## fine-tune a small language model with LoRA and LoRA-Pro and compare them
 	$(BIN)/lorapro demo $(ARGS)
-
-curves: $(STAMP) ## training curves of LoRA-Pro's modes over three seeds
-	$(BIN)/lorapro curves $(ARGS)
 
 bench: $(STAMP) ## measure the optimizer steps beside those of other optimizers for LoRA
 	$(BIN)/lorapro bench $(ARGS)

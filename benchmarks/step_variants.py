@@ -56,6 +56,14 @@ def linear_limited(u: Tensor, A: Tensor, B: Tensor, s: float, lr: float, step: i
     return share * d_A, share * d_B
 
 
+def linear_within_first_order(u: Tensor, A: Tensor, B: Tensor, s: float, lr: float, step: int) -> Factors:
+    """Both at once, shortened alike so that the product of the two changes is a tenth of what was meant at most."""
+    d_A, d_B = linear(u, A, B, s, lr, step)
+    meant, product = (B @ d_A + d_B @ A).norm(), (d_B @ d_A).norm()
+    share = (LIMIT * meant / product.clamp_min(1e-30)).clamp_max(1)
+    return share * d_A, share * d_B
+
+
 def B_first(u: Tensor, A: Tensor, B: Tensor, s: float, lr: float, step: int, damping: float = 0.0) -> Factors:
     """B takes its part, A what is left through the new B: the package's sequential update."""
     of_A = inverse_gram(A)
@@ -74,6 +82,14 @@ def B_first_limited(u: Tensor, A: Tensor, B: Tensor, s: float, lr: float, step: 
     """The same, A moving by a tenth of its norm at most."""
     d_A, d_B = B_first(u, A, B, s, lr, step)
     return (limit * A.norm() / d_A.norm().clamp_min(1e-30)).clamp_max(1) * d_A, d_B
+
+
+def B_first_within_first_order(u: Tensor, A: Tensor, B: Tensor, s: float, lr: float, step: int) -> Factors:
+    """The same, A moving so far that the product of the two changes is a tenth of the change to first order at most."""
+    d_A, d_B = B_first(u, A, B, s, lr, step)
+    of_B, of_A, product = (d_B @ A).norm(), (B @ d_A).norm(), (d_B @ d_A).norm()
+    excess = (product.square() - (LIMIT * of_A).square()).clamp_min(1e-30).sqrt()
+    return (LIMIT * of_B / excess).clamp_max(1) * d_A, d_B  # the two parts of the change are at right angles
 
 
 def B_first_limited_to_a_third(u: Tensor, A: Tensor, B: Tensor, s: float, lr: float, step: int) -> Factors:
@@ -116,9 +132,11 @@ WAYS: Mapping[str, Spend] = {
     for way in (
         linear,
         linear_limited,
+        linear_within_first_order,
         B_first,
         B_first_damped,
         B_first_limited,
+        B_first_within_first_order,
         B_first_limited_to_a_third,
         B_first_limited_to_all,
         B_first_rescaled,

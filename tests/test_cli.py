@@ -16,7 +16,7 @@ from command_tables import PAGE, all_commands, documented, rewritten, subparsers
 from lorapro_hf import __version__, cli
 from lorapro_hf.options import UsageError
 
-COMMANDS = {"plot", "demo", "train", "evaluate", "inspect", "compare", "curves", "bench"}
+COMMANDS = {"plot", "demo", "train", "evaluate", "inspect", "compare", "bench"}
 PARSER = cli.build_parser()
 SUBPARSERS = subparsers(PARSER)
 
@@ -138,7 +138,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch):
         cli.main([])
 
 
-@pytest.mark.parametrize("command", ["demo", "curves", "bench"])
+@pytest.mark.parametrize("command", ["demo", "bench"])
 def test_a_folder_that_cannot_be_written(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "file").touch()
     assert exit_code(command, "--output_dir", str(tmp_path / "file" / "out")) == 2
@@ -146,7 +146,7 @@ def test_a_folder_that_cannot_be_written(command: str, tmp_path: Path, capsys: p
     assert printed.startswith(f"lorapro {command}: error: Cannot write to --output_dir") and printed.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["demo", "curves", "bench", "compare"])
+@pytest.mark.parametrize("command", ["demo", "bench", "compare"])
 def test_a_missing_package_names_the_extra(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -13,7 +14,13 @@ from transformers.pytorch_utils import Conv1D
 from lora_layers import ALL_ROWS, Row, needs_weight_tying, tied_llama
 from lorapro_hf import create_lorapro_optimizer, find_lora_pairs
 from lorapro_hf.diagnostics import GradientGapMeter
-from lorapro_hf.reference import DenseFactoredAdamW, factor_gradients, projected_gradient, sequential_step
+from lorapro_hf.reference import (
+    DenseFactoredAdamW,
+    factor_gradients,
+    largest_share,
+    projected_gradient,
+    sequential_step,
+)
 
 ROWS = {row.name: row for row in ALL_ROWS}
 MEASURED = (
@@ -217,11 +224,13 @@ def test_gradients_that_are_not_finite_are_not_measured():
 MODES = {
     "full, linear": {"mode": "full", "update": "linear"},
     "full, linear, X = 0": {"mode": "full", "update": "linear", "x_mode": "zero"},
+    "full, linear, limited": {"mode": "full", "update": "linear", "trust_region": 0.02},
     "full, sequential": {"mode": "full", "update": "sequential"},
     "full, sequential, limited": {"mode": "full", "update": "sequential", "trust_region": 0.02},
     "factored, sequential": {"mode": "factored"},
     "factored, sequential, limited": {"mode": "factored", "trust_region": 0.02},
     "factored, linear": {"mode": "factored", "update": "linear"},
+    "factored, linear, limited": {"mode": "factored", "update": "linear", "trust_region": 0.02},
 }
 LR, DECAY = 0.02, 0.5
 
@@ -272,7 +281,11 @@ def test_step_is_compared_with_adams_direction(name, starts_at_zero):
                 intended = s * (new_B @ new_A - keep**2 * B @ A)
             else:
                 h_A, h_B = factor_gradients(u, A, B, s, optimizer.config.x_mode)
-                intended = -LR * s * (B @ h_A + h_B @ A)
+                share, limit = 1.0, optimizer.config.trust_region
+                if limit is not None:
+                    both = [-LR * h_A, -LR * h_B]
+                    share = largest_share(keep * A, keep * B, lambda x, both=both: [x * step for step in both], limit)
+                intended = -LR * share * s * (B @ h_A + h_B @ A)
             if config["mode"] == "factored":
                 oracle.M = projected_gradient(oracle.M, pair.A.detach(), pair.B.detach())
             realised = s * (pair.B.detach() @ pair.A.detach() - keep**2 * B @ A)
@@ -281,6 +294,8 @@ def test_step_is_compared_with_adams_direction(name, starts_at_zero):
             assert gaps[pair.name].step_length == pytest.approx(float(realised.norm() / (LR * u).norm()), rel=1e-6)
             assert (gaps[pair.name].step_error < 1e-8) == optimizer.config.is_sequential
             assert not optimizer.config.is_sequential or gaps[pair.name].step_length <= 1 + 1e-9
+            # What a linear step leaves out is the product of both changes, which a trust region limits, and the decay.
+            assert gaps[pair.name].step_error <= (optimizer.config.trust_region or math.inf) + 1 - keep
 
 
 @pytest.mark.parametrize("settings", [{"mode": "full_8bit", "update": "sequential"}, {"moments_dtype": "bfloat16"}])

@@ -139,17 +139,19 @@ def test_from_zero_B_the_weight_takes_the_best_part_of_u_in_the_columns_of_uAt(t
 @ROUTES
 @pytest.mark.parametrize("limit", [0.05, 1e3])
 def test_a_trust_region_shortens_the_part_of_A_alone(take, limit):
-    A, Bt, u = random_pairs(3, 12, 17, 4, seed=8)
-    Bt, A[2] = 1e-2 * Bt, 0
+    A, Bt, u = random_pairs(4, 12, 17, 4, seed=8)
+    Bt, A[2], Bt[3] = 1e-2 * Bt, 0, 0
     step = take(A, Bt, u, 2.0, Rates(0.1, 0.1, 0.9, 0.8, limit))
     free = take(A, Bt, u, 2.0, Rates(0.1, 0.1, 0.9, 0.8))
     assert torch.equal(step.Bt, free.Bt)
-    for k in range(3):
-        new_A, new_B = reference.sequential_step(u[k], 0.9 * A[k], 0.8 * Bt[k].T, 2.0, 0.1, trust_region=limit)
+    for k in range(4):
+        old_A, old_B = 0.9 * A[k], 0.8 * Bt[k].T
+        new_A, new_B = reference.sequential_step(u[k], old_A, old_B, 2.0, 0.1, trust_region=limit)
         torch.testing.assert_close(step.A[k], new_A, rtol=1e-7, atol=1e-7)
-        if k < 2 and limit < 1:
-            torch.testing.assert_close((step.A[k] - 0.9 * A[k]).norm(), limit * 0.9 * A[k].norm())
-    assert torch.equal(step.A[2], free.A[2])  # nothing to measure it by
+        if k != 2 and limit < 1:
+            d_A, d_B = step.A[k] - old_A, step.Bt[k].T - old_B
+            torch.testing.assert_close((d_B @ d_A).norm(), limit * (d_B @ old_A + old_B @ d_A).norm())
+    assert torch.equal(step.A[2], free.A[2])  # B does not move, there is no product
     assert torch.equal(step.A, free.A) == (limit > 1)
 
 

@@ -22,10 +22,18 @@ CONFIGS = [
     {"mode": "full", "moments_dtype": "bfloat16"},
     {"mode": "factored", "update": "linear"},
     {"mode": "efficient", "update": "sequential"},
+    {"mode": "full", "trust_region": 0.1},
+    {"mode": "factored", "trust_region": 0.1},
 ]
-each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: "-".join(config.values()))
+
+
+def name_of(config):
+    return "-".join(map(str, config.values()))
+
+
+each_config = pytest.mark.parametrize("config", CONFIGS, ids=name_of)
 with_dense_moments = pytest.mark.parametrize(
-    "config", [c for c in CONFIGS if c["mode"].startswith("full")], ids=lambda config: "-".join(config.values())
+    "config", [c for c in CONFIGS if c["mode"].startswith("full")], ids=name_of
 )
 
 # Each of these lets the host know a value, or gives a result whose size depends on values: on CUDA the host waits.
@@ -274,7 +282,9 @@ def test_sequential_steps_of_full_mode_move_the_weight_as_meant(init, lr_A, lr_B
             if trust_region is None:
                 assert taken == pytest.approx(1, abs=1e-8)
             else:
-                assert turned <= trust_region * keep_A * A.norm() * (1 + 1e-9) and taken <= 1 + 1e-9
+                d_A, d_B = (pair.A - keep_A * A).detach(), (pair.B - keep_B * B).detach()
+                allowed = trust_region * (d_B @ (keep_A * A) + keep_B * B @ d_A).norm()
+                assert (d_B @ d_A).norm() <= allowed * (1 + 1e-9) and taken <= 1 + 1e-9
             expected = -(lr_B * inside + taken * lr_A * P_B @ (u - inside))
             moved = pair.scaling * (pair.B @ pair.A - keep_B * keep_A * B @ A)
             assert (moved - expected).norm() <= 1e-8 * u.norm() * lr_A

@@ -85,8 +85,8 @@ class LoRAProTrainingArguments(TrainingArguments):
     lora_pro_trust_region: float | None = field(
         default=_DEFAULTS.trust_region,
         metadata={
-            "help": "How far a sequential step may move A, as a share of its norm; without a limit by default. Makes "
-            "higher learning rates usable."
+            "help": "How large the product of the changes of both factors may be, as a share of the change to first "
+            "order; longer steps are shortened. Without a limit by default. Makes higher learning rates usable."
         },
     )
     lora_pro_moments_dtype: str = _choice(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from lorapro_hf import __version__
 from lorapro_hf.bench.command import BENCH, BENCH_EXAMPLES, add_bench
 from lorapro_hf.comparison.command import COMPARE, COMPARE_EXAMPLES, add_compare
-from lorapro_hf.demo.command import CURVES_DESCRIPTION, CURVES_EXAMPLES, DEMO, DEMO_EXAMPLES, add_curves, add_demo
+from lorapro_hf.demo.command import DEMO, DEMO_EXAMPLES, add_demo
 from lorapro_hf.evaluation.command import EVALUATE, EVALUATE_EXAMPLES, add_evaluate
 from lorapro_hf.inspection.command import INSPECT, INSPECT_EXAMPLES, add_inspect
 from lorapro_hf.options import HelpFormatter, UsageError
@@ -37,7 +37,6 @@ _COMMANDS = (
     ("inspect", add_inspect, "what is in a model, adapter or checkpoint, and what it costs", INSPECT, INSPECT_EXAMPLES),
     ("compare", add_compare, "compare methods over learning rates and seeds", COMPARE, COMPARE_EXAMPLES),
     ("plot", add_plot, "draw the gradient gap that a training recorded", PLOT, PLOT_EXAMPLES),
-    ("curves", add_curves, "training curves over several seeds", CURVES_DESCRIPTION, CURVES_EXAMPLES),
     ("bench", add_bench, "measure steps beside those of other optimizers for LoRA", BENCH, BENCH_EXAMPLES),
 )
 

@@ -40,9 +40,10 @@ class LoRAProConfig:
             In `"efficient"` it is the change that AdamW asks of A that then acts through the new B.
         rtol: Directions of a factor whose squared singular value is at most `rtol` times the largest one count as
             absent. `None` picks a value from the dtype, see `project_lora_gradients`.
-        trust_region: How far a sequential step of modes other than `"efficient"` may move A, as a share of its norm:
-            what would move it further is shortened. `None` for no limit. It matters in the first steps, while B is
-            small, and makes learning rates usable that are too high otherwise.
+        trust_region: How large the product of the changes of both factors may be, as a share of the change of `B A` to
+            first order: what would exceed it is shortened, all of a linear step, the part of A of a sequential one.
+            `None` for no limit. It matters in the first steps, while B is small, and makes learning rates usable that
+            are too high otherwise. Not for mode `"efficient"`.
         moments_dtype: `"bfloat16"` halves the memory of mode `"full"`, its only user. The second moment is then rounded
             stochastically: rounding to the nearest would freeze it.
         backend: What computes the update of moments of the size of the weight (modes `"full"` and `"full_8bit"`).
@@ -102,11 +103,10 @@ class LoRAProConfig:
             raise ValueError(
                 f"trust_region={self.trust_region!r} must be a positive number, such as 0.1, or None for no limit."
             )
-        if not self.is_sequential or self.mode == "efficient":
+        if self.mode == "efficient":
             raise ValueError(
-                f"trust_region={self.trust_region!r} is for sequential steps of modes 'full', 'full_8bit' and "
-                f"'factored', not for mode {self.mode!r} with a {self.described_update} update. Leave it out, or use "
-                "update='sequential' in one of these modes."
+                f"trust_region={self.trust_region!r} is for modes 'full', 'full_8bit' and 'factored'; in mode "
+                "'efficient' AdamW decides how far the factors move. Leave it out, or use another mode."
             )
 
     @property

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from lorapro_hf.bases import RowBasis, row_bases, row_basis
+from lorapro_hf.linear import linear_step
 from lorapro_hf.projection import Coordinates, factor_gradients_
-from lorapro_hf.sequential import Rates, per_pair, select, settle, spend_direction
+from lorapro_hf.sequential import Rates, per_pair, select, spend_direction
 
 
 class FactoredState(NamedTuple):
@@ -136,8 +137,7 @@ def factored_step(
         new = Bases(row_basis(A, rtol), basis_B)
     else:
         h_A, h_Bt = factor_gradients_(*bases, u.coordinates(bases.B), per_pair(scaling, A), x_mode)
-        A = settle(A, h_A.mul_(-per_pair(rates.lr_A, A)), rates.keep_A, live, factor_dtypes[0])
-        Bt = settle(Bt, h_Bt.mul_(-per_pair(rates.lr_B, Bt)), rates.keep_B, live, factor_dtypes[1])
+        A, Bt = linear_step(A, Bt, h_A, h_Bt, rates, live=live, factor_dtypes=factor_dtypes)
         new = Bases(*row_bases([A, Bt], rtol))
     M_a, M_b = transport(u.left, u.right, new)
     _store(state, moments._replace(M_a=M_a, M_b=M_b), live)

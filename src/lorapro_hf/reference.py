@@ -6,6 +6,7 @@ Symbols as in `lorapro_hf.projection`; `g` is the gradient of the adapted weight
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -111,16 +112,33 @@ def sequential_step(
         scaling: factor in front of `B @ A`.
         lr_A: learning rate of A.
         lr_B: learning rate of B, by default that of A.
-        trust_region: how far A may move, as a share of its norm; A = 0 moves freely.
+        trust_region: the norm that the product of both changes may have, as a share of that of `ΔB A + B ΔA`; A's
+            change is shortened.
     """
     u, A, B = u.double(), A.double(), B.double()
     pinv_A = torch.linalg.pinv(A, rtol=RTOL)
-    new_B = B - (lr_A if lr_B is None else lr_B) / scaling * u @ pinv_A
-    rest = u - u @ pinv_A @ A
-    step_A = lr_A / scaling * torch.linalg.pinv(new_B, rtol=RTOL) @ rest
-    if trust_region is not None and A.any():
-        step_A *= min(1.0, float(trust_region * A.norm() / step_A.norm().clamp_min(1e-300)))
-    return A - step_A, new_B
+    step_B = -(lr_A if lr_B is None else lr_B) / scaling * u @ pinv_A
+    new_B = B + step_B
+    step_A = -lr_A / scaling * torch.linalg.pinv(new_B, rtol=RTOL) @ (u - u @ pinv_A @ A)
+    if trust_region is not None:
+        step_A *= largest_share(A, B, lambda share: (share * step_A, step_B), trust_region)
+    return A + step_A, new_B
+
+
+def largest_share(A: Tensor, B: Tensor, steps: Callable[[float], tuple[Tensor, Tensor]], limit: float) -> float:
+    """The largest share in [0, 1] whose `steps` keep `‖ΔB ΔA‖` within `limit` times `‖ΔB A + B ΔA‖`, by bisection."""
+
+    def within(share: float) -> bool:
+        step_A, step_B = steps(share)
+        return bool((step_B @ step_A).norm() <= limit * (step_B @ A + B @ step_A).norm())
+
+    low, high = 0.0, 1.0
+    if within(high):
+        return high
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if within(middle) else (low, middle)
+    return low
 
 
 def change_through(change: Tensor, B: Tensor, new_B: Tensor) -> Tensor:

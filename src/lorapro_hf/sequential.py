@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lorapro_hf.bases import RowBasis, row_basis
+from lorapro_hf.trust_region import share_of_A
 
 
 class Rates(NamedTuple):
@@ -31,7 +32,7 @@ class Rates(NamedTuple):
     lr_B: float | Tensor
     keep_A: float | Tensor = 1.0  # what the decoupled decay leaves of A
     keep_B: float | Tensor = 1.0
-    limit_A: float | None = None  # how far A may move in a sequential step, as a share of its norm
+    trust_region: float | None = None  # see `lorapro_hf.trust_region`
 
 
 class Direction(Protocol):
@@ -134,22 +135,15 @@ def spend_direction(
     s = per_pair(scaling, A)
     moved = per_pair(rates.lr_B, A) * _reciprocal(s * per_pair(rates.keep_A, A))
     step_B = direction.through_A(-moved * basis_A.whitening)
+    square_B = None if rates.trust_region is None else step_B @ step_B.mT
     new_Bt = settle(Bt, step_B, rates.keep_B, live, factor_dtypes[1])
     basis_B = row_basis(new_Bt, rtol)
     step_A = direction.rest_through_B(-per_pair(rates.lr_A, A) / s * basis_B.whitening, basis_B)
-    if rates.limit_A is not None:
-        step_A *= share_within(step_A, per_pair(rates.keep_A, A) * A, rates.limit_A)
+    if rates.trust_region is not None and square_B is not None:
+        kept = per_pair(rates.keep_A, A) * A, per_pair(rates.keep_B, A) * Bt
+        step_A *= share_of_A(*kept, step_A, square_B, rates.trust_region)
     new_A = settle(A, step_A, rates.keep_A, live, factor_dtypes[0])
     return SequentialStep(new_A, new_Bt, basis_B)
-
-
-def share_within(step: Tensor, factor: Tensor, limit: float) -> Tensor:
-    """What of a step `(..., r, length)` can be taken within `limit` times the norm of the factor, `(..., 1, 1)`.
-
-    A factor of zeros has nothing to measure a step by and takes it whole.
-    """
-    lengths, longest = (x.flatten(-2).norm(dim=-1)[..., None, None] for x in (step, factor))
-    return torch.where((longest > 0) & (lengths > limit * longest), limit * longest / lengths, 1.0)
 
 
 def change_through(change: Tensor, Bt: Tensor, basis_B: RowBasis) -> Tensor:

@@ -11,9 +11,10 @@ from lorapro_hf.bases import row_bases, row_basis
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.factored import Bases, FactoredState, factored_step
 from lorapro_hf.kernels.dense import dense_update
+from lorapro_hf.linear import linear_step
 from lorapro_hf.moments import StackMoments
 from lorapro_hf.projection import Coordinates, factor_gradients_, outside_
-from lorapro_hf.sequential import Rates, change_through, select, sequential_step, settle
+from lorapro_hf.sequential import Rates, change_through, select, sequential_step
 from lorapro_hf.stacks import Rows, StackGradient, store_layers
 
 Group = dict[str, Any]
@@ -111,10 +112,7 @@ def full_step(
     else:
         coordinates = Coordinates(B_u, outside_(u_A, basis_B))
         h_A, h_B = factor_gradients_(*bases, coordinates, read.scaling[:, None, None], config.x_mode)
-        new = Rows(
-            settle(factors.A, h_A.mul_(-rates.lr_A), rates.keep_A, active, dtypes[0]),
-            settle(factors.B, h_B.mul_(-rates.lr_B), rates.keep_B, active, dtypes[1]),
-        )
+        new = Rows(*linear_step(*factors, h_A, h_B, rates, live=active, factor_dtypes=dtypes))
     stack.write(new, read.live, moments.masters)
 
 

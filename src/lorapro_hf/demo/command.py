@@ -1,4 +1,4 @@
-"""What can be said on the command line of `lorapro demo` and `lorapro curves`?"""
+"""What can be said on the command line of `lorapro demo`?"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from lorapro_hf.demo.settings import CURVES, METHODS, DemoSettings
+from lorapro_hf.demo.settings import METHODS, DemoSettings
 from lorapro_hf.options import UsageError, at_least_one, rate
 
 DEMO = """\
@@ -29,59 +29,9 @@ examples:
 exit codes: 0 done, 2 bad arguments, 130 stopped by Ctrl-C
 """
 
-CURVES_DESCRIPTION = """\
-Train the small language model of the demo with several methods under several seeds, and draw their training curves in
-one figure. Each seed takes about eight minutes on two CPU cores. Ctrl-C keeps the trainings that are done.
-"""
-
-CURVES_EXAMPLES = """\
-examples:
-  lorapro curves
-  lorapro curves --methods lora_pro lora_pro_factored --seeds 0 1 2 3 4 --steps 100
-
-exit codes: 0 done, 2 bad arguments, 130 stopped by Ctrl-C
-"""
-
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lorapro demo`."""
-    default = DemoSettings()
-    training = _add_shared(parser, default.methods)
-    training.add_argument("--seed", type=int, default=default.seed, help="decides problems, order and initial adapter")
-    parser.add_argument(
-        "--output_dir",
-        type=Path,
-        default=default.output_dir,
-        metavar="FOLDER",
-        help="for the table (results.json), the curves (loss_curves.png) and an adapter folder per method",
-    )
-    parser.add_argument("--json", action="store_true", help="print results.json; all else goes to stderr")
-    parser.set_defaults(run=_demo)
-
-
-def add_curves(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `lorapro curves`."""
-    training = _add_shared(parser, CURVES)
-    training.add_argument(
-        "--seeds",
-        type=int,
-        nargs="+",
-        default=[0, 1, 2],
-        metavar="SEED",
-        help="each decides problems, order and initial adapter",
-    )
-    parser.add_argument(
-        "--output_dir",
-        type=Path,
-        default=Path("runs/curves"),
-        metavar="FOLDER",
-        help="for the figures (curves.json), the plot (curves.png) and the adapters of the last seed",
-    )
-    parser.add_argument("--json", action="store_true", help="print curves.json; all else goes to stderr")
-    parser.set_defaults(run=_curves)
-
-
-def _add_shared(parser: argparse.ArgumentParser, methods: tuple[str, ...]) -> argparse._ArgumentGroup:
     unset = argparse.SUPPRESS
     default = DemoSettings()
     data = parser.add_argument_group("model and data")
@@ -106,7 +56,7 @@ def _add_shared(parser: argparse.ArgumentParser, methods: tuple[str, ...]) -> ar
         "--methods",
         nargs="+",
         choices=tuple(METHODS),
-        default=list(methods),
+        default=list(default.methods),
         metavar="METHOD",
         help=f"what to train, in this order: any of {', '.join(METHODS)}",
     )
@@ -124,7 +74,16 @@ def _add_shared(parser: argparse.ArgumentParser, methods: tuple[str, ...]) -> ar
             metavar="RATE",
             help=f"learning rate of {method.title}",
         )
-    return training
+    training.add_argument("--seed", type=int, default=default.seed, help="decides problems, order and initial adapter")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=default.output_dir,
+        metavar="FOLDER",
+        help="for the table (results.json), the curves (loss_curves.png) and an adapter folder per method",
+    )
+    parser.add_argument("--json", action="store_true", help="print results.json; all else goes to stderr")
+    parser.set_defaults(run=_demo)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -132,13 +91,6 @@ def _demo(arguments: argparse.Namespace) -> int:
     from lorapro_hf.demo.run import run_demo  # takes seconds: after the arguments have been checked
 
     return run_demo(settings, as_json=arguments.json)
-
-
-def _curves(arguments: argparse.Namespace) -> int:
-    settings = _settings(arguments)
-    from lorapro_hf.demo.curves import run_curves
-
-    return run_curves(settings, arguments.seeds, as_json=arguments.json)
 
 
 def _settings(arguments: argparse.Namespace, **more: Any) -> DemoSettings:

@@ -50,7 +50,6 @@ METHODS: Mapping[str, Method] = {
     )
 }
 COMPARED = ("lora", "lora_pro", "lora_pro_efficient")
-CURVES = ("lora", "lora_pro", "lora_pro_sequential", "lora_pro_8bit", "lora_pro_factored")
 
 
 @dataclass(frozen=True)

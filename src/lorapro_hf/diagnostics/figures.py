@@ -15,7 +15,8 @@ from torch import Tensor
 from lorapro_hf.bases import row_basis
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.projection import project_lora_gradients
-from lorapro_hf.sequential import Rates, share_within
+from lorapro_hf.sequential import Rates
+from lorapro_hf.trust_region import share_of_A, share_of_both
 
 
 class Halves(NamedTuple):
@@ -112,17 +113,22 @@ def intended_step(
         config: update, x_mode and rtol.
     """
     lr_A, lr_B = float(rates.lr_A), float(rates.lr_B)
+    kept = float(rates.keep_A) * A, float(rates.keep_B) * B.mT
     if not config.is_sequential:
         seen = (scaling * B.mT @ u, scaling * u @ A.mT)
         h_A, h_B = project_lora_gradients(A, B, *seen, scaling, x_mode=config.x_mode, rtol=config.rtol)
-        return equivalent_halves(A, B, -lr_A * h_A, -lr_B * h_B, scaling)
+        step_A, step_B = -lr_A * h_A, -lr_B * h_B
+        if rates.trust_region is not None:
+            share = share_of_both(*kept, step_A, step_B.mT, rates.trust_region)
+            step_A, step_B = share * step_A, share * step_B
+        return equivalent_halves(A, B, step_A, step_B, scaling)
     of_A, basis_B = row_basis(A, config.rtol).rows, row_basis(new_B.mT.contiguous(), config.rtol)
     of_B = basis_B.rows
     through_A, through_B = u @ of_A.mT, of_B @ u
     rest = through_B - (of_B @ through_A) @ of_A
-    if rates.limit_A is not None:
-        step_A = lr_A / scaling * (basis_B.whitening @ rest)
-        rest *= share_within(step_A, float(rates.keep_A) * A, rates.limit_A)
+    if rates.trust_region is not None:
+        step_A, step_Bt = lr_A / scaling * (basis_B.whitening @ rest), new_B.mT - kept[1]
+        rest *= share_of_A(*kept, step_A, step_Bt @ step_Bt.mT, rates.trust_region)
     return Halves(torch.cat([-lr_B * through_A, -lr_A * of_B.mT], dim=1), torch.cat([of_A, rest]))
 
 

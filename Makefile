@@ -70,8 +70,9 @@ command-tables: $(STAMP) ## write the options of the commands into docs/command_
 smoke: $(STAMP) ## run every recipe on a tiny model and tiny data
 	$(BIN)/python -m pytest $(PARALLEL) tests/test_recipes.py $(ARGS)
 
-compare-small: $(STAMP) ## compare methods on three tasks that need no download, about an hour on two cores
-	$(BIN)/lorapro compare configs/compare/small.yaml --devices 2 $(ARGS)
+compare-small: $(STAMP) ## compare methods on three tasks that need no download and write docs/results.md, two hours on two cores
+	$(BIN)/lorapro compare configs/compare/small.yaml --devices 2 --report_dir docs/results $(ARGS)
+	$(BIN)/python benchmarks/results.py
 
 docs: $(STAMP) ## build the documentation into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

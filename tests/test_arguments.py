@@ -86,7 +86,7 @@ def test_json_round_trip(tmp_path):
         ),
         (
             {"lora_pro_update": "none"},
-            "lora_pro_update='none' is unknown; valid values are None, 'linear', 'sequential'",
+            "lora_pro_update='none' is unknown; valid values are 'linear', 'sequential'",
         ),
         ({"lora_pro_rtol": 1.5}, r"rtol=1.5 must be a number in \[0, 1\)"),
         ({"lora_pro_rtol": "small"}, r"lora_pro_rtol='small' must be a number"),

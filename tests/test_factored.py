@@ -6,6 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorapro_hf import reference
 from lorapro_hf.bases import row_bases
+from lorapro_hf.config import TRUST_REGION
 from lorapro_hf.factored import (
     Bases,
     FactoredState,
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 LR, BETAS, EPS, DECAY = 0.02, (0.9, 0.99), 1e-8, 0.5
 KEEP = (1 - LR * DECAY) ** 0.5
-RATES = Rates(LR, LR, KEEP, KEEP)
+RATES = Rates(LR, LR, KEEP, KEEP, TRUST_REGION)
 SCALINGS = (2.0, 0.5, 1.0)
 
 
@@ -223,21 +224,29 @@ def test_state_is_kept_in_the_coordinates_of_the_polar_factors(rank):
     for g in gradients[:, 0]:
         oracle.step(g)
     polar_A, polar_B = polar(step.A[0]), polar(step.Bt[0].T)
-    torch.testing.assert_close(state.M_a[0], polar_B.T @ oracle.M, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(state.M_a[0], polar_B.T @ oracle.M, rtol=1e-7, atol=1e-9)
     rest = oracle.M - polar_B @ polar_B.T @ oracle.M
-    torch.testing.assert_close(state.M_b[0].T, rest @ polar_A.T, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(state.M_b[0].T, rest @ polar_A.T, rtol=1e-7, atol=1e-9)
     torch.testing.assert_close(state.column[0], oracle.column, rtol=1e-8, atol=0)
     torch.testing.assert_close(state.row[0], oracle.row, rtol=1e-8, atol=0)
 
 
-@pytest.mark.parametrize("orthogonal", [True, False])
-def test_trajectory_does_not_depend_on_how_the_product_is_split(orthogonal):
+@pytest.mark.parametrize(
+    ("orthogonal", "step"),
+    [
+        (True, {}),
+        (False, {"x_mode": "zero"}),
+        (False, {"x_mode": "symmetric"}),
+        (False, {"update": "sequential"}),
+    ],
+)
+def test_trajectory_does_not_depend_on_how_the_product_is_split(orthogonal, step):
     A, Bt = pairs(24, 33, 4)
     gradients = full_gradients(24, 33, 8)
     R = normal(3, 4, 4, seed=40)
     R = torch.linalg.qr(R).Q if orthogonal else R + 3 * torch.eye(4, dtype=R.dtype)
-    weights, _, _ = train(A, Bt, gradients)
-    others, _, _ = train(R @ A, torch.linalg.inv(R).mT @ Bt, gradients)
+    weights, _, _ = train(A, Bt, gradients, **step)
+    others, _, _ = train(R @ A, torch.linalg.inv(R).mT @ Bt, gradients, **step)
     torch.testing.assert_close(others, weights, rtol=1e-8, atol=1e-9)
 
 

@@ -20,8 +20,9 @@ ROOT = Path(lorapro_hf.__file__).parent
 # From the ground up. A module imports only from floors below its own; a sub-package counts as one module.
 FLOORS = (
     ("config", "kernels"),
-    ("bases", "reference"),
+    ("bases", "reference", "trust_region"),
     ("projection", "sequential"),
+    ("linear",),
     ("factored", "pairs"),
     ("stacks", "gradients"),
     ("moments", "shares"),

@@ -91,9 +91,7 @@ class Oracle:
         self.A, self.B = pair.A.detach().double(), pair.B.detach().double()
         self.M = self.V = torch.zeros(len(self.B), self.A.shape[1], dtype=torch.float64)
         options = {"lr": LR, "weight_decay": DECAY}
-        self.factored = reference.DenseFactoredAdamW(
-            self.A, self.B, self.scaling, update=update or "sequential", **options
-        )
+        self.factored = reference.DenseFactoredAdamW(self.A, self.B, self.scaling, update=update or "linear", **options)
         self.parameters = [self.A.clone().requires_grad_(), self.B.clone().requires_grad_()]
         self.adamw = torch.optim.AdamW(self.parameters, **options)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-RATES = {"lora": 1e-2, "full": 1e-3, "pro_full_linear": 1e-3, "pro_full_sequential": 3e-3}
-RATES |= {"pro_factored_sequential": 3e-3, "efficient": 1e-2}
+RATES = {"lora": 1e-2, "full": 1e-3, "pro_full_paper": 1e-3, "pro_full_linear": 3e-3}
+RATES |= {"pro_factored_linear": 3e-3, "efficient": 1e-2}
 GAP = {"measured": 8, "closer": 8, "measured_steps": 2, "largest_step_error": 2e-6}
 
 
@@ -38,8 +38,8 @@ def row(name, loss, base, full, better):
 
 
 def summary(base=1.0, **losses):
-    losses = {"lora": base, "full": 0.5, "pro_full_linear": 0.55, "pro_full_sequential": 0.56} | losses
-    losses.setdefault("pro_factored_sequential", 0.58)
+    losses = {"lora": base, "full": 0.5, "pro_full_paper": 0.55, "pro_full_linear": 0.56} | losses
+    losses.setdefault("pro_factored_linear", 0.58)
     found = [row(name, loss, base, losses["full"], 3 if loss < base else 0) for name, loss in losses.items()]
     return {
         "settings": {"seeds": [0, 1, 2]},
@@ -61,9 +61,9 @@ def test_all_targets_met(program):
 @pytest.mark.parametrize(
     ("change", "missed"),
     [
-        ({"pro_full_linear": 0.65}, [4]),  # 70 % of the gap
-        ({"pro_full_linear": 1.1}, [4, 5]),
-        ({"pro_factored_sequential": 0.62}, [6]),
+        ({"pro_full_paper": 0.65}, [4]),  # 70 % of the gap
+        ({"pro_full_paper": 1.1}, [4, 5]),
+        ({"pro_factored_linear": 0.62}, [6]),
         ({"full": 1.2}, []),  # no gap to close
     ],
 )
@@ -74,7 +74,7 @@ def test_each_target_can_be_missed(program, change, missed):
 
 def test_rates_and_gaps_can_be_missed(program):
     content = summary()
-    ours = next(each for each in content["comparisons"][0]["methods"] if each["method"] == "pro_full_sequential")
+    ours = next(each for each in content["comparisons"][0]["methods"] if each["method"] == "pro_full_linear")
     ours["learning_rate"], ours["good_range"] = 1e-2, [1e-2, 1e-2]
     found = verdicts(program, content, {**GAP, "closer": 7, "largest_step_error": 1e-4})
     assert [place for place, word in enumerate(found) if "missed" in word] == [0, 1, 7, 8]
@@ -82,14 +82,14 @@ def test_rates_and_gaps_can_be_missed(program):
 
 def test_a_method_that_never_finished_is_shown_and_misses(program):
     content = copy.deepcopy(summary())
-    ours = next(each for each in content["comparisons"][0]["methods"] if each["method"] == "pro_full_linear")
+    ours = next(each for each in content["comparisons"][0]["methods"] if each["method"] == "pro_full_paper")
     ours |= {"learning_rate": None, "against_baseline": None, "test": {"loss": None}}
     page = program.page(content, GAP)
-    assert "| pro full linear | none finished |" in page
+    assert "| pro full paper | none finished |" in page
     assert sum("missed" in word for word in verdicts(program, content)) == 4
 
 
 def test_who_is_better_is_said(program):
-    said = program.against_lora(summary(pro_full_linear=1.1)["comparisons"][0])
-    assert "on every seed: full (-0.500), pro full sequential (-0.440)" in said
-    assert "worse on every seed: pro full linear (+0.100)" in said
+    said = program.against_lora(summary(pro_full_paper=1.1)["comparisons"][0])
+    assert "on every seed: full (-0.500), pro full linear (-0.440)" in said
+    assert "worse on every seed: pro full paper (+0.100)" in said

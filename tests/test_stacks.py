@@ -154,7 +154,7 @@ class Oracles:
         elif mode == "full":
             self.each = [reference.DenseFullAdamW(p.A, p.B, p.scaling, **hyper) for p in pairs]
         else:
-            update = update or "sequential"
+            update = update or "linear"
             self.each = [reference.DenseFactoredAdamW(p.A, p.B, p.scaling, update=update, **hyper) for p in pairs]
 
     def step(self, index, g):

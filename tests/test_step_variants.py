@@ -45,13 +45,21 @@ def stepped(optimizer, model, count=3):
     return pair.A.detach(), pair.B.detach()
 
 
-@pytest.mark.parametrize(("way", "update"), [("linear", "linear"), ("B_first", "sequential")])
+OF_THE_PACKAGE = {
+    "linear": {"update": "linear", "trust_region": 0},
+    "linear_within_first_order": {"update": "linear"},
+    "B_first": {"update": "sequential", "trust_region": 0},
+    "B_first_within_first_order": {"update": "sequential"},
+}
+
+
+@pytest.mark.parametrize("way", OF_THE_PACKAGE)
 @pytest.mark.parametrize("starts_at_zero", [False, True])
-def test_two_are_the_updates_of_the_package(program, way, update, starts_at_zero):
+def test_four_are_the_updates_of_the_package(program, way, starts_at_zero):
     ours, theirs = layer(starts_at_zero), layer(starts_at_zero)
     theirs.load_state_dict(ours.state_dict())
     found = stepped(program.build(ours, LR, spend=way), ours)
-    config = {"mode": "full", "update": update}
+    config = {"mode": "full", **OF_THE_PACKAGE[way]}
     expected = stepped(create_lorapro_optimizer(theirs, lr=LR, config=config), theirs)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)

@@ -12,7 +12,7 @@ from lorapro_hf.config import BACKENDS, MODES, MOMENTS_DTYPES, UPDATES, X_MODES,
 _DEFAULTS = LoRAProConfig()
 
 
-def _choice(default: str | None, valid: tuple[str, ...], help: str) -> Any:
+def _choice(default: str, valid: tuple[str, ...], help: str) -> Any:
     return field(default=default, metadata={"help": help, "choices": list(valid)})
 
 
@@ -69,11 +69,11 @@ class LoRAProTrainingArguments(TrainingArguments):
         "Which of the equivalent factor gradients to take; 'sylvester' is the paper's. Without effect on a sequential "
         "update, but in mode 'efficient'.",
     )
-    lora_pro_update: str | None = _choice(
+    lora_pro_update: str = _choice(
         _DEFAULTS.update,
         UPDATES,
         "How a step is spent on the two factors: 'linear' (the paper) moves both at once, 'sequential' B first and A "
-        "against the new B. By default the mode's own: sequential for 'factored', linear for the others.",
+        "against the new B.",
     )
     lora_pro_rtol: float | None = field(
         default=_DEFAULTS.rtol,
@@ -86,7 +86,8 @@ class LoRAProTrainingArguments(TrainingArguments):
         default=_DEFAULTS.trust_region,
         metadata={
             "help": "How large the product of the changes of both factors may be, as a share of the change to first "
-            "order; longer steps are shortened. Without a limit by default. Makes higher learning rates usable."
+            "order: longer steps are shortened. 0 for no limit, as in the paper. By default 0.1, and none in mode "
+            "'efficient'."
         },
     )
     lora_pro_moments_dtype: str = _choice(
@@ -136,7 +137,7 @@ class LoRAProTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false (in YAML without quotes).")
         check_choice("lora_pro_mode", self.lora_pro_mode, MODES)
         check_choice("lora_pro_x_mode", self.lora_pro_x_mode, X_MODES)
-        check_choice("lora_pro_update", self.lora_pro_update, (None, *UPDATES))
+        check_choice("lora_pro_update", self.lora_pro_update, UPDATES)
         check_choice("lora_pro_moments_dtype", self.lora_pro_moments_dtype, MOMENTS_DTYPES)
         check_choice("lora_pro_backend", self.lora_pro_backend, BACKENDS)
         if type(self.lora_pro_log_gap) is not int or self.lora_pro_log_gap < 0:

@@ -11,7 +11,7 @@ X_MODES = ("sylvester", "zero", "symmetric")
 UPDATES = ("linear", "sequential")
 MOMENTS_DTYPES = ("float32", "bfloat16")
 BACKENDS = ("auto", "torch", "compiled", "triton")
-_OWN_UPDATES = {"factored": "sequential"}
+TRUST_REGION = 0.1  # of every mode that has one, where the settings leave it open
 
 
 def check_choice(name: str, value: object, valid: tuple[object, ...]) -> None:
@@ -36,14 +36,15 @@ class LoRAProConfig:
             update of modes other than `"efficient"`, which has no such freedom.
         update: How a step is spent on the two factors: `"linear"`, the paper's, moves both at once along their
             gradients; `"sequential"` moves B first and then A against the new B, so that the weight moves as meant and
-            not only to first order. `None`: the mode's own, sequential for `"factored"` and linear for the others.
-            In `"efficient"` it is the change that AdamW asks of A that then acts through the new B.
+            not only to first order. In `"efficient"` it is the change that AdamW asks of A that then acts through
+            the new B.
         rtol: Directions of a factor whose squared singular value is at most `rtol` times the largest one count as
             absent. `None` picks a value from the dtype, see `project_lora_gradients`.
         trust_region: How large the product of the changes of both factors may be, as a share of the change of `B A` to
             first order: what would exceed it is shortened, all of a linear step, the part of A of a sequential one.
-            `None` for no limit. It matters in the first steps, while B is small, and makes learning rates usable that
-            are too high otherwise. Not for mode `"efficient"`.
+            It matters in the first steps, while B is small, and makes learning rates usable that are too high
+            otherwise. `None` is 0.1, `0` no limit, which is the paper's step. Mode `"efficient"` has none: there AdamW
+            decides how far the factors move.
         moments_dtype: `"bfloat16"` halves the memory of mode `"full"`, its only user. The second moment is then rounded
             stochastically: rounding to the nearest would freeze it.
         backend: What computes the update of moments of the size of the weight (modes `"full"` and `"full_8bit"`).
@@ -60,12 +61,12 @@ class LoRAProConfig:
 
     Raises:
         ValueError: for an unknown choice, a combination that has no meaning, an `rtol` outside `[0, 1)`, or
-            a `trust_region` that is no positive number.
+            a `trust_region` that is negative or no number.
     """
 
     mode: str = "full"
     x_mode: str = "sylvester"
-    update: str | None = None
+    update: str = "linear"
     rtol: float | None = None
     trust_region: float | None = None
     moments_dtype: str = "float32"
@@ -76,7 +77,7 @@ class LoRAProConfig:
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, MODES)
         check_choice("x_mode", self.x_mode, X_MODES)
-        check_choice("update", self.update, (None, *UPDATES))
+        check_choice("update", self.update, UPDATES)
         check_choice("moments_dtype", self.moments_dtype, MOMENTS_DTYPES)
         check_choice("backend", self.backend, BACKENDS)
         check_choice("shard_states", self.shard_states, (None, True, False))
@@ -99,11 +100,9 @@ class LoRAProConfig:
             )
 
     def _check_trust_region(self) -> None:
-        if not (isinstance(self.trust_region, int | float) and 0.0 < self.trust_region < float("inf")):
-            raise ValueError(
-                f"trust_region={self.trust_region!r} must be a positive number, such as 0.1, or None for no limit."
-            )
-        if self.mode == "efficient":
+        if not (isinstance(self.trust_region, int | float) and 0.0 <= self.trust_region < float("inf")):
+            raise ValueError(f"trust_region={self.trust_region!r} must be a number such as 0.1, or 0 for no limit.")
+        if self.trust_region and self.mode == "efficient":
             raise ValueError(
                 f"trust_region={self.trust_region!r} is for modes 'full', 'full_8bit' and 'factored'; in mode "
                 "'efficient' AdamW decides how far the factors move. Leave it out, or use another mode."
@@ -117,7 +116,14 @@ class LoRAProConfig:
     @property
     def is_sequential(self) -> bool:
         """Whether a step moves B first and then A against the new B."""
-        return (self.update or _OWN_UPDATES.get(self.mode, "linear")) == "sequential"
+        return self.update == "sequential"
+
+    @property
+    def step_limit(self) -> float | None:
+        """What `trust_region` comes to: a positive number, or `None` for no limit."""
+        if self.trust_region is None:
+            return None if self.mode == "efficient" else TRUST_REGION
+        return self.trust_region or None
 
     @property
     def described_update(self) -> str:

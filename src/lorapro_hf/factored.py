@@ -95,7 +95,7 @@ def factored_step(
     *,
     betas: tuple[float, float],
     eps: float,
-    update: str = "sequential",
+    update: str = "linear",
     x_mode: str = "sylvester",
     rtol: float | None = None,
     live: Tensor | None = None,
@@ -116,7 +116,7 @@ def factored_step(
         rates: learning rates and what decay leaves of the factors.
         betas: decay rates of the two moments.
         eps: added to each root of a mean square; rows and columns without any gradient do not move even if it is 0.
-        update: `"sequential"`, or `"linear"` for the paper's step.
+        update: `"linear"`, or `"sequential"`.
         x_mode: as in `project_lora_gradients`; only for the linear step.
         rtol: as in `project_lora_gradients`.
         live: bool `(K,)`, the pairs that take part; the others and their state stay as they are to the bit. Default:

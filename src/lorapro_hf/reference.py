@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorapro_hf.config import TRUST_REGION
+
 RTOL = 1e-10
 
 
@@ -60,6 +62,7 @@ class DenseFullAdamW:
         eps: added to the denominator.
         weight_decay: decoupled decay of `scaling * B @ A`.
         x_mode: as in `project_lora_gradients`.
+        trust_region: as in `LoRAProConfig`, a positive number or 0.
     """
 
     def __init__(
@@ -73,8 +76,10 @@ class DenseFullAdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         x_mode: str = "sylvester",
+        trust_region: float = TRUST_REGION,
     ) -> None:
         self.A, self.B, self.scaling = A.detach().double().clone(), B.detach().double().clone(), scaling
+        self.trust_region = trust_region
         self.lr, self.betas, self.eps, self.weight_decay, self.x_mode = lr, betas, eps, weight_decay, x_mode
         self.M = torch.zeros(len(B), A.shape[-1], dtype=torch.float64)
         self.V = torch.zeros_like(self.M)
@@ -88,10 +93,18 @@ class DenseFullAdamW:
         self.M = beta1 * self.M + (1 - beta1) * projected
         self.V = beta2 * self.V + (1 - beta2) * projected**2
         u = (self.M / (1 - beta1**self.t)) / ((self.V / (1 - beta2**self.t)).sqrt() + self.eps)
+        self.spend(u)
+
+    def spend(self, u: Tensor) -> None:
+        """A linear step along u `(m, n)`."""
         h_A, h_B = factor_gradients(u, self.A, self.B, self.scaling, self.x_mode)
         keep = (1 - self.lr * self.weight_decay) ** 0.5
-        self.A = keep * self.A - self.lr * h_A
-        self.B = keep * self.B - self.lr * h_B
+        self.A, self.B = keep * self.A, keep * self.B
+        share = 1.0
+        if self.trust_region:
+            share = largest_share(self.A, self.B, lambda x: (-x * self.lr * h_A, -x * self.lr * h_B), self.trust_region)
+        self.A = self.A - share * self.lr * h_A
+        self.B = self.B - share * self.lr * h_B
 
 
 def sequential_step(
@@ -150,11 +163,11 @@ class DenseFactoredAdamW(DenseFullAdamW):
     """AdamW of the factored mode on one pair, in float64: a dense first moment that is kept in the tangent space.
 
     Args:
-        update: `"sequential"` or `"linear"`.
+        update: `"linear"` or `"sequential"`.
         options: as for `DenseFullAdamW`.
     """
 
-    def __init__(self, A: Tensor, B: Tensor, scaling: float, *, update: str = "sequential", **options: Any) -> None:
+    def __init__(self, A: Tensor, B: Tensor, scaling: float, *, update: str = "linear", **options: Any) -> None:
         super().__init__(A, B, scaling, **options)
         self.update = update
         self.row, self.column = torch.zeros(len(B), dtype=torch.float64), torch.zeros(A.shape[-1], dtype=torch.float64)
@@ -162,12 +175,12 @@ class DenseFactoredAdamW(DenseFullAdamW):
     def step(self, g: Tensor) -> None:
         """One step for the full gradient `g` `(m, n)`."""
         u = self.direction(g)
-        keep = (1 - self.lr * self.weight_decay) ** 0.5
         if self.update == "sequential":
-            self.A, self.B = sequential_step(u, keep * self.A, keep * self.B, self.scaling, self.lr)
+            keep = (1 - self.lr * self.weight_decay) ** 0.5
+            limit = self.trust_region or None
+            self.A, self.B = sequential_step(u, keep * self.A, keep * self.B, self.scaling, self.lr, trust_region=limit)
         else:
-            h_A, h_B = factor_gradients(u, self.A, self.B, self.scaling, self.x_mode)
-            self.A, self.B = keep * self.A - self.lr * h_A, keep * self.B - self.lr * h_B
+            self.spend(u)
         self.M = projected_gradient(self.M, self.A, self.B)
 
     def direction(self, g: Tensor) -> Tensor:

@@ -187,7 +187,7 @@ def rates_of(groups: tuple[Group, Group], config: LoRAProConfig) -> Rates:
     for group in groups:
         left = 1 - group["lr"] * group["weight_decay"]
         keep.append(left.clamp_min(0).sqrt() if isinstance(left, Tensor) else max(0.0, left) ** 0.5)
-    return Rates(groups[0]["lr"], groups[1]["lr"], keep[0], keep[1], config.trust_region)
+    return Rates(groups[0]["lr"], groups[1]["lr"], keep[0], keep[1], config.step_limit)
 
 
 def fused_adamw(

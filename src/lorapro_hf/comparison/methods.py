@@ -68,7 +68,7 @@ class Method:
 
 
 def _lora_pro() -> list[Method]:
-    """Every mode with every update that it knows."""
+    """Every mode with every update that it knows, and the paper's own step, whose length has no limit."""
     found = []
     for mode in MODES:
         for update in UPDATES:
@@ -80,7 +80,8 @@ def _lora_pro() -> list[Method]:
             settings = {"mode": mode, "update": update}
             title = f"LoRA-Pro {mode}, {update}"
             found.append(Method(f"pro_{mode}_{update}", title, "lorapro", rates, settings))
-    return found
+    paper = {"mode": "full", "update": "linear", "trust_region": 0}
+    return [*found, Method("pro_full_paper", "LoRA-Pro full, as in the paper", "lorapro", _WEIGHT_RATES, paper)]
 
 
 METHODS: Mapping[str, Method] = {

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.hub.settings import Settings
 from lorapro_hf.hub.usage import base_of
 from lorapro_hf.memory import readable_bytes, state_bytes_by_device
@@ -49,6 +50,7 @@ def describe_lora_pro(model: nn.Module, settings: Settings) -> dict[str, str]:
     rows = {
         "mode": config.mode,
         "update": config.described_update,
+        **_limit(config),
         **_unusual(config.to_dict()),
     }
     try:
@@ -165,6 +167,13 @@ def number(value: Any) -> str:
     return f"{value:.4f}".rstrip("0").rstrip(".") if value == 0 or abs(value) >= 1e-3 else f"{value:.3g}"
 
 
+def _limit(config: LoRAProConfig) -> dict[str, str]:
+    """The trust region, where the mode has one."""
+    if config.mode == "efficient":
+        return {}
+    return {"trust region": f"{config.step_limit:g}" if config.step_limit else "none"}
+
+
 def _unusual(settings: Mapping[str, Any]) -> dict[str, str]:
     """Settings that say something about the training and are not at their defaults."""
     rows = {}
@@ -172,8 +181,6 @@ def _unusual(settings: Mapping[str, Any]) -> dict[str, str]:
         rows["dtype of the moments"] = settings["moments_dtype"]
     if settings["rtol"] is not None:
         rows["rtol"] = f"{settings['rtol']:g}"
-    if settings["trust_region"] is not None:
-        rows["trust region"] = f"{settings['trust_region']:g}"
     if settings["master_factors"]:
         rows["master factors"] = "yes, in float32"
     return rows

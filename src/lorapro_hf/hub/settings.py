@@ -34,9 +34,9 @@ class Settings:
         return cls(given.config, {name: _plain(value) for name, value in known.items()})
 
     def save(self, folder: Path) -> None:
-        """Write `lorapro_config.json` into an existing folder; an update left to the mode is written as what it is."""
-        update = "sequential" if self.config.is_sequential else "linear"
-        content = {**replace(self.config, update=update).to_dict(), **self.optimizer, _VERSION: __version__}
+        """Write `lorapro_config.json` into an existing folder, with the trust region that the mode chose."""
+        config = replace(self.config, trust_region=self.config.step_limit or 0)
+        content = {**config.to_dict(), **self.optimizer, _VERSION: __version__}
         write_text(folder / SETTINGS_FILE, json.dumps(content, indent=2) + "\n")
 
 

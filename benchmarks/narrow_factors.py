@@ -164,7 +164,10 @@ def train(
     """How the weights have changed at the end of one training, and the held-out loss."""
     model = _adapted(task, seed, way, is_new).train()
     start = _product(model)
-    config: dict[str, Any] = {"mode": mode, "master_factors": way in ("stochastic", "masters")}
+    # Steps without a limit, and in mode factored sequential ones: it is the rounding that is compared.
+    config: dict[str, Any] = {"mode": mode, "trust_region": 0, "master_factors": way in ("stochastic", "masters")}
+    if mode == "factored":
+        config["update"] = "sequential"
     optimizer = create_lorapro_optimizer(model, lr=lr, config=config)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: min(1, (t + 1) / WARM_UP) * (1 - t / steps))
     for step in range(steps):

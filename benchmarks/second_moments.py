@@ -17,7 +17,7 @@ import math
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -30,8 +30,8 @@ from lorapro_hf.reference import DenseFactoredAdamW, projected_gradient, sequent
 
 RANK, SCALING, BETAS, EPS, WARM_UP, LAST = 8, 2.0, (0.9, 0.999), 1e-12, 8, 40
 FOLLOWED_LR = 1e-2
-COLUMNS: dict[str, dict[str, str] | None] = {"full fine-tuning": None} | {
-    f"{mode}, {update}": {"mode": mode, "update": update}
+COLUMNS: dict[str, dict[str, Any] | None] = {"full fine-tuning": None} | {
+    f"{mode}, {update}": {"mode": mode, "update": update, "trust_region": 0}
     for mode in ("full", "factored")
     for update in ("linear", "sequential")
 }
@@ -208,7 +208,7 @@ def follow(kind: type[Problem], size: Size) -> dict[str, Tensor]:
     return {name: torch.cat(values, dim=1) for name, values in runs.items()}
 
 
-def train(kind: type[Problem], tokens: int, steps: int, config: dict[str, str] | None, lr: float, size: Size) -> Tensor:
+def train(kind: type[Problem], tokens: int, steps: int, config: dict[str, Any] | None, lr: float, size: Size) -> Tensor:
     """Mean loss of the last steps, `(seeds,)`; all seeds side by side. `config` None: full fine-tuning."""
     problems = nn.ModuleList([kind(seed, tokens) for seed in size.seeds])
     starts = [A for seed, problem in zip(size.seeds, problems, strict=True) for A in _first_factors(problem, seed)]

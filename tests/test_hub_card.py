@@ -174,7 +174,8 @@ def test_card_of_a_trainer(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "training_curves.png").read_bytes().startswith(b"\x89PNG")
     for row in (
         "| mode | factored |", "| update | linear (sylvester) |", "| trust region | 0.1 |",
-        "| rank r | 4 |", "| alpha | 8 |", "| DoRA | no |", "| pairs of factors | 14 |", "| learning rate | 0.01 |", "| trained parameters | 3,968 |",
+        "| rank r | 4 |", "| alpha | 8 |", "| DoRA | no |",
+        "| pairs of factors | 14 |", "| learning rate | 0.01 |", "| trained parameters | 3,968 |",
     ):  # fmt: skip
         assert row in text
     assert "weight decay 0.1" in text and "LoRAProAdamW" in text and "adamw_torch" not in text

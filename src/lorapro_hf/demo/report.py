@@ -28,12 +28,11 @@ from lorapro_hf.demo.training import MethodResult
 COLOURS = {
     "lora": "#0072B2",
     "lora_pro": "#D55E00",
-    "lora_pro_sequential": "#E69F00",
     "lora_pro_8bit": "#56B4E9",
     "lora_pro_factored": "#CC79A7",
     "lora_pro_efficient": "#009E73",
 }
-_MARKERS = dict(zip(COLOURS, "os>DP^", strict=True))
+_MARKERS = dict(zip(COLOURS, "os>D^", strict=True))
 
 
 def _number(value: float | None, form: str) -> str:
@@ -81,7 +80,6 @@ def _row(result: MethodResult) -> dict[str, Any]:
         "method": result.method.name,
         "title": result.method.title,
         "lora_pro_mode": result.method.lora_pro_mode,
-        "lora_pro_update": result.method.lora_pro_update,
         "learning_rate": result.learning_rate,
         "steps": len(result.losses),
         "interrupted": result.interrupted,

@@ -25,25 +25,21 @@ class Method:
         title: Its name in the table.
         lora_pro_mode: The mode of LoRA-Pro; `None` for plain LoRA with AdamW.
         learning_rate: The default, tuned on the demo's own task.
-        lora_pro_update: How LoRA-Pro spends a step; `None` for the mode's own way.
     """
 
     name: str
     title: str
     lora_pro_mode: str | None
     learning_rate: float
-    lora_pro_update: str | None = None
 
 
 # Learning rates with the lowest held-out loss after 24 steps on the problems of seed 1 (the demo's seed is 0), out of
-# 5e-4 to 8e-3 for LoRA, 1e-4 to 4e-4 for full, 2e-4 and 4e-4 for full sequential, 2e-4 to 8e-4 for factored and 5e-4
-# to 4e-3 for efficient. full_8bit has that of full.
+# 5e-4 to 8e-3 for LoRA, 1e-4 to 4e-4 for full, 2e-4 to 8e-4 for factored and 5e-4 to 4e-3 for efficient. full_8bit has that of full.
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
         Method("lora", "LoRA (AdamW)", None, 4e-3),
         Method("lora_pro", "LoRA-Pro full", "full", 2e-4),
-        Method("lora_pro_sequential", "LoRA-Pro full, sequential", "full", 4e-4, "sequential"),
         Method("lora_pro_8bit", "LoRA-Pro full_8bit", "full_8bit", 2e-4),
         Method("lora_pro_factored", "LoRA-Pro factored", "factored", 4e-4),
         Method("lora_pro_efficient", "LoRA-Pro efficient", "efficient", 2e-3),

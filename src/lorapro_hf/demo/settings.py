@@ -34,7 +34,8 @@ class Method:
 
 
 # Learning rates with the lowest held-out loss after 24 steps on the problems of seed 1 (the demo's seed is 0), out of
-# 5e-4 to 8e-3 for LoRA, 1e-4 to 4e-4 for full, 2e-4 to 8e-4 for factored and 5e-4 to 4e-3 for efficient. full_8bit has that of full.
+# 5e-4 to 8e-3 for LoRA, 1e-4 to 4e-4 for full, 2e-4 to 8e-4 for factored and 5e-4 to 4e-3 for efficient. full_8bit has
+# that of full.
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (

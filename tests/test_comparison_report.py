@@ -271,3 +271,21 @@ def test_numbers_of_one_seed_have_no_spread(tmp_path: Path) -> None:
     row = summary["comparisons"][0]["methods"][1]
     assert row["test"]["loss"]["std"] is None and math.isclose(row["test"]["loss"]["mean"], 1.14)
     assert row["against_baseline"]["t_test"] is None
+
+
+@pytest.mark.parametrize(("max_grad_norm", "said"), [(1.0, "norm 1 (never those of LoRA-RITE)"), (0, "no clipping")])
+def test_what_is_not_equal_is_said(tmp_path: Path, max_grad_norm: float, said: str) -> None:
+    settings = settings_of(
+        {
+            "output_dir": str(tmp_path),
+            "seeds": [0],
+            "max_grad_norm": max_grad_norm,
+            "tasks": {"code": {"kind": "text", "steps": 4, "batch_size": 2}},
+            "methods": {"lora": [1e-3], "loraga": [1e-3], "lorarite": [1e-3], "full": [1e-4]},
+        }
+    )
+    store = Store(tmp_path)
+    store.write_sweep(settings, [])
+    write_report(store, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert said in text and "LoRA-GA sees its first batches once more" in text

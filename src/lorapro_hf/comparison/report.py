@@ -63,7 +63,16 @@ def _introduction(sweep: Mapping[str, Any], records: Mapping[str, Any]) -> list[
     settings = sweep["settings"]
     seeds = len(settings["seeds"])
     base, goal = (sweep["methods"].get(settings[name], {}).get("title", _NONE) for name in ("baseline", "reference"))
-    clip = f"gradients clipped to norm {settings['max_grad_norm']:g}" if settings["max_grad_norm"] else "no clipping"
+    clip = "no clipping"
+    if settings["max_grad_norm"]:
+        free = [method["title"] for method in sweep["methods"].values() if not method.get("clips", True)]
+        clip = f"gradients clipped to norm {settings['max_grad_norm']:g}"
+        clip += f" (never those of {', '.join(free)})" if free else ""
+    looks_first = [
+        method["title"]
+        for method in sweep["methods"].values()
+        if (method.get("adapter") or {}).get("init_lora_weights") == "lora_ga"
+    ]
     blocks: list[Block] = [
         Heading(1, "Comparison of methods"),
         Text(
@@ -72,6 +81,7 @@ def _introduction(sweep: Mapping[str, Any], records: Mapping[str, Any]) -> list[
             f"{settings['scaling']:g} r, {settings['precision']}. Seeds {', '.join(map(str, settings['seeds']))} "
             "decide order, initial values and dropout. A classifier on top is trained by an AdamW of its own at "
             "one rate for all."
+            + (f" {', '.join(looks_first)} sees its first batches once more, before it starts." if looks_first else "")
         ),
         Text(
             "Each method stands at its own best learning rate: the one with the lowest mean loss over the seeds on the "

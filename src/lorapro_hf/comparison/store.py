@@ -59,7 +59,7 @@ class Store:
 
     def write_sweep(self, settings: CompareSettings, runs: Sequence[Run]) -> None:
         """Note settings, environment and the list of all runs."""
-        methods = {m.name: {"title": m.title, "is_lora_pro": m.is_lora_pro} for m in settings.methods}
+        methods = {m.name: {"title": m.title, "is_lora_pro": m.is_lora_pro, **m.decides()} for m in settings.methods}
         content = {
             "settings": settings.to_dict(),
             "methods": methods,

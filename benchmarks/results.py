@@ -155,13 +155,14 @@ def judged(
 def closed(comparisons: list[Summary], name: str) -> list[str]:
     """The share of the gap that is closed."""
 
-    def judge(comparison: Summary, row: Method) -> tuple[str, bool | None]:
+    def judge(comparison: Summary, row: Method, base: Method, full: Method) -> tuple[str, bool | None]:
         if row["gap_closed"] is None:
             return "full fine-tuning is not better than LoRA, no gap to close", None
-        return f"{row['gap_closed']:.0%}", row["gap_closed"] >= SHARE
+        gap = base["test"]["loss"]["mean"] - full["test"]["loss"]["mean"]
+        return f"{row['gap_closed']:.0%} of {gap:.3f}", row["gap_closed"] >= SHARE
 
     what = f"{name_of(comparisons, name)}: at least {SHARE:.0%} of the gap from LoRA to full fine-tuning closed"
-    return judged(comparisons, (name,), what, judge)
+    return judged(comparisons, (name, LORA, FULL), what, judge)
 
 
 def not_worse(comparisons: list[Summary], name: str) -> list[str]:

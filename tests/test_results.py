@@ -55,7 +55,7 @@ def verdicts(program, content, gap=GAP):
 
 def test_all_targets_met(program):
     assert verdicts(program, summary()) == ["met"] * 11
-    assert "some task, r = 8: 90%" in program.page(summary(), GAP)
+    assert "some task, r = 8: 90% of 0.500" in program.page(summary(), GAP)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -93,3 +94,8 @@ def test_who_is_better_is_said(program):
     said = program.against_lora(summary(pro_full_paper=1.1)["comparisons"][0])
     assert "on every seed: full (-0.500), pro full linear (-0.440)" in said
     assert "worse on every seed: pro full paper (+0.100)" in said
+
+
+def test_page_is_up_to_date(program):
+    assert program.main(check=True) == 0, "run: python benchmarks/results.py"
+    assert json.loads(program.SUMMARY.read_text(encoding="utf-8"))["missing"] == 0

@@ -3,8 +3,9 @@
     python benchmarks/results.py           # the last step of: make compare-small
     python benchmarks/results.py --check   # exit code 1 if docs/results.md says something else
 
-Everything comes from `docs/results/summary.json`, which `lorapro compare` wrote, and `docs/pictures/gradient_gap.json`,
-which `docs/pictures/gradient_gap.py` wrote: no figure is typed in, and no run of the comparison is left out.
+Everything comes from the summaries in `docs/results`, which `lorapro compare` wrote, and
+`docs/pictures/gradient_gap.json`, which `docs/pictures/gradient_gap.py` wrote: no figure is typed in, and no run of
+the comparison is left out.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any
 from lorapro_hf.memory import readable_bytes
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGE, SUMMARY, GAP = DOCS / "results.md", DOCS / "results" / "summary.json", DOCS / "pictures" / "gradient_gap.json"
+PAGE, GAP = DOCS / "results.md", DOCS / "pictures" / "gradient_gap.json"
+REPORTS = ("results",)  # folders of docs, with the reports of as many comparisons
 LORA, FULL = "lora", "full"
 OURS = ("pro_full_linear", "pro_full_paper")  # the default and the paper's own step
 FACTORED = "pro_factored_linear"
@@ -212,21 +214,23 @@ def as_wide(comparisons: list[Summary], name: str) -> list[str]:
     return judged(comparisons, (name, LORA), what, judge)
 
 
-def page(summary: Summary, gap: Mapping[str, Any]) -> str:
-    """The whole page."""
-    comparisons = summary["comparisons"]
-    settings = summary["settings"]
-    environment = ", ".join(f"{key} {value}" for key, value in summary["environment"].items())
+def page(summaries: Mapping[str, Summary], gap: Mapping[str, Any]) -> str:
+    """The whole page, out of the summaries by their folder."""
+    comparisons = [
+        {**each, "folder": folder} for folder, summary in summaries.items() for each in summary["comparisons"]
+    ]
+    first = next(iter(summaries.values()))
+    environment = ", ".join(f"{key} {value}" for key, value in first["environment"].items())
     runs = sum(sum(row["runs"].values()) for c in comparisons for row in c["methods"])
     ended = {kind: sum(row["runs"][kind] for c in comparisons for row in c["methods"]) for kind in BAD}
     figures = "\n\n".join(
-        f"![{caption}, {title(c)}](results/figures/{c['task']}-r{c['rank']}-{figure}.png)"
+        f"![{caption}, {title(c)}]({c['folder']}/figures/{c['task']}-r{c['rank']}-{figure}.png)"
         for c in comparisons
         for figure, caption in FIGURES.items()
     )
     return PAGE_TEXT.format(
         runs=runs,
-        seeds=len(settings["seeds"]),
+        seeds=len(first["settings"]["seeds"]),
         bad=", ".join(f"{count} {kind}" for kind, count in ended.items()),
         losses=losses(comparisons),
         against="\n\n".join(map(against_lora, comparisons)),
@@ -242,7 +246,7 @@ BAD = ("diverged", "failed", "missing")
 FIGURES = {"loss": "Loss against steps", "rate-loss": "Final loss against learning rate"}
 PAGE_TEXT = """# Results
 
-<!-- Written by benchmarks/results.py from results/summary.json and pictures/gradient_gap.json. -->
+<!-- Written by benchmarks/results.py from the summaries in results and pictures/gradient_gap.json. -->
 
 `make compare-small` trains every method at several learning rates and under {seeds} seeds on three tasks, with the \
 same batches in the same order: {runs} runs, of which {bad}. All of them are in [the report](results/report.md), \
@@ -287,9 +291,14 @@ Machine and versions: {environment}.
 """
 
 
+def summaries() -> dict[str, Summary]:
+    """What the comparisons found, by folder."""
+    return {folder: json.loads((DOCS / folder / "summary.json").read_text(encoding="utf-8")) for folder in REPORTS}
+
+
 def main(check: bool) -> int:
     """Write the page, or say whether it is up to date."""
-    made = page(json.loads(SUMMARY.read_text(encoding="utf-8")), json.loads(GAP.read_text(encoding="utf-8")))
+    made = page(summaries(), json.loads(GAP.read_text(encoding="utf-8")))
     if check:
         return int(PAGE.read_text(encoding="utf-8") != made)
     PAGE.write_text(made, encoding="utf-8")

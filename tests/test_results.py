@@ -2,7 +2,6 @@
 
 import copy
 import importlib.util
-import json
 import sys
 from pathlib import Path
 
@@ -56,7 +55,7 @@ def verdicts(program, content, gap=GAP):
 
 def test_all_targets_met(program):
     assert verdicts(program, summary()) == ["met"] * 11
-    assert "some task, r = 8: 90% of 0.500" in program.page(summary(), GAP)
+    assert "some task, r = 8: 90% of 0.500" in program.page({"results": summary()}, GAP)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +84,7 @@ def test_a_method_that_never_finished_is_shown_and_misses(program):
     content = copy.deepcopy(summary())
     ours = next(each for each in content["comparisons"][0]["methods"] if each["method"] == "pro_full_paper")
     ours |= {"learning_rate": None, "against_baseline": None, "test": {"loss": None}}
-    page = program.page(content, GAP)
+    page = program.page({"results": content}, GAP)
     assert "| pro full paper | none finished |" in page
     assert sum("missed" in word for word in verdicts(program, content)) == 4
 
@@ -98,4 +97,4 @@ def test_who_is_better_is_said(program):
 
 def test_page_is_up_to_date(program):
     assert program.main(check=True) == 0, "run: python benchmarks/results.py"
-    assert json.loads(program.SUMMARY.read_text(encoding="utf-8"))["missing"] == 0
+    assert [each["missing"] for each in program.summaries().values()] == [0] * len(program.REPORTS)

@@ -251,6 +251,7 @@ def test_a_half_written_line_costs_one_run(tmp_path: Path) -> None:
     store.append({"key": "c", "status": "finished"})
     store.append({"key": "a", "status": "failed"})
     assert {key: record["status"] for key, record in store.records().items()} == {"a": "failed", "c": "finished"}
+    assert "\n\n" not in (tmp_path / RECORDS).read_text()
 
 
 def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,6 +310,28 @@ def test_a_killed_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len(after) == len(plan(read_settings(Path(arguments[0]), [arguments[-1]])))
 
 
+@pytest.mark.slow
+def test_sigterm_ends_the_processes_too(tmp_path: Path) -> None:
+    code = "import sys, test_comparison as t; sys.exit(t.command_line(*sys.argv[1:]))"
+    grid = ", ".join(f"{i}e-4" for i in range(1, 200))
+    arguments = ["--devices", "2", "--device", "cpu", "--output_dir", str(tmp_path), "--set", f"methods.lora=[{grid}]"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(CONFIGS / "smoke.yaml"), *arguments],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    store, deadline = Store(tmp_path), time.monotonic() + 120
+    while not store.records() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) != 0
+    done = store.records()
+    time.sleep(5.0)
+    assert done and store.records() == done
+
+
 def test_the_command_trains_reports_and_reports_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = ["--set", "methods={lora: [1e-3], full: [1e-3]}", "--set", f"tasks={json.dumps({'tiny': TINY})}"]
     arguments = [str(CONFIGS / "smoke.yaml"), "--output_dir", str(tmp_path / "runs"), "--device", "cpu", "--json"]
@@ -318,6 +341,7 @@ def test_the_command_trains_reports_and_reports_again(tmp_path: Path, capsys: py
     shown = ["--report_only", "--output_dir", str(tmp_path / "runs"), "--report_dir", str(tmp_path / "docs"), "--json"]
     assert command_line(*shown) == 0
     assert json.loads(capsys.readouterr().out) == first
+    assert command_line(*arguments, *overrides, "--no_report") == 0 and not capsys.readouterr().out
     assert (tmp_path / "docs" / "report.html").read_text() == (tmp_path / "runs" / "report.html").read_text()
 
 
@@ -326,6 +350,7 @@ def test_the_command_trains_reports_and_reports_again(tmp_path: Path, capsys: py
     [
         ([], "Name a YAML"),
         (["--report_only"], "needs --output_dir"),
+        (["--report_only", "--no_report", "--output_dir", "nowhere"], "nothing to do"),
         (["--report_only", "--output_dir", "nowhere"], "no comparison to report on"),
         (["nowhere.yaml"], "Cannot read"),
         ([str(CONFIGS / "smoke.yaml"), "--set", "seeds"], "KEY=VALUE"),
@@ -339,7 +364,7 @@ def test_bad_arguments(arguments: list[str], message: str, tmp_path: Path, monke
 
 
 @pytest.mark.distributed
-def test_two_processes_do_each_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_do_each_run_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tasks = json.dumps({"tiny": TINY})
     arguments = ["--set", "methods={lora: [1e-3], full: [1e-3]}", "--set", f"tasks={tasks}", "--set", "seeds=[0, 1]"]
     folder = ["--output_dir", str(tmp_path), "--device", "cpu", "--devices", "2"]
@@ -347,6 +372,7 @@ def test_two_processes_do_each_run_once(tmp_path: Path, monkeypatch: pytest.Monk
     lines = [json.loads(line) for line in (tmp_path / RECORDS).read_text().splitlines() if line]
     assert len(lines) == len({line["key"] for line in lines}) == 4
     assert {line["status"] for line in lines} == {"finished"}
+    assert capfd.readouterr().out.count("Report:") == 1
 
 
 # Tasks

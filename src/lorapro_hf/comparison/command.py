@@ -55,6 +55,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         "--report_dir", type=Path, default=argparse.SUPPRESS, metavar="FOLDER", help="for the report, if elsewhere"
     )
     parser.add_argument("--report_only", action="store_true", help="train nothing; report on what --output_dir has")
+    parser.add_argument("--no_report", action="store_true", help="train, and leave the report to --report_only")
     parser.add_argument("--retry_failed", action="store_true", help="train runs again that ended with an exception")
     parser.add_argument(
         "--devices", type=at_least_one, default=1, metavar="N", help="processes, each with a device and runs of its own"
@@ -72,6 +73,8 @@ def _compare(arguments: argparse.Namespace) -> int:
         raise UsageError(f"lorapro compare needs {' and '.join(missing)}. Install 'lorapro_hf[demo]'.")
     output_dir: Path | None = getattr(arguments, "output_dir", None)
     if arguments.report_only:
+        if arguments.no_report:
+            raise UsageError("--report_only and --no_report leave nothing to do; drop one.")
         if arguments.config is None and output_dir is None:
             raise UsageError("--report_only needs --output_dir, the folder of the comparison, or its YAML.")
     elif arguments.config is None:
@@ -98,6 +101,10 @@ def _run(arguments: argparse.Namespace, settings: Any, report_dir: Path) -> int:
     if kind == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no CUDA device here.")
     share = Share.of_environment()
+
+    def report() -> int:
+        return 0 if arguments.no_report else _report(settings.output_dir, report_dir, arguments.json)
+
     if arguments.devices > 1:
         if share.count > 1:
             raise UsageError("--devices starts the processes itself; leave it out under accelerate launch.")
@@ -109,26 +116,26 @@ def _run(arguments: argparse.Namespace, settings: Any, report_dir: Path) -> int:
             code = launch(arguments.devices, kind, _again(arguments, settings, kind))
         except KeyboardInterrupt:
             with suppress(UsageError):  # nothing may be there yet
-                _report(settings.output_dir, report_dir, arguments.json)
+                report()
             raise
-        return code or _report(settings.output_dir, report_dir, arguments.json)
+        return code or report()
     sweep = Sweep(settings, share, share.device(kind), Console(stderr=True), arguments.retry_failed)
     try:
         sweep.run()
     except KeyboardInterrupt:
         if share.count == 1:
-            _report(settings.output_dir, report_dir, arguments.json)
+            report()
         raise
     if share.count == 1:
-        return _report(settings.output_dir, report_dir, arguments.json)
+        return report()
     if sweep.complete():  # the last process reports; an exit code other than 0 would end the others
-        _report(settings.output_dir, report_dir, arguments.json)
+        report()
     return 0
 
 
 def _again(arguments: argparse.Namespace, settings: Any, kind: str) -> list[str]:
     """The arguments for each of several processes; the report is left to who starts them."""
-    again = [str(arguments.config), "--output_dir", str(settings.output_dir), "--device", kind]
+    again = [str(arguments.config), "--output_dir", str(settings.output_dir), "--device", kind, "--no_report"]
     again += [part for override in arguments.set for part in ("--set", override)]
     return again + (["--retry_failed"] if arguments.retry_failed else [])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ def launch(devices: int, device: str, arguments: Sequence[str]) -> int:
         arguments: Of `lorapro compare`, for each process.
 
     Returns:
-        The exit code of accelerate.
+        The exit code of accelerate, to which SIGTERM is passed on; 128 and a signal's number if one ended it.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, when the processes have ended.
@@ -30,11 +31,14 @@ def launch(devices: int, device: str, arguments: Sequence[str]) -> int:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // devices)))
     stopped = False
     with subprocess.Popen(command, env=environment) as process:
+        # Ctrl-C reaches the whole group; what a queue or `kill` sends reaches this process alone.
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         while process.returncode is None:
             try:
                 process.wait()
             except KeyboardInterrupt:  # the processes have got it too, and end by themselves
                 stopped = True
+        signal.signal(signal.SIGTERM, before)
     if stopped:
         raise KeyboardInterrupt
-    return process.returncode
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode

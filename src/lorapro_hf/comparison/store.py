@@ -31,11 +31,14 @@ class Store:
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a line, on disk when this returns; other processes may do the same at the same time."""
         text = json.dumps(without_nan(dict(record)), allow_nan=False)
-        # The newline in front ends a line that a killed process has left half-written. One write to a file that is
-        # open for appending is not torn apart by others.
-        line = f"\n{text}\n".encode()
-        descriptor = os.open(self.folder / RECORDS, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        line = f"{text}\n".encode()
+        descriptor = os.open(self.folder / RECORDS, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
+            # A killed process may have left half a line: end it first. One write to a file that is open for appending
+            # is not torn apart by others.
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                line = b"\n" + line
             while line:
                 line = line[os.write(descriptor, line) :]
             os.fsync(descriptor)

@@ -1,6 +1,6 @@
 """What did the comparison show, in words and against what was promised? Writes docs/results.md.
 
-    python benchmarks/results.py           # the last step of: make compare-small
+    python benchmarks/results.py           # the last step of: make compare-small, compare-whole, compare-ranks
     python benchmarks/results.py --check   # exit code 1 if docs/results.md says something else
 
 Everything comes from the summaries in `docs/results`, which `lorapro compare` wrote, and
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,14 @@ from lorapro_hf.memory import readable_bytes
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, GAP = DOCS / "results.md", DOCS / "pictures" / "gradient_gap.json"
-REPORTS = ("results",)  # folders of docs, with the reports of as many comparisons
+REPORTS = {  # of configs/compare, each with a folder in docs/results
+    "small": "word problems and code under the first blocks of SmolLM2-135M, with a vocabulary cut to size, and "
+    "docstrings under MiniLM",
+}
 LORA, FULL = "lora", "full"
 OURS = ("pro_full_linear", "pro_full_paper")  # the default and the paper's own step
 FACTORED = "pro_factored_linear"
+SHARES = {"exact_match", "accuracy"}  # metrics of which a task has one at most
 SHARE, STEP = 0.8, 3.0  # of the gap to close; the factor between neighbors of a grid
 
 Summary = Mapping[str, Any]
@@ -36,15 +40,19 @@ def method(comparison: Summary, name: str) -> Method | None:
     return found if found is not None and found["learning_rate"] is not None else None
 
 
+def compared(comparison: Summary, name: str) -> bool:
+    """Whether a method is part of it."""
+    return any(each["method"] == name for each in comparison["methods"])
+
+
 def title(comparison: Summary) -> str:
     """How a comparison is called."""
     return f"{comparison['task'].replace('_', ' ')}, r = {comparison['rank']}"
 
 
-def loss(row: Method) -> str:
-    """Mean and standard deviation of the test loss."""
-    test = row["test"]["loss"]
-    return f"{test['mean']:.3f}" + ("" if test["std"] is None else f" ± {test['std']:.3f}")
+def spread(values: Mapping[str, float | None], form: str) -> str:
+    """Mean and standard deviation over the seeds."""
+    return " ± ".join(format(values[name], form) for name in ("mean", "std") if values[name] is not None)
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -55,13 +63,27 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def losses(comparisons: list[Summary]) -> str:
-    """Every method on every task at its own best rate."""
+    """The test loss of every method on every task at its own best rate."""
+    return by_method(
+        comparisons, lambda row: f"{spread(row['test']['loss'], '.3f')} ({row['learning_rate']:g}{edge(row)})"
+    )
+
+
+def answers(comparisons: list[Summary]) -> str:
+    """The share of right answers where there are some."""
+    found = [each for each in comparisons if any(SHARES & row["test"].keys() for row in each["methods"])]
+    return by_method(found, lambda row: spread(row["test"][min(SHARES & row["test"].keys())], ".1%"))
+
+
+def by_method(comparisons: list[Summary], cell: Callable[[Method], str]) -> str:
+    """A line for every method and a column for every task."""
     rows = []
     for name, label in {each["method"]: each["title"] for c in comparisons for each in c["methods"]}.items():
         cells = []
         for comparison in comparisons:
             row = method(comparison, name)
-            cells.append("none finished" if row is None else f"{loss(row)} ({row['learning_rate']:g}{edge(row)})")
+            missing = "none finished" if compared(comparison, name) else "–"
+            cells.append(missing if row is None else cell(row))
         rows.append([label, *cells])
     return table(["method", *map(title, comparisons)], rows)
 
@@ -147,6 +169,8 @@ def judged(
     """A row of the targets out of one judgment a task: words and whether the target is kept, `None` for neither."""
     words, kept = [], []
     for comparison in comparisons:
+        if not all(compared(comparison, name) for name in names):
+            continue
         rows = [method(comparison, name) for name in names]
         said, fine = (unless, False) if None in rows else judge(comparison, *rows)
         words.append(f"{title(comparison)}: {said}")
@@ -224,7 +248,7 @@ def page(summaries: Mapping[str, Summary], gap: Mapping[str, Any]) -> str:
     runs = sum(sum(row["runs"].values()) for c in comparisons for row in c["methods"])
     ended = {kind: sum(row["runs"][kind] for c in comparisons for row in c["methods"]) for kind in BAD}
     figures = "\n\n".join(
-        f"![{caption}, {title(c)}]({c['folder']}/figures/{c['task']}-r{c['rank']}-{figure}.png)"
+        f"![{caption}, {title(c)}](results/{c['folder']}/figures/{c['task']}-r{c['rank']}-{figure}.png)"
         for c in comparisons
         for figure, caption in FIGURES.items()
     )
@@ -232,7 +256,11 @@ def page(summaries: Mapping[str, Summary], gap: Mapping[str, Any]) -> str:
         runs=runs,
         seeds=len(first["settings"]["seeds"]),
         bad=", ".join(f"{count} {kind}" for kind, count in ended.items()),
+        reports="\n".join(
+            f"- `make compare-{name}`, [report](results/{name}/report.md): {REPORTS[name]}." for name in summaries
+        ),
         losses=losses(comparisons),
+        answers=answers(comparisons),
         against="\n\n".join(map(against_lora, comparisons)),
         targets=targets(comparisons, gap),
         costs=costs(comparisons),
@@ -248,11 +276,14 @@ PAGE_TEXT = """# Results
 
 <!-- Written by benchmarks/results.py from the summaries in results and pictures/gradient_gap.json. -->
 
-`make compare-small` trains every method at several learning rates and under {seeds} seeds on three tasks, with the \
-same batches in the same order: {runs} runs, of which {bad}. All of them are in [the report](results/report.md), \
-seed by seed. They are short trainings of small models, made to fit on two CPU cores: they show how fast methods learn \
-at their own best rate, not how a large model ends after thousands of steps. For that there are \
-`configs/compare/gpu.yaml` and the recipes in `configs/paper/`; nobody has run them with this package yet.
+Methods are trained at several learning rates and under {seeds} seeds, with the same batches in the same order: {runs} \
+runs, of which {bad}. All of them are in the reports, seed by seed:
+
+{reports}
+
+They are short trainings of small models, made to fit on two CPU cores: they show how fast methods learn at their own \
+best rate, not how a large model ends after thousands of steps. For that there are `configs/compare/gpu.yaml` and the \
+recipes in `configs/paper/`; nobody has run them with this package yet.
 
 ## Test loss
 
@@ -260,6 +291,12 @@ Mean ± standard deviation over the seeds at each method's own best learning rat
 ↓ and ↑: that rate is the lowest or the highest of its grid, so that a better one may lie beyond.
 
 {losses}
+
+## Right answers
+
+Answers that match exactly, and for the docstrings accuracy, at the same rates: the loss has chosen them.
+
+{answers}
 
 ## Against LoRA
 
@@ -293,7 +330,8 @@ Machine and versions: {environment}.
 
 def summaries() -> dict[str, Summary]:
     """What the comparisons found, by folder."""
-    return {folder: json.loads((DOCS / folder / "summary.json").read_text(encoding="utf-8")) for folder in REPORTS}
+    files = {name: DOCS / "results" / name / "summary.json" for name in REPORTS}
+    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
 
 
 def main(check: bool) -> int:

@@ -29,7 +29,7 @@ def row(name, loss, base, full, better):
         "learning_rate": RATES[name],
         "at_edge": None,
         "good_range": [RATES[name], 3 * RATES[name]],
-        "test": {"loss": {"mean": loss, "std": 0.05}},
+        "test": {"loss": {"mean": loss, "std": 0.05}, "accuracy": {"mean": 1 - loss / 2, "std": None}},
         "gap_closed": (base - loss) / (base - full) if base > full else None,
         "against_baseline": None if name == "lora" else {"difference": loss - base, "better": better, "seeds": 3},
         "cost": {"step_ms": 10, "optimizer_ms": 1, "state_bytes": 1000 if "factored" in name else 9000, "trainable": 7},
@@ -55,7 +55,7 @@ def verdicts(program, content, gap=GAP):
 
 def test_all_targets_met(program):
     assert verdicts(program, summary()) == ["met"] * 11
-    assert "some task, r = 8: 90% of 0.500" in program.page({"results": summary()}, GAP)
+    assert "some task, r = 8: 90% of 0.500" in program.page({"small": summary()}, GAP)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_method_that_never_finished_is_shown_and_misses(program):
     content = copy.deepcopy(summary())
     ours = next(each for each in content["comparisons"][0]["methods"] if each["method"] == "pro_full_paper")
     ours |= {"learning_rate": None, "against_baseline": None, "test": {"loss": None}}
-    page = program.page({"results": content}, GAP)
+    page = program.page({"small": content}, GAP)
     assert "| pro full paper | none finished |" in page
     assert sum("missed" in word for word in verdicts(program, content)) == 4
 
@@ -93,6 +93,16 @@ def test_who_is_better_is_said(program):
     said = program.against_lora(summary(pro_full_paper=1.1)["comparisons"][0])
     assert "on every seed: full (-0.500), pro full linear (-0.440)" in said
     assert "worse on every seed: pro full paper (+0.100)" in said
+
+
+def test_what_was_not_compared_is_neither_met_nor_missed(program):
+    less = summary()
+    less["comparisons"][0] |= {"task": "less", "rank": 2}
+    less["comparisons"][0]["methods"] = [row for row in less["comparisons"][0]["methods"] if row["method"] in RATES][:2]
+    both = {"comparisons": [*summary()["comparisons"], *less["comparisons"]]}
+    assert verdicts(program, both) == verdicts(program, summary())
+    assert "| pro full paper | 0.550 ± 0.050 (0.001) | – |" in program.losses(both["comparisons"])
+    assert "| pro full paper | 72.5% | – |" in program.answers(both["comparisons"])
 
 
 def test_page_is_up_to_date(program):

@@ -23,6 +23,8 @@ PAGE, GAP = DOCS / "results.md", DOCS / "pictures" / "gradient_gap.json"
 REPORTS = {  # of configs/compare, each with a folder in docs/results
     "small": "word problems and code under the first blocks of SmolLM2-135M, with a vocabulary cut to size, and "
     "docstrings under MiniLM",
+    "whole": "other word problems under the whole of SmolLM2-135M, which writes the answers itself; the steps of "
+    "`make demo`",
 }
 LORA, FULL = "lora", "full"
 OURS = ("pro_full_linear", "pro_full_paper")  # the default and the paper's own step

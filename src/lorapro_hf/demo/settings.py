@@ -33,9 +33,9 @@ class Method:
     learning_rate: float
 
 
-# Learning rates with the lowest held-out loss after 24 steps on the problems of seed 1 (the demo's seed is 0): out of
-# 5e-4 to 8e-3 for LoRA and 5e-4 to 4e-3 for efficient under one seed, out of 1e-3 to 1e-2 for full under three, as
-# configs/compare/whole.yaml says. full_8bit and factored have that of full.
+# Learning rates with the lowest held-out loss after 24 steps on other problems than the demo's: out of 5e-4 to 8e-3 for
+# LoRA and 5e-4 to 4e-3 for efficient under one seed; full and factored have the best of configs/compare/whole.yaml,
+# under three, and full_8bit that of full.
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (

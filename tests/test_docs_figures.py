@@ -65,10 +65,33 @@ def test_memory_figures_are_those_computed():
 
 
 def test_figures_of_the_demo_are_those_measured():
-    results = json.loads((DOCS / "demo" / "results.json").read_text(encoding="utf-8"))["methods"]
-    losses = {row["method"]: f"{row['heldout']['loss']:.3f}" for row in results}
-    said = f"held-out loss {losses['lora']}, against {losses['lora_pro']} for mode `full` and "
-    assert f"{said}{losses['lora_pro_efficient']} for `efficient`" in (DOCS / "faq.md").read_text(encoding="utf-8")
+    content = json.loads((DOCS / "demo" / "results.json").read_text(encoding="utf-8"))
+    results = {row["method"]: row for row in content["methods"]}
+    losses = {method: f"{row['heldout']['loss']:.3f}" for method, row in results.items()}
+    said = f"LoRA's held-out loss is {losses['lora']}, that of `full` {losses['lora_pro']}."
+    assert said in (DOCS / "faq.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"in {content['total_time_s']:.0f} s" in readme
+    for method, row in results.items():
+        rate = f"{row['learning_rate']:.0e}".replace("e-0", "e-")
+        answers = f"{row['heldout']['exact_match']:.1%}".replace("%", " %")
+        assert (
+            f"| {row['title']} | {rate} | {row['train_loss_last_quarter']:.3f} | {losses[method]} | {answers} |"
+            in readme
+        )
+
+
+def test_figures_of_the_comparisons_are_those_measured():
+    shown = ("lora", "pro_full_linear", "pro_full_paper", "full")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    measured = []
+    for name in ("whole", "small"):
+        summary = json.loads((DOCS / "results" / name / "summary.json").read_text(encoding="utf-8"))
+        for comparison in summary["comparisons"]:
+            found = {row["method"]: row["test"]["loss"] for row in comparison["methods"]}
+            measured.append(" | ".join(f"{found[m]['mean']:.3f} ± {found[m]['std']:.3f}" for m in shown))
+    assert len(measured) == 4
+    assert all(f" | {figures} |" in readme for figures in measured)
 
 
 def test_arguments_are_all_listed():

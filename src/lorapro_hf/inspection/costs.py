@@ -14,7 +14,7 @@ from lorapro_hf.pairs import LoRAPair
 from lorapro_hf.shares import assign_owners, group_alike
 
 # Where full fine-tuning's rates fall with the size of the model: parameters up to which a range holds.
-_RATES_OF_THE_WEIGHT = ((1e9, (1e-4, 4e-4)), (3e9, (3e-5, 2e-4)), (float("inf"), (7e-6, 6e-5)))
+_RATES_OF_THE_WEIGHT = ((1e9, (1e-4, 1e-3)), (3e9, (3e-5, 2e-4)), (float("inf"), (7e-6, 6e-5)))
 _RATES_OF_LORA = (1e-4, 1e-3)
 
 Bytes = dict[torch.device, int]

@@ -25,6 +25,7 @@ REPORTS = {  # of configs/compare, each with a folder in docs/results
     "docstrings under MiniLM",
     "whole": "other word problems under the whole of SmolLM2-135M, which writes the answers itself; the steps of "
     "`make demo`",
+    "ranks": "the docstrings at a lower and a higher rank, with PEFT's LoRA-FA and Riemannian optimizers",
 }
 LORA, FULL = "lora", "full"
 OURS = ("pro_full_linear", "pro_full_paper")  # the default and the paper's own step
@@ -240,24 +241,34 @@ def as_wide(comparisons: list[Summary], name: str) -> list[str]:
     return judged(comparisons, (name, LORA), what, judge)
 
 
+def run_counts(comparisons: list[Summary]) -> list[dict[str, int]]:
+    """How many runs ended in which way, by method and task; those of full fine-tuning serve every rank."""
+    rows = {
+        (c["folder"], c["task"], c["rank"] if row["method"] != FULL else None, row["method"]): row["runs"]
+        for c in comparisons
+        for row in c["methods"]
+    }
+    return list(rows.values())
+
+
 def page(summaries: Mapping[str, Summary], gap: Mapping[str, Any]) -> str:
     """The whole page, out of the summaries by their folder."""
     comparisons = [
         {**each, "folder": folder} for folder, summary in summaries.items() for each in summary["comparisons"]
     ]
     first = next(iter(summaries.values()))
-    environment = ", ".join(f"{key} {value}" for key, value in first["environment"].items())
-    runs = sum(sum(row["runs"].values()) for c in comparisons for row in c["methods"])
-    ended = {kind: sum(row["runs"][kind] for c in comparisons for row in c["methods"]) for kind in BAD}
+    counts = run_counts(comparisons)
+    shared = set.intersection(*(set(each["environment"].items()) for each in summaries.values()))
+    environment = ", ".join(f"{key} {value}" for key, value in first["environment"].items() if (key, value) in shared)
     figures = "\n\n".join(
         f"![{caption}, {title(c)}](results/{c['folder']}/figures/{c['task']}-r{c['rank']}-{figure}.png)"
         for c in comparisons
         for figure, caption in FIGURES.items()
     )
     return PAGE_TEXT.format(
-        runs=runs,
+        runs=sum(sum(each.values()) for each in counts),
         seeds=len(first["settings"]["seeds"]),
-        bad=", ".join(f"{count} {kind}" for kind, count in ended.items()),
+        bad=", ".join(f"{sum(each[kind] for each in counts)} {kind}" for kind in BAD),
         reports="\n".join(
             f"- `make compare-{name}`, [report](results/{name}/report.md): {REPORTS[name]}." for name in summaries
         ),
@@ -326,7 +337,7 @@ The first two rows are from two trainings of SmolLM2-135M that [measure the gap]
 
 {figures}
 
-Machine and versions: {environment}.
+Versions: {environment}. The machines are in the reports.
 """
 
 

@@ -85,12 +85,12 @@ def test_figures_of_the_comparisons_are_those_measured():
     shown = ("lora", "pro_full_linear", "pro_full_paper", "full")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     measured = []
-    for name in ("whole", "small"):
+    for name in ("whole", "small", "ranks"):
         summary = json.loads((DOCS / "results" / name / "summary.json").read_text(encoding="utf-8"))
         for comparison in summary["comparisons"]:
             found = {row["method"]: row["test"]["loss"] for row in comparison["methods"]}
             measured.append(" | ".join(f"{found[m]['mean']:.3f} ± {found[m]['std']:.3f}" for m in shown))
-    assert len(measured) == 4
+    assert len(measured) == 6
     assert all(f" | {figures} |" in readme for figures in measured)
 
 

@@ -108,3 +108,10 @@ def test_what_was_not_compared_is_neither_met_nor_missed(program):
 def test_page_is_up_to_date(program):
     assert program.main(check=True) == 0, "run: python benchmarks/results.py"
     assert [each["missing"] for each in program.summaries().values()] == [0] * len(program.REPORTS)
+
+
+def test_runs_of_full_fine_tuning_count_once_for_all_ranks(program):
+    (one,) = summary()["comparisons"]
+    one["folder"] = "small"
+    counts = program.run_counts([one, {**one, "rank": 2}, {**one, "task": "other"}])
+    assert sum(each["finished"] for each in counts) == 9 * (3 * len(one["methods"]) - 1)

@@ -239,3 +239,15 @@ def test_refuses_deepspeed(monkeypatch):
     monkeypatch.setattr("lorapro_hf.diagnostics.callback.AcceleratorState", State)
     with pytest.raises(RuntimeError, match="cannot be measured under DeepSpeed"):
         GradientGapCallback().on_train_begin(_Arguments(), None, None, model=tiny_lora())
+
+
+def test_no_hook_is_left_behind_by_a_training_that_fails(tmp_path):
+    class Failing(LoRAProTrainer):
+        def training_step(self, *args, **kwargs):
+            super().training_step(*args, **kwargs)
+            raise KeyboardInterrupt
+
+    trainer = build(Failing, arguments(tmp_path, LoRAProTrainingArguments, lora_pro_log_gap=1))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert all(not pair.layer._forward_hooks for pair in find_lora_pairs(trainer.model))

@@ -49,6 +49,16 @@ def test_a_trust_region_does_not_depend_on_how_the_factors_share_their_size(scal
     assert not torch.allclose(plain[0], linear_step(A, 1e-2 * Bt, h_A, h_Bt, Rates(0.1, 0.1))[0])
 
 
+@pytest.mark.parametrize("size_of_B", [1e-3, 1e-15, 1e-25, 1e-30])
+def test_a_trust_region_holds_in_float32_whatever_the_size_of_B(size_of_B):
+    A, Bt, h_A, h_Bt = (x.float() for x in random(4, 1, 3, 8, seed=6))
+    Bt, h_A = size_of_B * Bt, h_A / size_of_B
+    new_A, new_Bt = linear_step(A, Bt, h_A.clone(), h_Bt, Rates(1e-3, 1e-3, trust_region=0.1))
+    step_A, step_B = (new_A - A)[0].double(), (new_Bt - Bt)[0].double().T
+    first_order = step_B @ A[0].double() + Bt[0].double().T @ step_A
+    torch.testing.assert_close((step_B @ step_A).norm(), 0.1 * first_order.norm(), rtol=1e-4, atol=0)
+
+
 def test_a_step_that_asks_for_nothing_is_no_division_by_zero():
     A, Bt = random(2, 3, 8, seed=1)[:, None]
     new = linear_step(A, Bt, torch.zeros_like(A), torch.zeros_like(Bt), Rates(0.1, 0.1, trust_region=0.1))

@@ -72,6 +72,7 @@ def test_bad_construction(changes, message):
         ({"backend": "cuda"}, "backend='cuda' is unknown; valid values are 'auto', 'torch', 'compiled', 'triton'"),
         ({"mode": "full_8bit", "moments_dtype": "bfloat16"}, "is for mode 'full' only, not for mode 'full_8bit'"),
         ({"mode": "factored", "backend": "torch"}, "backend='torch' is for modes 'full' and 'full_8bit'"),
+        ({"trust_region": True}, "trust_region=True must be a number such as 0.1, or 0 for no limit"),
         ({"trust_region": -0.1}, "trust_region=-0.1 must be a number such as 0.1, or 0 for no limit"),
         ({"trust_region": float("inf")}, "trust_region=inf must be a number such as 0.1, or 0 for no limit"),
         ({"mode": "efficient", "trust_region": 0.1}, "is for modes 'full', 'full_8bit' and 'factored'"),

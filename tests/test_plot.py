@@ -106,3 +106,11 @@ def test_refuses(tmp_path: Path, content: str | None, words: list[str], message:
 def test_refuses_other_formats(folder: Path):
     with pytest.raises(UsageError, match=r"the picture is a PNG"):
         plot(str(folder), "--output", "gap.pdf")
+
+
+def test_draws_what_is_there_of_a_file_without_some_figure(folder: Path):
+    records = [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+    for record in records:
+        del record["lora_scaled_gap"]
+    (folder / FILE).write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert plot(str(folder)) == 0

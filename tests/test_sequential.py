@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorapro_hf import reference
-from lorapro_hf.bases import RowBasis, row_basis
+from lorapro_hf.bases import ALL_DIRECTIONS, RowBasis, row_basis
 from lorapro_hf.sequential import Rates, change_through, select, sequential_step, spend_direction
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -29,7 +29,7 @@ def random_pairs(K, m, n, r, seed, rank_A=None, rank_B=None, dtype=torch.float64
 
 
 def from_products(A, Bt, u, s, rates, **options):
-    basis_A, basis_B = row_basis(A), row_basis(Bt)
+    basis_A, basis_B = row_basis(A), row_basis(Bt, ALL_DIRECTIONS)
     K = u @ basis_A.rows.mT
     return sequential_step(A, Bt, K.mT, basis_B.rows @ u, K.mT @ u, s, basis_A, basis_B, rates, **options)
 
@@ -60,12 +60,12 @@ def realised(A, Bt, s, rates, step):
     return s * step.Bt.double().mT @ step.A.double() - of_old
 
 
-def promised(A, u, rates, new_Bt):
+def promised(A, u, rates, new_Bt, rtol=1e-6):
     """`−[lr_B u P_A + lr_A P_B' u (I − P_A)]` by dense projectors, pair by pair."""
     moves = []
     for A_k, u_k, Bt_k in zip(A.double(), u.double(), new_Bt.double(), strict=True):
         inside = u_k @ torch.linalg.pinv(A_k, rtol=1e-6) @ A_k
-        P_B = torch.linalg.pinv(Bt_k, rtol=1e-6) @ Bt_k
+        P_B = torch.linalg.pinv(Bt_k, rtol=rtol) @ Bt_k
         moves.append(-rates.lr_B * inside - rates.lr_A * P_B @ (u_k - inside))
     return torch.stack(moves)
 
@@ -122,6 +122,21 @@ def test_float32_holds_for_factors_of_any_size(take, size_of_B):
     step = take(A, Bt, u, 2.0, rates)
     moved = realised(A, Bt, 2.0, rates, step)
     assert_close(moved, promised(A, u, rates, step.Bt), 0.1 * u.norm(), 1e-5)
+
+
+@ROUTES
+@pytest.mark.parametrize("decades", [2, 3, 4])
+@pytest.mark.parametrize("lr", [1e-2, 1e-3, 1e-4])
+def test_float32_holds_where_some_directions_of_B_are_small(take, decades, lr):
+    A, Bt, u = random_pairs(2, 256, 192, 8, seed=4)
+    left, _, right = torch.linalg.svd(Bt, full_matrices=False)
+    Bt = left @ torch.diag(10.0 ** -torch.linspace(0, decades, 8, dtype=torch.float64)) @ right
+    A, Bt, u = A.float(), Bt.float(), u.float()
+    rates = Rates(lr, lr)
+    step = take(A, Bt, u, 2.0, rates)
+    absent = (8 * torch.finfo(torch.float32).eps) ** 0.5
+    expected = promised(A, u, rates, step.Bt, absent)
+    assert_close(realised(A, Bt, 2.0, rates, step), expected, expected.norm(), 1e-6 + 5e-9 / lr)  # roundings of A and B
 
 
 @ROUTES

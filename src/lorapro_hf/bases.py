@@ -15,6 +15,8 @@ from torch import Tensor
 
 from lorapro_hf.kernels.eigh import symmetric_eigh
 
+ALL_DIRECTIONS = 1e-14  # an rtol that leaves out nothing but what float32 factors cannot hold
+
 
 class RowBasis(NamedTuple):
     """The r rows of a factor `F = vectors @ diag(singular) @ rows`; what belongs to absent directions is zero."""

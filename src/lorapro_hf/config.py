@@ -100,7 +100,8 @@ class LoRAProConfig:
             )
 
     def _check_trust_region(self) -> None:
-        if not (isinstance(self.trust_region, int | float) and 0.0 <= self.trust_region < float("inf")):
+        limit = self.trust_region
+        if isinstance(limit, bool) or not (isinstance(limit, int | float) and 0.0 <= limit < float("inf")):
             raise ValueError(f"trust_region={self.trust_region!r} must be a number such as 0.1, or 0 for no limit.")
         if self.trust_region and self.mode == "efficient":
             raise ValueError(

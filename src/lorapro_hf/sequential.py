@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lorapro_hf.bases import RowBasis, row_basis
-from lorapro_hf.trust_region import share_of_A
+from lorapro_hf.trust_region import share_of_A, square
 
 
 class Rates(NamedTuple):
@@ -83,12 +83,13 @@ def sequential_step(
         K_u: `(K, r, n)`, `Kᵀ u`.
         scaling: s in `W = W0 + s B A`; a number or a tensor like the rates.
         basis_A: `row_basis(A, rtol)`.
-        basis_B: `row_basis(Bt, rtol)`.
+        basis_B: `row_basis(Bt, ALL_DIRECTIONS)`: a direction that is too small to be projected on is part of B' all the
+            same, and this step may make it large enough.
         rates: learning rates and what decay leaves of the factors; the step acts on the decayed factors.
         rtol: as in `project_lora_gradients`.
         live: bool `(K,)`; where it is False the factors come out to the bit as they went in. Default: all take part.
-        factor_dtypes: dtypes in which A and B are stored, `None` for that of the inputs. The new B is rounded before A
-            follows, so that A makes up for the B that is there; both still come out in the dtype of the inputs.
+        factor_dtypes: dtypes in which A and B are stored, `None` for that of the inputs, in which both still come out.
+            A follows the directions of the new B as it is stored; its products with u are those of B before rounding.
 
     Returns:
         The new factors and the basis of the new B. `s (B'A' − BA)` with the decayed B, A is
@@ -128,6 +129,9 @@ def spend_direction(
         scaling: as in `sequential_step`.
         basis_A: as in `sequential_step`.
         rates: as in `sequential_step`.
+        rtol: as in `sequential_step`.
+        live: as in `sequential_step`.
+        factor_dtypes: as in `sequential_step`; A makes up for the B that is stored, in its products too.
 
     Returns:
         As in `sequential_step`.
@@ -135,7 +139,7 @@ def spend_direction(
     s = per_pair(scaling, A)
     moved = per_pair(rates.lr_B, A) * _reciprocal(s * per_pair(rates.keep_A, A))
     step_B = direction.through_A(-moved * basis_A.whitening)
-    square_B = None if rates.trust_region is None else step_B @ step_B.mT
+    square_B = None if rates.trust_region is None else square(step_B)
     new_Bt = settle(Bt, step_B, rates.keep_B, live, factor_dtypes[1])
     basis_B = row_basis(new_Bt, rtol)
     step_A = direction.rest_through_B(-per_pair(rates.lr_A, A) / s * basis_B.whitening, basis_B)
@@ -172,7 +176,8 @@ class _Products(NamedTuple):
         return weights @ self.u_A
 
     def rest_through_B(self, weights: Tensor, basis_B: RowBasis) -> Tensor:
-        through = (weights @ basis_B.whitening.mT) @ self.B_u
+        # from right to left: the product of the two small ones would square the condition number of B'
+        through = weights @ (basis_B.whitening.mT @ self.B_u)
         return through - (through @ self.basis_A.rows.mT) @ self.basis_A.rows
 
 

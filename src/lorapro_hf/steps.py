@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorapro_hf.bases import row_bases, row_basis
+from lorapro_hf.bases import ALL_DIRECTIONS, row_bases, row_basis
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.factored import Bases, FactoredState, factored_step
 from lorapro_hf.kernels.dense import dense_update
@@ -91,6 +91,8 @@ def full_step(
     """Adam on the equivalent gradient; its direction, seen through the bases of the factors, moves them."""
     stack = read.stack
     factors, bases, dtypes = stepped_factors(read, moments, config)
+    if config.is_sequential:
+        bases = Bases(bases.A, row_basis(factors.B, ALL_DIRECTIONS))
     basis_A, basis_B = bases
     u_A, B_u, K_u = dense_update(
         moments.dense,

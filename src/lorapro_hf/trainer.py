@@ -246,7 +246,12 @@ class LoRAProTrainerMixin(HubMixin):
                 folder = get_last_checkpoint(self.args.output_dir)
             if folder is not None:
                 self._check_checkpoint(Path(folder))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:  # after an exception nobody else would
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, GradientGapCallback):
+                    callback.stop()
 
     def _check_checkpoint(self, folder: Path) -> None:
         by_engine = self.is_deepspeed_enabled or self.is_fsdp_enabled

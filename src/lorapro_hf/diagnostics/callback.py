@@ -167,7 +167,8 @@ class GradientGapCallback(TrainerCallback):
         self._warned = True
         logger.warning(
             "gradient gap: the factors of %s saw another gradient than the output of the layer, by %.0f %%. With "
-            "lora_dropout or DoRA the figures are of this other gradient. This is said once.",
+            "lora_dropout, DoRA, or backward passes that add nothing to .grad (torch.autograd.grad) the figures are of "
+            "this other gradient. This is said once.",
             worst.layer,
             100 * worst.residual,
         )
@@ -178,7 +179,8 @@ class GradientGapCallback(TrainerCallback):
             self._unseen = True
             logger.warning(
                 "gradient gap: %s and %d more have gradients, but no backward pass has been seen in them: something "
-                "computes with their weights without calling them (fused kernels). They are left out.",
+                "computes with their weights without calling them (fused kernels), or writes over their inputs. They "
+                "are left out.",
                 unseen[0],
                 len(unseen) - 1,
             )

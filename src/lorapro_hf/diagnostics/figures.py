@@ -16,7 +16,7 @@ from lorapro_hf.bases import row_basis
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.projection import project_lora_gradients
 from lorapro_hf.sequential import Rates
-from lorapro_hf.trust_region import share_of_A, share_of_both
+from lorapro_hf.trust_region import share_of_A, share_of_both, square
 
 
 class Halves(NamedTuple):
@@ -128,7 +128,7 @@ def intended_step(
     rest = through_B - (of_B @ through_A) @ of_A
     if rates.trust_region is not None:
         step_A, step_Bt = lr_A / scaling * (basis_B.whitening @ rest), new_B.mT - kept[1]
-        rest *= share_of_A(*kept, step_A, step_Bt @ step_Bt.mT, rates.trust_region)
+        rest *= share_of_A(*kept, step_A, square(step_Bt), rates.trust_region)
     return Halves(torch.cat([-lr_B * through_A, -lr_A * of_B.mT], dim=1), torch.cat([of_A, rest]))
 
 

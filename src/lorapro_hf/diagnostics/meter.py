@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.amp.grad_scaler import OptState
 
 from lorapro_hf.diagnostics.figures import (
     Factors,
@@ -72,6 +73,7 @@ class _Before:
     factors: tuple[Tensor, Tensor]
     rates: Rates
     u: Tensor | None
+    steps: float
 
 
 class GradientGapMeter:
@@ -103,7 +105,8 @@ class GradientGapMeter:
     Attributes:
         turns: the names of the layers measured at a time.
         left_out: the layers that are not measured, and why.
-        unseen: those of the last step whose factors have gradients although no backward pass has been seen in them.
+        unseen: those of the last step whose factors have gradients although no backward pass has been seen in them, or
+            none with the input that the layer had.
 
     Raises:
         ValueError: no layer can be measured, a name in `layers` is no layer's, or `max_bytes` is not positive.
@@ -148,9 +151,12 @@ class GradientGapMeter:
     def before_step(self, optimizer: Any) -> None:
         """Compare gradients; after the last backward pass of a step, before anybody rewrites the factors' gradients.
 
+        Gradients that a scaler of yours has scaled have to be unscaled before, as for clipping; accelerate's is known.
+
         Raises:
             RuntimeError: the factors are sharded in a way that is not supported.
         """
+        scale = _loss_scale(optimizer)
         optimizer = unwrap_optimizer(optimizer)
         recordings, self._recordings, self._before = self._recordings, [], []
         self.unseen = []
@@ -162,10 +168,10 @@ class GradientGapMeter:
         where: Any = [recordings[0].gradient]
         with exact_arithmetic(where):
             for recording in recordings:
-                before = _compare(recording, access, optimizer)
+                before = None if recording.lost else _compare(recording, access, optimizer, scale)
                 if before is not None:
                     self._before.append(before)
-                elif recording.passes == 0 and recording.pair.A.grad is not None:
+                elif (recording.lost or recording.passes == 0) and recording.pair.A.grad is not None:
                     self.unseen.append(unwrapped_name(recording.pair.name))
 
     @torch.no_grad()
@@ -192,7 +198,7 @@ class GradientGapMeter:
         return [before.gap for before in measured]
 
 
-def _compare(recording: Recording, access: Access, optimizer: Any) -> _Before | None:
+def _compare(recording: Recording, access: Access, optimizer: Any, scale: float) -> _Before | None:
     """The figures of one layer's gradients; `None` where no backward pass has come by or one was not finite."""
     pair, g = recording.pair, recording.gradient
     if (group := everyone()) is not None:
@@ -202,7 +208,7 @@ def _compare(recording: Recording, access: Access, optimizer: Any) -> _Before | 
     if gradients[0] is None or gradients[1] is None:
         return None
     A, B, grad_A, grad_B = (x.to(g) for x in (A, B, gradients[0], gradients[1]))
-    factors = Factors(A, B, grad_A, grad_B, pair.scaling)
+    factors = Factors(A, B, grad_A / scale, grad_B / scale, pair.scaling)
     residual = bring_to_scale_(g, factors)
     if residual is None:
         return None
@@ -226,13 +232,17 @@ def _compare(recording: Recording, access: Access, optimizer: Any) -> _Before | 
         torch.mm(*adjusted, out=g)  # the buffer has served its purpose
         states = [optimizer.state.get(parameter, {}) for parameter in parameters]
         u = g.copy_(adam_direction(g, A, B, states[0], states[1], groups[0], config))
-    return _Before(pair, gap, (A.clone(), B.clone()), _rates(groups, optimizer), u)
+    return _Before(pair, gap, (A.clone(), B.clone()), _rates(groups, optimizer), u, _steps(pair, optimizer) or 0.0)
 
 
 def _step_figures(before: _Before, access: Access, optimizer: Any) -> tuple[float | None, float | None]:
     """The error and the relative length of one layer's step; `None` where another rank knows it."""
     pair, (A, B) = before.pair, before.factors
     new = access.values([pair.A, pair.B])
+    steps = _steps(pair, optimizer)
+    left_out = all(map(torch.equal, before.factors, (x.to(A) for x in new))) if steps is None else steps == before.steps
+    if left_out:  # something was not finite
+        return None, None
     moved = Moved.between(before.factors, (new[0], new[1]), pair.scaling, before.rates)
     if before.u is None:
         if isinstance(optimizer, LoRAProAdamW) and optimizer.config.is_sequential:
@@ -245,6 +255,21 @@ def _step_figures(before: _Before, access: Access, optimizer: Any) -> tuple[floa
     realised = moved.realised()
     asked = max(float(before.rates.lr_A), float(before.rates.lr_B)) * float(before.u.norm())
     return relative_difference(realised, intended), realised.norm() / asked if asked else None
+
+
+def _steps(pair: LoRAPair, optimizer: Any) -> float | None:
+    """How many steps the optimizer has taken with a pair; `None` where it does not say."""
+    count = optimizer.state.get(pair.A, {}).get("step")
+    return None if count is None else float(count)
+
+
+def _loss_scale(optimizer: Any) -> float:
+    """What the gradients are still multiplied by, which accelerate may undo as late as in the step."""
+    scaler = getattr(optimizer, "scaler", None)
+    if scaler is None or not scaler.is_enabled():
+        return 1.0
+    stage = scaler._per_optimizer_states[id(optimizer.optimizer)]["stage"]
+    return 1.0 if stage is OptState.UNSCALED else float(scaler.get_scale())
 
 
 def _groups(pair: LoRAPair, optimizer: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

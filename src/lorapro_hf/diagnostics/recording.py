@@ -41,12 +41,13 @@ class Recording:
         pair: the same.
         gradient: `(m, n)`, float32 or, for float64 factors, float64; it is what has been added up so far.
         passes: how many backward passes have been counted.
+        lost: whether one could not be, as the model has written over the layer's input since.
     """
 
     def __init__(self, pair: LoRAPair) -> None:
         self.pair = pair
         self.gradient = torch.zeros(weight_shape(pair), dtype=_buffer_dtype(pair), device=local(pair.A).device)
-        self.passes = 0
+        self.passes, self.lost = 0, False
         self._hook = pair.layer.register_forward_hook(self._tap, with_kwargs=True)
 
     def stop(self) -> None:
@@ -86,7 +87,14 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        ctx.recording.add(*ctx.saved_tensors, dy)
+        try:
+            (x,) = ctx.saved_tensors
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            ctx.recording.lost = True  # without us nobody would have needed x
+        else:
+            ctx.recording.add(x, dy)
         return dy, None, None
 
 

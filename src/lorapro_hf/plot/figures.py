@@ -33,7 +33,7 @@ def plot_gap(path: Path, runs: Sequence[Run]) -> None:
     figure = Figure(figsize=(5.4 * len(runs) + 1.2, sum(heights) + 2.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels: Any = figure.subplots(4, len(runs), squeeze=False, height_ratios=heights)
-    values = [r[name] for run in runs for r in run.records for name, *_ in _LINES if r[name] is not None]
+    values = [r[name] for run in runs for r in run.records for name, *_ in _LINES if r.get(name) is not None]
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     image: Any = None
     for column, run in enumerate(runs):
@@ -81,7 +81,7 @@ def _heat_map(axes: Any, run: Run, name: str, low: float, high: float) -> Any:
     table = [[math.nan] * len(steps) for _ in layers]
     place = {layer: row for row, layer in enumerate(layers)}, {step: column for column, step in enumerate(steps)}
     for record in run.records:
-        if record[name] is not None:
+        if record.get(name) is not None:
             table[place[0][run.layer_of(record)]][place[1][record["step"]]] = record[name]
     axes.set_facecolor("#e8e8e8")
     image = axes.imshow(table, aspect="auto", interpolation="nearest", cmap="viridis", vmin=low, vmax=high)

@@ -237,6 +237,16 @@ def test_the_report_is_made_of_the_files_alone(tmp_path: Path) -> None:
         assert (tmp_path / "one" / name).read_text() == (tmp_path / "two" / name).read_text()
 
 
+def test_a_report_in_a_folder_of_its_own_has_its_runs_beside_it(tmp_path: Path) -> None:
+    store = made_up(tmp_path / "runs")
+    own = store.records()
+    store.append({**next(iter(own.values())), "key": "of another sweep"})
+    first = write_report(store, tmp_path / "copy")
+    copy = Store(tmp_path / "copy")
+    assert copy.records() == own and copy.sweep() == store.sweep()
+    assert write_report(copy, copy.folder) == first and copy.records() == own
+
+
 def test_markdown_and_html_hold_the_same_and_every_figure(tmp_path: Path) -> None:
     write_report(made_up(tmp_path), tmp_path)
     markdown, html = ((tmp_path / name).read_text() for name in ("report.md", "report.html"))

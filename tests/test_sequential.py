@@ -152,6 +152,17 @@ def test_from_zero_B_the_weight_takes_the_best_part_of_u_in_the_columns_of_uAt(t
 
 
 @ROUTES
+@pytest.mark.parametrize("limit", [None, 0.05])
+def test_the_weight_moves_alike_however_the_factors_are_balanced(take, limit):
+    A, Bt, u = random_pairs(2, 12, 17, 4, seed=9)
+    R = torch.randn(4, 4, generator=torch.Generator().manual_seed(9), dtype=torch.float64) + 2 * torch.eye(4)
+    balanced = R @ A, torch.linalg.solve(R.mT, Bt)
+    rates = Rates(0.1, 0.1, trust_region=limit)
+    moved, other = (realised(*factors, 2.0, rates, take(*factors, u, 2.0, rates)) for factors in ((A, Bt), balanced))
+    torch.testing.assert_close(other, moved, rtol=1e-8, atol=1e-10)
+
+
+@ROUTES
 @pytest.mark.parametrize("limit", [0.05, 1e3])
 def test_a_trust_region_shortens_the_part_of_A_alone(take, limit):
     A, Bt, u = random_pairs(4, 12, 17, 4, seed=8)

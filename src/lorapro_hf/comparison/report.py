@@ -12,7 +12,7 @@ from typing import Any
 from lorapro_hf.comparison.document import Block, Heading, Picture, Table, Text, as_html, as_markdown
 from lorapro_hf.comparison.figures import draw
 from lorapro_hf.comparison.significance import has_scipy, smallest_p
-from lorapro_hf.comparison.store import DIVERGED, FAILED, Store, replace_text
+from lorapro_hf.comparison.store import DIVERGED, FAILED, Store, keys_of, replace_text
 from lorapro_hf.comparison.summary import MISSING, Comparison, Rate, Row, summarize
 from lorapro_hf.demo.report import without_nan
 from lorapro_hf.memory import readable_bytes
@@ -23,6 +23,8 @@ _NONE = "–"
 
 def write_report(store: Store, folder: Path) -> dict[str, Any]:
     """Write `report.md` with its figures, `report.html` and `summary.json` from what is stored, and nothing else.
+
+    In another folder than that of the store all runs are copied beside them.
 
     Args:
         store: Where the results are.
@@ -56,6 +58,8 @@ def write_report(store: Store, folder: Path) -> dict[str, Any]:
         }
     )
     replace_text(folder / SUMMARY, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    if folder.resolve() != store.folder.resolve():
+        store.copy_to(folder)
     return content
 
 
@@ -102,7 +106,9 @@ def _introduction(sweep: Mapping[str, Any], records: Mapping[str, Any]) -> list[
     ]
     missing = _missing(sweep, records)
     if missing:
-        blocks.append(Text(f"The comparison is not complete: {missing} of {len(_keys(sweep))} runs are still to come."))
+        blocks.append(
+            Text(f"The comparison is not complete: {missing} of {len(keys_of(sweep))} runs are still to come.")
+        )
     return blocks
 
 
@@ -237,7 +243,7 @@ def _unfinished(sweep: Mapping[str, Any], records: Mapping[str, Any]) -> list[Bl
 
 
 def _environments(sweep: Mapping[str, Any], records: Mapping[str, Any]) -> list[Block]:
-    used = [records[key]["environment"] for key in _keys(sweep) if key in records]
+    used = [records[key]["environment"] for key in keys_of(sweep) if key in records]
     different = [each for place, each in enumerate(used) if each not in used[:place]] or [sweep["environment"]]
     blocks: list[Block] = [Heading(2, "Environment")]
     if len(different) > 1:
@@ -245,12 +251,8 @@ def _environments(sweep: Mapping[str, Any], records: Mapping[str, Any]) -> list[
     return blocks + [Text(", ".join(f"{name} {value}" for name, value in each.items())) for each in different]
 
 
-def _keys(sweep: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(run["key"] for run in sweep["runs"]))
-
-
 def _missing(sweep: Mapping[str, Any], records: Mapping[str, Any]) -> int:
-    return sum(key not in records for key in _keys(sweep))
+    return sum(key not in records for key in keys_of(sweep))
 
 
 def _rate(row: Row) -> str:

@@ -60,6 +60,13 @@ class Store:
                 found[record["key"]] = record
         return found
 
+    def copy_to(self, folder: Path) -> None:
+        """Make a folder that can be reported on and gone on with like this one, without runs of other sweeps."""
+        records = self.records()
+        lines = [json.dumps(records[key]) for key in keys_of(self.sweep()) if key in records]
+        replace_text(folder / RECORDS, "".join(f"{line}\n" for line in lines))
+        replace_text(folder / SWEEP, (self.folder / SWEEP).read_text(encoding="utf-8"))
+
     def write_sweep(self, settings: CompareSettings, runs: Sequence[Run]) -> None:
         """Note settings, environment and the list of all runs."""
         methods = {m.name: {"title": m.title, "is_lora_pro": m.is_lora_pro, **m.decides()} for m in settings.methods}
@@ -85,6 +92,11 @@ class Store:
                 f"There is no comparison to report on in {str(self.folder)!r}: {error}. Give the --output_dir of one."
             ) from error
         return content
+
+
+def keys_of(sweep: Mapping[str, Any]) -> list[str]:
+    """The keys of its runs, those that several methods share once."""
+    return list(dict.fromkeys(run["key"] for run in sweep["runs"]))
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -31,7 +31,7 @@ from lorapro_hf.comparison.tasks import load_task
 from lorapro_hf.comparison.tasks.base import Task
 from lorapro_hf.comparison.tasks.models import truncated
 from lorapro_hf.comparison.tasks.sources import docstrings, library_code, table
-from lorapro_hf.config import MODES, UPDATES
+from lorapro_hf.config import MODES, TRUST_REGION, UPDATES
 from lorapro_hf.options import UsageError
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "compare"
@@ -485,3 +485,10 @@ def test_truncation_keeps_the_first_blocks(task: Task) -> None:
 def test_a_report_needs_its_runs(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no comparison"):
         write_report(Store(tmp_path), tmp_path)
+
+
+def test_a_default_that_is_spelled_out_is_the_same_run() -> None:
+    spelled = method_of("mine", {"like": "pro_full_linear", "optimizer": {"trust_region": TRUST_REGION, "rtol": None}})
+    other = method_of("other", {"like": "pro_full_linear", "optimizer": {"trust_region": TRUST_REGION / 2}})
+    assert spelled.decides() == METHODS["pro_full_linear"].decides() != other.decides()
+    assert METHODS["pro_full_paper"].decides()["settings"]["trust_region"] is None

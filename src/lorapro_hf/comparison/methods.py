@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lorapro_hf.config import MODES, UPDATES, LoRAProConfig
@@ -51,9 +51,13 @@ class Method:
     def decides(self) -> dict[str, Any]:
         """What of it decides how a run ends: neither names nor grid."""
         adapter = None if self.adapter is None else dict(self.adapter)
+        settings = dict(self.settings)
+        if self.is_lora_pro:  # spelled out: a default may change
+            config = LoRAProConfig(**settings)
+            settings = {**asdict(config), "trust_region": config.step_limit}
         return {
             "optimizer": self.optimizer,
-            "settings": dict(self.settings),
+            "settings": settings,
             "adapter": adapter,
             "clips": self.clips,
         }

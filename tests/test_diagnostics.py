@@ -278,7 +278,9 @@ def test_step_is_compared_with_adams_direction(name, starts_at_zero):
             u = oracle.direction(true[pair.name])
             if optimizer.config.is_sequential:
                 new_A, new_B = sequential_step(u, keep * A, keep * B, s, LR, trust_region=optimizer.config.step_limit)
+                free_A, _ = sequential_step(u, keep * A, keep * B, s, LR)
                 intended = s * (new_B @ new_A - keep**2 * B @ A)
+                share = float((new_A - keep * A).norm() / (free_A - keep * A).norm())
             else:
                 h_A, h_B = factor_gradients(u, A, B, s, optimizer.config.x_mode)
                 share, limit = 1.0, optimizer.config.step_limit
@@ -291,6 +293,7 @@ def test_step_is_compared_with_adams_direction(name, starts_at_zero):
             realised = s * (pair.B.detach() @ pair.A.detach() - keep**2 * B @ A)
             error = float((realised - intended).norm() / intended.norm())
             assert gaps[pair.name].step_error == pytest.approx(error, rel=1e-6, abs=1e-8)
+            assert gaps[pair.name].step_share == pytest.approx(float(share), rel=1e-6)
             assert gaps[pair.name].step_length == pytest.approx(float(realised.norm() / (LR * u).norm()), rel=1e-6)
             assert (gaps[pair.name].step_error < 1e-8) == optimizer.config.is_sequential
             assert not optimizer.config.is_sequential or gaps[pair.name].step_length <= 1 + 1e-9
@@ -352,7 +355,7 @@ def test_step_of_other_optimizers_is_compared_with_its_first_order(kind):
         step_A, step_B = pair.A.detach() - A, pair.B.detach() - B
         error = (step_B @ step_A).norm() / (B @ step_A + step_B @ A).norm()
         assert gap.step_error == pytest.approx(float(error), rel=1e-7)
-        assert gap.step_length is None
+        assert gap.step_length is None and gap.step_share is None
 
 
 def test_layers_take_turns_where_they_do_not_fit():

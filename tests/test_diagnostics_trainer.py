@@ -128,6 +128,7 @@ def test_metrics_reach_reporters_at_their_step(tmp_path):
             "residual",
             "step_error",
             "step_length",
+            "step_share",
         )
     }
 

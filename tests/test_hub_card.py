@@ -173,7 +173,7 @@ def test_card_of_a_trainer(tmp_path: Path) -> None:
     assert text.count("# run\n") == 1 and "![Loss against step](training_curves.png)" in text
     assert (tmp_path / "run" / "training_curves.png").read_bytes().startswith(b"\x89PNG")
     for row in (
-        "| mode | factored |", "| update | linear (sylvester) |", "| trust region | 0.1 |",
+        "| mode | factored |", "| update | linear (sylvester) |", "| trust region | 0.03 |",
         "| rank r | 4 |", "| alpha | 8 |", "| DoRA | no |",
         "| pairs of factors | 14 |", "| learning rate | 0.01 |", "| trained parameters | 3,968 |",
     ):  # fmt: skip
@@ -189,7 +189,7 @@ def test_settings_travel_with_the_adapter(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "checkpoint-1"):
         content = json.loads((folder / "lorapro_config.json").read_text())
         assert content["learning_rate"] == 0.01 and content["betas"] == [0.9, 0.999]
-        assert load_lora_pro_config(folder) == LoRAProConfig(mode="factored", trust_region=0.1)
+        assert load_lora_pro_config(folder) == LoRAProConfig(mode="factored", trust_region=0.03)
     assert "lora-pro" in ModelCard.load(tmp_path / "checkpoint-1" / "README.md").data.tags
 
 

@@ -88,7 +88,7 @@ def test_plain_loop_pushes(pushed: Any, hub: Hub) -> None:
     text = repository.files["README.md"].decode()
     assert "| mode | factored |" in text and "| batch size | 1 |" in text and "| accuracy | 0.5 |" in text
     assert card_problems(text) == [] and "value: 0.5" in text
-    assert pushed["settings"]["mode"] == "factored" and pushed["settings"]["trust_region"] == 0.1
+    assert pushed["settings"]["mode"] == "factored" and pushed["settings"]["trust_region"] == 0.03
 
 
 def test_pushed_adapter_loads_with_stock_peft(pushed: Any, hub: Hub, folder: Path) -> None:

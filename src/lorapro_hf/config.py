@@ -11,7 +11,7 @@ X_MODES = ("sylvester", "zero", "symmetric")
 UPDATES = ("linear", "sequential")
 MOMENTS_DTYPES = ("float32", "bfloat16")
 BACKENDS = ("auto", "torch", "compiled", "triton")
-TRUST_REGION = 0.1  # of every mode that has one, where the settings leave it open
+TRUST_REGION = 0.03  # of every mode that has one, where the settings leave it open
 
 
 def check_choice(name: str, value: object, valid: tuple[object, ...]) -> None:

@@ -100,7 +100,7 @@ def bring_to_scale_(g: Tensor, factors: Factors) -> float | None:
 
 def intended_step(
     u: Tensor, A: Tensor, B: Tensor, new_B: Tensor, scaling: float, rates: Rates, config: LoRAProConfig
-) -> Halves:
+) -> tuple[Halves, float]:
     """The step of the weight that LoRA-Pro means to take along the direction u `(m, n)`, apart from weight decay.
 
     Args:
@@ -111,7 +111,11 @@ def intended_step(
         scaling: s.
         rates: learning rates; decay does not matter here.
         config: update, x_mode and rtol.
+
+    Returns:
+        the step, and what the trust region left of it, of A's part in a sequential step.
     """
+    share: Tensor | float = 1.0
     lr_A, lr_B = float(rates.lr_A), float(rates.lr_B)
     kept = float(rates.keep_A) * A, float(rates.keep_B) * B.mT
     if not config.is_sequential:
@@ -121,15 +125,16 @@ def intended_step(
         if rates.trust_region is not None:
             share = share_of_both(*kept, step_A, step_B.mT, rates.trust_region)
             step_A, step_B = share * step_A, share * step_B
-        return equivalent_halves(A, B, step_A, step_B, scaling)
+        return equivalent_halves(A, B, step_A, step_B, scaling), float(share)
     of_A, basis_B = row_basis(A, config.rtol).rows, row_basis(new_B.mT.contiguous(), config.rtol)
     of_B = basis_B.rows
     through_A, through_B = u @ of_A.mT, of_B @ u
     rest = through_B - (of_B @ through_A) @ of_A
     if rates.trust_region is not None:
         step_A, step_Bt = lr_A / scaling * (basis_B.whitening @ rest), new_B.mT - kept[1]
-        rest *= share_of_A(*kept, step_A, square(step_Bt), rates.trust_region)
-    return Halves(torch.cat([-lr_B * through_A, -lr_A * of_B.mT], dim=1), torch.cat([of_A, rest]))
+        share = share_of_A(*kept, step_A, square(step_Bt), rates.trust_region)
+        rest *= share
+    return Halves(torch.cat([-lr_B * through_A, -lr_A * of_B.mT], dim=1), torch.cat([of_A, rest])), float(share)
 
 
 class Moved(NamedTuple):

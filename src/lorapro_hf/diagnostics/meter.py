@@ -49,6 +49,7 @@ class LayerGap:
         lora_pro_cosine: between g and g̃.
         step_error: `‖realised − intended‖ / ‖intended‖` of the step of the weight.
         step_length: `‖realised‖ / ‖γ u‖` where the optimizer has a direction u of the weight.
+        step_share: what the trust region left of the step (of A's part in a sequential one) where it has such a u.
     """
 
     layer: str
@@ -62,6 +63,7 @@ class LayerGap:
     lora_pro_cosine: float
     step_error: float | None = None
     step_length: float | None = None
+    step_share: float | None = None
 
 
 @dataclass
@@ -191,10 +193,11 @@ class GradientGapMeter:
         if (group := everyone()) is not None:
             known = known.to(measured[0].pair.A.device)
             dist.all_reduce(known, group=group)
-        for before, (error, length, count) in zip(measured, known.tolist(), strict=True):
+        for before, (error, length, share, count) in zip(measured, known.tolist(), strict=True):
             if count:
                 before.gap.step_error = error / count
-                before.gap.step_length = length / count if before.u is not None else None
+                if before.u is not None:
+                    before.gap.step_length, before.gap.step_share = length / count, share / count
         return [before.gap for before in measured]
 
 
@@ -235,26 +238,26 @@ def _compare(recording: Recording, access: Access, optimizer: Any, scale: float)
     return _Before(pair, gap, (A.clone(), B.clone()), _rates(groups, optimizer), u, _steps(pair, optimizer) or 0.0)
 
 
-def _step_figures(before: _Before, access: Access, optimizer: Any) -> tuple[float | None, float | None]:
-    """The error and the relative length of one layer's step; `None` where another rank knows it."""
+def _step_figures(before: _Before, access: Access, optimizer: Any) -> tuple[float | None, float | None, float | None]:
+    """The error, relative length and share of one layer's step; `None` where another rank knows it."""
     pair, (A, B) = before.pair, before.factors
     new = access.values([pair.A, pair.B])
     steps = _steps(pair, optimizer)
     left_out = all(map(torch.equal, before.factors, (x.to(A) for x in new))) if steps is None else steps == before.steps
     if left_out:  # something was not finite
-        return None, None
+        return None, None, None
     moved = Moved.between(before.factors, (new[0], new[1]), pair.scaling, before.rates)
     if before.u is None:
         if isinstance(optimizer, LoRAProAdamW) and optimizer.config.is_sequential:
-            return None, None  # what AdamW asked of A can no longer be told, and nothing but rounding is left of it
-        return relative_difference(moved.realised(), moved.first_order()), None
+            return None, None, None  # what AdamW asked of A can no longer be told, and nothing but rounding is left of it
+        return relative_difference(moved.realised(), moved.first_order()), None, None
     if "exp_avg" not in optimizer.state.get(pair.A, {}):
-        return None, None
+        return None, None, None
     new_B = new[1].to(compute_dtype(A, B))
-    intended = intended_step(before.u, A, B, new_B, pair.scaling, before.rates, optimizer.config)
+    intended, share = intended_step(before.u, A, B, new_B, pair.scaling, before.rates, optimizer.config)
     realised = moved.realised()
     asked = max(float(before.rates.lr_A), float(before.rates.lr_B)) * float(before.u.norm())
-    return relative_difference(realised, intended), realised.norm() / asked if asked else None
+    return relative_difference(realised, intended), realised.norm() / asked if asked else None, share
 
 
 def _steps(pair: LoRAPair, optimizer: Any) -> float | None:

@@ -25,6 +25,7 @@ _LOGGED = (
     "residual",
     "step_error",
     "step_length",
+    "step_share",
 )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from lorapro_hf.diagnostics.records import FILE, read
 from lorapro_hf.options import UsageError
 
-FIGURES = ("lora_scaled_gap", "lora_pro_gap", "lora_gap", "step_error", "step_length", "residual")
+FIGURES = ("lora_scaled_gap", "lora_pro_gap", "lora_gap", "step_error", "step_length", "step_share", "residual")
 
 
 @dataclass

@@ -204,7 +204,7 @@ def test_methods_differ_in_learning_rate_and_lora_pro_alone(tmp_path: Path) -> N
     every = {name: training_arguments(settings, method, tmp_path) for name, method in METHODS.items()}
     assert [name for name, arguments in every.items() if not arguments.lora_pro] == ["lora"]
     assert every["lora_pro"].learning_rate == 3e-5 and every["lora"].learning_rate == METHODS["lora"].learning_rate
-    own = {"learning_rate", "lora_pro", "lora_pro_mode"}
+    own = {"learning_rate", "lora_pro", "lora_pro_mode", "lora_pro_trust_region"}
     common = [{key: value for key, value in each.to_dict().items() if key not in own} for each in every.values()]
     assert all(each == common[0] for each in common)
 

@@ -86,7 +86,7 @@ class LoRAProTrainingArguments(TrainingArguments):
         default=_DEFAULTS.trust_region,
         metadata={
             "help": "How large the product of the changes of both factors may be, as a share of the change to first "
-            "order: longer steps are shortened. 0 for no limit, as in the paper. By default 0.1, and none in mode "
+            "order: longer steps are shortened. 0 for no limit, as in the paper. By default 0.03, and none in mode "
             "'efficient'."
         },
     )

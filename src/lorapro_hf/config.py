@@ -42,9 +42,10 @@ class LoRAProConfig:
             absent. `None` picks a value from the dtype, see `project_lora_gradients`.
         trust_region: How large the product of the changes of both factors may be, as a share of the change of `B A` to
             first order: what would exceed it is shortened, all of a linear step, the part of A of a sequential one.
-            It matters in the first steps, while B is small, and makes learning rates usable that are too high
-            otherwise. `None` is 0.1, `0` no limit, which is the paper's step. Mode `"efficient"` has none: there AdamW
-            decides how far the factors move.
+            It acts in the first hundred steps or so, while B is small, as a warm-up that each weight has for itself,
+            and makes learning rates usable that are too high otherwise; a larger limit acts for a shorter time.
+            `None` is 0.03, `0` no limit, which is the paper's step. Mode `"efficient"` has none: there AdamW decides
+            how far the factors move.
         moments_dtype: `"bfloat16"` halves the memory of mode `"full"`, its only user. The second moment is then rounded
             stochastically: rounding to the nearest would freeze it.
         backend: What computes the update of moments of the size of the weight (modes `"full"` and `"full_8bit"`).

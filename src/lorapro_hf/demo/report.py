@@ -80,6 +80,7 @@ def _row(result: MethodResult) -> dict[str, Any]:
         "method": result.method.name,
         "title": result.method.title,
         "lora_pro_mode": result.method.lora_pro_mode,
+        "lora_pro_trust_region": result.method.trust_region,
         "learning_rate": result.learning_rate,
         "steps": len(result.losses),
         "interrupted": result.interrupted,

@@ -119,7 +119,7 @@ def training_arguments(settings: DemoSettings, method: Method, output_dir: Path)
     """The arguments of one method; they differ in the learning rate and in LoRA-Pro's own settings only."""
     pro: dict[str, Any] = {}
     if method.lora_pro_mode is not None:
-        pro = {"lora_pro_mode": method.lora_pro_mode}
+        pro = {"lora_pro_mode": method.lora_pro_mode, "lora_pro_trust_region": method.trust_region}
     return LoRAProTrainingArguments(
         output_dir=str(output_dir),
         lora_pro=method.lora_pro_mode is not None,

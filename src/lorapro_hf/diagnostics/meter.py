@@ -249,7 +249,7 @@ def _step_figures(before: _Before, access: Access, optimizer: Any) -> tuple[floa
     moved = Moved.between(before.factors, (new[0], new[1]), pair.scaling, before.rates)
     if before.u is None:
         if isinstance(optimizer, LoRAProAdamW) and optimizer.config.is_sequential:
-            return None, None, None  # what AdamW asked of A can no longer be told, and nothing but rounding is left of it
+            return None, None, None  # what AdamW asked of A can no longer be told
         return relative_difference(moved.realised(), moved.first_order()), None, None
     if "exp_avg" not in optimizer.state.get(pair.A, {}):
         return None, None, None

@@ -28,7 +28,7 @@ from lorapro_hf.pairs import LoRAPair
 
 HERE = Path(__file__).parent
 BETAS, EPS = (0.9, 0.999), 1e-8
-LIMIT = 0.1  # of the norm of a factor: how far a step with a trust region may move it
+LIMIT = 0.1  # of a step with a trust region: of the norm of A, or of the step to first order
 DAMPING = 1e-2  # of the largest eigenvalue, added to all where a step is damped
 
 Factors = tuple[Tensor, Tensor]

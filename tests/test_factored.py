@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 LR, BETAS, EPS, DECAY = 0.02, (0.9, 0.99), 1e-8, 0.5
 KEEP = (1 - LR * DECAY) ** 0.5
+WIDE = 0.3
 RATES = Rates(LR, LR, KEEP, KEEP, TRUST_REGION)
 SCALINGS = (2.0, 0.5, 1.0)
 
@@ -98,8 +99,9 @@ def test_follows_the_dense_oracle(m, n, r, start, update, dtype):
 def test_follows_the_oracle_when_a_batch_has_fewer_tokens_than_the_rank(start, dtype):
     A, Bt = pairs(24, 33, 6, start, dtype)
     gradients = full_gradients(24, 33, 8, rank=2)  # of that rank exactly only where they are not rounded
-    weights, _, _ = train(A, Bt, gradients)
-    assert_near(weights, train_oracle(A, Bt, gradients), TOLERANCE[dtype])
+    # with a tight limit some steps would be at the threshold of a fresh start, on different sides of it
+    weights, _, _ = train(A, Bt, gradients, rates=RATES._replace(trust_region=WIDE))
+    assert_near(weights, train_oracle(A, Bt, gradients, trust_region=WIDE), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("x_mode", ["sylvester", "zero", "symmetric"])

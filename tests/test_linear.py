@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorapro_hf.bases import row_bases
 from lorapro_hf.linear import linear_step
-from lorapro_hf.reference import largest_share
+from lorapro_hf.projection import factor_gradients_, gradient_coordinates
+from lorapro_hf.reference import limited_shares
 from lorapro_hf.sequential import Rates
 
 
@@ -31,11 +33,9 @@ def test_step_is_the_longest_that_the_trust_region_allows(m, n, r, limit, sizes,
     for k in range(2):
         old_A, old_B = 0.9 * A[k], 0.8 * Bt[k].T
         step_A, step_B = -0.1 * h_A[k], -0.2 * h_Bt[k].T
-        share = 1.0
-        if limit is not None:
-            share = largest_share(old_A, old_B, lambda x, a=step_A, b=step_B: (x * a, x * b), limit)
-        torch.testing.assert_close(new_A[k], old_A + share * step_A, rtol=1e-7, atol=1e-9)
-        torch.testing.assert_close(new_Bt[k].T, old_B + share * step_B, rtol=1e-7, atol=1e-9)
+        of_A, of_B = (1.0, 1.0) if limit is None else limited_shares(old_A, old_B, step_A, step_B, limit)
+        torch.testing.assert_close(new_A[k], old_A + of_A * step_A, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(new_Bt[k].T, old_B + of_B * step_B, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
@@ -49,14 +49,44 @@ def test_a_trust_region_does_not_depend_on_how_the_factors_share_their_size(scal
     assert not torch.allclose(plain[0], linear_step(A, 1e-2 * Bt, h_A, h_Bt, Rates(0.1, 0.1))[0])
 
 
-@pytest.mark.parametrize("size_of_B", [1e-3, 1e-15, 1e-25, 1e-30])
-def test_a_trust_region_holds_in_float32_whatever_the_size_of_B(size_of_B):
-    A, Bt, h_A, h_Bt = (x.float() for x in random(4, 1, 3, 8, seed=6))
-    Bt, h_A = size_of_B * Bt, h_A / size_of_B
-    new_A, new_Bt = linear_step(A, Bt, h_A.clone(), h_Bt, Rates(1e-3, 1e-3, trust_region=0.1))
-    step_A, step_B = (new_A - A)[0].double(), (new_Bt - Bt)[0].double().T
-    first_order = step_B @ A[0].double() + Bt[0].double().T @ step_A
-    torch.testing.assert_close((step_B @ step_A).norm(), 0.1 * first_order.norm(), rtol=1e-4, atol=0)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_trust_region_holds_where_the_terms_of_first_order_all_but_cancel(seed):
+    A, g, left, right = (random(*shape, seed=seed + i) for i, shape in enumerate([(8, 40), (48, 40), (48, 3), (3, 8)]))
+    A, B, g = (x.float() for x in (0.1 * A, left @ right, g))
+    Bt = B.mT[None].contiguous()
+    bases = row_bases([A[None], Bt], 0.0)  # keeps the directions of B that are nothing but roundings
+    seen = gradient_coordinates(*bases, (B.mT @ g)[None], (A @ g.mT)[None])
+    new_A, new_Bt = linear_step(A[None], Bt, *factor_gradients_(*bases, seen), Rates(1e-3, 1e-3, trust_region=0.03))
+    step_A, step_B = (new_A[0] - A).double(), (new_Bt - Bt)[0].double().T
+    assert (step_B @ step_A).norm() <= 0.031 * (step_B @ A.double() + B.double() @ step_A).norm()
+
+
+def stepped(B, gradients, rates):
+    """A and B after a linear step along each gradient, from an A of ones on the diagonal."""
+    A = torch.eye(3, 8, dtype=B.dtype)[None]
+    Bt = B.mT[None]
+    for g, lr in zip(gradients, rates, strict=True):
+        bases = row_bases([A, Bt])
+        seen = gradient_coordinates(*bases, (Bt[0] @ g)[None], (A[0] @ g.mT)[None])
+        A, Bt = linear_step(A, Bt, *factor_gradients_(*bases, seen, 1.0, "sylvester"), Rates(lr, lr, trust_region=0.03))
+    return A[0], Bt[0].mT
+
+
+@pytest.mark.parametrize("size_of_B", [1e-8, 1e-12, 1e-25, 1e-36])
+def test_a_tiny_B_counts_as_zero(size_of_B):
+    B, gradients = random(8, 3, seed=7).float(), random(12, 8, 8, seed=8).float()
+    tiny, zero = (stepped(x, gradients, [0.1] * 12) for x in (size_of_B * B, 0 * B))
+    for one, other in zip(tiny, zero, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_a_first_step_at_a_tiny_rate_does_not_hold_up_those_that_follow():
+    gradients = random(13, 8, 8, seed=8)
+    held_up = stepped(torch.zeros(8, 3, dtype=torch.float64), gradients, [1e-9] + [0.1] * 12)
+    for one, other in zip(
+        held_up, stepped(torch.zeros(8, 3, dtype=torch.float64), gradients[1:], [0.1] * 12), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
 def test_a_step_that_asks_for_nothing_is_no_division_by_zero():

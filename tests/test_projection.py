@@ -175,6 +175,13 @@ def test_scale_of_the_factors_does_not_matter():
     torch.testing.assert_close(found.double(), reference.projected_gradient(g, A, B), rtol=1e-4, atol=1e-4)
 
 
+def test_directions_whose_inverse_overflows_count_as_absent():
+    A, B, g = factors(9, 7, 3, seed=8, dtype=torch.float32)
+    h_A, h_B = project(A, B * 1e-41, g, 1.0)
+    assert not h_A.any()
+    torch.testing.assert_close(h_B, project(A, torch.zeros_like(B), g, 1.0)[1])
+
+
 def test_bfloat16_computes_in_float32_and_casts_back():
     A, B, g = factors(16, 12, 4, seed=8, dtype=torch.bfloat16)
     grad_A, grad_B = 2 * B.T @ g, 2 * g @ A.T

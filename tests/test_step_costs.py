@@ -246,7 +246,7 @@ def test_smaller_moments_follow_the_full_ones(config, tolerance, update):
 def test_sequential_steps_of_full_mode_move_the_weight_as_meant(init, lr_A, lr_B, weight_decay, trust_region):
     """`s (B'A' − BA)`, with decayed B and A, is `−[lr_B u P_A + lr_A P_B' u (I − P_A)]` for Adam's own dense u.
 
-    The second part is shortened where A would move by more than a share of its norm.
+    The second part is shortened where the product of both changes would be too large.
     """
     model = get_peft_model(
         nn.Sequential(nn.Linear(13, 9), nn.Linear(9, 13), nn.Linear(13, 9)),

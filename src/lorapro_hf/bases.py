@@ -74,7 +74,8 @@ def _basis(factor: Tensor, eigenvalues: Tensor, vectors: Tensor, rtol: float | N
     r, k = factor.shape[-2:]
     if rtol is None:
         rtol = max(r * torch.finfo(factor.dtype).eps, max(r, k) * torch.finfo(eigenvalues.dtype).eps)
-    present = eigenvalues > rtol * eigenvalues[..., -1:].clamp_min(0)
+    smallest = (1 / torch.finfo(factor.dtype).max) ** 2  # below it the inverse is infinite
+    present = eigenvalues > (rtol * eigenvalues[..., -1:]).clamp_min(smallest)
     singular = torch.where(present, eigenvalues, 0).sqrt()
     inverse = torch.where(present, 1 / singular, 0).to(factor.dtype)
     vectors = vectors.to(factor.dtype)

@@ -29,8 +29,9 @@ class LoRAProConfig:
         mode: What Adam's moments are kept of, which decides memory and learning rate. `"full"`: of the equivalent
             gradient, of the size of the adapted weights, in float32. `"full_8bit"`: the same in 8 bits an element
             (needs bitsandbytes, or Triton on CUDA). `"factored"`: of the equivalent gradient, in as little memory as
-            the factors take. These three use learning rates of full fine-tuning (2e-5 for a 7B model). `"efficient"`:
-            of the two factors, with learning rates of LoRA.
+            the factors take. For these three start at the learning rate of full fine-tuning (2e-5 for a 7B model)
+            and go up: with a trust region the best may be as high as that of LoRA. `"efficient"`: of the two factors,
+            with learning rates of LoRA.
         x_mode: Which of the equivalent factor gradients to take: `"sylvester"` (closest to LoRA's own gradients, the
             paper's choice), `"zero"` or `"symmetric"` (both factors contribute alike). Without effect on a sequential
             update of modes other than `"efficient"`, which has no such freedom.
@@ -42,7 +43,7 @@ class LoRAProConfig:
             absent. `None` picks a value from the dtype, see `project_lora_gradients`.
         trust_region: How large the product of the changes of both factors may be, as a share of the change of `B A` to
             first order: what would exceed it is shortened, all of a linear step, the part of A of a sequential one.
-            It acts in the first hundred steps or so, while B is small, as a warm-up that each weight has for itself,
+            It acts while B is small, mostly for some 30 to 100 steps, as a warm-up that each weight has for itself,
             and makes learning rates usable that are too high otherwise; a larger limit acts for a shorter time.
             `None` is 0.03, `0` no limit, which is the paper's step. Mode `"efficient"` has none: there AdamW decides
             how far the factors move.
@@ -103,7 +104,10 @@ class LoRAProConfig:
     def _check_trust_region(self) -> None:
         limit = self.trust_region
         if isinstance(limit, bool) or not (isinstance(limit, int | float) and 0.0 <= limit < float("inf")):
-            raise ValueError(f"trust_region={self.trust_region!r} must be a number such as 0.1, or 0 for no limit.")
+            raise ValueError(
+                f"trust_region={self.trust_region!r} must be a number such as 0.1, 0 for no limit, or None for "
+                f"{TRUST_REGION:g}."
+            )
         if self.trust_region and self.mode == "efficient":
             raise ValueError(
                 f"trust_region={self.trust_region!r} is for modes 'full', 'full_8bit' and 'factored'; in mode "
@@ -129,7 +133,7 @@ class LoRAProConfig:
 
     @property
     def described_update(self) -> str:
-        """The update, and the choice of X where it has one, for people to read."""
+        """The update, and the choice of X where it has one, for people to read; see `step_limit` for the limit."""
         if not self.is_sequential:
             return f"linear ({self.x_mode})"
         return f"sequential ({self.x_mode})" if self.mode == "efficient" else "sequential"

@@ -33,7 +33,7 @@ def create_lorapro_optimizer(
 
     Args:
         model: a model with trainable LoRA adapters, already on its device.
-        lr: learning rate; that of LoRA in mode `"efficient"`, that of full fine-tuning in the others.
+        lr: learning rate; that of LoRA in mode `"efficient"`, in the others that of full fine-tuning or a higher one.
         config: `LoRAProConfig`, a dictionary of its settings, or `None` for the default.
         betas: decay rates of the moments.
         eps: added to the denominator.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lorapro_hf.sequential import Rates, per_pair, settle
-from lorapro_hf.trust_region import share_of_both
+from lorapro_hf.trust_region import shares_of_both
 
 
 def linear_step(
@@ -33,8 +33,8 @@ def linear_step(
     step_A, step_Bt = h_A.mul_(-per_pair(rates.lr_A, A)), h_Bt.mul_(-per_pair(rates.lr_B, A))
     if rates.trust_region is not None:
         kept = per_pair(rates.keep_A, A) * A, per_pair(rates.keep_B, A) * Bt
-        share = share_of_both(*kept, step_A, step_Bt, rates.trust_region)
-        step_A, step_Bt = step_A.mul_(share), step_Bt.mul_(share)
+        shares = shares_of_both(*kept, step_A, step_Bt, rates.trust_region)
+        step_A, step_Bt = (step.mul_(share) for step, share in zip((step_A, step_Bt), shares, strict=True))
     return (
         settle(A, step_A, rates.keep_A, live, factor_dtypes[0]),
         settle(Bt, step_Bt, rates.keep_B, live, factor_dtypes[1]),

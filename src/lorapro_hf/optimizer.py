@@ -37,9 +37,10 @@ class LoRAProAdamW(PairOptimizer):
     * `mode="full"`: Adam's moments M, V are those of the equivalent gradient `s (B h_A + h_B A)`. Their direction
       `u = M̂ / (√V̂ + ε)` is spent on the factors: with `update="linear"` it is projected once more, from `s Bᵀ u` and
       `s u Aᵀ`, and both step along the result; with `update="sequential"` B steps first and A then makes up for the
-      rest, so that the weight moves as meant. Weight decay multiplies both factors by `√(1 − lr·λ)`, so that `s B A`
-      decays by `1 − lr·λ`; the frozen weight is not touched. Learning rates are those of full fine-tuning. State:
-      8 bytes per adapted weight element, 4 with `moments_dtype="bfloat16"`.
+      rest, so that the weight moves as meant. `trust_region` limits the product of both changes, which shortens
+      steps while B is small; without it the linear step is the paper's. Weight decay multiplies both factors by
+      `√(1 − lr·λ)`, so that `s B A` decays by `1 − lr·λ`; the frozen weight is not touched. Learning rates are those
+      of full fine-tuning, and upwards. State: 8 bytes per adapted weight element, 4 with `moments_dtype="bfloat16"`.
     * `mode="full_8bit"`: the same with moments in 8 bits, about 2 bytes per element.
     * `mode="factored"`: the same with moments that are products of factor-size tensors; about half of AdamW's state.
     * `mode="efficient"`: plain AdamW on the factors, fed with `h_A`, `h_B`. Learning rates are those of LoRA.

@@ -15,6 +15,7 @@ from torch import Tensor
 from lorapro_hf.config import TRUST_REGION
 
 RTOL = 1e-10
+FRESH_START = 0.03  # a share, of the limit, that is as good as nothing
 
 
 def projected_gradient(g: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -100,11 +101,11 @@ class DenseFullAdamW:
         h_A, h_B = factor_gradients(u, self.A, self.B, self.scaling, self.x_mode)
         keep = (1 - self.lr * self.weight_decay) ** 0.5
         self.A, self.B = keep * self.A, keep * self.B
-        share = 1.0
+        of_A = of_B = 1.0
         if self.trust_region:
-            share = largest_share(self.A, self.B, lambda x: (-x * self.lr * h_A, -x * self.lr * h_B), self.trust_region)
-        self.A = self.A - share * self.lr * h_A
-        self.B = self.B - share * self.lr * h_B
+            of_A, of_B = limited_shares(self.A, self.B, -self.lr * h_A, -self.lr * h_B, self.trust_region)
+        self.A = self.A - of_A * self.lr * h_A
+        self.B = self.B - of_B * self.lr * h_B
 
 
 def sequential_step(
@@ -136,6 +137,12 @@ def sequential_step(
     if trust_region is not None:
         step_A *= largest_share(A, B, lambda share: (share * step_A, step_B), trust_region)
     return A + step_A, new_B
+
+
+def limited_shares(A: Tensor, B: Tensor, step_A: Tensor, step_B: Tensor, limit: float) -> tuple[float, float]:
+    """What a trust region leaves of the changes of A and of B in a linear step."""
+    share = largest_share(A, B, lambda x: (x * step_A, x * step_B), limit)
+    return (0.0, 1.0) if share < FRESH_START * limit else (share, share)
 
 
 def largest_share(A: Tensor, B: Tensor, steps: Callable[[float], tuple[Tensor, Tensor]], limit: float) -> float:

@@ -5,44 +5,47 @@ judged by; the last one is small only if the step is. A trust region of `limit` 
 
     ‖ΔB ΔA‖ ≤ limit · ‖ΔB A + B ΔA‖
 
-in the Frobenius norm, which no scaling of the factors against each other changes. From B = 0, ΔA is 0 and all of the
-step is taken; right after it, B is of the size of one step and ΔA asks for a turn of A by as much as A is long.
+in the Frobenius norm. From B = 0, ΔA is 0 and all of the step is taken; right after it, B is of the size of one step
+and ΔA asks for a turn of A by as much as A is long.
 
-All norms come from r × r products of factors that are divided by their largest element, since what fits into float32
-need not do so when squared: a B of 1e-25 asks for a ΔA of 1e22. Tensors are `(..., r, length)`, in rows layout: B is
-given by its transpose.
+All norms come from r × r products. They are taken in float64, since what fits into float32 need not do so when squared
+(a B of 1e-25 asks for a ΔA of 1e22), and since the terms of first order may all but cancel. Tensors are
+`(..., r, length)`, in rows layout: B is given by its transpose.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-
-class Scaled(NamedTuple):
-    """Rows `(..., r, length)`, or their products with each other `(..., r, r)`, apart from their size."""
-
-    unit: Tensor
-    size: Tensor  # (..., 1, 1), float64 where the device has it
+# What is left of a step, as a share of the limit, below which B counts as zero. A linear step lets B grow by about the
+# limit, relative to its size, so that a B left tiny by a first step at a tiny rate would hold up hundreds of steps.
+# Linear warm-ups from B = 0 stay above a tenth.
+FRESH_START = 0.03
 
 
-def square(rows: Tensor) -> Scaled:
-    """`F Fᵀ` `(..., r, r)`, and the square of the largest element of F, by which it has been divided."""
-    return _square(_scaled(rows))
+def square(rows: Tensor) -> Tensor:
+    """`F Fᵀ` `(..., r, r)` in float64."""
+    return _product(rows, rows)
 
 
-def share_of_both(A: Tensor, Bt: Tensor, step_A: Tensor, step_Bt: Tensor, limit: float) -> Tensor:
-    """By what to multiply both changes, `(..., 1, 1)`, at most 1."""
-    of_A, of_Bt, of_step_A, of_step_Bt = (_scaled(rows) for rows in (A, Bt, step_A, step_Bt))
-    square_A, square_B = _square(of_step_A), _square(of_step_Bt)
-    first_order = _inner(square_B, _square(of_A)) + _inner(_square(of_Bt), square_A)
-    first_order += 2 * _inner(_product(of_step_Bt, of_Bt), _product(of_A, of_step_A))
-    return _share(_inner(square_B, square_A), limit**2 * first_order.clamp_min(0)).to(A.dtype)
+def shares_of_both(A: Tensor, Bt: Tensor, step_A: Tensor, step_Bt: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+    """By what to multiply the changes of A and of B, `(..., 1, 1)` each, at most 1.
+
+    Both are shortened alike, unless next to nothing would be left: then B counts as zero, from where B alone takes all
+    of its step.
+    """
+    dtype = A.dtype
+    A, Bt, step_A, step_Bt = (_exact(rows) for rows in (A, Bt, step_A, step_Bt))
+    square_A, square_B = square(step_A), square(step_Bt)
+    first_order = _inner(square_B, square(A)) + _inner(square(Bt), square_A)
+    first_order += 2 * _inner(_product(step_Bt, Bt), _product(A, step_A))
+    share = _share(_inner(square_B, square_A), limit**2 * first_order.clamp_min(0)).to(dtype)
+    is_fresh = share < FRESH_START * limit
+    return torch.where(is_fresh, 0.0, share), torch.where(is_fresh, 1.0, share)
 
 
-def share_of_A(A: Tensor, Bt: Tensor, step_A: Tensor, square_B: Scaled, limit: float) -> Tensor:
+def share_of_A(A: Tensor, Bt: Tensor, step_A: Tensor, square_B: Tensor, limit: float) -> Tensor:
     """By what to multiply the change of A alone, `(..., 1, 1)`, at most 1, if that of B stays as it is.
 
     Args:
@@ -61,20 +64,14 @@ def _share(asked: Tensor, allowed: Tensor) -> Tensor:
     return torch.where(asked > allowed, (allowed / asked).sqrt(), 1.0)
 
 
-def _scaled(rows: Tensor) -> Scaled:
-    size = torch.linalg.vector_norm(rows, float("inf"), dim=(-2, -1), keepdim=True)
-    size = size.clamp_min(torch.finfo(size.dtype).tiny)
-    return Scaled(rows / size, size.to(torch.float64 if rows.device.type != "mps" else torch.float32))
+def _exact(rows: Tensor) -> Tensor:
+    return rows if rows.device.type == "mps" else rows.double()  # where there is no float64
 
 
-def _product(left: Scaled, right: Scaled) -> Scaled:
-    return Scaled(left.unit @ right.unit.mT, left.size * right.size)
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    return _exact(left) @ _exact(right).mT
 
 
-def _square(rows: Scaled) -> Scaled:
-    return _product(rows, rows)
-
-
-def _inner(left: Scaled, right: Scaled) -> Tensor:
+def _inner(left: Tensor, right: Tensor) -> Tensor:
     """Frobenius products of matrices, `(..., 1, 1)`."""
-    return (left.unit * right.unit).sum((-2, -1), keepdim=True) * left.size * right.size
+    return (left * right).sum((-2, -1), keepdim=True)

@@ -235,6 +235,7 @@ def _costs(report: Report) -> Section:
     columns = ("mode", "state>", "step scratch>", "in all>", "fits here", "learning rate")
     lines = (
         f"In all: {counted}, state and scratch, without activations. Free memory here: {free}.",
-        "Learning rates are where to begin: efficient takes those of plain LoRA, the others those of full fine-tuning.",
+        "Learning rates are where to begin: efficient takes those of plain LoRA, the others those of full fine-tuning",
+        "or, with a trust region, higher ones.",
     )
     return Section(f"Memory and learning rate by mode{each}", columns, rows, lines)

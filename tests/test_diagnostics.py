@@ -373,7 +373,9 @@ def test_layers_take_turns_where_they_do_not_fit():
     assert measured == [names[0], names[1], names[0]]
     small = GradientGapMeter(model, max_bytes=8 * 30)
     assert small.turns == [[names[1]]]
-    assert small.left_out == [(names[0], "its gradient takes 336 bytes, more than max_bytes=240")]
+    assert small.left_out == [
+        (names[0], "its gradient takes 336 bytes, more than max_bytes=240 (--lora_pro_gap_max_bytes)")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -389,10 +391,15 @@ def test_layers_are_chosen_by_name(layers, found):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"layers": ["three"]}, "layers: 'three' matches no adapted layer"),
+        (
+            {"layers": ["three"]},
+            r"layers \(--lora_pro_gap_layers\): 'three' matches no adapted layer.* are here: one, two",
+        ),
         ({"layers": "one"}, "layers='one' must be a list of names"),
         ({"layers": []}, "must be a list of names"),
-        ({"max_bytes": 0}, "max_bytes=0 must be positive"),
+        ({"layers": [1]}, "must be a list of names"),
+        ({"max_bytes": 0}, "max_bytes=0 must be a positive whole number"),
+        ({"max_bytes": "1GB"}, "max_bytes='1GB' must be a positive whole number"),
         ({"max_bytes": 10}, "no layer is left whose gradient can be measured; .*max_bytes=10"),
     ],
 )

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from lorapro_hf import LoRAProCallback, LoRAProTrainer, LoRAProTrainingArguments, find_lora_pairs
 from lorapro_hf.diagnostics import GradientGapCallback
-from lorapro_hf.diagnostics.records import FILE
+from lorapro_hf.diagnostics.records import FILE, keep_until
 from test_diagnostics import expected_gaps, true_gradients
 from trainer_helpers import arguments, assert_same, build, factors, logged, run, tiny_lora
 
@@ -172,7 +172,7 @@ def test_dropout_is_told_once(tmp_path, caplog):
     model = tiny_lora(lora_dropout=0.3)
     with caplog.at_level(logging.WARNING, logger="lorapro_hf"):
         run(tmp_path, Trainer, {"model": model, "callbacks": [GradientGapCallback(every=1)]}, max_steps=2)
-    assert len([r for r in caplog.records if "saw another gradient" in r.message]) == 1
+    assert len([r for r in caplog.records if "an estimate" in r.message]) == 1
 
 
 def test_layers_left_out_are_told_once(tmp_path, caplog):
@@ -199,11 +199,22 @@ def test_callback_refuses_steps_that_are_none(every):
         GradientGapCallback(every=every)
 
 
+@pytest.mark.parametrize("settings", [{"layers": "q_proj"}, {"layers": [1]}, {"max_bytes": "1GB"}, {"max_bytes": 0}])
+def test_callback_refuses_settings_of_another_type(settings):
+    with pytest.raises(ValueError, match=r"must be a (list of names|positive whole number)"):
+        GradientGapCallback(**settings)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"lora_pro_log_gap": -1}, "lora_pro_log_gap=-1 must be a whole number"),
         ({"lora_pro_gap_layers": ["q_proj"]}, "lora_pro_gap_layers would be ignored"),
+        ({"lora_pro_gap_max_bytes": 10}, "lora_pro_gap_max_bytes would be ignored"),
+        ({"lora_pro_log_gap": 1, "lora_pro_gap_layers": "q_proj"}, "lora_pro_gap_layers='q_proj' must be a list"),
+        ({"lora_pro_log_gap": 1, "lora_pro_gap_layers": []}, "lora_pro_gap_layers=.* must be a list"),
+        ({"lora_pro_log_gap": 1, "lora_pro_gap_max_bytes": 0}, "lora_pro_gap_max_bytes=0 must be a positive"),
+        ({"lora_pro_log_gap": 1, "lora_pro_gap_max_bytes": "1GB"}, "lora_pro_gap_max_bytes='1GB' must be a positive"),
     ],
 )
 def test_arguments_refuse(tmp_path, settings, message):
@@ -215,6 +226,64 @@ def test_two_callbacks_are_refused(tmp_path):
     trainer = build(LoRAProTrainer, arguments(tmp_path, LoRAProTrainingArguments, lora_pro_log_gap=1))
     with pytest.raises(ValueError, match="has a GradientGapCallback already"):
         GradientGapCallback().attach(trainer)
+
+
+def test_a_second_callback_is_refused_before_it_writes(tmp_path):
+    with pytest.raises(ValueError, match="has a GradientGapCallback already"):
+        run(tmp_path, Trainer, {"callbacks": [GradientGapCallback(1), GradientGapCallback(1)]})
+    assert not (tmp_path / FILE).exists()
+
+
+def test_the_same_callback_may_train_again(tmp_path):
+    trainer = build(Trainer, arguments(tmp_path, max_steps=1), callbacks=[GradientGapCallback(1)])
+    trainer.train()
+    trainer.train()
+    assert len(records(tmp_path)) == 14
+
+
+def test_a_pattern_without_a_layer_is_refused_when_the_trainer_is_built(tmp_path):
+    args = arguments(tmp_path, LoRAProTrainingArguments, lora_pro_log_gap=1, lora_pro_gap_layers=["query"])
+    with pytest.raises(ValueError, match=r"lora_pro_gap_layers\): 'query' matches .* here: q_proj, k_proj, v_proj"):
+        build(LoRAProTrainer, args)
+
+
+def test_turns_are_told_with_what_to_change(tmp_path, caplog):
+    settings = {"lora_pro_log_gap": 2, "lora_pro_gap_layers": ["q_proj"], "lora_pro_gap_max_bytes": 32 * 32 * 4}
+    with caplog.at_level(logging.WARNING, logger="lorapro_hf"):
+        run(tmp_path, max_steps=3, **settings)
+    (told,) = [r.message for r in caplog.records if "take turns" in r.message]
+    assert "there are 2, so that each layer is measured every 4 steps" in told and "--lora_pro_gap_max_bytes" in told
+    assert [record["step"] for record in records(tmp_path)] == [1, 3]
+
+
+def test_a_file_that_cannot_be_written_ends_no_training(tmp_path, caplog, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lorapro_hf.diagnostics.callback.append", full)
+    with caplog.at_level(logging.WARNING, logger="lorapro_hf"):
+        trainer = run(tmp_path, lora_pro_log_gap=1, max_steps=2)
+    assert len([r for r in caplog.records if "No space left on device" in r.message]) == 1
+    assert len(logged(trainer, "lora_pro_gap/lora_gap")) == 2
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path):
+    (tmp_path / FILE).write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=rf"{FILE} is not text.* Move it away"):
+        run(tmp_path, lora_pro_log_gap=1)
+
+
+def test_an_interrupted_rewriting_leaves_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / FILE
+    file.write_text('{"step": 1, "layer": "one"}\n')
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lorapro_hf.diagnostics.records.os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        keep_until(file, 0)
+    assert file.read_text() == '{"step": 1, "layer": "one"}\n'
 
 
 class _Arguments:

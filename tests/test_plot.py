@@ -15,7 +15,7 @@ from lorapro_hf.diagnostics.records import FILE, append
 from lorapro_hf.options import UsageError
 from lorapro_hf.plot.command import add_plot
 from lorapro_hf.plot.figures import plot_gap
-from lorapro_hf.plot.runs import read_run, short_names
+from lorapro_hf.plot.runs import read_run, read_runs, short_names
 
 
 def gap(layer: str, **figures: Any) -> LayerGap:
@@ -33,6 +33,21 @@ def folder(tmp_path: Path) -> Path:
         gaps = [gap(name, lora_pro_gap=0.1 * i + 0.01 * step, step_error=1e-6) for i, name in enumerate(names)]
         append(folder / FILE, step, "AdamW", gaps)
     append(folder / FILE, 5, "AdamW", [gap(names[0])])
+    return folder
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that would have been saved."""
+    figures: list[Any] = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *args, **kwargs: figures.append(figure))
+    return figures
+
+
+def written(folder: Path, steps: dict[int, list[LayerGap]]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for step, gaps in steps.items():
+        append(folder / FILE, step, "AdamW", gaps)
     return folder
 
 
@@ -75,9 +90,7 @@ def test_several_runs_side_by_side(folder: Path, tmp_path: Path, capsys: pytest.
     assert imread(two).shape[1] > 1.5 * imread(one).shape[1]
 
 
-def test_heat_map_holds_the_figures(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    drawn = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *args, **kwargs: drawn.append(figure))
+def test_heat_map_holds_the_figures(folder: Path, tmp_path: Path, drawn: list[Any]):
     plot_gap(tmp_path / "any.png", [read_run(folder)])
     maps = [axes.images[0] for axes in drawn[0].axes if axes.images]
     table = maps[1].get_array()
@@ -94,6 +107,8 @@ def test_heat_map_holds_the_figures(folder: Path, tmp_path: Path, monkeypatch: p
         ("", [], "holds no measurement yet"),
         ('{"step": 1}\nnonsense\n', [], "holds no measurement yet"),
         ("", ["--output", "gap.pdf"], "holds no measurement yet"),
+        ('{"step": 1, "layer": "old", "lora_gap": 1.0}\n', [], "has measurements without 'optimizer'"),
+        ('{"step": 1, "layer": "a", "optimizer": "b", "adapter": "c"}\n', [], "holds nothing that can be drawn"),
     ],
 )
 def test_refuses(tmp_path: Path, content: str | None, words: list[str], message: str):
@@ -114,3 +129,49 @@ def test_draws_what_is_there_of_a_file_without_some_figure(folder: Path):
         del record["lora_scaled_gap"]
     (folder / FILE).write_text("".join(json.dumps(record) + "\n" for record in records))
     assert plot(str(folder)) == 0
+
+
+def test_layers_that_take_turns_make_no_saw(tmp_path: Path):
+    """Each step has the median over all layers' latest values, once there are some of each."""
+    turns = [[gap("a", lora_pro_gap=0.2)], [gap("b", lora_pro_gap=0.6)]]
+    run = read_run(written(tmp_path, {step: turns[step % 2] for step in range(6)}))
+    assert {step: median for step, (_, median, _) in run.quartiles("lora_pro_gap").items()} == dict.fromkeys(
+        range(1, 6), pytest.approx(0.4)
+    )
+
+
+def test_panels_share_steps_and_those_with_figures_share_limits(tmp_path: Path, drawn: list[Any]):
+    one = written(tmp_path / "one", {step: [gap("a", step_error=0.02)] for step in (1, 101)})
+    two = written(tmp_path / "two", {step: [gap("a")] for step in (1, 11)})
+    assert plot(str(one), str(two), "--output", str(tmp_path / "any.png")) == 0
+    errors = drawn[0].axes[2:4]
+    assert [text.get_text() for text in errors[1].texts] == ["has no meaning with this optimizer"]
+    assert errors[0].get_ylim()[0] > 1e-3 and errors[0].get_ylim()[1] < 1
+    assert len({axes.get_xlim() for axes in drawn[0].axes[:4]}) == 1
+    assert drawn[0].legends and not any(axes.get_legend() for axes in drawn[0].axes)
+
+
+def test_errors_that_are_roundings_are_left_out(tmp_path: Path, drawn: list[Any]):
+    written(tmp_path, {step: [gap("a", step_error=error)] for step, error in ((1, 0.0), (2, 0.02), (3, 0.01))})
+    plot_gap(tmp_path / "any.png", [read_run(tmp_path)])
+    (line,) = drawn[0].axes[1].lines
+    assert list(line.get_xdata()) == [2, 3]
+
+
+def test_ticks_of_a_single_step_are_whole(tmp_path: Path, drawn: list[Any]):
+    plot_gap(tmp_path / "any.png", [read_run(written(tmp_path, {7: [gap("a", step_error=0.1)]}))])
+    for axes in drawn[0].axes[:2]:
+        low, high = axes.get_xlim()
+        assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [7]
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path):
+    folders = [written(tmp_path / name / "out", {1: [gap("a")]}) for name in ("first", "second")]
+    assert [run.name for run in read_runs(folders)] == ["first/out", "second/out"]
+
+
+def test_a_checkpoint_leads_to_its_training(folder: Path):
+    checkpoint = folder / "checkpoint-2"
+    checkpoint.mkdir()
+    with pytest.raises(UsageError, match=f"Did you mean its parent, {folder}"):
+        plot(str(checkpoint))

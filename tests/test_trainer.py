@@ -384,7 +384,9 @@ def test_start_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     trainer.train()
     messages = [r.getMessage() for r in caplog.records if r.name == "lorapro_hf.trainer"]
     size = readable_bytes(trainer.optimizer.optimizer.estimated_state_bytes())
-    assert messages == [f"LoRA-Pro: 14 pairs, mode=full, update=linear (zero), optimizer state about {size}"]
+    assert messages == [
+        f"LoRA-Pro: 14 pairs, mode=full, update=linear (zero), trust_region=0.03, optimizer state about {size}"
+    ]
     assert size.endswith("KiB")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,8 @@ from transformers import TrainingArguments
 
 from lorapro_hf.config import BACKENDS, MODES, MOMENTS_DTYPES, UPDATES, X_MODES, LoRAProConfig, check_choice
 
+GAP_MAX_BYTES = 2**30
+_GAP = "lora_pro_gap_"
 _DEFAULTS = LoRAProConfig()
 
 
@@ -47,9 +50,11 @@ class LoRAProTrainingArguments(TrainingArguments):
         lora_pro_log_gap: Measure every so many steps how far the gradients of LoRA and of LoRA-Pro are from those of
             full fine-tuning, see `GradientGapCallback`; 0 for never. Also with `lora_pro=False`.
         lora_pro_gap_layers: Layers to measure; by default all.
+        lora_pro_gap_max_bytes: See `GradientGapCallback`; by default 1 GiB.
 
     Raises:
-        ValueError: for an unknown choice, a combination that has no meaning, or an rtol outside `[0, 1)`.
+        ValueError: for an unknown choice, a combination that has no meaning, an rtol outside `[0, 1)`, or
+            a trust region that is negative or no number.
     """
 
     lora_pro: bool = field(
@@ -60,8 +65,8 @@ class LoRAProTrainingArguments(TrainingArguments):
         _DEFAULTS.mode,
         MODES,
         "What Adam's moments are kept of: 'full' and 'full_8bit' need memory of the size of the adapted weights, "
-        "'factored' of the size of the factors; learning rates are those of full fine-tuning. 'efficient' keeps "
-        "moments of the factors and uses learning rates of LoRA.",
+        "'factored' of the size of the factors; learning rates are those of full fine-tuning, and upwards. 'efficient' "
+        "keeps moments of the factors and uses learning rates of LoRA.",
     )
     lora_pro_x_mode: str = _choice(
         _DEFAULTS.x_mode,
@@ -130,6 +135,13 @@ class LoRAProTrainingArguments(TrainingArguments):
             "help": "Layers whose gap is measured: names, last parts of names, or patterns with *. By default all."
         },
     )
+    lora_pro_gap_max_bytes: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many bytes the gradients of the layers measured at a time may take; layers that do not fit "
+            "together take turns. By default 1 GiB."
+        },
+    )
 
     def __post_init__(self) -> None:
         for name in ("lora_pro", "lora_pro_master_factors", "lora_pro_check_memory"):
@@ -144,8 +156,12 @@ class LoRAProTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"lora_pro_log_gap={self.lora_pro_log_gap!r} must be a whole number of steps, or 0 for no measurement."
             )
-        if self.lora_pro_gap_layers is not None and not self.lora_pro_log_gap:
-            raise ValueError("lora_pro_gap_layers would be ignored: set lora_pro_log_gap to a number of steps, too.")
+        for name in ("lora_pro_gap_layers", "lora_pro_gap_max_bytes"):
+            if getattr(self, name) is not None and not self.lora_pro_log_gap:
+                raise ValueError(f"{name} would be ignored: set lora_pro_log_gap to a number of steps, too.")
+        check_gap_layers(self.lora_pro_gap_layers, _GAP)
+        if self.lora_pro_gap_max_bytes is not None:
+            check_gap_max_bytes(self.lora_pro_gap_max_bytes, _GAP)
         if self.lora_pro_rtol is not None:
             self.lora_pro_rtol = self._number("rtol", self.lora_pro_rtol)
         if self.lora_pro_trust_region is not None:
@@ -173,4 +189,30 @@ class LoRAProTrainingArguments(TrainingArguments):
             backend=self.lora_pro_backend,
             master_factors=self.lora_pro_master_factors,
             shard_states=self.lora_pro_shard_states,
+        )
+
+
+def check_gap_layers(layers: Any, prefix: str = "") -> None:
+    """Refuse what is neither `None` nor a list of names, with a `ValueError`.
+
+    Args:
+        layers: as the user gave them.
+        prefix: what the user's setting has before `layers`.
+    """
+    if layers is None:
+        return
+    names = list(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"{prefix}layers={layers!r} must be a list of names or patterns such as ['q_proj'], or be left out for all "
+            "layers."
+        )
+
+
+def check_gap_max_bytes(max_bytes: Any, prefix: str = "") -> None:
+    """Refuse what is no positive number of bytes, with a `ValueError`; as `check_gap_layers`."""
+    if type(max_bytes) is not int or max_bytes <= 0:
+        raise ValueError(
+            f"{prefix}max_bytes={max_bytes!r} must be a positive whole number of bytes; it is for the gradients of the "
+            f"layers measured at a time, by default {GAP_MAX_BYTES:,}."
         )

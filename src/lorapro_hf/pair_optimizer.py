@@ -66,8 +66,8 @@ class PairOptimizer(torch.optim.Optimizer):
         _check_hyperparameters(merged["lr"], merged["betas"], merged["eps"], merged["weight_decay"])
         if self.config.keeps_dense_moments and merged["eps"] < torch.finfo(torch.float32).tiny:
             raise ValueError(
-                f"eps={merged['eps']!r} is 0 in float32: in mode {self.config.mode!r} elements of a weight that has had "
-                "no gradient yet would become NaN. Use 1e-8, or mode 'factored'."
+                f"eps={merged['eps']!r} is 0 in float32: in mode {self.config.mode!r} elements of a weight without any "
+                "gradient would become NaN. Use 1e-8, or mode 'factored'."
             )
         super().add_param_group(param_group)
         group = self.param_groups[-1]

@@ -12,7 +12,7 @@ from torch import nn, optim
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from lorapro_hf.arguments import LoRAProTrainingArguments
+from lorapro_hf.arguments import GAP_MAX_BYTES, LoRAProTrainingArguments
 from lorapro_hf.callback import LoRAProCallback, require_supported_engine
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.diagnostics.callback import GradientGapCallback
@@ -108,7 +108,11 @@ class LoRAProTrainerMixin(HubMixin):
         # only now: some trainers build the PEFT model in their __init__
         self._resolve_lora_pro()
         if isinstance(self.args, LoRAProTrainingArguments) and self.args.lora_pro_log_gap:
-            GradientGapCallback(self.args.lora_pro_log_gap, self.args.lora_pro_gap_layers).attach(self)
+            GradientGapCallback(
+                self.args.lora_pro_log_gap,
+                self.args.lora_pro_gap_layers,
+                self.args.lora_pro_gap_max_bytes or GAP_MAX_BYTES,
+            ).attach(self)
         if self.lora_pro_config is not None and self.train_dataset is not None:  # evaluation needs no trainable pair
             find_lora_pairs(self.model)
 
@@ -322,10 +326,11 @@ class LoRAProTrainerMixin(HubMixin):
         if self.args.log_level not in ("warning", "error", "critical"):
             _make_visible(logging.getLogger("lorapro_hf"))
         logger.info(
-            "LoRA-Pro: %d pairs, mode=%s, update=%s, optimizer state about %s",
+            "LoRA-Pro: %d pairs, mode=%s, update=%s, %soptimizer state about %s",
             len(optimizer.pairs),
             optimizer.config.mode,
             optimizer.config.described_update,
+            "" if optimizer.config.mode == "efficient" else f"trust_region={optimizer.config.step_limit or 0:g}, ",
             readable_bytes(optimizer.estimated_state_bytes()),
         )
 

@@ -65,3 +65,23 @@ def test_ranks_measure_what_one_process_does(job, tmp_path):
                         assert gap[figure] == value
             assert_close(of_rank[name], expected, 1e-10)
             assert all(torch.isfinite(value).all() for value in of_rank[name].values())
+
+
+def missing_a_pass(rank, ranks):
+    """The first rank has missed a backward pass of the first layer: both ranks leave the layer out, and go on."""
+    model = DistributedDataParallel(build())
+    optimizer, meter = make_optimizer(model, "adamw"), GradientGapMeter(model)
+    meter.start()
+    loss_of(model, share(next(iter(batches(steps=1))), rank, ranks)).backward()
+    meter._recordings[0].lost = rank == 0
+    meter.before_step(optimizer)
+    optimizer.step()
+    measured = meter.after_step(optimizer)
+    return {"measured": json.dumps([gap.layer for gap in measured]), "unseen": json.dumps(meter.unseen)}
+
+
+def test_a_pass_missed_by_one_rank_holds_up_nobody(tmp_path):
+    names = [pair for turn in GradientGapMeter(build()).turns for pair in turn]
+    for of_rank in run(missing_a_pass, 2, tmp_path):
+        assert json.loads(of_rank["unseen"]) == names[:1]
+        assert json.loads(of_rank["measured"]) == names[1:]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,16 @@ from accelerate import DistributedType
 from accelerate.state import AcceleratorState, is_initialized
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lorapro_hf.arguments import GAP_MAX_BYTES, check_gap_layers, check_gap_max_bytes
 from lorapro_hf.callback import require_supported_engine
-from lorapro_hf.diagnostics.meter import MAX_BYTES, GradientGapMeter, LayerGap
+from lorapro_hf.diagnostics.meter import GradientGapMeter, LayerGap
 from lorapro_hf.diagnostics.records import FILE, append, keep_until, medians
 from lorapro_hf.optimizer import LoRAProAdamW, unwrap_optimizer
+from lorapro_hf.pairs import survey_lora_pairs
 
 # Rounding in bf16 stays below it, dropout and DoRA do not.
 TOLERANCE = 0.05
+_SECOND = "the trainer has a GradientGapCallback already (--lora_pro_log_gap adds one). Keep one of them."
 
 logger = logging.getLogger(__name__)
 
@@ -41,24 +44,27 @@ class GradientGapCallback(TrainerCallback):
         every: how many steps from one measurement to the next.
         layers: names of layers, last parts of names, or patterns with `*`; by default all.
         max_bytes: what the gradients of the layers measured at a time may take. If those of all do not fit, the layers
-            take turns from one measurement to the next.
+            take turns from one measurement to the next, each turn being a sample of all kinds and depths, and a warning
+            says so.
 
     Raises:
-        ValueError: for arguments out of range, and at the start of training if there is no layer to measure.
+        ValueError: for arguments out of range, and at the start of training if there is no layer to measure, if there
+            is a second `GradientGapCallback`, or if a training is resumed with a file that is not text.
         RuntimeError: at the start of training under DeepSpeed, FSDP1, Megatron-LM, `torch.compile` or
             `nn.DataParallel`; at the first step, if a `LoRAProCallback` has rewritten the gradients before.
     """
 
-    def __init__(self, every: int = 50, layers: Sequence[str] | None = None, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, every: int = 50, layers: Sequence[str] | None = None, max_bytes: int = GAP_MAX_BYTES) -> None:
         if type(every) is not int or every < 1:
             raise ValueError(f"every={every!r} must be a whole number of steps from 1 on.")
+        check_gap_layers(layers)
+        check_gap_max_bytes(max_bytes)
         self.every, self.layers, self.max_bytes = every, layers, max_bytes
         self._trainer: Trainer | None = None
         self._meter: GradientGapMeter | None = None
         self._gaps: list[LayerGap] = []
         self._first = True
-        self._warned = False
-        self._unseen = False
+        self._told: set[str] = set()
 
     def attach(self, trainer: Trainer) -> GradientGapCallback:
         """Become the first callback of a trainer, and log through it, so that reporters get the figures.
@@ -67,13 +73,13 @@ class GradientGapCallback(TrainerCallback):
             This callback.
 
         Raises:
-            ValueError: the trainer has one already.
+            ValueError: the trainer has one already, or its model has LoRA layers, but none to measure.
         """
         callbacks = trainer.callback_handler.callbacks
         if any(isinstance(callback, GradientGapCallback) for callback in callbacks):
-            raise ValueError(
-                "the trainer has a GradientGapCallback already (--lora_pro_log_gap adds one). Keep one of them."
-            )
+            raise ValueError(_SECOND)
+        if survey_lora_pairs(trainer.model)[0]:  # others may come until the training begins
+            GradientGapMeter(trainer.model, self.layers, self.max_bytes)
         callbacks.insert(0, self)
         self._trainer = trainer
         return self
@@ -83,14 +89,26 @@ class GradientGapCallback(TrainerCallback):
     ) -> None:
         """Choose the layers, and refuse where gradients could not be seen."""
         _require_visible_gradients(args, kwargs["model"])
+        other: Any = getattr(state, "_lora_pro_gap_callback", self)
+        if other is not self and other._meter is not None:
+            raise ValueError(_SECOND)
+        state._lora_pro_gap_callback = self
         self.stop()
-        self._first, self._warned, self._unseen = True, False, False
+        self._first, self._told = True, set()
         self._meter = GradientGapMeter(kwargs["model"], self.layers, self.max_bytes)
         if not state.is_world_process_zero:
             return
-        keep_until(Path(args.output_dir) / FILE, state.global_step)
-        if len(self._meter.turns) > 1:
-            logger.info("gradient gap: the layers are measured in %d turns", len(self._meter.turns))
+        file = Path(args.output_dir) / FILE
+        self._write(file, lambda: keep_until(file, state.global_step))
+        if (turns := len(self._meter.turns)) > 1:
+            logger.warning(
+                "gradient gap: the gradients of all layers together do not fit into max_bytes=%s, so that the layers "
+                "take turns: there are %d, so that each layer is measured every %d steps. Choose fewer layers "
+                "(--lora_pro_gap_layers), or raise max_bytes (--lora_pro_gap_max_bytes).",
+                f"{self.max_bytes:,}",
+                turns,
+                turns * self.every,
+            )
         by_reason: dict[str, list[str]] = {}
         for name, reason in self._meter.left_out:
             by_reason.setdefault(reason, []).append(name)
@@ -135,9 +153,8 @@ class GradientGapCallback(TrainerCallback):
         if not gaps:
             return
         if state.is_world_process_zero:
-            folder = Path(args.output_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            append(folder / FILE, state.global_step, _title(kwargs["optimizer"]), gaps)
+            file, title = Path(args.output_dir) / FILE, _title(kwargs["optimizer"])
+            self._write(file, lambda: append(file, state.global_step, title, gaps))
         self._warn(gaps)
         metrics = medians(gaps)
         if self._trainer is None:
@@ -160,30 +177,46 @@ class GradientGapCallback(TrainerCallback):
             self._meter.stop()
         self._meter, self._gaps = None, []
 
+    def _write(self, file: Path, write: Callable[[], None]) -> None:
+        """A full disk is no reason to end a training."""
+        try:
+            write()
+        except OSError as error:
+            self._tell_once(
+                "file",
+                "gradient gap: cannot write %s: %s. The figures go to the logs alone until it can be written again.",
+                file,
+                error.strerror,
+            )
+
     def _warn(self, gaps: Sequence[LayerGap]) -> None:
         worst = max(gaps, key=lambda gap: gap.residual)
-        if self._warned or worst.residual <= TOLERANCE:
-            return
-        self._warned = True
-        logger.warning(
-            "gradient gap: the factors of %s saw another gradient than the output of the layer, by %.0f %%. With "
-            "lora_dropout, DoRA, or backward passes that add nothing to .grad (torch.autograd.grad) the figures are of "
-            "this other gradient. This is said once.",
-            worst.layer,
-            100 * worst.residual,
-        )
+        if worst.residual > TOLERANCE:
+            self._tell_once(
+                "residual",
+                "gradient gap: the gradients of the factors of %s are not those that the gradient g of its weight "
+                "gives them, by %.0f %%. With lora_dropout, DoRA, or an embedding of padded batches this is so: the "
+                "gaps are those of g, and grad_norm is an estimate. Otherwise g is not theirs, and the figures say "
+                "little: backward passes that add nothing to .grad (torch.autograd.grad) do that.",
+                worst.layer,
+                100 * worst.residual,
+            )
 
     def _warn_of_unseen(self) -> None:
-        unseen = self._meter.unseen if self._meter else []
-        if unseen and not self._unseen:
-            self._unseen = True
-            logger.warning(
+        if unseen := self._meter.unseen if self._meter else []:
+            self._tell_once(
+                "unseen",
                 "gradient gap: %s and %d more have gradients, but no backward pass has been seen in them: something "
                 "computes with their weights without calling them (fused kernels), or writes over their inputs. They "
                 "are left out.",
                 unseen[0],
                 len(unseen) - 1,
             )
+
+    def _tell_once(self, what: str, message: str, *values: object) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            logger.warning(f"{message} This is said once.", *values)
 
 
 def _require_visible_gradients(args: TrainingArguments, model: Any) -> None:

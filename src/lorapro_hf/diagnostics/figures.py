@@ -1,12 +1,13 @@
 """How far are two gradients, or two steps, of one weight from each other?
 
 A low-rank matrix is given by its halves `left` `(m, k)` and `right` `(k, n)`; it is formed only where it meets a dense
-one, and never two at a time.
+one, and then a block of rows at a time.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,10 @@ from lorapro_hf.bases import row_basis
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.projection import project_lora_gradients
 from lorapro_hf.sequential import Rates
-from lorapro_hf.trust_region import share_of_A, share_of_both, square
+from lorapro_hf.trust_region import share_of_A, shares_of_both, square
+
+BLOCK_ELEMENTS = 2**20  # of a matrix of the size of a weight, computed at a time
+_ROUNDING = 1e-7
 
 
 class Halves(NamedTuple):
@@ -24,6 +28,10 @@ class Halves(NamedTuple):
 
     left: Tensor  # (m, k)
     right: Tensor  # (k, n)
+
+    def rows(self, rows: slice) -> Tensor:
+        """Some of its rows, formed."""
+        return self.left[rows] @ self.right
 
     def norm(self) -> float:
         """Its Frobenius norm, without cancellation between its parts."""
@@ -52,6 +60,10 @@ class Factors(NamedTuple):
         """The direction in which plain LoRA's gradients move the weight, `s (B g_A + g_B A)`."""
         return equivalent_halves(self.A, self.B, self.grad_A, self.grad_B, self.scaling)
 
+    def with_gradients(self, grad_A: Tensor, grad_B: Tensor) -> Factors:
+        """The same pair with other gradients, in its dtype."""
+        return self._replace(grad_A=grad_A.to(self.A), grad_B=grad_B.to(self.B))
+
     def adjusted_gradient(self, rtol: float | None = None) -> Halves:
         """The direction in which LoRA-Pro's gradients move the weight, as close to g as the factors can come."""
         h = project_lora_gradients(self.A, self.B, self.grad_A, self.grad_B, self.scaling, rtol=rtol)
@@ -64,38 +76,71 @@ def equivalent_halves(A: Tensor, B: Tensor, h_A: Tensor, h_B: Tensor, scaling: f
 
 
 def distance(g: Tensor, q: Halves) -> Distance:
-    """How far q is from g `(m, n)`, which is not zero."""
+    """How far q is from g `(m, n)`, which is not zero; neither may be so large or small that its squares are not."""
+    exact = exact_dtype(g)
     length, other = float(torch.linalg.vector_norm(g)), q.norm()
     if other == 0:
         return Distance(1.0, 1.0, 0.0)
-    inner = float(((g @ q.right.mT) * q.left).sum(dtype=exact_dtype(g)))
-    gaps = [
-        float(torch.linalg.vector_norm(torch.addmm(g, q.left, q.right, alpha=-scale))) / length
-        for scale in (1.0, inner / other**2)
-    ]
+    inner = float(((g @ q.right.mT).to(exact) * q.left).sum())
+    gaps = [_distance_from(g, q, scale) / length for scale in (1.0, inner / other**2)]
     return Distance(gaps[0], gaps[1], inner / (length * other))
 
 
-def bring_to_scale_(g: Tensor, factors: Factors) -> float | None:
-    """Multiply g `(m, n)` by the one factor that makes `s Bᵀ g` and `s g Aᵀ` fit the gradients of the factors best.
+def _distance_from(g: Tensor, q: Halves, scale: float) -> float:
+    """`‖g − scale · q‖` from blocks of rows, so that no second matrix of the size of g is needed."""
+    lengths = [
+        torch.linalg.vector_norm(torch.addmm(g[rows], q.left[rows], q.right, alpha=-scale)) for rows in row_blocks(g)
+    ]
+    return float(torch.stack(lengths).to(exact_dtype(g)).norm())
 
-    This undoes loss scaling, clipping, and whatever the loss is divided by in the course of accumulation.
 
-    Returns:
-        What does not fit: the larger of `‖s Bᵀ g − g_A‖ / ‖g_A‖` and `‖s g Aᵀ − g_B‖ / ‖g_B‖`. It is of the size of
-        roundings where g is the gradient that the factors saw. `None` if something is not finite, or all is zero.
+def row_blocks(matrix: Tensor) -> Iterator[slice]:
+    """The rows of a matrix, as many at a time as have about `BLOCK_ELEMENTS` elements."""
+    step = max(1, BLOCK_ELEMENTS // matrix.shape[1])
+    return (slice(start, start + step) for start in range(0, matrix.shape[0], step))
+
+
+class Fit(NamedTuple):
+    """How the gradients `s Bᵀ g` and `s g Aᵀ` that a matrix g gives the factors fit those that they have.
+
+    The scale between them undoes loss scaling, clipping, and whatever the loss is divided by while it accumulates.
     """
-    expected = factors.scaling * factors.B.mT @ g, factors.scaling * g @ factors.A.mT
-    found = factors.grad_A, factors.grad_B
-    exact = exact_dtype(g)
-    inner = sum(float((e * f).sum(dtype=exact)) for e, f in zip(expected, found, strict=True))
-    square = sum(float(e.square().sum(dtype=exact)) for e in expected)
-    if not (math.isfinite(inner) and math.isfinite(square) and square > 0 and inner != 0):
-        return None
-    scale = inner / square
-    g.mul_(scale)
-    pairs = [(e, f) for e, f in zip(expected, found, strict=True) if bool(f.any())]
-    return max(float((scale * e - f).norm() / f.norm()) for e, f in pairs)
+
+    expected: tuple[Tensor, Tensor]  # of g
+    found: tuple[Tensor, Tensor]  # those that the factors have
+
+    @classmethod
+    def of(cls, g: Tensor, factors: Factors) -> Fit:
+        """Of g `(m, n)` and a pair; in float64 where the device has it, as squares of tiny gradients vanish."""
+        exact, s = exact_dtype(g), factors.scaling
+        expected = (s * (factors.B.mT @ g).to(exact), s * (g @ factors.A.mT).to(exact))
+        return cls(expected, (factors.grad_A.to(exact), factors.grad_B.to(exact)))
+
+    def scale(self) -> float | None:
+        """The factor to g that makes the two fit best; `None` if something is not finite, or all is zero."""
+        inner = sum(float((e * f).sum()) for e, f in zip(*self, strict=True))
+        square = sum(float(e.square().sum()) for e in self.expected)
+        if not (math.isfinite(inner) and math.isfinite(square) and square > 0 and inner != 0):
+            return None
+        return inner / square
+
+    def residual(self, scale: float) -> float:
+        """What does not fit: the larger of `‖scale · s Bᵀ g − g_A‖ / ‖g_A‖` and `‖scale · s g Aᵀ − g_B‖ / ‖g_B‖`.
+
+        It is of the size of roundings where g, by its scale, is the gradient that the factors saw.
+        """
+        pairs = [(e, f) for e, f in zip(*self, strict=True) if bool(f.any())]
+        return max(float((scale * e - f).norm() / f.norm()) for e, f in pairs)
+
+
+def shared_scale(scales: Sequence[float], residuals: Sequence[float]) -> float:
+    """The scale of all layers of a step, from those that fit each of them best.
+
+    They are weighted by the inverse square of their residuals, as each is off by its residual at most: a layer whose
+    factors saw g itself decides, and where dropout has disturbed all of them its noise averages out.
+    """
+    weights = [max(residual, _ROUNDING) ** -2 for residual in residuals]
+    return sum(w * scale for w, scale in zip(weights, scales, strict=True)) / sum(weights)
 
 
 def intended_step(
@@ -119,12 +164,12 @@ def intended_step(
     lr_A, lr_B = float(rates.lr_A), float(rates.lr_B)
     kept = float(rates.keep_A) * A, float(rates.keep_B) * B.mT
     if not config.is_sequential:
-        seen = (scaling * B.mT @ u, scaling * u @ A.mT)
+        seen = (scaling * (B.mT @ u), scaling * (u @ A.mT))
         h_A, h_B = project_lora_gradients(A, B, *seen, scaling, x_mode=config.x_mode, rtol=config.rtol)
         step_A, step_B = -lr_A * h_A, -lr_B * h_B
         if rates.trust_region is not None:
-            share = share_of_both(*kept, step_A, step_B.mT, rates.trust_region)
-            step_A, step_B = share * step_A, share * step_B
+            share, of_B = shares_of_both(*kept, step_A, step_B.mT, rates.trust_region)
+            step_A, step_B = share * step_A, of_B * step_B
         return equivalent_halves(A, B, step_A, step_B, scaling), float(share)
     of_A, basis_B = row_basis(A, config.rtol).rows, row_basis(new_B.mT.contiguous(), config.rtol)
     of_B = basis_B.rows

@@ -14,74 +14,94 @@ from torch import Tensor
 
 from lorapro_hf.bases import RowBasis, row_basis
 from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.diagnostics.figures import Halves, row_blocks
 from lorapro_hf.kernels.dynamic_map import tables_on
 from lorapro_hf.kernels.storage import BLOCK
 from lorapro_hf.moments import MASTER
 
 Group = Mapping[str, Any]
+State = Mapping[str, Tensor]
 
 
-def adam_direction(
-    equivalent: Tensor,
+def adam_direction_(
+    out: Tensor,
+    equivalent: Halves,
     A: Tensor,
     B: Tensor,
-    state_A: Mapping[str, Tensor],
-    state_B: Mapping[str, Tensor],
+    states: tuple[State, State],
     group: Group,
     config: LoRAProConfig,
 ) -> Tensor:
-    """Adam's direction `(m, n)` for a pair in modes full, full_8bit and factored.
+    """Adam's direction `(m, n)` for a pair in modes full, full_8bit and factored, a block of rows at a time.
 
     Args:
-        equivalent: the equivalent gradient `(m, n)` of this step.
+        out: `(m, n)`, where the direction is written to.
+        equivalent: the equivalent gradient of this step.
         A: `(r, n)`.
         B: `(m, r)`.
-        state_A: the optimizer's state of A before the step; empty before the first one.
-        state_B: that of B.
+        states: the optimizer's state of A and of B before the step; empty before the first one.
         group: betas and eps.
         config: mode and rtol.
+
+    Returns:
+        `out`.
     """
     beta1, beta2 = group["betas"]
-    steps = float(state_A.get("step", torch.zeros(()))) + 1
+    steps = float(states[0].get("step", torch.zeros(()))) + 1
     grown_1, grown_2, eps = 1 - beta1**steps, 1 - beta2**steps, group["eps"]
-    if config.mode == "factored":
-        row, column = equivalent.square().mean(1), equivalent.square().mean(0)
-        M = equivalent * (1 - beta1)
-        row, column = row * (1 - beta2), column * (1 - beta2)
-        if "exp_avg" in state_A:
-            M += beta1 * _factored_moment(A, B, state_A, state_B, config)
-            row += beta2 * state_B["exp_avg_sq"]
-            column += beta2 * state_A["exp_avg_sq"]
-        row, column = row / grown_2, column / grown_2
-        overall = row.mean().sqrt() + eps
-        root = torch.outer(row.sqrt() + eps, (column.sqrt() + eps) / overall)
-    else:
-        M, root = equivalent * (1 - beta1), equivalent.square() * (1 - beta2)
-        if "exp_avg" in state_A:
-            M += beta1 * _dense_moment(state_A, "exp_avg", M.dtype)
-            root += beta2 * _dense_moment(state_A, "exp_avg_sq", M.dtype)
-        root = (root / grown_2).sqrt_() + eps
-    return torch.where(root > 0, M.div_(grown_1) / root, 0)
+    started, factored = "exp_avg" in states[0], config.mode == "factored"
+    low_rank = _factored_moment(A, B, states, config) if factored and started else None
+    if factored:
+        row, column = (mean / grown_2 for mean in _grown_means(out, equivalent, states, beta2))
+        divided = (column.sqrt() + eps) / (row.mean().sqrt() + eps)
+    for rows in row_blocks(out):
+        block = equivalent.rows(rows)
+        if factored:
+            root = torch.outer(row[rows].sqrt() + eps, divided)
+        else:
+            root = block.square() * (1 - beta2)
+            if started:
+                root.add_(_dense_moment(states[0], "exp_avg_sq", rows, root.dtype), alpha=beta2)
+            root = (root / grown_2).sqrt_().add_(eps)
+        M = block.mul_(1 - beta1)
+        if started:
+            past = low_rank.rows(rows) if low_rank else _dense_moment(states[0], "exp_avg", rows, M.dtype)
+            M.add_(past, alpha=beta1)
+        out[rows] = torch.where(root > 0, M.div_(grown_1) / root, 0)
+    return out
 
 
-def _dense_moment(state: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor:
-    values, absmax = state[name], state.get(f"{name}_absmax")
+def _grown_means(out: Tensor, equivalent: Halves, states: tuple[State, State], beta2: float) -> tuple[Tensor, Tensor]:
+    """The means of the squares of a gradient's rows `(m,)` and columns `(n,)`, added to the optimizer's."""
+    row, column = out.new_zeros(out.shape[0]), out.new_zeros(out.shape[1])
+    for rows in row_blocks(out):
+        square = equivalent.rows(rows).square_()
+        row[rows] = square.mean(1)
+        column += square.sum(0) / out.shape[0]
+    row, column = row * (1 - beta2), column * (1 - beta2)
+    if "exp_avg" in states[0]:
+        row += beta2 * states[1]["exp_avg_sq"]
+        column += beta2 * states[0]["exp_avg_sq"]
+    return row, column
+
+
+def _dense_moment(state: State, name: str, rows: slice, dtype: torch.dtype) -> Tensor:
+    values, absmax = state[name][rows], state.get(f"{name}_absmax")
     if absmax is None:
         return values.to(dtype)
     signed = name == "exp_avg"
     code = tables_on(values.device)[0 if signed else 2]
-    scales = absmax.repeat_interleave(BLOCK, dim=-1)[..., : values.shape[-1]]
-    exact = code[values.long()] * scales
-    return (exact if signed else exact.square()).to(dtype)  # the second one is kept by its root
+    exact = code.index_select(0, values.flatten().int()).view(values.shape)
+    exact *= absmax[rows].repeat_interleave(BLOCK, dim=-1)[..., : values.shape[-1]]
+    return (exact if signed else exact.square_()).to(dtype)  # the second one is kept by its root
 
 
-def _factored_moment(
-    A: Tensor, B: Tensor, state_A: Mapping[str, Tensor], state_B: Mapping[str, Tensor], config: LoRAProConfig
-) -> Tensor:
+def _factored_moment(A: Tensor, B: Tensor, states: tuple[State, State], config: LoRAProConfig) -> Halves:
     """`M = B̂ M_a + M_b Â` with the polar factors of what is stepped."""
-    of_A = row_basis(state_A.get(MASTER, A).to(A.dtype), config.rtol)
-    of_B = row_basis(state_B.get(MASTER, B).to(A.dtype).mT.contiguous(), config.rtol)
-    return _polar(of_B).mT @ state_A["exp_avg"] + state_B["exp_avg"] @ _polar(of_A)
+    of_A = row_basis(states[0].get(MASTER, A).to(A.dtype), config.rtol)
+    of_B = row_basis(states[1].get(MASTER, B).to(A.dtype).mT.contiguous(), config.rtol)
+    left = torch.cat([_polar(of_B).mT, states[1]["exp_avg"]], dim=1)
+    return Halves(left, torch.cat([states[0]["exp_avg"], _polar(of_A)]))
 
 
 def _polar(basis: RowBasis) -> Tensor:

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.amp.grad_scaler import OptState
 
+from lorapro_hf.arguments import GAP_MAX_BYTES, check_gap_layers, check_gap_max_bytes
 from lorapro_hf.diagnostics.figures import (
     Factors,
+    Fit,
     Moved,
-    bring_to_scale_,
     distance,
+    exact_dtype,
     intended_step,
     relative_difference,
+    shared_scale,
 )
-from lorapro_hf.diagnostics.intended import adam_direction
-from lorapro_hf.diagnostics.recording import NotMeasured, Recording, choose
+from lorapro_hf.diagnostics.intended import adam_direction_
+from lorapro_hf.diagnostics.optimizers import decayed_rates, groups_of, loss_scale, steps_of
+from lorapro_hf.diagnostics.recording import NotMeasured, Recording, choose, sees_another_gradient, shared_factors
 from lorapro_hf.gradients import Access, access_to
 from lorapro_hf.optimizer import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.pairs import LoRAPair, survey_lora_pairs, unwrapped_name
@@ -28,20 +32,20 @@ from lorapro_hf.projection import compute_dtype
 from lorapro_hf.sequential import Rates
 from lorapro_hf.shares import everyone
 from lorapro_hf.stacks import exact_arithmetic
-from lorapro_hf.steps import rates_of
-
-MAX_BYTES = 2**30
 
 
 @dataclass
 class LayerGap:
     """What one step showed of one layer; what is `None` has no meaning there.
 
+    Where the factors see another gradient than the weight (dropout, DoRA, an embedding of padded batches), their own
+    gradients g_A, g_B are taken to be `s Bᵀ g` and `s g Aᵀ` in all gaps and cosines, and `grad_norm` is an estimate.
+
     Attributes:
         layer: its name.
         adapter: the adapter's.
         grad_norm: `‖g‖`, the norm of the gradient of the adapted weight, on the scale of the factors' gradients.
-        residual: how far the factors' gradients are from being those of g, see `bring_to_scale_`.
+        residual: how far the factors' gradients are from being those of g, see `Fit.residual`.
         lora_gap: `‖g − q‖ / ‖g‖` for the direction `q = s (B g_A + g_B A)` of plain LoRA's own gradients.
         lora_scaled_gap: the same for the multiple of q that is closest to g.
         lora_cosine: between g and q.
@@ -64,6 +68,16 @@ class LayerGap:
     step_error: float | None = None
     step_length: float | None = None
     step_share: float | None = None
+
+
+class _Seen(NamedTuple):
+    """A layer's recorded gradient, the factors with theirs, and how the two fit."""
+
+    recording: Recording
+    factors: Factors
+    top: float  # what g has been divided by, its largest element
+    scale: float  # of what is left, to fit the factors' gradients
+    residual: float
 
 
 @dataclass
@@ -100,9 +114,11 @@ class GradientGapMeter:
     Args:
         model: with LoRA layers, as it is trained, after wrapping.
         layers: names of layers, last parts of names, or patterns with `*`; by default all.
-        max_bytes: what the gradients of the layers measured at a time may take, 4 bytes an element of their weights. If
-            those of all do not fit, the layers take turns. Beside them one matrix of the size of a layer's weight is
-            needed for a moment, or three where the optimizer has a direction of the weight.
+        max_bytes: what the gradients of the layers measured at a time may take, 4 bytes an element of their weights (8
+            for float64 factors). If those of all do not fit, the layers take turns, each of them a sample of all kinds
+            and depths. Beside the buffers a measured step needs copies of the factors and of their gradients, a few
+            blocks of a million elements, and activations: each measured layer keeps its input, in the dtype that it
+            has, until its backward pass, also where the training would not have, and its output twice for a moment.
 
     Attributes:
         turns: the names of the layers measured at a time.
@@ -111,18 +127,16 @@ class GradientGapMeter:
             none with the input that the layer had.
 
     Raises:
-        ValueError: no layer can be measured, a name in `layers` is no layer's, or `max_bytes` is not positive.
+        ValueError: no layer can be measured, a name in `layers` is no layer's, or a setting is of another type.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[str] | None = None, max_bytes: int = MAX_BYTES) -> None:
-        if isinstance(layers, str) or (layers is not None and not layers):
-            raise ValueError(f"layers={layers!r} must be a list of names or patterns, or None for all layers.")
-        if max_bytes <= 0:
-            raise ValueError(f"max_bytes={max_bytes!r} must be positive; it is for the gradients of the chosen layers.")
+    def __init__(self, model: nn.Module, layers: Sequence[str] | None = None, max_bytes: int = GAP_MAX_BYTES) -> None:
+        check_gap_layers(layers)
+        check_gap_max_bytes(max_bytes)
         pairs, refusals = survey_lora_pairs(model)
         if not pairs:
             raise refusals[0].error
-        chosen = choose(pairs, layers, max_bytes)
+        chosen = choose(pairs, layers, max_bytes, shared_factors(model))
         self._turns = chosen.turns
         self.turns = [[unwrapped_name(pair.name) for pair in turn] for turn in chosen.turns]
         self.left_out = [NotMeasured(unwrapped_name(r.name), str(r.error)) for r in refusals if r.name]
@@ -158,7 +172,7 @@ class GradientGapMeter:
         Raises:
             RuntimeError: the factors are sharded in a way that is not supported.
         """
-        scale = _loss_scale(optimizer)
+        scaled_by = loss_scale(optimizer)
         optimizer = unwrap_optimizer(optimizer)
         recordings, self._recordings, self._before = self._recordings, [], []
         self.unseen = []
@@ -167,14 +181,22 @@ class GradientGapMeter:
         for recording in recordings:
             recording.stop()
         access = access_to([recording.pair for recording in recordings], everyone())
+        lost = _lost(recordings)
         where: Any = [recordings[0].gradient]
         with exact_arithmetic(where):
-            for recording in recordings:
-                before = None if recording.lost else _compare(recording, access, optimizer, scale)
-                if before is not None:
-                    self._before.append(before)
-                elif (recording.lost or recording.passes == 0) and recording.pair.A.grad is not None:
-                    self.unseen.append(unwrapped_name(recording.pair.name))
+            found = [
+                None if is_lost else _seen(recording, access, scaled_by)
+                for recording, is_lost in zip(recordings, lost, strict=True)
+            ]
+            seen = [each for each in found if each is not None]
+            if seen:
+                shared = shared_scale([each.scale / each.top for each in seen], [each.residual for each in seen])
+                self._before = [_compare(each, shared, optimizer) for each in seen]
+        self.unseen = [
+            unwrapped_name(recording.pair.name)
+            for recording, is_lost, each in zip(recordings, lost, found, strict=True)
+            if each is None and (is_lost or recording.passes == 0) and recording.pair.A.grad is not None
+        ]
 
     @torch.no_grad()
     def after_step(self, optimizer: Any) -> list[LayerGap]:
@@ -201,27 +223,51 @@ class GradientGapMeter:
         return [before.gap for before in measured]
 
 
-def _compare(recording: Recording, access: Access, optimizer: Any, scale: float) -> _Before | None:
-    """The figures of one layer's gradients; `None` where no backward pass has come by or one was not finite."""
+def _lost(recordings: Sequence[Recording]) -> list[bool]:
+    """Which layers any rank has missed a backward pass of: all ranks leave them out, or some would wait for others."""
+    lost = torch.tensor([float(recording.lost) for recording in recordings], device=recordings[0].gradient.device)
+    if (group := everyone()) is not None:
+        dist.all_reduce(lost, group=group)
+    return [count > 0 for count in lost.tolist()]
+
+
+def _seen(recording: Recording, access: Access, scaled_by: float) -> _Seen | None:
+    """One layer's gradient beside its factors'; `None` where no backward pass has come by or one was not finite."""
     pair, g = recording.pair, recording.gradient
     if (group := everyone()) is not None:
         dist.all_reduce(g, group=group)  # the sum: its scale is found below
     parameters = [pair.A, pair.B]
     (A, B), gradients = access.values(parameters), access.gradients(parameters)
-    if gradients[0] is None or gradients[1] is None:
+    top = float(torch.linalg.vector_norm(g, ord=math.inf))
+    if gradients[0] is None or gradients[1] is None or not (math.isfinite(top) and top > 0):
         return None
+    g.div_(top)  # squares of what a loss has been scaled by would not fit into float32
     A, B, grad_A, grad_B = (x.to(g) for x in (A, B, gradients[0], gradients[1]))
-    factors = Factors(A, B, grad_A / scale, grad_B / scale, pair.scaling)
-    residual = bring_to_scale_(g, factors)
-    if residual is None:
-        return None
+    factors = Factors(A, B, grad_A / scaled_by, grad_B / scaled_by, pair.scaling)
+    fit = Fit.of(g, factors)
+    scale = fit.scale()
+    return None if scale is None else _Seen(recording, factors, top, scale, fit.residual(scale))
+
+
+def _compare(seen: _Seen, shared: float, optimizer: Any) -> _Before:
+    """The figures of one layer's gradients, and Adam's direction in place of its buffer.
+
+    Where the factors saw another gradient than the weight, the scale of all layers holds, and the gradients that they
+    are taken to have are those that g gives them: the figures are of g then, whatever dropout has made of it.
+    """
+    (recording, factors, top, scale, residual), pair = seen, seen.recording.pair
+    g, (A, B) = recording.gradient, factors[:2]
+    unit = factors.with_gradients(factors.grad_A.to(exact_dtype(g)) / scale, factors.grad_B.to(exact_dtype(g)) / scale)
+    if sees_another_gradient(pair):
+        fit, scale = Fit.of(g, factors), shared * top
+        unit, residual = factors.with_gradients(*fit.expected), fit.residual(scale)
     config = optimizer.config if isinstance(optimizer, LoRAProAdamW) else None
-    adjusted = factors.adjusted_gradient(config.rtol if config else None)
-    plain, pro = distance(g, factors.own_gradient()), distance(g, adjusted)
+    rtol = config.rtol if config else None
+    plain, pro = distance(g, unit.own_gradient()), distance(g, unit.adjusted_gradient(rtol))
     gap = LayerGap(
         layer=unwrapped_name(pair.name),
         adapter=pair.adapter_name,
-        grad_norm=float(torch.linalg.vector_norm(g)),
+        grad_norm=abs(scale) * float(torch.linalg.vector_norm(g)),
         residual=residual,
         lora_gap=plain.gap,
         lora_scaled_gap=plain.scaled_gap,
@@ -229,20 +275,21 @@ def _compare(recording: Recording, access: Access, optimizer: Any, scale: float)
         lora_pro_gap=pro.gap,
         lora_pro_cosine=pro.cosine,
     )
-    groups = _groups(pair, optimizer)
+    groups = groups_of(pair, optimizer)
     u = None
-    if config is not None and config.mode != "efficient":
-        torch.mm(*adjusted, out=g)  # the buffer has served its purpose
-        states = [optimizer.state.get(parameter, {}) for parameter in parameters]
-        u = g.copy_(adam_direction(g, A, B, states[0], states[1], groups[0], config))
-    return _Before(pair, gap, (A.clone(), B.clone()), _rates(groups, optimizer), u, _steps(pair, optimizer) or 0.0)
+    if config is not None and config.mode != "efficient":  # along the gradients that the optimizer has
+        states = optimizer.state.get(pair.A, {}), optimizer.state.get(pair.B, {})
+        u = adam_direction_(g, factors.adjusted_gradient(rtol), A, B, states, groups[0], config)
+    return _Before(
+        pair, gap, (A.clone(), B.clone()), decayed_rates(groups, optimizer), u, steps_of(pair, optimizer) or 0.0
+    )
 
 
 def _step_figures(before: _Before, access: Access, optimizer: Any) -> tuple[float | None, float | None, float | None]:
     """The error, relative length and share of one layer's step; `None` where another rank knows it."""
     pair, (A, B) = before.pair, before.factors
     new = access.values([pair.A, pair.B])
-    steps = _steps(pair, optimizer)
+    steps = steps_of(pair, optimizer)
     left_out = all(map(torch.equal, before.factors, (x.to(A) for x in new))) if steps is None else steps == before.steps
     if left_out:  # something was not finite
         return None, None, None
@@ -258,40 +305,3 @@ def _step_figures(before: _Before, access: Access, optimizer: Any) -> tuple[floa
     realised = moved.realised()
     asked = max(float(before.rates.lr_A), float(before.rates.lr_B)) * float(before.u.norm())
     return relative_difference(realised, intended), realised.norm() / asked if asked else None, share
-
-
-def _steps(pair: LoRAPair, optimizer: Any) -> float | None:
-    """How many steps the optimizer has taken with a pair; `None` where it does not say."""
-    count = optimizer.state.get(pair.A, {}).get("step")
-    return None if count is None else float(count)
-
-
-def _loss_scale(optimizer: Any) -> float:
-    """What the gradients are still multiplied by, which accelerate may undo as late as in the step."""
-    scaler = getattr(optimizer, "scaler", None)
-    if scaler is None or not scaler.is_enabled():
-        return 1.0
-    stage = scaler._per_optimizer_states[id(optimizer.optimizer)]["stage"]
-    return 1.0 if stage is OptState.UNSCALED else float(scaler.get_scale())
-
-
-def _groups(pair: LoRAPair, optimizer: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """The param groups of both factors; empty where the optimizer does not show them."""
-    found: list[Mapping[str, Any]] = [{}, {}]
-    for group in getattr(optimizer, "param_groups", []):
-        for position, factor in enumerate((pair.A, pair.B)):
-            if any(parameter is factor for parameter in group["params"]):
-                found[position] = group
-    return found[0], found[1]
-
-
-def _rates(groups: tuple[Mapping[str, Any], Mapping[str, Any]], optimizer: Any) -> Rates:
-    """Learning rates, and what decoupled decay leaves of the factors; other decay counts as part of the step."""
-    if isinstance(optimizer, LoRAProAdamW) and optimizer.config.mode != "efficient":
-        return rates_of((dict(groups[0]), dict(groups[1])), optimizer.config)
-    decoupled = isinstance(optimizer, LoRAProAdamW | torch.optim.AdamW)
-    lr_A, lr_B = (group.get("lr", 0.0) for group in groups)
-    keep_A, keep_B = (
-        1 - group.get("lr", 0.0) * group.get("weight_decay", 0.0) if decoupled else 1.0 for group in groups
-    )
-    return Rates(lr_A, lr_B, keep_A, keep_B)

@@ -8,13 +8,15 @@ recomputed where the layer is, and counted once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lorapro_hf.diagnostics.figures import BLOCK_ELEMENTS
 from lorapro_hf.gradients import local
 from lorapro_hf.moments import dense_shape
 from lorapro_hf.pairs import LoRAPair, unwrapped_name
@@ -54,9 +56,11 @@ class Recording:
         """Leave the layer as it was; what has been added up stays."""
         self._hook.remove()
 
-    def _tap(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+    def _tap(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         if not (torch.is_grad_enabled() and output.requires_grad):
             return None  # evaluation, or the pass that checkpointing will repeat
+        if layer.disable_adapters or layer.merged or self.pair.adapter_name not in layer.active_adapters:
+            return None  # the factors have no part in it, as in the pass of a reference model
         x = args[0] if args else kwargs["x"]
         return _Tap.apply(output, x.detach(), self)
 
@@ -64,16 +68,20 @@ class Recording:
     def add(self, x: Tensor, dy: Tensor) -> None:
         """Count one backward pass: inputs `(..., n)`, or token numbers `(...)`, and output gradients `(..., m)`."""
         self.passes += 1
-        dy = dy.reshape(-1, dy.shape[-1]).to(self.gradient)
-        if not x.is_floating_point():
-            self.gradient.index_add_(1, x.reshape(-1).to(dy.device), dy.mT)
-            padding = getattr(self.pair.layer.get_base_layer(), "padding_idx", None)
-            if padding is not None:  # no gradient goes there
-                self.gradient[:, padding] = 0
-            return
+        dy = dy.reshape(-1, dy.shape[-1])
+        x = x.reshape(-1, x.shape[-1]) if x.is_floating_point() else x.reshape(-1).to(dy.device)
+        # Tokens by the block, which bounds what casting them takes.
+        size = max(1, BLOCK_ELEMENTS // sum(self.gradient.shape))
         where: Any = [self.gradient]
         with exact_arithmetic(where):
-            self.gradient.addmm_(dy.mT, x.reshape(-1, x.shape[-1]).to(self.gradient))
+            for some_x, some_dy in zip(x.split(size), dy.split(size), strict=True):
+                some_dy = some_dy.to(self.gradient)
+                if x.is_floating_point():
+                    self.gradient.addmm_(some_dy.mT, some_x.to(self.gradient))
+                else:
+                    self.gradient.index_add_(1, some_x, some_dy.mT)
+        if not x.is_floating_point() and (padding := padding_row(self.pair)) is not None:
+            self.gradient[:, padding] = 0  # no gradient goes there
 
 
 class _Tap(torch.autograd.Function):
@@ -98,11 +106,41 @@ class _Tap(torch.autograd.Function):
         return dy, None, None
 
 
-def why_not_measured(pair: LoRAPair) -> str | None:
-    """Why the gradient of a pair's weight is not `dYᵀ X` of its layer, or `None` where it is."""
+def padding_row(pair: LoRAPair) -> int | None:
+    """The token of an embedding whose row of the weight gets no gradient."""
+    return getattr(pair.layer.get_base_layer(), "padding_idx", None)
+
+
+def sees_another_gradient(pair: LoRAPair) -> bool:
+    """Whether the gradients that autograd gives the factors are not those that the weight's own gives them.
+
+    With active dropout they are of another input, with DoRA of another output, and PEFT leaves the padding row out of
+    the gradient of one factor only.
+    """
+    layer, adapter = pair.layer, pair.adapter_name
+    if adapter in layer.lora_embedding_A:
+        return layer.use_dora.get(adapter, False) or padding_row(pair) is not None
+    dropout = layer.lora_dropout[adapter]
+    return layer.use_dora.get(adapter, False) or (dropout.training and getattr(dropout, "p", 0.0) > 0)
+
+
+def shared_factors(model: nn.Module) -> set[int]:
+    """The `id` of each parameter that is a factor of several layers."""
+    from peft.tuners.lora import LoraLayer
+
+    held: Counter[int] = Counter()
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            for holders in (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B):
+                held.update(id(getattr(holder, "weight", holder)) for holder in holders.values())
+    return {parameter for parameter, count in held.items() if count > 1}
+
+
+def why_not_measured(pair: LoRAPair, shared: Collection[int] = ()) -> str | None:
+    """Why the gradient of a pair's weight is not `dYᵀ X` of its layer, or `None` where it is; see `shared_factors`."""
     if pair.layout != "matrix" or type(pair.layer).__name__ == "ParamWrapper":
         return "it packs several weights or adapts a bare parameter"
-    if pair.tied_parameters:
+    if pair.tied_parameters or id(pair.A) in shared or id(pair.B) in shared:
         return "its factors are shared with another layer"
     if type(pair.layer).__name__ == "MultiheadAttention":
         return _MERGED
@@ -115,13 +153,16 @@ def why_not_measured(pair: LoRAPair) -> str | None:
     return None
 
 
-def choose(pairs: Sequence[LoRAPair], layers: Sequence[str] | None, max_bytes: int) -> ChosenPairs:
-    """The pairs to measure, in turns whose buffers fit.
+def choose(
+    pairs: Sequence[LoRAPair], layers: Sequence[str] | None, max_bytes: int, shared: Collection[int] = ()
+) -> ChosenPairs:
+    """The pairs to measure, in turns whose buffers fit, see `_in_turns`.
 
     Args:
         pairs: of the model.
         layers: names, last parts of names, or patterns with `*`; `None` for all.
         max_bytes: what the buffers of one turn may take.
+        shared: see `shared_factors`.
 
     Raises:
         ValueError: a name is no layer's, or nothing is left to measure.
@@ -129,36 +170,48 @@ def choose(pairs: Sequence[LoRAPair], layers: Sequence[str] | None, max_bytes: i
     named = [(unwrapped_name(pair.name), pair) for pair in pairs]
     for pattern in layers or ():
         if not any(_matches(name, pattern) for name, _ in named):
+            known = ", ".join(dict.fromkeys(_kind(pair) for pair in pairs))
             raise ValueError(
-                f"layers: {pattern!r} matches no adapted layer. Give names, last parts of names or patterns such as "
-                f"'*.layers.0.*'; the first layer is {named[0][0]!r}."
+                f"layers (--lora_pro_gap_layers): {pattern!r} matches no adapted layer. Give names, patterns such as "
+                f"'*.layers.0.*', or last parts of names, which are here: {known}."
             )
     merging = [name for name, pair in named if why_not_measured(pair) == _MERGED]
     left_out: list[NotMeasured] = []
-    turns: list[list[LoRAPair]] = []
-    space = 0
+    chosen: list[LoRAPair] = []
     for name, pair in named:
         if layers is not None and not any(_matches(name, pattern) for pattern in layers):
             continue
         inside = any(name.startswith(f"{other}.") for other in merging)
-        reason = _MERGED if inside else why_not_measured(pair)
+        reason = _MERGED if inside else why_not_measured(pair, shared)
         needed = buffer_bytes(pair) if reason is None else 0
         if needed > max_bytes:
-            reason = f"its gradient takes {needed:,} bytes, more than max_bytes={max_bytes:,}"
-        if reason is not None:
+            reason = (
+                f"its gradient takes {needed:,} bytes, more than max_bytes={max_bytes:,} (--lora_pro_gap_max_bytes)"
+            )
+        if reason is None:
+            chosen.append(pair)
+        else:
             left_out.append(NotMeasured(name, reason))
-            continue
-        if not turns or needed > space:
-            turns.append([])
-            space = max_bytes
-        turns[-1].append(pair)
-        space -= needed
-    if not turns:
+    if not chosen:
         raise ValueError(
             f"no layer is left whose gradient can be measured; {left_out[0].name}: {left_out[0].reason}. Choose other "
-            "layers, or raise max_bytes."
+            "layers (--lora_pro_gap_layers), or raise max_bytes."
         )
-    return ChosenPairs(turns, left_out)
+    return ChosenPairs(_in_turns(chosen, max_bytes), left_out)
+
+
+def _in_turns(pairs: Sequence[LoRAPair], max_bytes: int) -> list[list[LoRAPair]]:
+    """As few turns as fit, each a fair sample: every so many layers of a kind, over the depth of the model."""
+    by_kind = sorted(range(len(pairs)), key=lambda index: _kind(pairs[index]))  # stable: by depth within a kind
+    for count in range(1, len(pairs) + 1):
+        turns = [[pairs[index] for index in sorted(by_kind[turn::count])] for turn in range(count)]
+        if all(sum(map(buffer_bytes, turn)) <= max_bytes for turn in turns):
+            break
+    return turns
+
+
+def _kind(pair: LoRAPair) -> str:
+    return unwrapped_name(pair.name).rpartition(".")[2]
 
 
 class ChosenPairs(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -30,18 +31,31 @@ _LOGGED = (
 
 
 def append(file: Path, step: int, optimizer: str, gaps: Sequence[LayerGap]) -> None:
-    """Add the measurements of one step."""
+    """Add the measurements of one step; the folder is made where there is none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"step": step, "optimizer": optimizer, **_finite(asdict(gap))}) for gap in gaps]
     with file.open("a", encoding="utf-8") as out:
         out.write("".join(f"{line}\n" for line in lines))
 
 
 def keep_until(file: Path, step: int) -> None:
-    """Drop what was measured after a step, as a training goes on from there; a line cut off by a kill goes, too."""
+    """Drop what was measured after a step, as a training goes on from there; a line cut off by a kill goes, too.
+
+    Raises:
+        ValueError: the file is not text.
+    """
     if not file.exists():
         return
-    kept = [line for line, record in _parsed(file) if record["step"] <= step]
-    file.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    try:
+        kept = [line for line, record in _parsed(file) if record["step"] <= step]
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file} is not text, so that no measurement can be added to it. Move it away, or choose another "
+            "output_dir."
+        ) from error
+    unfinished = file.with_suffix(".tmp")
+    unfinished.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(unfinished, file)
 
 
 def read(file: Path) -> list[dict[str, Any]]:

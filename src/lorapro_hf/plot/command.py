@@ -12,9 +12,9 @@ from lorapro_hf.options import UsageError
 
 PLOT = """\
 Draw the gradient gap of trainings: how far the gradients of plain LoRA and of LoRA-Pro were from those of full
-fine-tuning, over steps (median and quartiles over the layers) and layer by layer (a heat map), and how far each step
-was from the one that was meant. Runs are drawn side by side on the same scale. Nothing is computed anew: a training
-with --lora_pro_log_gap N, or with GradientGapCallback, has written it all to lora_pro_gap.jsonl.
+fine-tuning, over steps (median and quartiles over the layers' latest values) and layer by layer (a heat map), and how
+far each step was from the one that was meant. Runs are drawn side by side on the same scale. Nothing is computed anew:
+a training with --lora_pro_log_gap N, or with GradientGapCallback, has written it all to lora_pro_gap.jsonl.
 """
 
 PLOT_EXAMPLES = """\
@@ -49,9 +49,9 @@ def _plot(arguments: argparse.Namespace) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("lorapro plot needs matplotlib. Install 'lorapro_hf[demo]'.")
     from lorapro_hf.plot.figures import plot_gap  # matplotlib takes its time: after the arguments have been checked
-    from lorapro_hf.plot.runs import read_run
+    from lorapro_hf.plot.runs import read_runs
 
-    runs = [read_run(path) for path in arguments.runs]
+    runs = read_runs(arguments.runs)
     first = arguments.runs[0]
     folder = Path() if len(runs) > 1 else (first if first.is_dir() else first.parent)
     output: Path = getattr(arguments, "output", folder / PICTURE)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lorapro_hf.diagnostics.records import FILE, read
 from lorapro_hf.options import UsageError
 
-FIGURES = ("lora_scaled_gap", "lora_pro_gap", "lora_gap", "step_error", "step_length", "step_share", "residual")
+DRAWN = ("lora_scaled_gap", "lora_pro_gap")
+FIGURES = (*DRAWN, "lora_gap", "step_error", "step_length", "step_share", "residual")
 
 
 @dataclass
@@ -39,18 +41,32 @@ class Run:
         """The measured layers in the order of their numbers and names; with the adapter where there are several."""
         return sorted({self.layer_of(record) for record in self.records}, key=_natural)
 
+    @cached_property
+    def _has_adapters(self) -> bool:
+        return len({record["adapter"] for record in self.records}) > 1
+
     def layer_of(self, record: dict[str, Any]) -> str:
         """What a record's row is called."""
-        several = len({record["adapter"] for record in self.records}) > 1
-        return f"{record['layer']} ({record['adapter']})" if several else str(record["layer"])
+        return f"{record['layer']} ({record['adapter']})" if self._has_adapters else str(record["layer"])
 
     def quartiles(self, figure: str) -> dict[int, tuple[float, float, float]]:
-        """First quartile, median and third quartile over the layers, by step, where the figure is known."""
-        values: dict[int, list[float]] = {}
+        """First quartile, median and third quartile over the layers' latest values, by step.
+
+        Layers that take turns would otherwise make a saw of any figure that differs between them. Steps come from the
+        one on at which every layer has been measured that has the figure at all.
+        """
+        values: dict[int, dict[str, float]] = {}
         for record in self.records:
             if record.get(figure) is not None:
-                values.setdefault(record["step"], []).append(record[figure])
-        return {step: quartiles(values[step]) for step in sorted(values)}
+                values.setdefault(record["step"], {})[self.layer_of(record)] = record[figure]
+        layers = {layer for of_step in values.values() for layer in of_step}
+        latest: dict[str, float] = {}
+        found = {}
+        for step in sorted(values):
+            latest |= values[step]
+            if len(latest) == len(layers):
+                found[step] = quartiles(list(latest.values()))
+        return found
 
     def summary(self) -> dict[str, Any]:
         """The quartiles of all figures, ready for JSON."""
@@ -61,6 +77,19 @@ class Run:
             q1, median, q3 = (list(column) for column in columns)
             figures[figure] = {"steps": list(found), "q1": q1, "median": median, "q3": q3}
         return {"run": self.name, "optimizer": self.optimizer, "layers": self.layers, "figures": figures}
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """The measurements of several trainings; where folders have the same name, those above tell them apart.
+
+    Raises:
+        UsageError: one has none.
+    """
+    runs = [read_run(path) for path in paths]
+    if len({run.name for run in runs}) == len(runs):
+        return runs
+    whole = ["/".join(path.resolve().parts[1:]) for path in paths]
+    return [replace(run, name=name) for run, name in zip(runs, short_names(whole, "/"), strict=True)]
 
 
 def read_run(path: Path) -> Run:
@@ -74,13 +103,20 @@ def read_run(path: Path) -> Run:
     """
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
-        raise UsageError(f"{path} has no {FILE}. Train with --lora_pro_log_gap N, or with GradientGapCallback.")
+        parent = file.resolve().parents[1]
+        meant = f" Did you mean its parent, {parent}?" if (parent / FILE).is_file() else ""
+        raise UsageError(f"{path} has no {FILE}. Train with --lora_pro_log_gap N, or with GradientGapCallback.{meant}")
     try:
         records = read(file)
     except UnicodeDecodeError as error:
         raise UsageError(f"{file} is no {FILE}: it is not text.") from error
     if not records:
         raise UsageError(f"{file} holds no measurement yet.")
+    for key in ("optimizer", "adapter"):
+        if any(key not in record for record in records):
+            raise UsageError(f"{file} is no {FILE}: it has measurements without {key!r}.")
+    if not any(isinstance(record.get(figure), int | float) for record in records for figure in DRAWN):
+        raise UsageError(f"{file} holds nothing that can be drawn: no measurement has {' or '.join(DRAWN)}.")
     folder = file.resolve().parent
     return Run(folder.name if file.name == FILE else file.stem, records[-1]["optimizer"], records)
 
@@ -93,15 +129,15 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return q1, median, q3
 
 
-def short_names(layers: Sequence[str]) -> list[str]:
+def short_names(layers: Sequence[str], separator: str = ".") -> list[str]:
     """The names without the parts at the beginning that all have in common."""
     if len(layers) < 2:
         return [layer.removeprefix("base_model.model.") for layer in layers]
-    parts = [layer.split(".") for layer in layers]
+    parts = [layer.split(separator) for layer in layers]
     shared = 0
     while all(len(each) > shared + 1 and each[shared] == parts[0][shared] for each in parts):
         shared += 1
-    return [".".join(each[shared:]) for each in parts]
+    return [separator.join(each[shared:]) for each in parts]
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

@@ -26,7 +26,8 @@ FRESH_START = 0.03
 
 def square(rows: Tensor) -> Tensor:
     """`F Fᵀ` `(..., r, r)` in float64."""
-    return _product(rows, rows)
+    exact = rows.to(_exact_dtype(rows))
+    return exact @ exact.mT
 
 
 def shares_of_both(A: Tensor, Bt: Tensor, step_A: Tensor, step_Bt: Tensor, limit: float) -> tuple[Tensor, Tensor]:
@@ -35,12 +36,10 @@ def shares_of_both(A: Tensor, Bt: Tensor, step_A: Tensor, step_Bt: Tensor, limit
     Both are shortened alike, unless next to nothing would be left: then B counts as zero, from where B alone takes all
     of its step.
     """
-    dtype = A.dtype
-    A, Bt, step_A, step_Bt = (_exact(rows) for rows in (A, Bt, step_A, step_Bt))
-    square_A, square_B = square(step_A), square(step_Bt)
-    first_order = _inner(square_B, square(A)) + _inner(square(Bt), square_A)
-    first_order += 2 * _inner(_product(step_Bt, Bt), _product(A, step_A))
-    share = _share(_inner(square_B, square_A), limit**2 * first_order.clamp_min(0)).to(dtype)
+    of_A, across_A, square_A = _grams(A, step_A)
+    of_B, across_B, square_B = _grams(Bt, step_Bt)
+    first_order = _inner(square_B, of_A) + _inner(of_B, square_A) + 2 * _inner(across_B, across_A.mT)
+    share = _share(_inner(square_B, square_A), limit**2 * first_order.clamp_min(0)).to(A.dtype)
     is_fresh = share < FRESH_START * limit
     return torch.where(is_fresh, 0.0, share), torch.where(is_fresh, 1.0, share)
 
@@ -64,12 +63,17 @@ def _share(asked: Tensor, allowed: Tensor) -> Tensor:
     return torch.where(asked > allowed, (allowed / asked).sqrt(), 1.0)
 
 
-def _exact(rows: Tensor) -> Tensor:
-    return rows if rows.device.type == "mps" else rows.double()  # where there is no float64
+def _grams(factor: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`F Fᵀ`, `ΔF Fᵀ` and `ΔF ΔFᵀ`, `(..., r, r)` each, out of one product."""
+    r = factor.shape[-2]
+    both = factor.new_empty(*factor.shape[:-2], 2 * r, factor.shape[-1], dtype=_exact_dtype(factor))
+    both[..., :r, :], both[..., r:, :] = factor, step
+    gram = both @ both.mT
+    return gram[..., :r, :r], gram[..., r:, :r], gram[..., r:, r:]
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    return _exact(left) @ _exact(right).mT
+def _exact_dtype(like: Tensor) -> torch.dtype:
+    return torch.float32 if like.device.type == "mps" else torch.float64  # where there is no float64
 
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What did the comparison show, in words and against what was promised? Writes docs/results.md.
 
-    python benchmarks/results.py           # the last step of: make compare-small, compare-whole, compare-ranks
+    python benchmarks/results.py           # the last step of: make compare-small, compare-ranks and so on
     python benchmarks/results.py --check   # exit code 1 if docs/results.md says something else
 
 Everything comes from the summaries in `docs/results`, which `lorapro compare` wrote, and
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lorapro_hf.config import TRUST_REGION
 from lorapro_hf.memory import readable_bytes
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -23,10 +24,10 @@ PAGE, GAP = DOCS / "results.md", DOCS / "pictures" / "gradient_gap.json"
 REPORTS = {  # of configs/compare, each with a folder in docs/results
     "small": "word problems and code under the first blocks of SmolLM2-135M, with a vocabulary cut to size, and "
     "docstrings under MiniLM",
-    "whole": "other word problems under the whole of SmolLM2-135M, which writes the answers itself; the steps of "
-    "`make demo`",
     "ranks": "the docstrings at a lower and a higher rank, with PEFT's LoRA-FA and Riemannian optimizers",
 }
+LIMITS = "limits"  # another report, of one method alone
+COSTS = "costs"  # and one for the times, made by one process on an idle machine
 LORA, FULL = "lora", "full"
 OURS = ("pro_full_linear", "pro_full_paper")  # the default and the paper's own step
 FACTORED = "pro_factored_linear"
@@ -114,11 +115,36 @@ def against_lora(comparison: Summary) -> str:
     return f"**{title(comparison)}.** " + "; ".join(said) + "."
 
 
-def costs(comparisons: list[Summary]) -> str:
-    """What each method takes, on the first task."""
-    first = comparisons[0]
+def levels(comparisons: list[Summary]) -> str:
+    """What the losses can be read by, and what that says of a task; nothing where it was not noted."""
+    noted = {each["task"]: each for each in reversed(comparisons) if each.get("levels")}
+    if not noted:
+        return ""
+    words, empty = [], []
+    for task, comparison in reversed(noted.items()):
+        found = comparison["levels"]
+        words.append(
+            f"{task.replace('_', ' ')}: untrained {found['untrained']:.3f}, frequencies {found['frequencies']:.3f}"
+        )
+        base = method(comparison, LORA)
+        if base is not None and found["frequencies"] < base["test"]["loss"]["mean"]:
+            empty.append(f"{task.replace('_', ' ')} ({found['frequencies']:.3f} to {base['test']['loss']['mean']:.3f})")
+    text = (
+        "Levels to read them by, of the model before its training and of one that knows only how frequent each token, "
+        f"or class, is in the training set: {'; '.join(words)}."
+    )
+    if empty:
+        text += (
+            f" The frequencies alone do better than tuned LoRA on {' and '.join(empty)}: that measures how fast a "
+            "model gets back to token frequencies, and little else."
+        )
+    return f"\n\n{text}"
+
+
+def costs(comparison: Summary) -> str:
+    """What each method takes."""
     rows = []
-    for row in first["methods"]:
+    for row in comparison["methods"]:
         cost = row["cost"]
         if row["learning_rate"] is None:
             continue
@@ -132,6 +158,17 @@ def costs(comparisons: list[Summary]) -> str:
             ]
         )
     return table(["method", "step, ms", "of it optimizer, ms", "optimizer state", "trained parameters"], rows)
+
+
+def evenness(comparison: Summary) -> str:
+    """How far times can be trusted, by how far they differ where nothing differs but the seed."""
+    spread = comparison["step_spread"]
+    if spread is None or spread["best"] is None:
+        return "one process. With one seed there is no telling how far the times can be trusted."
+    text = f"from seed to seed the median step of a method differs by up to {spread['best'] - 1:.0%}"
+    if spread["uneven"]:
+        return f"one process; {text}, so that other work was on the machine, and smaller differences say nothing."
+    return f"one process, nothing else running; {text}."
 
 
 def targets(comparisons: list[Summary], gap: Mapping[str, Any]) -> str:
@@ -156,9 +193,9 @@ def targets(comparisons: list[Summary], gap: Mapping[str, Any]) -> str:
     return table(["target", "measured", ""], rows)
 
 
-def verdict(kept: bool) -> str:
-    """In a word."""
-    return "met" if kept else "**missed**"
+def verdict(kept: bool | None) -> str:
+    """In a word; `None` if no task has decided."""
+    return "not decided" if kept is None else "met" if kept else "**missed**"
 
 
 def name_of(comparisons: list[Summary], name: str) -> str:
@@ -178,16 +215,21 @@ def judged(
         said, fine = (unless, False) if None in rows else judge(comparison, *rows)
         words.append(f"{title(comparison)}: {said}")
         kept.append(fine)
-    return [what, "; ".join(words), verdict(all(fine is not False for fine in kept))]
+    decided = [fine for fine in kept if fine is not None]
+    return [what, "; ".join(words), verdict(all(decided) if decided else None)]
 
 
 def closed(comparisons: list[Summary], name: str) -> list[str]:
     """The share of the gap that is closed."""
 
     def judge(comparison: Summary, row: Method, base: Method, full: Method) -> tuple[str, bool | None]:
+        gap, seeds = comparison["gap"], full["against_baseline"]["seeds"]
         if row["gap_closed"] is None:
             return "full fine-tuning is not better than LoRA, no gap to close", None
-        gap = base["test"]["loss"]["mean"] - full["test"]["loss"]["mean"]
+        if comparison["gap_seeds"] < seeds:
+            said = f"gap within the noise ({gap:.3f}, on {comparison['gap_seeds']} of {seeds} seeds)"
+            beyond = row["test"]["loss"]["mean"] - full["test"]["loss"]["mean"]
+            return said + (f", and better than full fine-tuning too ({beyond:+.3f})" if beyond < 0 else ""), None
         return f"{row['gap_closed']:.0%} of {gap:.3f}", row["gap_closed"] >= SHARE
 
     what = f"{name_of(comparisons, name)}: at least {SHARE:.0%} of the gap from LoRA to full fine-tuning closed"
@@ -233,31 +275,58 @@ def near_full(comparisons: list[Summary], name: str) -> list[str]:
 def as_wide(comparisons: list[Summary], name: str) -> list[str]:
     """How far the rate may be off, beside LoRA."""
 
-    def judge(comparison: Summary, row: Method, base: Method) -> tuple[str, bool]:
+    def judge(comparison: Summary, row: Method, base: Method) -> tuple[str, bool | None]:
+        if row["good_range"] is None or base["good_range"] is None:
+            return "no rate at which every seed ended better than it began", None if row["good_range"] else False
         own, of_base = (each["good_range"][1] / each["good_range"][0] for each in (row, base))
-        return f"×{own:.3g} and ×{of_base:.3g}", own >= of_base * 0.99
+        ends = [
+            "".join(mark for end, mark in (("lowest", " ↓"), ("highest", " ↑")) if end in each["good_at_edge"])
+            for each in (row, base)
+        ]
+        if own == of_base == 1:
+            return f"both one rate of the grid{''.join(dict.fromkeys(filter(None, ends)))}", None
+        return f"×{own:.3g}{ends[0]} and ×{of_base:.3g}{ends[1]}", own >= of_base * 0.99
 
-    what = f"{name_of(comparisons, name)}: rates within 2 % of the best loss reach as far as LoRA's"
+    what = f"{name_of(comparisons, name)}: rates within 2 % of the best validation loss reach as far as LoRA's"
     return judged(comparisons, (name, LORA), what, judge)
 
 
-def run_counts(comparisons: list[Summary]) -> list[dict[str, int]]:
-    """How many runs ended in which way, by method and task; those of full fine-tuning serve every rank."""
-    rows = {
-        (c["folder"], c["task"], c["rank"] if row["method"] != FULL else None, row["method"]): row["runs"]
-        for c in comparisons
-        for row in c["methods"]
-    }
-    return list(rows.values())
+def run_counts(comparisons: list[Summary]) -> dict[str, tuple[str, bool, set[str]]]:
+    """How every run ended, by its key: status, whether no better than it began, and the reports that it is in."""
+    found: dict[str, tuple[str, bool, set[str]]] = {}
+    for comparison in comparisons:
+        for rate in (rate for row in comparison["methods"] for rate in row["rates"]):
+            for seed, key in rate["keys"].items():
+                reports = found[key][2] if key in found else set()
+                found[key] = (rate["status"][seed], int(seed) in rate["no_better"], reports | {comparison["folder"]})
+    return found
 
 
-def page(summaries: Mapping[str, Summary], gap: Mapping[str, Any]) -> str:
-    """The whole page, out of the summaries by their folder."""
+def all_runs(comparisons: list[Summary]) -> str:
+    """How many runs there are and how they ended, in a sentence's part."""
+    counts = list(run_counts(comparisons).values())
+    shared = sum(len(reports) > 1 for _, _, reports in counts)
+    statuses = [status for status, _, _ in counts]
+    bad = ", ".join(f"{statuses.count(kind)} {kind}" for kind in BAD)
+    of_several = f" ({shared} of them in more than one of the reports)" if shared else ""
+    no_better = sum(worse for _, worse, _ in counts)
+    worse_off = f"{no_better} ended no better than they began, by their training loss"
+    return f"{len(counts)} runs{of_several}, of which {bad}; {worse_off}"
+
+
+def page(summaries: Mapping[str, Summary], limits: Summary, cost: Summary, gap: Mapping[str, Any]) -> str:
+    """The whole page.
+
+    Args:
+        summaries: Of the reports, by their folder.
+        limits: Of the report on other limits.
+        cost: Of the report on the costs.
+        gap: The figures of the gap of the gradients.
+    """
     comparisons = [
         {**each, "folder": folder} for folder, summary in summaries.items() for each in summary["comparisons"]
     ]
     first = next(iter(summaries.values()))
-    counts = run_counts(comparisons)
     shared = set.intersection(*(set(each["environment"].items()) for each in summaries.values()))
     environment = ", ".join(f"{key} {value}" for key, value in first["environment"].items() if (key, value) in shared)
     figures = "\n\n".join(
@@ -266,18 +335,23 @@ def page(summaries: Mapping[str, Summary], gap: Mapping[str, Any]) -> str:
         for figure, caption in FIGURES.items()
     )
     return PAGE_TEXT.format(
-        runs=sum(sum(each.values()) for each in counts),
+        runs=all_runs([*comparisons, *({**each, "folder": LIMITS} for each in limits["comparisons"])]),
         seeds=len(first["settings"]["seeds"]),
-        bad=", ".join(f"{sum(each[kind] for each in counts)} {kind}" for kind in BAD),
         reports="\n".join(
             f"- `make compare-{name}`, [report](results/{name}/report.md): {REPORTS[name]}." for name in summaries
         ),
         losses=losses(comparisons),
+        levels=levels(comparisons),
         answers=answers(comparisons),
         against="\n\n".join(map(against_lora, comparisons)),
         targets=targets(comparisons, gap),
-        costs=costs(comparisons),
-        first=title(comparisons[0]),
+        limits=losses(limits["comparisons"]),
+        default=f"{TRUST_REGION:g}",
+        costs=costs(cost["comparisons"][0]),
+        timed=title(cost["comparisons"][0]),
+        steps=cost["settings"]["tasks"][0]["steps"],
+        timed_seeds=len(cost["settings"]["seeds"]),
+        evenness=evenness(cost["comparisons"][0]),
         figures=figures,
         environment=environment,
     )
@@ -289,8 +363,8 @@ PAGE_TEXT = """# Results
 
 <!-- Written by benchmarks/results.py from the summaries in results and pictures/gradient_gap.json. -->
 
-Methods are trained at several learning rates and under {seeds} seeds, with the same batches in the same order: {runs} \
-runs, of which {bad}. All of them are in the reports, seed by seed:
+Methods are trained at several learning rates and under {seeds} seeds, with the same batches in the same order: \
+{runs}. All of them are in the reports, seed by seed:
 
 {reports}
 
@@ -303,7 +377,7 @@ recipes in `configs/paper/`; nobody has run them with this package yet.
 Mean ± standard deviation over the seeds at each method's own best learning rate (in brackets), chosen on other data. \
 ↓ and ↑: that rate is the lowest or the highest of its grid, so that a better one may lie beyond.
 
-{losses}
+{losses}{levels}
 
 ## Right answers
 
@@ -320,16 +394,30 @@ significant; the report has the p-values.
 
 ## Targets
 
-What this package set out to reach, and what was measured.
+What this package set out to reach, and what was measured. A gap that not every seed shows is within the noise and \
+decides nothing, nor do ranges of rates that are both narrower than a step of the grid; ↓ and ↑ behind a range: it \
+reaches the end of the grid.
 
 {targets}
 
 The first two rows are from two trainings of SmolLM2-135M that [measure the gap](diagnostics.md#looking-at-it).
 
+## The limit of a step
+
+LoRA-Pro's full mode with other limits of the [trust region](how_it_works.md#linear-and-sequential) on the tasks of \
+`compare-small`: `make compare-limits`, [report](results/limits/report.md).
+
+{limits}
+
+The default limit, {default}, was chosen on these same tasks, by validation loss and by how wide the range of usable \
+rates is. LoRA-Pro's full and factored modes so have one more tuned setting than the other methods beside them.
+
 ## Cost
 
-{first}; medians at the best rate. Two trainings ran side by side, a core each, so that times are for comparison only: \
-[memory and speed](speed.md) has those of large models.
+{timed}: medians of {timed_seeds} seeds at the rate that was best in `compare-small`, {steps} steps each, from a \
+[report](results/costs/report.md) of its own: `lorapro compare configs/compare/costs.yaml --report_dir \
+docs/results/costs`, {evenness} [Memory and speed](speed.md) has the times of large \
+models.
 
 {costs}
 
@@ -341,15 +429,16 @@ Versions: {environment}. The machines are in the reports.
 """
 
 
-def summaries() -> dict[str, Summary]:
-    """What the comparisons found, by folder."""
-    files = {name: DOCS / "results" / name / "summary.json" for name in REPORTS}
-    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
+def summary(name: str) -> Summary:
+    """What a comparison found."""
+    found: Summary = json.loads((DOCS / "results" / name / "summary.json").read_text(encoding="utf-8"))
+    return found
 
 
 def main(check: bool) -> int:
     """Write the page, or say whether it is up to date."""
-    made = page(summaries(), json.loads(GAP.read_text(encoding="utf-8")))
+    gap = json.loads(GAP.read_text(encoding="utf-8"))
+    made = page({name: summary(name) for name in REPORTS}, summary(LIMITS), summary(COSTS), gap)
     if check:
         return int(PAGE.read_text(encoding="utf-8") != made)
     PAGE.write_text(made, encoding="utf-8")

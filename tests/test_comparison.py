@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -116,12 +118,78 @@ def test_a_variant_adds_to_its_method() -> None:
         ({"precision": "fp8"}, "fp32, bf16"),
         ({"schedule": "cosin"}, "'cosin' is none of linear, cosine"),
         ({"baseline": "loro"}, "baseline='loro' is not under methods"),
+        ({"methods": {"pro_full_linear": {"optimizer": {"trust_region": -1}}}}, "pro_full_linear: trust_region=-1"),
+        ({"methods": {"pro_full_linear": {"optimizer": {"limit": 1}}}}, r"\['limit'\], unknown to LoRA-Pro"),
+        ({"methods": {"lora": {"optimizer": {"momentum": 1}}}}, r"lora: optimizer has \['momentum'\]"),
+        ({"methods": {"lora": {"optimizer": {"eps": "1e-8"}}}}, "optimizer.eps='1e-8' is text"),
+        ({"methods": {"lora": {"optimizer": {"amsgrad": 1}}}}, "amsgrad=1 must be true or false"),
+        ({"methods": {"lora": {"optimizer": {"betas": [0.9, math.nan]}}}}, "betas=nan must be a number"),
+        ({"methods": {"lora": {"optimizer": "sgd"}}}, "optimizer='sgd' must be a mapping"),
+        ({"methods": {"lora": {"adapter": ["use_dora"]}}}, "must be a mapping"),
+        ({"methods": {"lora": {"adapter": {"use_dora": "yes"}}}}, "use_dora='yes' must be true or false"),
+        ({"methods": {"lora": {"adapter": {"r": 4}}}}, r"\['r'\], which LoraConfig does not know or the comparison"),
+        ({"methods": {"lora": {"title": 3}}}, "lora: title=3 must be a text"),
+        ({"methods": {"my method": {"like": "lora"}}}, "'my method' must be named with"),
+        ({"methods": {"mine": {"like": ["lora"]}}}, "is unknown; choose from"),
+        ({"methods": {"lora": {"learning_rates": "13"}}}, "list of different positive"),
+        ({"methods": {"lora": [True]}}, "list of different positive"),
+        ({"methods": ["lora", "lora"]}, "name each method once"),
+        ({"tasks": {"a/b": TINY}}, "'a/b' must be named with"),
+        ({"tasks": {"t": {**TINY, "kind": ["text"]}}}, "questions, text, classification"),
+        ({"tasks": {"t": {**TINY, "model": 7}}}, "model=7 must be a text or null"),
+        ({"tasks": {"t": {**TINY, "cut_vocabulary": "no"}}}, "cut_vocabulary='no' must be true or false"),
+        ({"tasks": {"t": {**TINY, "data_seed": 0.5}}}, "data_seed=0.5 must be a whole number"),
+        ({"tasks": {"t": {**TINY, "ranks": [2, 2]}}}, "must be different"),
+        ({"tasks": {"t": {**TINY, "target_modules": 3}}}, "target_modules=3"),
+        ({"tasks": {"t": {**TINY, "learning_rates": {"lora": [0]}}}}, "of lora in task t must be"),
+        ({"warmup": math.nan}, "warmup=nan must be a number"),
+        ({"scaling": ".inf"}, "scaling='.inf' must be a number"),
+        ({"schedule": "reduce_lr_on_plateau"}, "'reduce_lr_on_plateau' cannot be used"),
+        ({"schedule": 3}, "schedule=3 must be a text"),
+        ({"output_dir": 3}, "must be the path of a folder"),
         ({"optimizer": "sgd"}, r"Unknown: \['optimizer'\]"),
     ],
 )
 def test_what_is_of_no_use_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         settings_of(content(**change))
+
+
+def test_a_key_that_is_there_twice_is_refused_and_a_merge_may_be_overridden(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    start = "seeds: [0]\ntasks: {t: {kind: text}}\nmethods:\n  lora: &lora {title: one, learning_rates: [1e-3]}\n"
+    path.write_text(f"{start}  full: {{<<: *lora, title: two}}\n")
+    assert [method.title for method in read_settings(path).methods] == ["one", "two"]
+    path.write_text(f"{start}  lora: [1e-2]\n")
+    with pytest.raises(UsageError, match="'lora' is there twice"):
+        read_settings(path)
+    with pytest.raises(UsageError, match="'a' is there twice"):
+        read_settings(CONFIGS / "smoke.yaml", ["methods={a: 1, a: 2}"])
+
+
+@pytest.mark.parametrize("method", ["pro_full_8bit_linear", "lorarite"])
+def test_what_a_method_needs_is_checked_before_anything_is_trained(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("bitsandbytes", "pytorch_optimizer"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=method):
+        Sweep(settings(tmp_path, methods={method: [1e-3]}), Share(), CPU, Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset": "./none.jsonl"}, "Task e: .*check `dataset`"),
+        ({"model": "./nowhere"}, "Task e: .*check `model`"),
+        ({"max_length": 2}, "Task e: .*`max_length`"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named_by_the_keys_of_the_yaml(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        load_task(settings_of(content(tasks={"e": {**TINY, **change}})).tasks[0])
+    assert "--" not in str(caught.value)
 
 
 # Runs and their keys
@@ -131,7 +199,7 @@ def test_a_key_is_of_everything_that_decides(tmp_path: Path) -> None:
     key = only("lora").key
     assert key == only("lora", output_dir="elsewhere").key
     assert key in {run.key for run in plan(settings_of(content(methods={"lora": [1e-2], "lorarite": [1e-2]})))}
-    assert key == only("lora", tasks={"another name": {**TINY, "ranks": [2, 4]}}).key
+    assert key == only("lora", tasks={"another-name": {**TINY, "ranks": [2, 4]}}).key
     others = [
         only("lora", 2e-2),
         only("rslora"),
@@ -147,6 +215,12 @@ def test_a_key_is_of_everything_that_decides(tmp_path: Path) -> None:
 def test_full_fine_tuning_has_no_rank_and_runs_once() -> None:
     runs = plan(settings_of(content(tasks={"tiny": {**TINY, "ranks": [2, 4]}})))
     assert [(run.method.name, run.rank) for run in runs] == [("lora", 2), ("lora", 4), ("full", None)]
+
+
+def test_seeds_are_outermost_so_that_methods_take_turns() -> None:
+    runs = plan(settings_of(content(seeds=[3, 1], methods={"lora": [1e-3, 1e-2], "full": [1e-2]})))
+    turns = [("lora", 1e-3), ("lora", 1e-2), ("full", 1e-2)]
+    assert [(run.seed, run.method.name, run.learning_rate) for run in runs] == [(s, *t) for s in (3, 1) for t in turns]
 
 
 def test_processes_share_the_runs_out(tmp_path: Path) -> None:
@@ -222,6 +296,30 @@ def test_clipping_spares_who_must_not_be_clipped(
     monkeypatch.setattr(training.nn.utils, "clip_grad_norm_", lambda parameters, norm: norms.append(norm))
     training.train_run(task, only("lora" if clips else "lorarite"), settings(tmp_path, max_grad_norm=0.5), CPU)
     assert norms == [0.5] * 3 * clips
+
+
+@pytest.mark.parametrize(("method", "parts"), [("lora", 2), ("full", 2), ("lorarite", 1)])
+def test_head_and_adapter_are_clipped_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, parts: int
+) -> None:
+    entry = {"kind": "classification", "model": "tiny-random", "classes": 2, "steps": 1, "batch_size": 4}
+    entry |= {"max_length": 16, "validation_size": 4, "test_size": 4, "ranks": [2]}
+    chosen = settings(tmp_path, tasks={"t": entry}, methods={method: [1e-3]}, max_grad_norm=0.5)
+    clipped: list[list[tuple[int, ...]]] = []
+    monkeypatch.setattr(
+        training.nn.utils, "clip_grad_norm_", lambda own, norm: clipped.append([tuple(p.shape) for p in own])
+    )
+    record = training.train_run(load_task(chosen.tasks[0]), plan(chosen)[0], chosen, CPU)
+    assert record["status"] == "finished", record.get("error")
+    assert len(clipped) == parts and clipped[-1] == [(2, 32), (2,)]
+    assert all((2,) not in shapes for shapes in clipped[:-1])
+
+
+def test_data_are_those_of_all_sets_with_their_targets(task: Task) -> None:
+    again = load_task(task.settings)
+    assert again.digest == task.digest
+    for change in ({"validation": []}, {"test": [{**task.sets["test"][0], "labels": [1]}]}):
+        assert dataclasses.replace(task, sets={**task.sets, **change}).digest != task.digest
 
 
 def test_divergence_is_recorded(task: Task, tmp_path: Path) -> None:
@@ -353,6 +451,7 @@ def test_the_command_trains_reports_and_reports_again(tmp_path: Path, capsys: py
         (["--report_only", "--no_report", "--output_dir", "nowhere"], "nothing to do"),
         (["--report_only", "--output_dir", "nowhere"], "no comparison to report on"),
         (["nowhere.yaml"], "Cannot read"),
+        (["nowhere.yaml", "--fresh"], "name that folder, or drop --fresh"),
         ([str(CONFIGS / "smoke.yaml"), "--set", "seeds"], "KEY=VALUE"),
         ([str(CONFIGS / "smoke.yaml"), "--set", "seeds.a=1"], "KEY=VALUE"),
     ],

@@ -38,7 +38,7 @@ def made_up(folder: Path, change: Change = lambda record: record, seeds: tuple[i
     settings = settings_of(
         {"seeds": list(seeds), "methods": dict.fromkeys(LOSSES, GRID), "tasks": {"t": task}, "output_dir": str(folder)}
     )
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True, parents=True)
     store = Store(folder)
     runs = plan(settings)
     store.write_sweep(settings, runs)
@@ -164,12 +164,111 @@ def test_runs_to_come_are_counted_not_forgotten(tmp_path: Path, capsys: pytest.C
     assert "No learning rate" not in capsys.readouterr().err
 
 
+def blown_up(*where: tuple[str, float]) -> Change:
+    """Whose runs of some methods and rates, of the first seed, end no better than they began, at the lowest loss."""
+
+    def change(record: dict[str, Any]) -> dict[str, Any]:
+        if (record["method"], record["learning_rate"]) in where and record["seed"] == 0:
+            record["losses"] = [3.0, 9.0, 4.0, 3.0]
+            record["scores"]["validation"]["loss"] = 0.5
+        return record
+
+    return change
+
+
+def test_a_rate_that_blew_up_is_not_the_best_nor_good(tmp_path: Path) -> None:
+    row = compared(made_up(tmp_path, blown_up(("lora", 1e-3)))).row("lora")
+    assert row is not None and row.best is not None
+    assert (row.best.learning_rate, row.good_range, row.ties) == (3e-4, (3e-4, 3e-4), [])
+    assert row.no_better() == 1 and row.rates[2].no_better == [0]
+    row = compared(made_up(tmp_path / "near", blown_up(("full", 1e-3)))).row("full")  # within 2 % of the best otherwise
+    assert row is not None and (row.good_range, row.good_at_edge) == ((3e-4, 3e-4), [])
+
+
+def test_a_method_that_blew_up_at_all_rates_still_has_a_best_one(tmp_path: Path) -> None:
+    row = compared(made_up(tmp_path, blown_up(*(("lora", rate) for rate in GRID)))).row("lora")
+    assert row is not None and row.best is not None and row.good_range is None
+    assert (row.best.learning_rate, row.no_better()) == (3e-4, 3)
+
+
+def test_runs_that_blew_up_are_counted_and_marked(tmp_path: Path) -> None:
+    summary = write_report(made_up(tmp_path, blown_up(("lora", 1e-3))), tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "| 0 | 1/9 |" in text and "| 1.4000 †, 1.4100, 1.4200 |" in text
+    row = summary["comparisons"][0]["methods"][0]
+    assert row["no_better"] == 1 and row["rates"][2]["no_better"] == [0]
+    assert len({key for rate in row["rates"] for key in rate["keys"].values()}) == 9
+
+
+def test_ranges_that_reach_the_end_of_the_grid_are_marked(tmp_path: Path) -> None:
+    store = made_up(tmp_path)
+    assert {row.method: row.good_at_edge for row in compared(store).rows} == {
+        "lora": [],
+        "pro_full_linear": ["lowest"],
+        "full": ["highest"],
+    }
+    write_report(store, tmp_path)
+    assert "| 0.0001 to 0.0003 (×3) ↓ |" in (tmp_path / "report.md").read_text()
+
+
+def test_levels_are_shown_where_they_are_noted(tmp_path: Path) -> None:
+    store = made_up(tmp_path)
+    assert write_report(store, tmp_path)["comparisons"][0]["levels"] is None
+    assert "Levels of the test loss" not in (tmp_path / "report.md").read_text()
+    sweep = {**store.sweep(), "levels": {"t": {"untrained": 3.25, "frequencies": 2.5}}}
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    assert write_report(store, tmp_path)["comparisons"][0]["levels"] == sweep["levels"]["t"]
+    for name in ("report.md", "report.html"):
+        assert "3.2500 untrained; 2.5000 for whoever" in (tmp_path / name).read_text()
+
+
+def test_runs_of_other_sources_and_sessions_are_told(tmp_path: Path) -> None:
+    def later(record: dict[str, Any]) -> dict[str, Any]:
+        hour = {0: 1, 1: 3, 2: 9}[record["seed"]]
+        when = {"finished_at": f"2026-01-02T{hour:02d}:30:00+00:00", "wall_s": 60.0}
+        return {**record, **when} if record["seed"] == 0 else {**record, **when, "source": "abc"}
+
+    write_report(made_up(tmp_path / "old"), tmp_path / "old")
+    text = (tmp_path / "old" / "report.md").read_text()
+    assert "states of this package" not in text and "sessions" not in text and "not to be compared" not in text
+    write_report(made_up(tmp_path / "new", later), tmp_path / "new")
+    text = (tmp_path / "new" / "report.md").read_text()
+    assert "2 states of this package's source (not noted: 9 runs, abc: 18 runs)" in text
+    assert "2 sessions (UTC 2026-01-02 01:29 to 2026-01-02 03:30; 2026-01-02 09:29 to 2026-01-02 09:30)" in text
+
+
+def test_uneven_step_times_are_told(tmp_path: Path) -> None:
+    def slow(record: dict[str, Any]) -> dict[str, Any]:
+        busy = (record["method"], record["learning_rate"], record["seed"]) == ("lora", 3e-4, 1)
+        return {**record, "step_ms": 13.0 if busy else 10.0}
+
+    summary = write_report(made_up(tmp_path, slow), tmp_path)
+    assert "at 1 of 9 rates the median step" in (tmp_path / "report.md").read_text()
+    assert summary["comparisons"][0]["step_spread"] == pytest.approx(
+        {"rates": 9, "uneven": 1, "largest": 1.3, "best": 1.3, "median": 1.0}
+    )
+
+
+def test_dollars_in_titles_are_no_formulas_in_figures(tmp_path: Path) -> None:
+    store = made_up(tmp_path)
+    sweep = store.sweep()
+    sweep["methods"]["lora"]["title"] = r"LoRA $\frac$ for $5"
+    (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+    write_report(store, tmp_path)
+    assert (tmp_path / "figures" / "t-r4-loss.png").exists()
+
+
 def test_unequal_data_are_noticed(tmp_path: Path) -> None:
     assert compared(made_up(tmp_path / "equal")).equal_data
     store = made_up(tmp_path / "other", lambda record: {**record, "data": record["method"]})
     assert not compared(store).equal_data
+    other = made_up(tmp_path / "sets", lambda record: {**record, "examples": record["method"]})
+    assert not compared(other).equal_data
+    # old records beside new ones: like is compared with like
+    mixed = made_up(tmp_path / "mixed", lambda r: {**r, "examples": "all"} if r["method"] == "full" else r)
+    assert compared(mixed).equal_data
     write_report(store, tmp_path)
-    assert "did not all see the same batches" in (tmp_path / "report.md").read_text()
+    assert "those of a seed the same batches" in (tmp_path / "report.md").read_text()
 
 
 def test_ties_are_within_the_standard_error(tmp_path: Path) -> None:
@@ -283,7 +382,7 @@ def test_numbers_of_one_seed_have_no_spread(tmp_path: Path) -> None:
     assert row["against_baseline"]["t_test"] is None
 
 
-@pytest.mark.parametrize(("max_grad_norm", "said"), [(1.0, "norm 1 (never those of LoRA-RITE)"), (0, "no clipping")])
+@pytest.mark.parametrize(("max_grad_norm", "said"), [(1.0, "apart (not those of LoRA-RITE)"), (0, "no clipping")])
 def test_what_is_not_equal_is_said(tmp_path: Path, max_grad_norm: float, said: str) -> None:
     settings = settings_of(
         {
@@ -298,4 +397,5 @@ def test_what_is_not_equal_is_said(tmp_path: Path, max_grad_norm: float, said: s
     store.write_sweep(settings, [])
     write_report(store, tmp_path)
     text = (tmp_path / "report.md").read_text()
+    assert r"clip\_unmagnified\_grad=1, update\_skipping=1" in text
     assert said in text and "LoRA-GA sees its first batches once more" in text

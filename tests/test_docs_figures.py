@@ -17,7 +17,7 @@ from torch import nn
 
 from docs_pages import DOCS, ROOT, loaded, tables
 from lorapro_hf import LoRAProConfig, LoRAProTrainingArguments, find_lora_pairs
-from lorapro_hf.config import MODES
+from lorapro_hf.config import MODES, TRUST_REGION
 from lorapro_hf.memory import state_bytes_by_device
 from trainer_helpers import sequences, tiny_lora
 
@@ -121,6 +121,15 @@ def test_picture_shows_what_the_page_says(picture: ModuleType):
         [found["median_cosine_lora"], found["median_cosine_lora_pro"]], abs=0.006
     )
     assert "python docs/pictures/how_it_works.py" in page
+
+
+def test_trust_region_lets_go_when_the_page_says_so():
+    found = json.loads((DOCS / "pictures" / "trust_region.json").read_text(encoding="utf-8"))
+    page = (DOCS / "how_it_works.md").read_text(encoding="utf-8")
+    assert float(min(found)) == TRUST_REGION and f"≤ {TRUST_REGION:g} ‖B hA + hB A‖" in page
+    for limit, figures in found.items():
+        assert 0 < figures["smallest_median"] < 0.5 and 1 < figures["half_from"] < figures["free_from"]
+        assert f"from step {figures['free_from']} on" in page, limit
 
 
 def test_picture_is_of_the_full_gradient(picture: ModuleType, tmp_path: Path):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lorapro_hf.comparison.settings import read_settings
+
 ROOT = Path(__file__).parents[1]
 RATES = {"lora": 1e-2, "full": 1e-3, "pro_full_paper": 1e-3, "pro_full_linear": 3e-3}
 RATES |= {"pro_factored_linear": 3e-3, "efficient": 1e-2}
@@ -22,6 +24,16 @@ def program():
     del sys.modules["results"]
 
 
+def rate(name, value, statuses, no_better=()):
+    seeds = range(len(statuses))
+    return {
+        "learning_rate": value,
+        "status": {str(seed): status for seed, status in zip(seeds, statuses, strict=True)},
+        "keys": {str(seed): f"{name} {value} {seed}" for seed in seeds},
+        "no_better": list(no_better),
+    }
+
+
 def row(name, loss, base, full, better):
     return {
         "method": name,
@@ -29,11 +41,12 @@ def row(name, loss, base, full, better):
         "learning_rate": RATES[name],
         "at_edge": None,
         "good_range": [RATES[name], 3 * RATES[name]],
+        "good_at_edge": [],
         "test": {"loss": {"mean": loss, "std": 0.05}, "accuracy": {"mean": 1 - loss / 2, "std": None}},
         "gap_closed": (base - loss) / (base - full) if base > full else None,
         "against_baseline": None if name == "lora" else {"difference": loss - base, "better": better, "seeds": 3},
         "cost": {"step_ms": 10, "optimizer_ms": 1, "state_bytes": 1000 if "factored" in name else 9000, "trainable": 7},
-        "runs": {"finished": 9, "diverged": 0, "failed": 0, "missing": 0},
+        "rates": [rate(name, RATES[name], 9 * ["finished"])],
     }
 
 
@@ -42,9 +55,18 @@ def summary(base=1.0, **losses):
     losses.setdefault("pro_factored_linear", 0.58)
     found = [row(name, loss, base, losses["full"], 3 if loss < base else 0) for name, loss in losses.items()]
     return {
-        "settings": {"seeds": [0, 1, 2]},
+        "settings": {"seeds": [0, 1, 2], "tasks": [{"steps": 12}]},
         "environment": {"machine": "a machine"},
-        "comparisons": [{"task": "some_task", "rank": 8, "methods": found}],
+        "comparisons": [
+            {
+                "task": "some_task",
+                "rank": 8,
+                "gap": base - losses["full"],
+                "gap_seeds": 3 if base > losses["full"] else 0,
+                "step_spread": {"rates": 6, "uneven": 0, "largest": 1.1, "best": 1.04, "median": 1.02},
+                "methods": found,
+            }
+        ],
     }
 
 
@@ -55,7 +77,7 @@ def verdicts(program, content, gap=GAP):
 
 def test_all_targets_met(program):
     assert verdicts(program, summary()) == ["met"] * 11
-    assert "some task, r = 8: 90% of 0.500" in program.page({"small": summary()}, GAP)
+    assert "some task, r = 8: 90% of 0.500" in program.page({"small": summary()}, summary(), summary(), GAP)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +106,7 @@ def test_a_method_that_never_finished_is_shown_and_misses(program):
     content = copy.deepcopy(summary())
     ours = next(each for each in content["comparisons"][0]["methods"] if each["method"] == "pro_full_paper")
     ours |= {"learning_rate": None, "against_baseline": None, "test": {"loss": None}}
-    page = program.page({"small": content}, GAP)
+    page = program.page({"small": content}, summary(), summary(), GAP)
     assert "| pro full paper | none finished |" in page
     assert sum("missed" in word for word in verdicts(program, content)) == 4
 
@@ -107,11 +129,74 @@ def test_what_was_not_compared_is_neither_met_nor_missed(program):
 
 def test_page_is_up_to_date(program):
     assert program.main(check=True) == 0, "run: python benchmarks/results.py"
-    assert [each["missing"] for each in program.summaries().values()] == [0] * len(program.REPORTS)
+    assert all(program.summary(name)["missing"] == 0 for name in [*program.REPORTS, program.LIMITS, program.COSTS])
 
 
-def test_runs_of_full_fine_tuning_count_once_for_all_ranks(program):
+def test_a_run_counts_once_in_however_many_reports_it_is(program):
     (one,) = summary()["comparisons"]
-    one["folder"] = "small"
-    counts = program.run_counts([one, {**one, "rank": 2}, {**one, "task": "other"}])
-    assert sum(each["finished"] for each in counts) == 9 * (3 * len(one["methods"]) - 1)
+    methods = len(one["methods"])
+    said = program.all_runs([{**one, "folder": "small"}, {**one, "folder": "small", "rank": 2}])
+    assert said.startswith(f"{9 * methods} runs, of which 0 diverged")
+    (other,) = summary()["comparisons"]
+    other["methods"][0]["rates"] = [rate("lora", 1, ["diverged", "finished", "missing"], no_better=[1])]
+    said = program.all_runs([{**one, "folder": "small"}, {**other, "folder": "limits"}])
+    assert said == (
+        f"{9 * methods + 3} runs ({9 * (methods - 1)} of them in more than one of the reports), of which 1 diverged, "
+        "0 failed, 1 missing; 1 ended no better than they began, by their training loss"
+    )
+    assert f"in the same order: {9 * methods} runs" in program.page({"small": summary()}, summary(), summary(), GAP)
+
+
+def test_a_gap_within_the_noise_decides_nothing(program):
+    content = summary(full=0.994)
+    content["comparisons"][0]["gap_seeds"] = 2
+    what, said, word = program.closed(content["comparisons"], "pro_full_paper")
+    assert word == "not decided" and "%" not in said
+    assert "gap within the noise (0.006, on 2 of 3 seeds), and better than full fine-tuning too (-0.444)" in said
+    content = summary(full=0.994, pro_full_paper=1.2)
+    content["comparisons"][0]["gap_seeds"] = 2
+    assert program.closed(content["comparisons"], "pro_full_paper")[1].endswith("(0.006, on 2 of 3 seeds)")
+
+
+def test_ranges_of_one_rate_decide_nothing_and_ends_of_the_grid_are_marked(program):
+    content = summary()
+    rows = {each["method"]: each for each in content["comparisons"][0]["methods"]}
+    for name in ("lora", "pro_full_paper"):
+        rows[name]["good_range"] = [1e-3, 1e-3]
+    what, said, word = program.as_wide(content["comparisons"], "pro_full_paper")
+    assert "validation loss" in what and said.endswith("both one rate of the grid") and word == "not decided"
+    rows["pro_full_paper"] |= {"good_range": [1e-3, 3e-3], "good_at_edge": ["highest"]}
+    assert program.as_wide(content["comparisons"], "pro_full_paper")[1:] == ["some task, r = 8: ×3 ↑ and ×1", "met"]
+    rows["pro_full_paper"]["good_range"] = None
+    assert program.as_wide(content["comparisons"], "pro_full_paper")[2] == "**missed**"
+
+
+def test_levels_say_what_a_task_measures(program):
+    content = summary()
+    assert program.levels(content["comparisons"]) == ""
+    content["comparisons"][0]["levels"] = {"untrained": 3.0, "frequencies": 1.5}
+    said = program.levels(content["comparisons"])
+    assert "some task: untrained 3.000, frequencies 1.500" in said and "little else" not in said
+    content["comparisons"][0]["levels"]["frequencies"] = 0.9
+    assert "tuned LoRA on some task (0.900 to 1.000)" in program.levels(content["comparisons"])
+
+
+def test_costs_are_those_of_their_own_report(program):
+    idle, busy = summary(), summary()
+    idle["comparisons"][0]["methods"][0]["cost"]["step_ms"] = 123
+    page = program.page({"small": summary()}, summary(), idle, GAP)
+    assert (
+        "| lora | 123 | 1.0 |" in page
+        and "nothing else running; from seed to seed the median step of a method differs by up to 4%." in page
+    )
+    busy["comparisons"][0]["step_spread"] |= {"uneven": 2, "best": 1.6}
+    page = program.page({"small": summary()}, summary(), busy, GAP)
+    assert "up to 60%, so that other work was on the machine" in page and "nothing else running" not in page
+
+
+def test_costs_are_of_every_method_of_small_at_its_best_rate(program):
+    found = read_settings(ROOT / "configs" / "compare" / "costs.yaml")
+    small = next(each for each in program.summary("small")["comparisons"] if each["task"] == found.tasks[0].name)
+    assert [(m.name, list(m.learning_rates)) for m in found.methods] == [
+        (row["method"], [row["learning_rate"]]) for row in small["methods"]
+    ]

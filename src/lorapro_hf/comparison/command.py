@@ -52,7 +52,16 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         help="for results and report (default: what the YAML says, else runs/compare)",
     )
     parser.add_argument(
-        "--report_dir", type=Path, default=argparse.SUPPRESS, metavar="FOLDER", help="for the report, if elsewhere"
+        "--report_dir",
+        type=Path,
+        default=argparse.SUPPRESS,
+        metavar="FOLDER",
+        help="for the report and a copy of the results, if elsewhere; results of this comparison there count as done",
+    )
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="neither count results in --report_dir as done nor keep them: the report there is replaced",
     )
     parser.add_argument("--report_only", action="store_true", help="train nothing; report on what --output_dir has")
     parser.add_argument("--no_report", action="store_true", help="train, and leave the report to --report_only")
@@ -77,8 +86,12 @@ def _compare(arguments: argparse.Namespace) -> int:
             raise UsageError("--report_only and --no_report leave nothing to do; drop one.")
         if arguments.config is None and output_dir is None:
             raise UsageError("--report_only needs --output_dir, the folder of the comparison, or its YAML.")
+        if arguments.config is None and arguments.set:
+            raise UsageError("--set changes a YAML: name it, or leave --set out to report on what the folder has.")
     elif arguments.config is None:
         raise UsageError("Name a YAML that says what to compare, such as configs/compare/small.yaml.")
+    if arguments.fresh and (arguments.no_report or not hasattr(arguments, "report_dir")):
+        raise UsageError("--fresh is about the report in --report_dir: name that folder, or drop --fresh.")
     from lorapro_hf.comparison.settings import read_settings  # takes seconds: after the arguments have been checked
 
     settings = None if arguments.config is None else read_settings(arguments.config, arguments.set, output_dir)
@@ -87,7 +100,28 @@ def _compare(arguments: argparse.Namespace) -> int:
     report_dir = getattr(arguments, "report_dir", folder)
     if settings is not None and not arguments.report_only:
         return _run(arguments, settings, report_dir)
+    _check_report_only(arguments, settings, folder, report_dir)
     return _report(folder, report_dir, arguments.json)
+
+
+def _check_report_only(arguments: argparse.Namespace, settings: Any, folder: Path, report_dir: Path) -> None:
+    """Refuse a report that would not be what was asked for, or that would destroy another."""
+    from lorapro_hf.comparison.folders import (
+        require_no_loss,
+        require_same_comparison,
+        require_same_plan,
+        require_writable,
+    )
+    from lorapro_hf.comparison.store import Store, keys_of
+
+    store = Store(folder)
+    sweep = store.sweep()
+    if settings is not None:
+        require_same_plan(settings, sweep, folder)
+    require_writable(report_dir)
+    if report_dir.resolve() != folder.resolve() and not arguments.fresh:
+        require_same_comparison(report_dir, set(keys_of(sweep)))
+        require_no_loss(store, report_dir)
 
 
 def _run(arguments: argparse.Namespace, settings: Any, report_dir: Path) -> int:
@@ -101,6 +135,7 @@ def _run(arguments: argparse.Namespace, settings: Any, report_dir: Path) -> int:
     if kind == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch finds no CUDA device here.")
     share = Share.of_environment()
+    source = _source_of_results(arguments, settings, report_dir)
 
     def report() -> int:
         return 0 if arguments.no_report else _report(settings.output_dir, report_dir, arguments.json)
@@ -110,8 +145,7 @@ def _run(arguments: argparse.Namespace, settings: Any, report_dir: Path) -> int:
             raise UsageError("--devices starts the processes itself; leave it out under accelerate launch.")
         if kind == "cuda" and arguments.devices > torch.cuda.device_count():
             raise UsageError(f"--devices {arguments.devices} is more than the {torch.cuda.device_count()} there are.")
-        for method in settings.methods:
-            method.require_installed()
+        _prepare_processes(settings, kind, source)
         try:
             code = launch(arguments.devices, kind, _again(arguments, settings, kind))
         except KeyboardInterrupt:
@@ -119,7 +153,7 @@ def _run(arguments: argparse.Namespace, settings: Any, report_dir: Path) -> int:
                 report()
             raise
         return code or report()
-    sweep = Sweep(settings, share, share.device(kind), Console(stderr=True), arguments.retry_failed)
+    sweep = Sweep(settings, share, share.device(kind), Console(stderr=True), arguments.retry_failed, source)
     try:
         sweep.run()
     except KeyboardInterrupt:
@@ -131,6 +165,37 @@ def _run(arguments: argparse.Namespace, settings: Any, report_dir: Path) -> int:
     if sweep.complete():  # the last process reports; an exit code other than 0 would end the others
         report()
     return 0
+
+
+def _source_of_results(arguments: argparse.Namespace, settings: Any, report_dir: Path) -> Path | None:
+    """The folder of the report if its results count as done; refused here, before training, if it cannot be written."""
+    from lorapro_hf.comparison.folders import require_same_comparison, require_writable
+    from lorapro_hf.comparison.plan import plan
+
+    if arguments.no_report or report_dir.resolve() == settings.output_dir.resolve():
+        return None
+    require_writable(report_dir)
+    if arguments.fresh:
+        return None
+    require_same_comparison(report_dir, {run.key for run in plan(settings)})
+    return report_dir
+
+
+def _prepare_processes(settings: Any, kind: str, source: Path | None) -> None:
+    """Do once, before several processes start, what each of them would find done or missing."""
+    import torch
+
+    from lorapro_hf.comparison.folders import take_over
+    from lorapro_hf.comparison.plan import plan
+    from lorapro_hf.comparison.store import Store
+    from lorapro_hf.demo.run import prepare_output
+
+    for method in settings.methods:
+        method.require_usable(torch.device(kind))
+    prepare_output(settings.output_dir)
+    if source is not None:
+        taken = take_over(Store(settings.output_dir), source, plan(settings))
+        print(f"{taken} runs done before, in {source}.", file=sys.stderr)
 
 
 def _again(arguments: argparse.Namespace, settings: Any, kind: str) -> list[str]:

@@ -164,7 +164,7 @@ def _axes(title: str) -> tuple[Figure, Any]:
     figure = Figure(figsize=(10.5, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.set_title(title, fontsize="medium")
+    axes.set_title(title, fontsize="medium", parse_math=False)
     axes.grid(which="both", alpha=0.2)
     return figure, axes
 
@@ -172,7 +172,9 @@ def _axes(title: str) -> tuple[Figure, Any]:
 def _png(figure: Figure, axes: Any) -> bytes | None:
     if not axes.has_data():
         return None
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    legend = axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a title is a title, with dollars too
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, format="png")
     return buffer.getvalue()

@@ -8,11 +8,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
+
+from lorapro_hf.comparison.checks import require_adapter, require_mapping, require_name, require_settings, require_types
 from lorapro_hf.config import MODES, UPDATES, LoRAProConfig
+from lorapro_hf.kernels.dense import require_backend
 from lorapro_hf.options import UsageError
 
 _LORA_RATES = (3e-4, 1e-3, 3e-3)
 _WEIGHT_RATES = (3e-5, 1e-4, 3e-4)  # each element of a weight moves by about one rate a step
+_LIMITED_RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # a limit on the first steps lets higher ones be used
 
 LORA, FULL = "lora", "full"
 
@@ -62,13 +67,22 @@ class Method:
             "clips": self.clips,
         }
 
-    def require_installed(self) -> None:
-        """Raise a `UsageError` that names what is missing for it, if anything is."""
+    def require_usable(self, device: torch.device) -> None:
+        """Raise a `UsageError` that names what is missing for it on a device, if anything is."""
         if self.package is not None and importlib.util.find_spec(self.package) is None:
             raise UsageError(
                 f"Method {self.name} needs a package that is not installed: pip install '{self.install}', or leave the "
                 "method out."
             )
+        if not self.is_lora_pro:
+            return
+        config = LoRAProConfig(**self.settings)
+        if config.keeps_dense_moments:
+            storage = torch.uint8 if config.mode == "full_8bit" else torch.float32
+            try:
+                require_backend(config.backend, device, storage)
+            except (ImportError, RuntimeError) as error:
+                raise UsageError(f"Method {self.name}: {error}") from error
 
 
 def _lora_pro() -> list[Method]:
@@ -80,7 +94,7 @@ def _lora_pro() -> list[Method]:
                 LoRAProConfig(mode=mode, update=update)
             except ValueError:  # a combination that has no meaning
                 continue
-            rates = _LORA_RATES if mode == "efficient" else _WEIGHT_RATES
+            rates = _LORA_RATES if mode == "efficient" else _LIMITED_RATES
             settings = {"mode": mode, "update": update}
             title = f"LoRA-Pro {mode}, {update}"
             found.append(Method(f"pro_{mode}_{update}", title, "lorapro", rates, settings))
@@ -124,8 +138,10 @@ def method_of(name: str, entry: Any) -> Method:
             of the method for its optimizer (LoRA-Pro: settings of `LoRAProConfig`) and for `LoraConfig`.
 
     Raises:
-        UsageError: for an unknown method or key, or a rate that is not a positive number.
+        UsageError: for an unknown method, key or keyword, a value of the wrong kind, or a rate that is not a positive
+            number.
     """
+    require_name("method", name)
     if entry is None or isinstance(entry, list):
         entry = {} if entry is None else {"learning_rates": entry}
     if not isinstance(entry, Mapping):
@@ -133,21 +149,28 @@ def method_of(name: str, entry: Any) -> Method:
     unknown = sorted(set(entry) - {"like", "title", "learning_rates", "optimizer", "adapter"})
     if unknown:
         raise UsageError(f"Method {name}: {unknown} is unknown; use like, title, learning_rates, optimizer or adapter.")
-    base = METHODS.get(entry.get("like", name))
+    like = entry.get("like", name)
+    base = METHODS.get(like) if isinstance(like, str) else None
     if base is None:
         raise UsageError(
-            f"Method {entry.get('like', name)!r} is unknown; choose from {', '.join(METHODS)}, or say with `like` "
+            f"Method {like!r} is unknown; choose from {', '.join(METHODS)}, or say with `like` "
             "which of them it is a variant of."
         )
+    require_types(f"Method {name}", entry, {"title": (str,)})
+    for key in ("optimizer", "adapter"):
+        require_mapping(f"Method {name}", key, entry.get(key))
     if entry.get("adapter") and base.adapter is None:
         raise UsageError(f"Method {name}: {base.title} has no adapter; leave `adapter` out.")
     adapter = None if base.adapter is None else {**base.adapter, **(entry.get("adapter") or {})}
+    settings = {**base.settings, **(entry.get("optimizer") or {})}
+    require_settings(name, base.optimizer, settings)
+    require_adapter(name, adapter or {})
     return replace(
         base,
         name=name,
         title=entry.get("title", base.title if name == base.name else name),
         learning_rates=learning_rates(name, entry.get("learning_rates", base.learning_rates)),
-        settings={**base.settings, **(entry.get("optimizer") or {})},
+        settings=settings,
         adapter=adapter,
     )
 
@@ -159,7 +182,9 @@ def learning_rates(name: str, values: Any) -> tuple[float, ...]:
         UsageError: for what is no list of different positive numbers.
     """
     try:
-        found = sorted({float(value) for value in values})
+        # neither a text, whose digits would be taken for rates, nor `true`, which would be 1
+        plain = isinstance(values, list | tuple) and not any(isinstance(value, bool) for value in values)
+        found = sorted({float(value) for value in values}) if plain else []
     except (TypeError, ValueError):
         found = []
     if not found or len(found) < len(values) or not all(math.isfinite(rate) and rate > 0 for rate in found):

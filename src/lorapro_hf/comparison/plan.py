@@ -7,6 +7,8 @@ import importlib.metadata
 import json
 import platform
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import lorapro_hf
@@ -55,24 +57,27 @@ class Run:
 
 
 def plan(settings: CompareSettings) -> list[Run]:
-    """All runs, seeds innermost, so that processes which take every n-th share methods and rates evenly.
+    """All runs, in the order in which they are trained.
+
+    Within a task the seeds are outermost, so that the methods take turns: a burst of other work on the machine meets
+    all of them alike, and a comparison that is stopped has whole seeds.
 
     Methods that differ in name alone have runs of the same key, which need be trained once.
     """
+    versions = {method.name: code_versions(method) for method in settings.methods}
     runs = []
     for task in settings.tasks:
-        for method in settings.methods:
-            versions = code_versions(method)
-            for rank in task.ranks if method.adapter is not None else (None,):
-                for rate in task.learning_rates.get(method.name, method.learning_rates):
-                    for seed in settings.seeds:
+        for seed in settings.seeds:
+            for method in settings.methods:
+                for rank in task.ranks if method.adapter is not None else (None,):
+                    for rate in task.learning_rates.get(method.name, method.learning_rates):
                         decisive = {
                             "task": task.decides(),
                             "method": method.decides(),
                             "rank": rank,
                             "learning_rate": rate,
                             "seed": seed,
-                            "versions": versions,
+                            "versions": versions[method.name],
                             **settings.decides(),
                         }
                         runs.append(Run(task, rank, method, rate, seed, digest(decisive)))
@@ -87,6 +92,17 @@ def code_versions(method: Method) -> dict[str, str]:
         "python": platform.python_version(),  # its library is what the built-in texts are from
         **{name: importlib.metadata.version(name) for name in (*_LIBRARIES, *packages)},
     }
+
+
+@cache
+def source_hash() -> str:
+    """Twelve hexadecimal digits that stand for the files of this package, as they were when first asked for."""
+    root = Path(lorapro_hf.__file__).parent
+    found = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            found.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()[:12]
 
 
 def digest(value: Any) -> str:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lorapro_hf.comparison.content import content_of
 from lorapro_hf.comparison.document import Block, Heading, Picture, Table, Text, as_html, as_markdown
 from lorapro_hf.comparison.figures import draw
+from lorapro_hf.comparison.provenance import remarks, step_remark
 from lorapro_hf.comparison.significance import has_scipy, smallest_p
 from lorapro_hf.comparison.store import DIVERGED, FAILED, Store, keys_of, replace_text
 from lorapro_hf.comparison.summary import MISSING, Comparison, Rate, Row, summarize
-from lorapro_hf.demo.report import without_nan
 from lorapro_hf.memory import readable_bytes
 
 FIGURES, MARKDOWN, HTML, SUMMARY = "figures", "report.md", "report.html", "summary.json"
 _NONE = "–"
+_LORA_RITE = {"clip_unmagnified_grad": 1.0, "update_skipping": 1.0}  # what pytorch_optimizer does unless told otherwise
 
 
 def write_report(store: Store, folder: Path) -> dict[str, Any]:
@@ -49,14 +50,7 @@ def write_report(store: Store, folder: Path) -> dict[str, Any]:
         (folder / FIGURES / f"{name}.png").write_bytes(picture)
     replace_text(folder / MARKDOWN, as_markdown(blocks, FIGURES))
     replace_text(folder / HTML, as_html(blocks, pictures))
-    content: dict[str, Any] = without_nan(
-        {
-            "settings": sweep["settings"],
-            "environment": sweep["environment"],
-            "missing": _missing(sweep, records),
-            "comparisons": [_plain(comparison) for comparison in comparisons],
-        }
-    )
+    content = content_of(sweep, records, comparisons)
     replace_text(folder / SUMMARY, json.dumps(content, indent=1, allow_nan=False) + "\n")
     if folder.resolve() != store.folder.resolve():
         store.copy_to(folder)
@@ -70,8 +64,8 @@ def _introduction(sweep: Mapping[str, Any], records: Mapping[str, Any]) -> list[
     clip = "no clipping"
     if settings["max_grad_norm"]:
         free = [method["title"] for method in sweep["methods"].values() if not method.get("clips", True)]
-        clip = f"gradients clipped to norm {settings['max_grad_norm']:g}"
-        clip += f" (never those of {', '.join(free)})" if free else ""
+        clip = f"gradients clipped to norm {settings['max_grad_norm']:g}, those of a classifier on top apart"
+        clip += f" (not those of {', '.join(free)})" if free else ""
     looks_first = [
         method["title"]
         for method in sweep["methods"].values()
@@ -86,13 +80,17 @@ def _introduction(sweep: Mapping[str, Any], records: Mapping[str, Any]) -> list[
             "decide order, initial values and dropout. A classifier on top is trained by an AdamW of its own at "
             "one rate for all."
             + (f" {', '.join(looks_first)} sees its first batches once more, before it starts." if looks_first else "")
+            + "".join(map(_own_limits, sweep["methods"].values()))
         ),
         Text(
             "Each method stands at its own best learning rate: the one with the lowest mean loss over the seeds on the "
             "validation set, out of those at which all seeds finished. The figures are of the test set, which decided "
             "nothing; mean ± standard deviation over the seeds. ↓ and ↑ behind a rate: it is the lowest or the highest "
-            "of its grid, so that a better one may lie beyond. ≈: other rates are worse by no more than the standard "
-            "error of the best. ✗: runs that diverged or failed; nothing is left out. Peak memory covers setup and "
+            "of its grid, so that a better one may lie beyond; behind a range of good rates likewise. ≈: other rates "
+            "are worse by no more than the standard error of the best. ✗: runs that diverged or failed; nothing is "
+            "left out. †: runs that finished no better than they began, the mean training loss of their last quarter "
+            "not below that of their first step; such a rate is taken only if there is no other, and is in no range "
+            "of good ones. Peak memory covers setup and "
             "evaluation too; on a CPU it is that of the whole process, Python and the model included."
         ),
         Text(
@@ -110,6 +108,15 @@ def _introduction(sweep: Mapping[str, Any], records: Mapping[str, Any]) -> list[
             Text(f"The comparison is not complete: {missing} of {len(keys_of(sweep))} runs are still to come.")
         )
     return blocks
+
+
+def _own_limits(method: Mapping[str, Any]) -> str:
+    """A sentence on what a method does to long gradients and steps by itself."""
+    if method.get("optimizer") != "lorarite":
+        return ""
+    limits = {**_LORA_RITE, **{name: method["settings"][name] for name in _LORA_RITE if name in method["settings"]}}
+    listed = ", ".join(f"{name}={value:g}" for name, value in limits.items())
+    return f" {method['title']} clips its own gradients and skips steps that are too long ({listed}; 0 for neither)."
 
 
 def _section(sweep: Mapping[str, Any], comparison: Comparison, pictures: dict[str, bytes]) -> list[Block]:
@@ -132,10 +139,16 @@ def _section(sweep: Mapping[str, Any], comparison: Comparison, pictures: dict[st
             f"{task['max_length']} tokens; {task['validation_size']} examples for validation, {task['test_size']} for "
             "the test."
         ),
-        *([] if comparison.equal_data else [Text("WARNING: the runs of a seed did not all see the same batches.")]),
+        *(
+            []
+            if comparison.equal_data
+            else [Text("WARNING: the runs did not all have the same examples, or those of a seed the same batches.")]
+        ),
         Text(_gap(sweep, comparison)),
+        *_levels(sweep, comparison),
         _quality(comparison),
         _cost(comparison),
+        *(Text(remark) for remark in [step_remark(comparison)] if remark is not None),
     ]
     for name, (caption, picture) in draw(
         comparison, [name for name, method in sweep["methods"].items() if method["is_lora_pro"]]
@@ -159,9 +172,24 @@ def _gap(sweep: Mapping[str, Any], comparison: Comparison) -> str:
     return text if comparison.gap_seeds == seeds else f"{text} It is within the noise: read the shares accordingly."
 
 
+def _levels(sweep: Mapping[str, Any], comparison: Comparison) -> list[Block]:
+    """What the losses can be read by; nothing where it was not noted."""
+    levels = sweep.get("levels", {}).get(comparison.task)
+    if levels is None:
+        return []
+    kind = next(task["kind"] for task in sweep["settings"]["tasks"] if task["name"] == comparison.task)
+    what = "classes" if kind == "classification" else "tokens, with one added to each count,"
+    return [
+        Text(
+            f"Levels of the test loss: {levels['untrained']:.4f} untrained; {levels['frequencies']:.4f} for whoever "
+            f"knows nothing but the frequencies of the {what} in the training set."
+        )
+    ]
+
+
 def _quality(comparison: Comparison) -> Table:
     header = ["method", "learning rate", *(f"test {name.replace('_', ' ')}" for name in comparison.metrics)]
-    header += ["gap closed", "difference", "better on", "p (t)", "p (Holm)", "p (Wilcoxon)", "✗"]
+    header += ["gap closed", "difference", "better on", "p (t)", "p (Holm)", "p (Wilcoxon)", "✗", "†"]
     rows = []
     for row in comparison.rows:
         counts = row.counts()
@@ -181,7 +209,7 @@ def _quality(comparison: Comparison) -> Table:
                 _p(None if test is None else test.t_test),
                 _p(row.t_test_holm),
                 _p(None if test is None else test.wilcoxon),
-                f"{bad}/{sum(counts.values())}" if bad else "0",
+                *(f"{count}/{sum(counts.values())}" if count else "0" for count in (bad, row.no_better())),
             ]
         )
     return Table(header, rows)
@@ -189,7 +217,7 @@ def _quality(comparison: Comparison) -> Table:
 
 def _cost(comparison: Comparison) -> Table:
     header = ["method", "step, ms", "of it optimizer, ms", "training, s", "setup, s", "state", "peak memory"]
-    header += ["trained parameters", "rates within 2 % of the best loss"]
+    header += ["trained parameters", "rates within 2 % of the best validation loss"]
     rows = []
     for row in comparison.rows:
         numbers = [row.median(name) for name in ("step_ms", "optimizer_ms", "train_s", "setup_s")]
@@ -211,7 +239,8 @@ def _range(row: Row) -> str:
     if row.good_range is None:
         return _NONE
     low, high = row.good_range
-    return f"{low:g}" if low == high else f"{low:g} to {high:g} (×{high / low:.3g})"
+    beyond = "".join({"lowest": " ↓", "highest": " ↑"}[end] for end in row.good_at_edge)
+    return (f"{low:g}" if low == high else f"{low:g} to {high:g} (×{high / low:.3g})") + beyond
 
 
 def _all_rates(comparison: Comparison) -> Table:
@@ -219,7 +248,10 @@ def _all_rates(comparison: Comparison) -> Table:
     for row in comparison.rows:
         for rate in row.rates:
             losses = rate.values("loss")
-            tests = [f"{losses[seed]:.4f}" if seed in losses else status for seed, status in rate.statuses.items()]
+            tests = [
+                f"{losses[seed]:.4f}{' †' if seed in rate.no_better else ''}" if seed in losses else status
+                for seed, status in rate.statuses.items()
+            ]
             mark = " (best)" if rate is row.best else ""
             validation = _NONE if rate.validation is None else f"{rate.validation:.4f}"
             rows.append([row.title, f"{rate.learning_rate:g}{mark}", validation, ", ".join(tests)])
@@ -239,7 +271,9 @@ def _unfinished(sweep: Mapping[str, Any], records: Mapping[str, Any]) -> list[Bl
         title = sweep["methods"][run["method"]]["title"]
         rows.append([f"{run['task']}{rank}: {title}", f"{run['learning_rate']:g}", str(run["seed"]), why[:300]])
     heading = Heading(2, "Runs that diverged or failed")
-    return [heading, Table(["run", "learning rate", "seed", "what happened"], rows) if rows else Text("None.")]
+    failed = any(key in records and records[key]["status"] == FAILED for key in keys_of(sweep))
+    hint = [Text("lorapro compare YAML --retry_failed trains those again that failed.")] if failed else []
+    return [heading, *hint, Table(["run", "learning rate", "seed", "what happened"], rows) if rows else Text("None.")]
 
 
 def _environments(sweep: Mapping[str, Any], records: Mapping[str, Any]) -> list[Block]:
@@ -248,6 +282,7 @@ def _environments(sweep: Mapping[str, Any], records: Mapping[str, Any]) -> list[
     blocks: list[Block] = [Heading(2, "Environment")]
     if len(different) > 1:
         blocks.append(Text("The runs were made in different environments; compare their times with care."))
+    blocks += [Text(remark) for remark in remarks(records[key] for key in keys_of(sweep) if key in records)]
     return blocks + [Text(", ".join(f"{name} {value}" for name, value in each.items())) for each in different]
 
 
@@ -272,48 +307,3 @@ def _spread(rate: Rate | None, metric: str) -> str:
 
 def _p(value: float | None) -> str:
     return _NONE if value is None else f"{value:.2g}"
-
-
-def _plain(comparison: Comparison) -> dict[str, Any]:
-    """A comparison as plain values, without the curves."""
-    return {
-        "task": comparison.task,
-        "rank": comparison.rank,
-        "gap": comparison.gap,
-        "gap_seeds": comparison.gap_seeds,
-        "equal_data": comparison.equal_data,
-        "methods": [_plain_row(row, comparison.metrics) for row in comparison.rows],
-    }
-
-
-def _plain_row(row: Row, metrics: Sequence[str]) -> dict[str, Any]:
-    costs = ("step_ms", "optimizer_ms", "train_s", "setup_s", "state_bytes", "peak_bytes", "trainable")
-    return {
-        "method": row.method,
-        "title": row.title,
-        "learning_rate": None if row.best is None else row.best.learning_rate,
-        "at_edge": row.at_edge,
-        "ties": row.ties,
-        "good_range": row.good_range,
-        "test": {metric: _statistics(row.best, metric) for metric in metrics},
-        "gap_closed": row.gap_closed,
-        "against_baseline": None if row.against is None else {**asdict(row.against), "t_test_holm": row.t_test_holm},
-        "cost": {name: row.median(name) for name in costs},
-        "runs": row.counts(),
-        "rates": [
-            {
-                "learning_rate": rate.learning_rate,
-                "validation_loss": rate.validation,
-                "status": {str(seed): status for seed, status in rate.statuses.items()},
-                "test": {metric: {str(s): v for s, v in rate.values(metric).items()} for metric in metrics},
-            }
-            for rate in row.rates
-        ],
-    }
-
-
-def _statistics(rate: Rate | None, metric: str) -> dict[str, float | None] | None:
-    values = [] if rate is None else list(rate.values(metric).values())
-    if not values:
-        return None
-    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}

@@ -10,6 +10,14 @@ from typing import Any
 import yaml
 from transformers import SchedulerType
 
+from lorapro_hf.comparison.checks import (
+    number,
+    read_yaml,
+    require_mapping,
+    require_name,
+    require_schedule,
+    require_types,
+)
 from lorapro_hf.comparison.methods import FULL, LORA, Method, learning_rates, method_of
 from lorapro_hf.options import UsageError
 
@@ -20,6 +28,13 @@ KINDS: Mapping[str, frozenset[str]] = {
     "classification": frozenset({"classes", "text_column", "label_column", "head_learning_rate"}),
 }
 PRECISIONS = ("fp32", "bf16")
+_TEXT, _TEXT_OR_NONE, _FLAG, _WHOLE = (str,), (str, type(None)), (bool,), (int,)
+_TASK_TYPES: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("model", "dataset", "dataset_config"), _TEXT_OR_NONE),
+    **dict.fromkeys(("text_column", "label_column"), _TEXT),
+    "cut_vocabulary": _FLAG,
+    **dict.fromkeys(("data_seed", "generate"), _WHOLE),
+}
 _NEED_DATASET = {"text_column", "label_column", "dataset_config"}
 
 
@@ -88,7 +103,11 @@ class TaskSettings:
                 raise UsageError(f"Task {self.name}: {name}={value!r} must be a whole number from 1 on.")
         if not self.ranks or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in self.ranks):
             raise UsageError(f"Task {self.name}: ranks={list(self.ranks)} must be whole numbers from 1 on.")
-        if not isinstance(self.generate, int) or not 0 <= self.generate <= self.test_size:
+        if len(set(self.ranks)) < len(self.ranks):
+            raise UsageError(f"Task {self.name}: ranks={list(self.ranks)} must be different.")
+        if self.head_learning_rate <= 0.0:
+            raise UsageError(f"Task {self.name}: head_learning_rate={self.head_learning_rate} must be positive.")
+        if not 0 <= self.generate <= self.test_size:
             raise UsageError(f"Task {self.name}: generate={self.generate} must be from 0 to test_size.")
         if self.generate and self.cut_vocabulary:
             raise UsageError(
@@ -155,6 +174,7 @@ class CompareSettings:
             )
         known = {method.name for method in self.methods}
         for task in self.tasks:
+            require_schedule(self.schedule, task.steps, round(self.warmup * task.steps))
             strangers = sorted(set(task.learning_rates) - known)
             if strangers:
                 raise UsageError(f"Task {task.name} has learning rates for {strangers}, which are not under methods.")
@@ -180,7 +200,7 @@ def read_settings(path: Path, overrides: Sequence[str] = (), output_dir: Path | 
         UsageError: there is no such file, or something in it is unknown or of no use.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"Cannot read the comparison {str(path)!r}: {error}") from error
     if not isinstance(content, dict):
@@ -199,22 +219,26 @@ def settings_of(content: Mapping[str, Any]) -> CompareSettings:
         UsageError: as `read_settings`.
     """
     known = {each.name for each in fields(CompareSettings)}
-    unknown, missing = sorted(set(content) - known), sorted({"tasks", "methods", "seeds"} - set(content))
+    unknown, missing = sorted(map(str, set(content) - known)), sorted({"tasks", "methods", "seeds"} - set(content))
     if unknown or missing:
         raise UsageError(f"Unknown: {unknown}; missing: {missing}. A comparison says {', '.join(sorted(known))}.")
     tasks, methods = content["tasks"], content["methods"]
-    methods = dict.fromkeys(methods) if isinstance(methods, list) else methods
+    methods = _listed(methods) if isinstance(methods, list) else methods
     if not isinstance(tasks, Mapping) or not isinstance(methods, Mapping):
         raise UsageError("`tasks` must be a mapping from names, and `methods` a mapping or a list of names.")
     if not isinstance(content["seeds"], list) or not all(type(seed) is int for seed in content["seeds"]):
         raise UsageError(f"seeds={content['seeds']!r} must be a list of whole numbers.")
     found: dict[str, Any] = {key: content[key] for key in content if key not in ("tasks", "methods", "seeds")}
+    kinds = dict.fromkeys(("baseline", "reference", "schedule", "precision"), _TEXT)
+    require_types("The comparison", content, kinds)
+    if not isinstance(content.get("output_dir", ""), str | Path):
+        raise UsageError(f"output_dir={content['output_dir']!r} must be the path of a folder.")
     for key in ("baseline", "reference"):
         if key in content and content[key] not in methods:
             raise UsageError(f"{key}={content[key]!r} is not under methods.")
     for key in ("scaling", "warmup", "max_grad_norm"):
         if key in found:
-            found[key] = _number(key, found[key])
+            found[key] = number("", key, found[key])
     return CompareSettings(
         tasks=tuple(_task(name, entry) for name, entry in tasks.items()),
         methods=tuple(method_of(name, entry) for name, entry in methods.items()),
@@ -223,12 +247,23 @@ def settings_of(content: Mapping[str, Any]) -> CompareSettings:
     )
 
 
+def _listed(names: list[Any]) -> dict[str, None]:
+    """Methods without settings, as a mapping."""
+    for name in names:
+        require_name("method", name)
+    if len(set(names)) < len(names):
+        raise UsageError(f"methods={names} must name each method once.")
+    return dict.fromkeys(names)
+
+
 def _task(name: str, entry: Any) -> TaskSettings:
-    if not isinstance(entry, Mapping) or entry.get("kind") not in KINDS:
+    require_name("task", name)
+    kind = entry.get("kind") if isinstance(entry, Mapping) else None
+    if not isinstance(entry, Mapping) or not isinstance(kind, str) or kind not in KINDS:
         raise UsageError(f"Task {name} must be a mapping with a `kind` out of {', '.join(KINDS)}.")
     foreign = frozenset().union(*KINDS.values()) - KINDS[entry["kind"]]
     known = {each.name for each in fields(TaskSettings)} - {"name"} - foreign
-    unknown = sorted(set(entry) - known)
+    unknown = sorted(map(str, set(entry) - known))
     if unknown:
         raise UsageError(f"Task {name}: {unknown} unknown to kind {entry['kind']}, which knows {sorted(known)}.")
     useless = _NEED_DATASET if entry.get("dataset") is None else {"classes"}
@@ -238,25 +273,25 @@ def _task(name: str, entry: Any) -> TaskSettings:
             f"Task {name}: {sorted(useless & set(entry))} have no use {which} a `dataset`; leave them out."
         )
     values = dict(entry)
+    require_types(f"Task {name}", values, _TASK_TYPES)
     if "head_learning_rate" in values:
-        values["head_learning_rate"] = _number("head_learning_rate", values["head_learning_rate"])
+        values["head_learning_rate"] = number(f"Task {name}: ", "head_learning_rate", values["head_learning_rate"])
     for key in ("ranks", "target_modules"):
         if isinstance(values.get(key), list):
             values[key] = tuple(values[key])
     if not isinstance(values.get("ranks", ()), tuple):
         raise UsageError(f"Task {name}: ranks={values['ranks']!r} must be a list.")
-    grids = values.get("learning_rates", {})
-    if not isinstance(grids, Mapping):
-        raise UsageError(f"Task {name}: learning_rates must be a mapping from methods to lists.")
-    values["learning_rates"] = {method: learning_rates(method, grid) for method, grid in grids.items()}
+    modules = values.get("target_modules", "all-linear")
+    if not isinstance(modules, str) and not (
+        isinstance(modules, tuple) and all(isinstance(end, str) for end in modules)
+    ):
+        raise UsageError(f"Task {name}: target_modules={modules!r} must be 'all-linear' or a list of ends of names.")
+    grids = values.get("learning_rates") or {}
+    require_mapping(f"Task {name}", "learning_rates", grids)
+    values["learning_rates"] = {
+        method: learning_rates(f"{method} in task {name}", grid) for method, grid in grids.items()
+    }
     return TaskSettings(name=name, **values)
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise UsageError(f"{name}={value!r} must be a number.") from None
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -270,6 +305,6 @@ def _override(content: dict[str, Any], override: str) -> None:
     if not sign or not isinstance(place, dict):
         raise UsageError(f"--set {override!r} must read KEY=VALUE, such as tasks.code.steps=20 or seeds=[0].")
     try:
-        place[keys[-1]] = yaml.safe_load(text)
+        place[keys[-1]] = read_yaml(text)
     except yaml.YAMLError as error:
         raise UsageError(f"--set {override!r}: {error}") from error

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorapro_hf.comparison.plan import Run
+from lorapro_hf.comparison.plan import Run, source_hash
 from lorapro_hf.comparison.settings import CompareSettings
 from lorapro_hf.demo.report import environment, without_nan
 from lorapro_hf.options import UsageError
@@ -61,19 +61,35 @@ class Store:
         return found
 
     def copy_to(self, folder: Path) -> None:
-        """Make a folder that can be reported on and gone on with like this one, without runs of other sweeps."""
+        """Make a folder that can be reported on and gone on with like this one, without runs of other sweeps.
+
+        Each line gets the names that this sweep has for its run, whatever they were where it was trained; of several
+        methods with the same run, those of the first.
+        """
         records = self.records()
-        lines = [json.dumps(records[key]) for key in keys_of(self.sweep()) if key in records]
+        entries = {run["key"]: run for run in reversed(self.sweep()["runs"])}
+        keys = [key for key in keys_of(self.sweep()) if key in records]
+        lines = [json.dumps({**records[key], **entries[key]}) for key in keys]
         replace_text(folder / RECORDS, "".join(f"{line}\n" for line in lines))
         replace_text(folder / SWEEP, (self.folder / SWEEP).read_text(encoding="utf-8"))
 
-    def write_sweep(self, settings: CompareSettings, runs: Sequence[Run]) -> None:
-        """Note settings, environment and the list of all runs."""
+    def write_sweep(
+        self, settings: CompareSettings, runs: Sequence[Run], levels: Mapping[str, Any] | None = None
+    ) -> None:
+        """Note settings, environment and the list of all runs.
+
+        Args:
+            settings: What is compared.
+            runs: From `plan`.
+            levels: From `levels_of`, by task, as far as they are known.
+        """
         methods = {m.name: {"title": m.title, "is_lora_pro": m.is_lora_pro, **m.decides()} for m in settings.methods}
         content = {
             "settings": settings.to_dict(),
             "methods": methods,
             "environment": environment(),
+            "source": source_hash(),
+            "levels": dict(levels or {}),
             "runs": [run.entry() for run in runs],
         }
         replace_text(self.folder / SWEEP, json.dumps(without_nan(content), indent=1, allow_nan=False) + "\n")

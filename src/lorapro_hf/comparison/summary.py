@@ -12,6 +12,7 @@ from lorapro_hf.comparison.store import DIVERGED, FAILED, FINISHED
 
 MISSING = "missing"
 NEAR_BEST = 0.02  # rates whose loss is within this share of the best count as good
+LAST = 4  # the last of so many parts of a training says how it ended
 Record = Mapping[str, Any]
 
 
@@ -37,9 +38,20 @@ class Rate:
         return {seed: record["scores"][which][metric] for seed, record in done.items()}
 
     @property
+    def no_better(self) -> list[int]:
+        """The seeds whose run finished no better than it began: it blew up and did not come back."""
+        return [seed for seed, status in self.statuses.items() if status == FINISHED and blew_up(self.records[seed])]
+
+    @property
     def whole(self) -> bool:
         """Whether all seeds have finished."""
         return all(status == FINISHED for status in self.statuses.values())
+
+
+def blew_up(record: Record) -> bool:
+    """Whether the mean training loss of the last quarter of the steps is not below the loss of the first step."""
+    losses = record["losses"]
+    return statistics.fmean(losses[-max(1, len(losses) // LAST) :]) >= losses[0]
 
 
 @dataclass
@@ -50,10 +62,13 @@ class Row:
         method: Its name.
         title: Its name for people.
         rates: All its rates in ascending order.
-        best: The rate with the lowest mean validation loss of those at which all seeds have finished.
+        best: The rate with the lowest mean validation loss of those at which all seeds have finished; one at which a
+            seed finished no better than it began only if there is no other.
         at_edge: `"lowest"` or `"highest"` if that is an end of a grid of several: a better one may lie beyond.
         ties: Other rates that are worse by no more than the standard error of the best.
-        good_range: Lowest and highest rate around the best with a loss within 2 % of the best.
+        good_range: Lowest and highest rate around the best with a validation loss within 2 % of the best's; `None`
+            if at the best itself a seed finished no better than it began.
+        good_at_edge: Which ends of that range are ends of the grid: it may reach beyond.
         against: The paired comparison with the baseline on the deciding metric.
         t_test_holm: The t-test's p-value, corrected for the number of methods.
         gap_closed: Share of the way from the baseline's loss to the reference's.
@@ -66,6 +81,7 @@ class Row:
     at_edge: str | None = None
     ties: list[float] = field(default_factory=list)
     good_range: tuple[float, float] | None = None
+    good_at_edge: list[str] = field(default_factory=list)
     against: Paired | None = None
     t_test_holm: float | None = None
     gap_closed: float | None = None
@@ -81,6 +97,10 @@ class Row:
         statuses = [status for rate in self.rates for status in rate.statuses.values()]
         return {name: statuses.count(name) for name in (FINISHED, DIVERGED, FAILED, MISSING)}
 
+    def no_better(self) -> int:
+        """How many finished runs ended no better than they began, over all rates."""
+        return sum(len(rate.no_better) for rate in self.rates)
+
 
 @dataclass
 class Comparison:
@@ -95,7 +115,7 @@ class Comparison:
         reference: Name of the method at the other end of the gap.
         gap: The baseline's test loss less the reference's; `None` without both.
         gap_seeds: On how many seeds the reference is the better one.
-        equal_data: Whether all runs of a seed saw the same batches.
+        equal_data: Whether all runs have the same examples, and those of a seed saw the same batches.
     """
 
     task: str
@@ -158,10 +178,12 @@ def _row(name: str, title: str, runs: Sequence[Mapping[str, Any]], records: Mapp
 
 def _choose(row: Row) -> None:
     """Find the best rate of a method and say how sure that is."""
-    losses = {rate.learning_rate: rate.validation for rate in row.rates if rate.validation is not None}
-    if not losses:
+    every = {rate.learning_rate: rate.validation for rate in row.rates if rate.validation is not None}
+    if not every:
         return
-    best = min(losses, key=lambda value: losses[value])
+    losses = {rate.learning_rate: every[rate.learning_rate] for rate in row.rates if rate.whole and not rate.no_better}
+    candidates = losses or every
+    best = min(candidates, key=lambda value: candidates[value])
     grid = [rate.learning_rate for rate in row.rates]
     place = grid.index(best)
     row.best = row.rates[place]
@@ -169,14 +191,22 @@ def _choose(row: Row) -> None:
         row.at_edge = "lowest" if place == 0 else "highest"
     values = list(row.best.values("loss", "validation").values())
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    row.ties = [value for value, loss in losses.items() if value != best and loss - losses[best] <= error]
-    limit = losses[best] + NEAR_BEST * abs(losses[best])
+    row.ties = [v for v, loss in candidates.items() if v != best and loss - candidates[best] <= error]
+    if losses:
+        _find_good_range(row, losses, grid, place)
+
+
+def _find_good_range(row: Row, losses: Mapping[float, float], grid: Sequence[float], place: int) -> None:
+    """Walk from the best rate to both sides as long as the loss stays near its own."""
+    limit = losses[grid[place]] + NEAR_BEST * abs(losses[grid[place]])
     low = high = place
     while low > 0 and losses.get(grid[low - 1], limit + 1) <= limit:
         low -= 1
     while high < len(grid) - 1 and losses.get(grid[high + 1], limit + 1) <= limit:
         high += 1
     row.good_range = (grid[low], grid[high])
+    ends = {"lowest": low == 0, "highest": high == len(grid) - 1}
+    row.good_at_edge = [name for name, reached in ends.items() if reached and len(grid) > 1]
 
 
 def _relate(comparison: Comparison) -> None:
@@ -214,10 +244,13 @@ def _metrics(rows: Sequence[Row]) -> list[str]:
 
 
 def _equal_data(rows: Sequence[Row]) -> bool:
-    seen: dict[int, set[str]] = {}
+    """Like is compared with like: records from before `examples` was noted have only the hash of their batches."""
+    seen: dict[tuple[str, int], set[str]] = {}
     for row in rows:
         for rate in row.rates:
             for seed, record in rate.records.items():
                 if record.get("data") is not None:
-                    seen.setdefault(seed, set()).add(record["data"])
+                    seen.setdefault(("data", seed), set()).add(record["data"])
+                if record.get("examples") is not None:
+                    seen.setdefault(("examples", 0), set()).add(record["examples"])  # of the task, whatever the seed
     return all(len(each) == 1 for each in seen.values())

@@ -28,7 +28,7 @@ from transformers import get_scheduler
 from lorapro_hf.comparison.adapters import layers_to_adapt, make_trainable
 from lorapro_hf.comparison.meters import PeakMemory, state_bytes
 from lorapro_hf.comparison.optimizers import build_optimizer
-from lorapro_hf.comparison.plan import Run, digest
+from lorapro_hf.comparison.plan import Run, digest, source_hash
 from lorapro_hf.comparison.settings import CompareSettings
 from lorapro_hf.comparison.store import DIVERGED, FAILED, FINISHED
 from lorapro_hf.comparison.tasks.base import Batch, Task, to_device
@@ -78,7 +78,8 @@ def train_run(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {**record, "wall_s": time.perf_counter() - started, "finished_at": finished, "environment": environment()}
+    where = {"environment": environment(), "source": source_hash()}
+    return {**record, "wall_s": time.perf_counter() - started, "finished_at": finished, **where}
 
 
 def _train_and_score(
@@ -90,7 +91,7 @@ def _train_and_score(
     model = copy.deepcopy(task.model).to(device)
     head = task.head_of(model)
     if head is not None:
-        _start_head(head, run.seed)
+        start_head(head, run.seed)
     layers = layers_to_adapt(model, task.settings.target_modules, head)
 
     def take_gradients() -> None:
@@ -122,6 +123,7 @@ def _train_and_score(
         "diverged_at": trained.diverged_at,
         "scores": scores,
         "losses": trained.losses,
+        "examples": task.digest,
         "data": digest([[list(task.sets["train"][index]["input_ids"]) for index in step] for step in order]),
         "adapted_layers": len(layers),
         "trainable": trainable,
@@ -152,7 +154,12 @@ class _Loop:
         warmup = round(settings.warmup * steps)
         self.schedulers = [get_scheduler(settings.schedule, each, warmup, steps) for each in self.optimizers]
         self.head = head
-        self.max_grad_norm = settings.max_grad_norm if run.method.clips else 0.0
+        of_head = [] if head is None else list(head.parameters())
+        theirs = set(of_head)
+        own = [p for p in model.parameters() if p.requires_grad and p not in theirs]
+        # apart from each other, so that the head's step does not depend on what else a method trains
+        self.clipped = [part for part in (own if run.method.clips else [], of_head) if part]
+        self.max_grad_norm = settings.max_grad_norm
         self.precision = settings.precision
 
     def train(self, order: list[list[int]], on_step: Callable[[], None]) -> Trained:
@@ -180,7 +187,8 @@ class _Loop:
     def _step(self) -> float:
         """Step and clear the gradients; the milliseconds of the method's own step."""
         if self.max_grad_norm > 0.0:
-            nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], self.max_grad_norm)
+            for part in self.clipped:
+                nn.utils.clip_grad_norm_(part, self.max_grad_norm)
         for optimizer in self.optimizers[1:]:
             optimizer.step()
         if self.head is not None:
@@ -203,7 +211,7 @@ class _Loop:
         return time.perf_counter()
 
 
-def _start_head(head: nn.Module, seed: int) -> None:
+def start_head(head: nn.Module, seed: int) -> None:
     """Give the head its initial values: those of the seed."""
     torch.manual_seed(seed)
     for module in head.modules():

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from lorapro_hf.comparison.plan import digest
 from lorapro_hf.comparison.settings import TaskSettings
 
 Features = Mapping[str, Any]
@@ -40,6 +42,15 @@ class Task:
     loss_of: Callable[[Any, Batch], tuple[Tensor, int]]
     measure: Callable[[Any], Mapping[str, float]]
     metrics: Mapping[str, bool]
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of all examples of all sets, targets included: equal for runs on the same data."""
+        content = {
+            name: [[list(example["input_ids"]), _plain(example.get("labels"))] for example in examples]
+            for name, examples in self.sets.items()
+        }
+        return digest(content)
 
     def head_of(self, model: nn.Module) -> nn.Module | None:
         """The part of `model` that every method trains in full."""
@@ -79,6 +90,10 @@ class Task:
             indices += torch.randperm(len(self.sets["train"]), generator=generator).tolist()
         size = self.settings.batch_size
         return [indices[start : start + size] for start in range(0, wanted, size)]
+
+
+def _plain(labels: Any) -> Any:
+    return list(labels) if isinstance(labels, Sequence) else labels
 
 
 def to_device(batch: Batch, model: Any) -> Batch:

@@ -72,12 +72,17 @@ smoke: $(STAMP) ## run every recipe on a tiny model and tiny data
 
 compare-small: ## compare methods on three tasks that need no download and write docs/results.md, two hours on two cores
 compare-whole: ## compare on a whole small model and write docs/results.md, an hour and a half on two cores
-compare-long: ## compare over more steps and write docs/results.md, fifty minutes on two cores
+compare-long: ## compare over more steps and write docs/results.md, an hour on two cores
 compare-limits: ## compare limits of LoRA-Pro's steps and write docs/results.md, fifty minutes on two cores
 compare-ranks: ## compare an encoder at other ranks and write docs/results.md, half an hour on two cores
+compare-costs: ## measure what each method takes and write docs/results.md, ten minutes with nothing else running
+compare-costs: DEVICES := 1
+DEVICES ?= 2
+# Stopped, it goes on where it was. What is in docs/results is replaced at the end, and not by what ARGS have changed.
 compare-%: $(STAMP)
-	$(BIN)/lorapro compare configs/compare/$*.yaml --devices 2 --report_dir docs/results/$* $(ARGS)
-	$(BIN)/python benchmarks/results.py
+	$(BIN)/lorapro compare configs/compare/$*.yaml --devices $(DEVICES) $(ARGS)
+	$(if $(ARGS),,$(BIN)/lorapro compare --report_only --output_dir runs/compare-$* --report_dir docs/results/$* --fresh)
+	$(if $(ARGS),,$(BIN)/python benchmarks/results.py)
 
 docs: $(STAMP) ## build the documentation into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -77,7 +77,7 @@ def verdicts(program, content, gap=GAP):
 
 def test_all_targets_met(program):
     assert verdicts(program, summary()) == ["met"] * 11
-    assert "some task, r = 8: 90% of 0.500" in program.page({"small": summary()}, summary(), summary(), GAP)
+    assert "some task, r = 8: 90% of 0.500" in program.page({"small": summary()}, summary(), summary(), summary(), GAP)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_method_that_never_finished_is_shown_and_misses(program):
     content = copy.deepcopy(summary())
     ours = next(each for each in content["comparisons"][0]["methods"] if each["method"] == "pro_full_paper")
     ours |= {"learning_rate": None, "against_baseline": None, "test": {"loss": None}}
-    page = program.page({"small": content}, summary(), summary(), GAP)
+    page = program.page({"small": content}, summary(), summary(), summary(), GAP)
     assert "| pro full paper | none finished |" in page
     assert sum("missed" in word for word in verdicts(program, content)) == 4
 
@@ -129,7 +129,10 @@ def test_what_was_not_compared_is_neither_met_nor_missed(program):
 
 def test_page_is_up_to_date(program):
     assert program.main(check=True) == 0, "run: python benchmarks/results.py"
-    assert all(program.summary(name)["missing"] == 0 for name in [*program.REPORTS, program.LIMITS, program.COSTS])
+    assert all(
+        program.summary(name)["missing"] == 0
+        for name in [*program.REPORTS, program.WHOLE, program.LIMITS, program.COSTS]
+    )
 
 
 def test_a_run_counts_once_in_however_many_reports_it_is(program):
@@ -144,7 +147,9 @@ def test_a_run_counts_once_in_however_many_reports_it_is(program):
         f"{9 * methods + 3} runs ({9 * (methods - 1)} of them in more than one of the reports), of which 1 diverged, "
         "0 failed, 1 missing; 1 ended no better than they began, by their training loss"
     )
-    assert f"in the same order: {9 * methods} runs" in program.page({"small": summary()}, summary(), summary(), GAP)
+    assert f"in the same order: {9 * methods} runs" in program.page(
+        {"small": summary()}, summary(), summary(), summary(), GAP
+    )
 
 
 def test_a_gap_within_the_noise_decides_nothing(program):
@@ -184,13 +189,13 @@ def test_levels_say_what_a_task_measures(program):
 def test_costs_are_those_of_their_own_report(program):
     idle, busy = summary(), summary()
     idle["comparisons"][0]["methods"][0]["cost"]["step_ms"] = 123
-    page = program.page({"small": summary()}, summary(), idle, GAP)
+    page = program.page({"small": summary()}, summary(), summary(), idle, GAP)
     assert (
         "| lora | 123 | 1.0 |" in page
         and "nothing else running; from seed to seed the median step of a method differs by up to 4%." in page
     )
     busy["comparisons"][0]["step_spread"] |= {"uneven": 2, "best": 1.6}
-    page = program.page({"small": summary()}, summary(), busy, GAP)
+    page = program.page({"small": summary()}, summary(), summary(), busy, GAP)
     assert "up to 60%, so that other work was on the machine" in page and "nothing else running" not in page
 
 

@@ -24,6 +24,7 @@ PAGE, GAP = DOCS / "results.md", DOCS / "pictures" / "gradient_gap.json"
 REPORTS = {  # of configs/compare, each with a folder in docs/results
     "small": "word problems and code under the first blocks of SmolLM2-135M, with a vocabulary cut to size, and "
     "docstrings under MiniLM",
+    "long": "the word problems of `small` with four times as many steps",
     "ranks": "the docstrings at a lower and a higher rank, with PEFT's LoRA-FA and Riemannian optimizers",
 }
 WHOLE = "whole"  # another report, of a limit of its own

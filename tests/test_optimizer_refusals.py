@@ -56,6 +56,7 @@ def construct(**changes):
         ({"eps": -1e-8}, "eps="),
         ({"eps": 0.0}, "eps=0.0 is 0 in float32: in mode 'full' elements.*Use 1e-8"),
         ({"eps": 1e-60, "config": {"mode": "full_8bit"}}, "eps=1e-60 is 0 in float32: in mode 'full_8bit'"),
+        ({"eps": 0.0, "config": {"mode": "efficient"}}, "eps=0.0 is 0 in float32: in mode 'efficient'"),
         ({"weight_decay": -0.1}, "weight_decay="),
     ],
 )

@@ -64,10 +64,10 @@ class PairOptimizer(torch.optim.Optimizer):
         """Add a group of ordinary parameters or of factors, as in `torch.optim.Optimizer`."""
         merged = {**self.defaults, **param_group}
         _check_hyperparameters(merged["lr"], merged["betas"], merged["eps"], merged["weight_decay"])
-        if self.config.keeps_dense_moments and merged["eps"] < torch.finfo(torch.float32).tiny:
+        if self.config.mode != "factored" and merged["eps"] < torch.finfo(torch.float32).tiny:
             raise ValueError(
-                f"eps={merged['eps']!r} is 0 in float32: in mode {self.config.mode!r} elements of a weight without any "
-                "gradient would become NaN. Use 1e-8, or mode 'factored'."
+                f"eps={merged['eps']!r} is 0 in float32: in mode {self.config.mode!r} elements that have had no "
+                "gradient yet would become NaN. Use 1e-8, or mode 'factored'."
             )
         super().add_param_group(param_group)
         group = self.param_groups[-1]

@@ -33,8 +33,8 @@ def square(rows: Tensor) -> Tensor:
 def shares_of_both(A: Tensor, Bt: Tensor, step_A: Tensor, step_Bt: Tensor, limit: float) -> tuple[Tensor, Tensor]:
     """By what to multiply the changes of A and of B, `(..., 1, 1)` each, at most 1.
 
-    Both are shortened alike, unless next to nothing would be left: then B counts as zero, from where B alone takes all
-    of its step.
+    Both are shortened alike, unless next to nothing would be left: then B counts as zero, A stays and B takes all of
+    its own step.
     """
     of_A, across_A, square_A = _grams(A, step_A)
     of_B, across_B, square_B = _grams(Bt, step_Bt)

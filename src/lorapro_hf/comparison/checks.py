@@ -27,6 +27,7 @@ _KEYWORDS: Mapping[str, set[str]] = {
     "lorafa": {"weight_decay", "use_rslora"},
     "riemannian": _ADAMW | {"reg"},
 }
+_NUMBERS = ("int", "float", int, float)  # types of the fields of LoraConfig, which may be written as text
 _FLAGS = {"amsgrad", "maximize", "capturable", "differentiable", "use_rslora"}
 
 
@@ -143,8 +144,9 @@ def require_adapter(name: str, adapter: Mapping[str, Any]) -> None:
     for key, value in adapter.items():
         if known[key].type in ("bool", bool) and not isinstance(value, bool):
             raise UsageError(f"Method {name}: adapter.{key}={value!r} must be true or false.")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"Method {name}: adapter.{key}={value!r} must be a number.")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if (is_number and not math.isfinite(value)) or (known[key].type in _NUMBERS and not is_number):
+            raise UsageError(f"Method {name}: adapter.{key}={value!r} must be a number, such as 0.1 or 1.0e-1.")
 
 
 def require_schedule(name: str, steps: int, warmup: int) -> None:

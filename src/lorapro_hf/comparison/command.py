@@ -92,6 +92,8 @@ def _compare(arguments: argparse.Namespace) -> int:
         raise UsageError("Name a YAML that says what to compare, such as configs/compare/small.yaml.")
     if arguments.fresh and (arguments.no_report or not hasattr(arguments, "report_dir")):
         raise UsageError("--fresh is about the report in --report_dir: name that folder, or drop --fresh.")
+    if arguments.no_report and hasattr(arguments, "report_dir"):
+        raise UsageError("--report_dir is for the report, which --no_report leaves out: drop one of the two.")
     from lorapro_hf.comparison.settings import read_settings  # takes seconds: after the arguments have been checked
 
     settings = None if arguments.config is None else read_settings(arguments.config, arguments.set, output_dir)
@@ -137,8 +139,10 @@ def _run(arguments: argparse.Namespace, settings: Any, report_dir: Path) -> int:
     share = Share.of_environment()
     source = _source_of_results(arguments, settings, report_dir)
 
-    def report() -> int:
-        return 0 if arguments.no_report else _report(settings.output_dir, report_dir, arguments.json)
+    def report(interrupted: bool = False) -> int:
+        # What --fresh is to replace stays until there is something whole to replace it by.
+        into = settings.output_dir if interrupted and arguments.fresh else report_dir
+        return 0 if arguments.no_report else _report(settings.output_dir, into, arguments.json)
 
     if arguments.devices > 1:
         if share.count > 1:
@@ -150,7 +154,7 @@ def _run(arguments: argparse.Namespace, settings: Any, report_dir: Path) -> int:
             code = launch(arguments.devices, kind, _again(arguments, settings, kind))
         except KeyboardInterrupt:
             with suppress(UsageError):  # nothing may be there yet
-                report()
+                report(interrupted=True)
             raise
         return code or report()
     sweep = Sweep(settings, share, share.device(kind), Console(stderr=True), arguments.retry_failed, source)
@@ -158,7 +162,8 @@ def _run(arguments: argparse.Namespace, settings: Any, report_dir: Path) -> int:
         sweep.run()
     except KeyboardInterrupt:
         if share.count == 1:
-            report()
+            with suppress(UsageError):
+                report(interrupted=True)
         raise
     if share.count == 1:
         return report()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -33,6 +32,8 @@ def locked(folder: Path, index: int, warn: Callable[[str], None]) -> Iterator[No
     """
     with (folder / f".lock-{index}").open("a+") as file:
         try:
+            import fcntl  # there is none on Windows
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
@@ -40,7 +41,7 @@ def locked(folder: Path, index: int, warn: Callable[[str], None]) -> Iterator[No
                 f"Another process ({file.read().strip() or 'number unknown'}) is training into {str(folder)!r}. Wait "
                 "for its end, or choose another --output_dir."
             ) from None
-        except OSError as error:
+        except (OSError, ImportError) as error:
             warn(f"{folder} cannot be locked ({error}): make sure that no other comparison writes there.")
         file.truncate(0)
         file.write(f"pid {os.getpid()}\n")

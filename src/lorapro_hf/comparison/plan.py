@@ -59,8 +59,8 @@ class Run:
 def plan(settings: CompareSettings) -> list[Run]:
     """All runs, in the order in which they are trained.
 
-    Within a task the seeds are outermost, so that the methods take turns: a burst of other work on the machine meets
-    all of them alike, and a comparison that is stopped has whole seeds.
+    Within a task the seeds are outermost, so that the methods take turns: other work on the machine is less likely
+    to meet one of them alone, and a comparison that is stopped has whole seeds.
 
     Methods that differ in name alone have runs of the same key, which need be trained once.
     """

@@ -283,7 +283,7 @@ def _task(name: str, entry: Any) -> TaskSettings:
         raise UsageError(f"Task {name}: ranks={values['ranks']!r} must be a list.")
     modules = values.get("target_modules", "all-linear")
     if not isinstance(modules, str) and not (
-        isinstance(modules, tuple) and all(isinstance(end, str) for end in modules)
+        isinstance(modules, tuple) and modules and all(isinstance(end, str) for end in modules)
     ):
         raise UsageError(f"Task {name}: target_modules={modules!r} must be 'all-linear' or a list of ends of names.")
     grids = values.get("learning_rates") or {}

@@ -51,7 +51,7 @@ class Rate:
 def blew_up(record: Record) -> bool:
     """Whether the mean training loss of the last quarter of the steps is not below the loss of the first step."""
     losses = record["losses"]
-    return statistics.fmean(losses[-max(1, len(losses) // LAST) :]) >= losses[0]
+    return len(losses) > 1 and statistics.fmean(losses[-max(1, len(losses) // LAST) :]) >= losses[0]
 
 
 @dataclass

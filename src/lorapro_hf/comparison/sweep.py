@@ -105,11 +105,11 @@ class Sweep:
                 the same folder.
         """
         with locked(self.settings.output_dir, self.share.index, self._say):
-            taken = 0 if self.report_dir is None else take_over(self.store, self.report_dir, self.own)
-            self.pending = self._still_to_do()
-            if self.share.index == 0:
+            if self.share.index == 0:  # first: another process may find all runs done and report
                 self.levels = self._known_levels()
                 self._write_sweep()
+            taken = 0 if self.report_dir is None else take_over(self.store, self.report_dir, self.own)
+            self.pending = self._still_to_do()
             self._say_what_is_to_do(taken)
             self._try_tasks()
             with progress_bars(self.console) as progress:

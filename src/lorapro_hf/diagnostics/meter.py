@@ -53,7 +53,8 @@ class LayerGap:
         lora_pro_cosine: between g and g̃.
         step_error: `‖realised − intended‖ / ‖intended‖` of the step of the weight.
         step_length: `‖realised‖ / ‖γ u‖` where the optimizer has a direction u of the weight.
-        step_share: what the trust region left of the step (of A's part in a sequential one) where it has such a u.
+        step_share: what the trust region left of the step (of A's part in a sequential one) where it has such a u; 0
+            where B counted as zero, and moved without A.
     """
 
     layer: str

@@ -23,6 +23,7 @@ from lorapro_hf.pairs import LoRAPair, unwrapped_name
 from lorapro_hf.projection import compute_dtype
 from lorapro_hf.stacks import exact_arithmetic
 
+SMALLEST_BLOCK = 256  # tokens at a time: each block reads and writes the whole gradient
 _MERGED = "PEFT merges the factors into its weight for each pass"
 
 
@@ -71,7 +72,7 @@ class Recording:
         dy = dy.reshape(-1, dy.shape[-1])
         x = x.reshape(-1, x.shape[-1]) if x.is_floating_point() else x.reshape(-1).to(dy.device)
         # Tokens by the block, which bounds what casting them takes.
-        size = max(1, BLOCK_ELEMENTS // sum(self.gradient.shape))
+        size = max(SMALLEST_BLOCK, BLOCK_ELEMENTS // sum(self.gradient.shape))
         where: Any = [self.gradient]
         with exact_arithmetic(where):
             for some_x, some_dy in zip(x.split(size), dy.split(size), strict=True):

@@ -103,7 +103,7 @@ def read_run(path: Path) -> Run:
     """
     file = path / FILE if path.is_dir() else path
     if not file.is_file():
-        parent = file.resolve().parents[1]
+        parent = file.resolve().parent.parent
         meant = f" Did you mean its parent, {parent}?" if (parent / FILE).is_file() else ""
         raise UsageError(f"{path} has no {FILE}. Train with --lora_pro_log_gap N, or with GradientGapCallback.{meant}")
     try:

@@ -22,7 +22,7 @@ def load_task(settings: TaskSettings) -> Task:
         return _load(settings)
     except UsageError as error:
         text = re.sub(r"`--(\w+) ([^`]+)`", r"`\1: \2`", str(error))
-        text = re.sub(r"--(\w+)", lambda option: f"`{_KEYS.get(option[1], option[1])}`", text)
+        text = re.sub(r"(?<![\w/.-])--(\w+)", lambda option: f"`{_KEYS.get(option[1], option[1])}`", text)
         text = text.replace("The demo's model", "The model of a task without `model`")
         named = re.search(rf"\btask {re.escape(settings.name)}(?![\w.-])", text, re.IGNORECASE)
         raise UsageError(text if named else f"Task {settings.name}: {text}") from error

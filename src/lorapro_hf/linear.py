@@ -32,8 +32,8 @@ def linear_step(
     """
     step_A, step_Bt = h_A.mul_(-per_pair(rates.lr_A, A)), h_Bt.mul_(-per_pair(rates.lr_B, A))
     if rates.trust_region is not None:
-        kept = per_pair(rates.keep_A, A) * A, per_pair(rates.keep_B, A) * Bt
-        shares = shares_of_both(*kept, step_A, step_Bt, rates.trust_region)
+        keep = per_pair(rates.keep_A, A), per_pair(rates.keep_B, A)
+        shares = shares_of_both(A, Bt, step_A, step_Bt, rates.trust_region, keep)
         step_A, step_Bt = (step.mul_(share) for step, share in zip((step_A, step_Bt), shares, strict=True))
     return (
         settle(A, step_A, rates.keep_A, live, factor_dtypes[0]),

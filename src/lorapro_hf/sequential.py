@@ -144,8 +144,8 @@ def spend_direction(
     basis_B = row_basis(new_Bt, rtol)
     step_A = direction.rest_through_B(-per_pair(rates.lr_A, A) / s * basis_B.whitening, basis_B)
     if rates.trust_region is not None and square_B is not None:
-        kept = per_pair(rates.keep_A, A) * A, per_pair(rates.keep_B, A) * Bt
-        step_A *= share_of_A(*kept, step_A, square_B, rates.trust_region)
+        keep = per_pair(rates.keep_A, A), per_pair(rates.keep_B, A)
+        step_A *= share_of_A(A, Bt, step_A, square_B, rates.trust_region, keep)
     new_A = settle(A, step_A, rates.keep_A, live, factor_dtypes[0])
     return SequentialStep(new_A, new_Bt, basis_B)
 

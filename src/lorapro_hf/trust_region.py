@@ -23,6 +23,8 @@ from torch import Tensor
 # Linear warm-ups from B = 0 stay above a tenth.
 FRESH_START = 0.03
 
+Keep = tuple[float | Tensor, float | Tensor]  # tensors as the steps, `(..., 1, 1)`
+
 
 def square(rows: Tensor) -> Tensor:
     """`F Fᵀ` `(..., r, r)` in float64."""
@@ -30,33 +32,47 @@ def square(rows: Tensor) -> Tensor:
     return exact @ exact.mT
 
 
-def shares_of_both(A: Tensor, Bt: Tensor, step_A: Tensor, step_Bt: Tensor, limit: float) -> tuple[Tensor, Tensor]:
+def shares_of_both(
+    A: Tensor, Bt: Tensor, step_A: Tensor, step_Bt: Tensor, limit: float, keep: Keep = (1.0, 1.0)
+) -> tuple[Tensor, Tensor]:
     """By what to multiply the changes of A and of B, `(..., 1, 1)` each, at most 1.
 
     Both are shortened alike, unless next to nothing would be left: then B counts as zero, A stays and B takes all of
     its own step.
+
+    Args:
+        A: before the step and its decay.
+        Bt: before the step and its decay.
+        step_A: the change of A.
+        step_Bt: the change of B.
+        limit: as above.
+        keep: what decay leaves of A and of B.
     """
     of_A, across_A, square_A = _grams(A, step_A)
     of_B, across_B, square_B = _grams(Bt, step_Bt)
-    first_order = _inner(square_B, of_A) + _inner(of_B, square_A) + 2 * _inner(across_B, across_A.mT)
+    first_order = keep[0] ** 2 * _inner(square_B, of_A) + keep[1] ** 2 * _inner(of_B, square_A)
+    first_order += 2 * keep[0] * keep[1] * _inner(across_B, across_A.mT)
     share = _share(_inner(square_B, square_A), limit**2 * first_order.clamp_min(0)).to(A.dtype)
     is_fresh = share < FRESH_START * limit
     return torch.where(is_fresh, 0.0, share), torch.where(is_fresh, 1.0, share)
 
 
-def share_of_A(A: Tensor, Bt: Tensor, step_A: Tensor, square_B: Tensor, limit: float) -> Tensor:
+def share_of_A(
+    A: Tensor, Bt: Tensor, step_A: Tensor, square_B: Tensor, limit: float, keep: Keep = (1.0, 1.0)
+) -> Tensor:
     """By what to multiply the change of A alone, `(..., 1, 1)`, at most 1, if that of B stays as it is.
 
     Args:
-        A: before the step.
-        Bt: before the step.
+        A: before the step and its decay.
+        Bt: before the step and its decay.
         step_A: the change of A, at right angles to the rows of A, so that the two terms of first order are too.
         square_B: `square` of the change of B.
         limit: as above.
+        keep: what decay leaves of A and of B.
     """
     square_A = square(step_A)
-    excess = _inner(square_B, square_A) - limit**2 * _inner(square(Bt), square_A)
-    return _share(excess, limit**2 * _inner(square_B, square(A))).to(A.dtype)
+    excess = _inner(square_B, square_A) - (limit * keep[1]) ** 2 * _inner(square(Bt), square_A)
+    return _share(excess, (limit * keep[0]) ** 2 * _inner(square_B, square(A))).to(A.dtype)
 
 
 def _share(asked: Tensor, allowed: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ smoke: $(STAMP) ## run every recipe on a tiny model and tiny data
 
 compare-small: ## compare methods on three tasks that need no download and write docs/results.md, two hours on two cores
 compare-whole: ## compare on a whole small model and write docs/results.md, an hour and a half on two cores
-compare-long: ## compare over more steps and write docs/results.md, an hour on two cores
+compare-long: ## compare over more steps and write docs/results.md, an hour and a quarter on two cores
 compare-limits: ## compare limits of LoRA-Pro's steps and write docs/results.md, fifty minutes on two cores
 compare-ranks: ## compare an encoder at other ranks and write docs/results.md, half an hour on two cores
 compare-costs: ## measure what each method takes and write docs/results.md, ten minutes with nothing else running

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 
 import evaluate
@@ -258,6 +259,15 @@ def test_ctrl_c_keeps_what_is_trained(
     assert results["stopped"] and row["interrupted"] and row["steps"] in (3, 4) and row["heldout"] is None
     assert (tmp_path / "loss_curves.png").exists() and not (tmp_path / "lora_pro").exists()
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "lora")
+
+
+def test_a_log_file_shows_how_far_it_is(tiny: str, tmp_path: Path) -> None:
+    settings = DemoSettings(model=tiny, methods=("lora",), steps=9, batch_size=2, eval_size=2, output_dir=tmp_path)
+    log = StringIO()
+    assert run.run_demo(settings, Console(file=log, width=150)) == 0
+    steps = re.findall(r"Training LoRA \(AdamW\): step (\d+) of 9, loss \d", log.getvalue())
+    assert steps == ["2", "4", "6", "8"]
+    assert re.search(r"Evaluating the base model: loss \d.*\n.*Training LoRA", log.getvalue())
 
 
 def test_second_ctrl_c_aborts_at_once(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,6 +39,9 @@ class _Outcome:
     answer: dict[str, str] | None = None
 
 
+LINES = 4  # about a training where there are no bars
+
+
 def progress_bars(console: Console) -> Progress:
     """Bars that say what is done, how far it is, for how long, and a note."""
     return Progress(
@@ -129,8 +132,15 @@ class Run:
     def _score(self, model: PeftModel, progress: Progress, title: str) -> Score:
         task = progress.add_task(title, total=self.evaluator.rounds, note="")
         score = self.evaluator.score(model, lambda: progress.advance(task))
-        progress.update(task, note=f"loss {score.loss:.3f}, exact match {score.exact_match:.1%}")
+        note = f"loss {score.loss:.3f}, exact match {score.exact_match:.1%}"
+        progress.update(task, note=note)
+        self._log(f"{title}: {note}")
         return score
+
+    def _log(self, line: str) -> None:
+        """Say in a line how far it is where bars cannot be drawn: in a file, they would come at the end at once."""
+        if not self.console.is_terminal:
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def train_with(
         self, model: PeftModel, initial: dict[str, torch.Tensor], progress: Progress, name: str
@@ -138,9 +148,14 @@ class Run:
         """Train with one method from the initial adapter on, under a progress bar."""
         method = METHODS[name]
         task = progress.add_task(f"Training {method.title}", total=self.settings.steps, note="")
+        done, some = 0, max(1, self.settings.steps // LINES)
 
         def on_step(loss: float) -> None:
+            nonlocal done
+            done += 1
             progress.update(task, advance=1, note=f"loss {loss:.3f}")
+            if done % some == 0:
+                self._log(f"Training {method.title}: step {done} of {self.settings.steps}, loss {loss:.3f}")
 
         return train_method(model, initial, self.base.tokenizer, self.train, self.settings, method, on_step)
 

@@ -122,6 +122,11 @@ def test_a_variant_adds_to_its_method() -> None:
         ({"methods": {"pro_full_linear": {"optimizer": {"limit": 1}}}}, r"\['limit'\], unknown to LoRA-Pro"),
         ({"methods": {"lora": {"optimizer": {"momentum": 1}}}}, r"lora: optimizer has \['momentum'\]"),
         ({"methods": {"lora": {"optimizer": {"eps": "1e-8"}}}}, "optimizer.eps='1e-8' is text"),
+        ({"methods": {"lora": {"optimizer": {"betas": 0.9}}}}, "betas=0.9 must be two numbers in a list"),
+        ({"methods": {"lora": {"optimizer": {"betas": [0.9]}}}}, r"betas=\[0.9\] must be two numbers in a list"),
+        ({"methods": {"lora": {"optimizer": {"weight_decay": [1]}}}}, r"weight_decay=\[1\] must be one value"),
+        ({"methods": {"lora": {"adapter": {"lora_dropout": "1e-1"}}}}, "lora_dropout='1e-1' must be a number"),
+        ({"tasks": {"t": {**TINY, "target_modules": []}}}, "target_modules=.* must be 'all-linear' or a list"),
         ({"methods": {"lora": {"optimizer": {"amsgrad": 1}}}}, "amsgrad=1 must be true or false"),
         ({"methods": {"lora": {"optimizer": {"betas": [0.9, math.nan]}}}}, "betas=nan must be a number"),
         ({"methods": {"lora": {"optimizer": "sgd"}}}, "optimizer='sgd' must be a mapping"),
@@ -481,7 +486,7 @@ def test_code_is_held_out_by_the_package() -> None:
     from lorapro_hf.comparison.tasks import sources
 
     packages = {name: set() for name in ("train", "validation", "test")}
-    for package, _ in sources.library_files():
+    for package, _ in sources.standard_modules():
         packages[sources._set_of(f"0 {package}")].add(package)
     assert all(packages.values()) and len(packages["train"]) > len(packages["test"])
     assert not packages["train"] & packages["test"] and not packages["train"] & packages["validation"]

@@ -163,7 +163,7 @@ def test_card_of_a_trainer(tmp_path: Path) -> None:
     card = ModelCard.load(tmp_path / "run" / "README.md")
     assert card_problems(card.content) == []
     data, text = card.data, card.text
-    assert data.base_model == "someone/llama" and data.library_name == "peft" and data.license == "mit"
+    assert data.base_model == "someone/llama" and data.to_dict()["library_name"] == "peft" and data.license == "mit"
     assert data.pipeline_tag == "text-generation" and data.datasets == ["me/sums"]
     expected = {"lora-pro", "lora", "peft", "transformers", "generated_from_trainer"}
     assert expected | {"base_model:adapter:someone/llama"} == set(data.tags)
@@ -334,7 +334,7 @@ def test_card_of_a_trl_trainer(tmp_path: Path) -> None:
     card = ModelCard.load(tmp_path / "run" / "README.md")
     assert card_problems(card.content) == []
     assert {"trl", "sft", "lora-pro", "lora", "peft", "mine", "generated_from_trainer"} <= set(card.data.tags)
-    assert card.data.library_name == "peft" and card.data.datasets == ["me/sums"]
+    assert card.data.to_dict()["library_name"] == "peft" and card.data.datasets == ["me/sums"]
     assert "[TRL](https://github.com/huggingface/trl)'s SFT" in card.text and "vonwerra20" in card.text
     assert "- TRL " in card.text and "AutoTokenizer.from_pretrained(adapter)" in card.text and "None" not in card.text
 

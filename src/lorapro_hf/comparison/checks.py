@@ -119,7 +119,10 @@ def require_settings(name: str, optimizer: str, settings: Mapping[str, Any]) -> 
             )
         if key in _FLAGS and not isinstance(value, bool):
             raise UsageError(f"Method {name}: optimizer.{key}={value!r} must be true or false.")
-        for part in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(value, list | tuple) != (key == "betas") or (key == "betas" and len(value) != 2):
+            wanted = "two numbers in a list" if key == "betas" else "one value"
+            raise UsageError(f"Method {name}: optimizer.{key}={value!r} must be {wanted}.")
+        for part in value if key == "betas" else (value,):
             if not isinstance(part, bool | None):
                 number(f"Method {name}: optimizer.", key, part)
 

@@ -34,7 +34,7 @@ PACKAGES = (
 )
 
 
-def library_files() -> list[tuple[str, Path]]:
+def standard_modules() -> list[tuple[str, Path]]:
     """The source files of Python's standard library, each with the package (or module) it belongs to."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = []
@@ -56,7 +56,7 @@ def library_code(seed: int) -> dict[str, Iterator[str]]:
         Texts by set, the files in random order.
     """
     by_set: dict[str, list[Path]] = defaultdict(list)
-    for package, path in library_files():
+    for package, path in standard_modules():
         by_set[_set_of(f"{seed} {package}")].append(path)
     for paths in by_set.values():
         random.Random(seed).shuffle(paths)
@@ -82,7 +82,7 @@ def docstrings(classes: int, seed: int) -> dict[str, list[tuple[str, str]]]:
         raise UsageError(f"classes={classes} is more than the {len(PACKAGES)} packages with many docstrings.")
     chosen = PACKAGES[:classes]
     owners: dict[str, dict[str, None]] = defaultdict(dict)
-    for package, path in library_files():
+    for package, path in standard_modules():
         if package in chosen:
             for text in _docstrings_of(path):
                 owners[text][package] = None

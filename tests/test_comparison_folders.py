@@ -71,6 +71,26 @@ def test_a_fresh_clone_starts_from_the_report(
     assert compare(tmp_path / "three", "--report_dir", report, "--fresh") == 0 and len(trained) == 3
 
 
+def test_ctrl_c_leaves_the_report_that_fresh_is_to_replace(
+    tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = tmp_path / "docs"
+    assert compare(tmp_path / "one", "--report_dir", str(report)) == 0
+    committed = {file.name: file.read_bytes() for file in report.iterdir() if file.is_file()}
+    pretend = sweep_module.train_run
+
+    def interrupted(*arguments: Any) -> dict[str, Any]:
+        if len(trained) == 4:
+            raise KeyboardInterrupt
+        return pretend(*arguments)
+
+    monkeypatch.setattr(sweep_module, "train_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(tmp_path / "two", "--report_dir", str(report), "--fresh")
+    assert {file.name: file.read_bytes() for file in report.iterdir() if file.is_file()} == committed
+    assert len(Store(tmp_path / "two").records()) == 1 and (tmp_path / "two" / "report.md").exists()
+
+
 def test_several_processes_start_from_the_report_too(
     tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,12 @@ def push(folder: Path) -> dict[str, Any]:
     optimizer.step()
     about = {"datasets": "someone/sums", "hyperparameters": {"batch size": 1}, "metrics": {"accuracy": 0.5}}
     commit = push_adapter(model, optimizer, "writer/plain", folder / "plain", processing_class=tokenizer(), **about)
+    push_adapter(model, optimizer, "writer/plain", folder / "plain", revision="dev")
+
+    flags = ["--max_steps", "1", "--save_steps", "1", "--hub_model_id", "writer/branches", "--hub_revision", "saves/1"]
+    trainer = trainer_of(folder / "branches", model_of(folder / "base"), flags)
+    trainer.train()
+    trainer.push_to_hub("Last", revision="end")
     return {"commit": commit.oid, "settings": load_lora_pro_config("writer/plain").to_dict(), "failed": fail(folder)}
 
 

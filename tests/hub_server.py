@@ -34,11 +34,15 @@ class Commit:
 
 @dataclass
 class Repository:
-    """A repository with one branch, `main`."""
+    """A repository with the branch `main`, and others if need be."""
 
     private: bool
-    commits: list[Commit] = field(default_factory=list)
+    branches: dict[str, list[Commit]]
     large: set[str] = field(default_factory=set)  # paths that came by LFS
+
+    @property
+    def commits(self) -> list[Commit]:
+        return self.branches["main"]
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -108,7 +112,7 @@ class Hub:
         if name in self.repositories:
             raise Refused(409, json.dumps(answer))
         first = Commit(hashlib.sha1(name.encode()).hexdigest(), "initial commit", {".gitattributes": b""})
-        self.repositories[name] = Repository(private, [first])
+        self.repositories[name] = Repository(private, {"main": [first]})
         return answer
 
     def find(self, name: str, user: str | None, writes: bool = False) -> Repository:
@@ -123,18 +127,25 @@ class Hub:
 
     @staticmethod
     def at(repository: Repository, revision: str) -> Commit:
-        for commit in repository.commits:
+        if revision in repository.branches:
+            return repository.branches[revision][-1]
+        for commit in (commit for commits in repository.branches.values() for commit in commits):
             if commit.sha == revision:
                 return commit
-        if revision != "main":
-            raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
-        return repository.commits[-1]
+        raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
-    def preupload(self, repository: Repository, wanted: dict[str, Any]) -> dict[str, Any]:
+    @staticmethod
+    def branch(repository: Repository, name: str) -> dict[str, Any]:
+        if name in repository.branches:
+            raise Refused(409, "Reference already exists")
+        repository.branches[name] = list(repository.commits)
+        return {}
+
+    def preupload(self, repository: Repository, held_files: dict[str, bytes], wanted: dict[str, Any]) -> dict[str, Any]:
         files = []
         for file in wanted["files"]:
             is_binary = b"\0" in base64.b64decode(file["sample"])
-            held = repository.files.get(file["path"])
+            held = held_files.get(file["path"])
             oid = None if held is None else _oid(held, file["path"] in repository.large)
             mode = "lfs" if is_binary or file["size"] > 10_000_000 else "regular"
             files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
@@ -156,9 +167,10 @@ class Hub:
             raise Refused(400, "The content does not have the sha256 that was announced")
         self.objects[oid] = content
 
-    def commit(self, name: str, repository: Repository, lines: list[dict[str, Any]]) -> dict[str, Any]:
+    def commit(self, name: str, repository: Repository, branch: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
         assert lines[0]["key"] == "header"
-        files, large = dict(repository.files), set(repository.large)
+        commits = repository.branches[branch]
+        files, large = dict(commits[-1].files), set(repository.large)
         for line in lines[1:]:
             value = line["value"]
             large.discard(value["path"])
@@ -177,8 +189,8 @@ class Hub:
             problems = card_problems(files["README.md"].decode())
             if problems:
                 raise Refused(400, "; ".join(problems))
-        sha = hashlib.sha1(f"{repository.commits[-1].sha} {len(repository.commits)}".encode()).hexdigest()
-        repository.commits.append(Commit(sha, lines[0]["value"]["summary"], files))
+        sha = hashlib.sha1(f"{commits[-1].sha} {len(commits)} {branch}".encode()).hexdigest()
+        commits.append(Commit(sha, lines[0]["value"]["summary"], files))
         repository.large = large
         return {"commitUrl": f"{self.endpoint}/{name}/commit/{sha}", "commitOid": sha, "success": True}
 
@@ -324,17 +336,19 @@ class _Handler(BaseHTTPRequestHandler):
             hub.find(found[1], user, writes=True)
             return hub.batch(json.loads(body))
         found = re.fullmatch(
-            r"/api/models/([^/]+/[^/]+?)(?:/(preupload|commit|revision|tree)/([^/]+)(?:/(.+))?)?", path
+            r"/api/models/([^/]+/[^/]+?)(?:/(preupload|commit|revision|tree|branch)/([^/]+)(?:/(.+))?)?", path
         )
         if found is None:
             raise Refused(404, f"no such page: {path}", "RepoNotFound")
         name, what, revision, under = found.groups()
-        repository = hub.find(name, user, writes=what in ("preupload", "commit"))
+        repository = hub.find(name, user, writes=what in ("preupload", "commit", "branch"))
+        if what == "branch":
+            return hub.branch(repository, revision)
         commit = hub.at(repository, revision or "main")
         if what == "preupload":
-            return hub.preupload(repository, json.loads(body))
+            return hub.preupload(repository, commit.files, json.loads(body))
         if what == "commit":
-            return hub.commit(name, repository, [json.loads(line) for line in body.splitlines()])
+            return hub.commit(name, repository, revision, [json.loads(line) for line in body.splitlines()])
         if what == "tree":
             return hub.tree(repository, commit, under or "")
         return hub.info(name, repository, commit)

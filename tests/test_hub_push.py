@@ -91,6 +91,21 @@ def test_plain_loop_pushes(pushed: Any, hub: Hub) -> None:
     assert pushed["settings"]["mode"] == "factored" and pushed["settings"]["trust_region"] == 0.03
 
 
+@pytest.mark.parametrize(
+    ("name", "branch", "title"),
+    [
+        ("plain", "dev", "Upload a LoRA-Pro adapter"),
+        ("branches", "saves/1", "Training in progress, step 1"),
+        ("branches", "end", "Last"),
+    ],
+)
+def test_missing_branch_is_made(pushed: Any, hub: Hub, name: str, branch: str, title: str) -> None:
+    repository = hub.repositories[f"writer/{name}"]
+    commits = repository.branches[branch]
+    assert commits[-1].title == title and SAVED | {"README.md"} <= set(commits[-1].files)
+    assert [commit.title for commit in repository.commits[1:]] == ([title] if name == "plain" else [])
+
+
 def test_pushed_adapter_loads_with_stock_peft(pushed: Any, hub: Hub, folder: Path) -> None:
     loaded = run("load", folder, hub)
     assert loaded["same"] and loaded["adapter"] == "writer/every-save"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from lorapro_hf import __version__
 from lorapro_hf.hub.describe import number
-from lorapro_hf.hub.settings import write_text
+from lorapro_hf.hub.settings import replace_file, write_text
 from lorapro_hf.hub.usage import Task
 
 CARD = "README.md"
@@ -103,12 +104,12 @@ def keep_edited(folder: Path) -> dict[str, Any]:
     file = folder / CARD
     if not file.is_file():
         return {}
-    card = ModelCard.load(file, ignore_metadata_errors=True)
-    if not (_is_untouched(card.text) or _is_template_of_peft(card.text)):
+    card = _read(file)
+    if not _is_generated(card):
         content, number_of = file.read_bytes(), 1
         while (copy := folder / f"_README.edited-{number_of}.md").exists() and copy.read_bytes() != content:
             number_of += 1
-        copy.write_bytes(content)
+        replace_file(copy, content)
         logger.warning(
             "%s was edited by hand or written by something else and is replaced by a new model card. The old one is "
             "kept as %s, which is not pushed; copy from it what you want to keep, and push the card with "
@@ -116,12 +117,44 @@ def keep_edited(folder: Path) -> dict[str, Any]:
             file,
             copy,
         )
+    if card is None:
+        file.unlink()  # the parents read the card that is there
+        return {}
     return {name: value for name, value in card.data.to_dict().items() if name not in _OF_A_TRAINING}
 
 
 def is_ours(file: Path) -> bool:
     """Whether a card has been written here, edited since or not."""
-    return file.is_file() and _SEAL.partition("{}")[0] in file.read_text(encoding="utf-8")
+    try:
+        return _SEAL.partition("{}")[0].encode() in file.read_bytes()
+    except OSError:  # there is none, or nobody may read it
+        return False
+
+
+def is_replaceable(file: Path) -> bool:
+    """Whether a card can be written without a loss: there is none, or one that no hand has edited."""
+    return not file.exists() or (file.is_file() and _is_generated(_read(file)))
+
+
+@contextlib.contextmanager
+def without_card_of_peft(model: Any) -> Iterator[None]:
+    """Keep `model.save_pretrained` from writing PEFT's card, an empty form with a local path as base model.
+
+    PEFT also reads the card that is there, before it saves any weights, and a damaged one would end the save.
+    """
+    name = "create_or_update_model_card"
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    if not hasattr(model, name):
+        yield
+        return
+    before = vars(model).get(name)
+    setattr(model, name, lambda output_dir: None)
+    try:
+        yield
+    finally:
+        delattr(model, name)
+        if before is not None:
+            setattr(model, name, before)
 
 
 def card_metadata(facts: Facts, metadata: Mapping[str, Any]) -> ModelCardData:
@@ -195,9 +228,9 @@ def card_text(facts: Facts) -> str:
 
 
 def _introduction(facts: Facts) -> str:
-    base = f"[{facts.base_model}]({_on_hub(facts.base_model)})" if facts.base_model else f"a local {facts.base_class}"
-    if facts.base_model and not _on_hub(facts.base_model):
-        base = f"`{facts.base_model}`"
+    base = f"a local {facts.base_class}"
+    if facts.base_model:
+        base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
     data = facts.data
     if not data and facts.datasets:
         data = " and ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in facts.datasets)
@@ -216,10 +249,6 @@ def _progress(rows: list[dict[str, float]]) -> list[str]:
     header = ["held-out loss" if name == "loss" else name.replace("_", " ") for name in columns]
     note = [] if shown is rows else [f"{len(shown)} of the {len(rows)} evaluations:"]
     return [*note, _table(header, cells)]
-
-
-def _on_hub(name: str) -> str:
-    return f"https://huggingface.co/{name}" if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) else ""
 
 
 def _table(header: Sequence[str], rows: Any) -> str:
@@ -242,6 +271,20 @@ def _versions(with_trl: bool) -> list[str]:
 
 def _digest(text: str) -> str:
     return hashlib.sha256("\n".join(text.strip().splitlines()).encode()).hexdigest()
+
+
+def _read(file: Path) -> ModelCard | None:
+    """The card in a file, or `None` if its text or its metadata cannot be read."""
+    try:
+        return ModelCard.load(file, ignore_metadata_errors=True)
+    except OSError:
+        raise
+    except Exception:  # no UTF-8, no YAML, or YAML that is no card's metadata
+        return None
+
+
+def _is_generated(card: ModelCard | None) -> bool:
+    return card is not None and (_is_untouched(card.text) or _is_template_of_peft(card.text))
 
 
 def _is_untouched(text: str) -> bool:

@@ -20,6 +20,7 @@ from lorapro_hf.hub.describe import (
     final_evaluation,
     split_at_end,
 )
+from lorapro_hf.hub.failures import write_or_warn
 from lorapro_hf.hub.settings import Settings
 from lorapro_hf.hub.usage import Source, base_of, class_name, loading_snippet, task_of
 
@@ -43,6 +44,8 @@ class Training:
         trained_with: library and method, in Markdown.
         badges, sentences, citations: Markdown for the card.
         metadata: of the card.
+        with_picture: whether to draw the losses.
+        reported: errors of which a warning told already, see `write_or_warn`.
     """
 
     model_name: str
@@ -61,13 +64,15 @@ class Training:
     sentences: list[str] = field(default_factory=list)
     citations: list[str] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
+    with_picture: bool = True
+    reported: set[str] = field(default_factory=set)
 
 
 def compose_card(model: Any, settings: Settings, folder: Path, training: Training) -> ModelCard:
     """Write `README.md` and, where there is something to draw, the picture of the training beside it."""
     base, task = base_of(model), task_of(model)
     name, _ = adapter_of(model)
-    base_model = training.base_model or base_model_name(model)
+    base_model = base_model_name(model, training.base_model)
     source = Source(
         base=base_model,
         adapter=training.repo_id or "path/to/this/folder",
@@ -89,10 +94,17 @@ def compose_card(model: Any, settings: Settings, folder: Path, training: Trainin
         metrics=training.metrics or final_evaluation(training.log_history, training.best_step),
         evaluated_on=training.evaluated_on,
         progress=evaluations_by_step(during),
-        picture=PICTURE if draw_curves(during, folder / PICTURE) else "",
+        picture=_picture(during, folder / PICTURE, training.reported) if training.with_picture else "",
         badges=training.badges,
         sentences=training.sentences,
         citations=training.citations,
     )
     tags = [*(training.metadata.get("tags") or []), *(["transformers"] if class_name(base)[1] else [])]
     return write_card(folder, facts, {**training.metadata, "tags": tags})
+
+
+def _picture(log_history: Sequence[Mapping[str, Any]], file: Path, reported: set[str]) -> str:
+    """The name of the picture, "" if there is none; the card does without one that cannot be drawn."""
+    drawn: list[bool] = []
+    write_or_warn(file, lambda: drawn.append(draw_curves(log_history, file)), reported)
+    return file.name if any(drawn) else ""

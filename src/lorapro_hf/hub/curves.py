@@ -2,50 +2,46 @@
 
 from __future__ import annotations
 
-import logging
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorapro_hf.hub.describe import logged_numbers
+from lorapro_hf.hub.settings import replace_file
+
 PICTURE = "training_curves.png"
 _RAW, _SMOOTH, _HELD_OUT = "#b8c4d6", "#2f5d9b", ("#d1495b", "#edae49", "#66a182", "#8d6a9f")
-
-logger = logging.getLogger(__name__)
 
 Points = list[tuple[int, float]]
 
 
 def loss_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, Points]:
     """Losses by name, `loss` and `eval_loss` (or `eval_<name>_loss`, one for each set), as finite (step, value)."""
-    curves: dict[str, Points] = {}
-    for entry in log_history:
-        for name, value in entry.items():
-            is_loss = name == "loss" or (name.startswith("eval_") and name.endswith("_loss"))
-            if is_loss and "step" in entry and math.isfinite(value):
-                curves.setdefault(name, []).append((int(entry["step"]), float(value)))
-    return {name: sorted(dict(points).items()) for name, points in curves.items()}
+    logged = dict.fromkeys(name for entry in log_history for name in entry)
+    losses = [name for name in logged if name == "loss" or (name.startswith("eval_") and name.endswith("_loss"))]
+    points = {name: sorted(logged_numbers(log_history, name).items()) for name in losses}
+    finite = {name: [(step, value) for step, value in each if math.isfinite(value)] for name, each in points.items()}
+    return {name: each for name, each in finite.items() if each}
 
 
 def draw_curves(log_history: Sequence[Mapping[str, Any]], file: Path) -> bool:
     """Draw training and held-out loss against step into a PNG file, as far as they have been logged.
 
     Returns:
-        Whether the picture has been written. Not with fewer than two points, which are no curve, nor without
-        matplotlib, of which a warning tells.
+        Whether the picture has been written; not with fewer than two points, which are no curve.
+
+    Raises:
+        ImportError: matplotlib is not installed.
     """
     curves = loss_curves(log_history)
     if max(map(len, curves.values()), default=0) < 2:
         return False
     try:
         from matplotlib.figure import Figure
-    except ImportError:
-        logger.warning(
-            "matplotlib is not installed, so that the model card has no picture of the training. Install it with "
-            "pip install matplotlib (the extra demo has it too: pip install 'lorapro_hf[demo]') and call "
-            "create_model_card again."
-        )
-        return False
+    except ImportError as error:
+        raise ImportError("matplotlib is missing, install it with `pip install matplotlib`") from error
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     training = curves.pop("loss", [])
@@ -61,9 +57,9 @@ def draw_curves(log_history: Sequence[Mapping[str, Any]], file: Path) -> bool:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    draft = file.with_name(f"_{file.name}")
-    figure.savefig(draft, dpi=120, format="png")
-    draft.replace(file)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    replace_file(file, picture.getvalue())
     return True
 
 

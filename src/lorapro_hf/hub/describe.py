@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
 
 from lorapro_hf.config import LoRAProConfig
@@ -19,6 +22,7 @@ from lorapro_hf.pairs import find_lora_pairs
 
 _NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_tokens")
 _ON_HUB = re.compile(r"hf://datasets/([^/@]+/[^/@]+)@")
+_IN_CACHE = re.compile(r"models--(.+)/snapshots/[0-9a-f]+/?")  # folders of huggingface_hub's downloads
 
 
 def adapter_of(model: Any) -> tuple[str, Any]:
@@ -31,14 +35,35 @@ def adapter_of(model: Any) -> tuple[str, Any]:
     return active, settings.get(active)
 
 
-def base_model_name(model: Any) -> str | None:
-    """The base model's name on the Hub; `None` for a model of a local folder or without a name."""
+def base_model_name(model: Any, stated: str | None = None) -> str | None:
+    """The base model's name on the Hub; `None` for a model of a local folder or without a name.
+
+    Args:
+        model: the PEFT model.
+        stated: the name that the user gave, which counts first unless it is a path.
+    """
     _, adapter = adapter_of(model)
     names = (getattr(adapter, "base_model_name_or_path", None), getattr(base_of(model), "name_or_path", None))
-    for name in names:
-        if name and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not os.path.isdir(name):
-            return name
-    return None
+    return next(filter(None, map(name_on_hub, (stated, *names))), None)
+
+
+def name_on_hub(name: Any) -> str | None:
+    """The name that a model or data set has on the Hub; `None` for a path.
+
+    A folder of the cache into which `huggingface_hub` downloads tells the model's name. Other folders do not: the
+    `_name_or_path` in their `config.json` is often the model from which theirs was trained.
+    """
+    if not isinstance(name, str) or not name:
+        return None
+    if found := _IN_CACHE.search(name):
+        name = found[1].replace("--", "/")
+    elif os.path.exists(name):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
 
 
 def describe_lora_pro(model: nn.Module, settings: Settings) -> dict[str, str]:
@@ -127,8 +152,7 @@ def final_evaluation(log_history: Sequence[Mapping[str, Any]], best_step: int | 
 
 def evaluations_by_step(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     """The evaluations in a log, each with step, epoch and the last training loss before it."""
-    losses = {int(e["step"]): float(e["loss"]) for e in log_history if "loss" in e and "step" in e}
-    epochs = {int(e["step"]): float(e["epoch"]) for e in log_history if "epoch" in e and "step" in e}
+    losses, epochs = logged_numbers(log_history, "loss"), logged_numbers(log_history, "epoch")
     rows = []
     for step, metrics in sorted(_evaluations(log_history).items()):
         row: dict[str, float] = {"step": step}
@@ -145,12 +169,33 @@ def _evaluations(entries: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, fl
     found: dict[int, dict[str, float]] = {}
     for entry in entries:
         metrics = {k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_")}
-        metrics = {
-            k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and not k.endswith(_NO_METRICS)
-        }
-        if metrics and "step" in entry:
-            found.setdefault(int(entry["step"]), {}).update(metrics)
+        metrics = numbers_of({k: v for k, v in metrics.items() if not k.endswith(_NO_METRICS)})
+        step = as_number(entry.get("step"))
+        if metrics and step is not None:
+            found.setdefault(int(step), {}).update(metrics)
     return found
+
+
+def logged_numbers(log_history: Iterable[Mapping[str, Any]], name: str) -> dict[int, float]:
+    """What was logged under a name, by step, as far as these are numbers; of a step's values the last counts."""
+    found = ((as_number(entry.get("step")), as_number(entry.get(name))) for entry in log_history)
+    return {int(step): value for step, value in found if step is not None and value is not None}
+
+
+def numbers_of(values: Mapping[str, Any]) -> dict[str, float]:
+    """The entries whose values are numbers; lists, texts, `None` and the like stay out."""
+    found = {name: as_number(value) for name, value in values.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def as_number(value: Any) -> float | None:
+    """A number of Python, NumPy or a tensor with one element as `float`; `None` for everything else."""
+    try:
+        value = value.item() if hasattr(value, "item") else value
+        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        return float(value) if is_number else None
+    except (ArithmeticError, RuntimeError, TypeError, ValueError):  # more elements than one, more digits than a float's
+        return None
 
 
 def dataset_names(dataset: Any) -> list[str]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, ModelCard, create_repo, upload_folder
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import CommitInfo, ModelCard, create_branch, create_repo, upload_folder
+from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
 from lorapro_hf.config import LoRAProConfig
-from lorapro_hf.hub.card import keep_edited
+from lorapro_hf.hub.card import CARD, is_ours, is_replaceable, keep_edited, without_card_of_peft
 from lorapro_hf.hub.compose import Training, compose_card
+from lorapro_hf.hub.describe import name_on_hub, numbers_of
+from lorapro_hf.hub.failures import write_or_warn
 from lorapro_hf.hub.settings import Settings
 from lorapro_hf.optimizer import LoRAProAdamW
 
@@ -27,7 +30,9 @@ def save_adapter(
     *,
     processing_class: Any = None,
 ) -> None:
-    """Save the adapter with `model.save_pretrained` and `lorapro_config.json` beside it.
+    """Save the adapter with `model.save_pretrained`, `lorapro_config.json` and a model card beside it.
+
+    A card that is there already stays as it is. `create_model_card` writes one that tells of the training too.
 
     Args:
         model: a PEFT model, out of any wrapper of DDP or accelerate.
@@ -39,10 +44,18 @@ def save_adapter(
         TypeError: the model is no PEFT model.
     """
     _require_peft(model)
-    model.save_pretrained(str(folder))
+    folder = Path(folder)
+    with without_card_of_peft(model):
+        model.save_pretrained(str(folder))
     if processing_class is not None:
         processing_class.save_pretrained(str(folder))
-    Settings.of(settings).save(Path(folder))
+    Settings.of(settings).save(folder)
+
+    def write() -> None:
+        if not is_ours(folder / CARD) and is_replaceable(folder / CARD):
+            create_model_card(model, settings, folder, processing_class=processing_class)
+
+    write_or_warn(folder / CARD, write, set())
 
 
 def create_model_card(
@@ -98,8 +111,8 @@ def create_model_card(
         model_name=(repo_id or folder.resolve().name).split("/")[-1],
         repo_id=repo_id,
         base_model=base_model,
-        datasets=_listed(datasets),
-        metrics={name: float(value) for name, value in (metrics or {}).items()},
+        datasets=[name for name in _listed(datasets) if name_on_hub(name)],
+        metrics=numbers_of(metrics or {}),
         log_history=log_history,
         hyperparameters={name: str(value) for name, value in (hyperparameters or {}).items()},
         processor=processing_class,
@@ -135,7 +148,7 @@ def push_adapter(
             without checkpoints.
         private: whether a new repository is private; by default as the account or organization has it.
         token: an access token; by default the one of `hf auth login`.
-        revision: the branch to commit to.
+        revision: the branch to commit to; made if need be.
         commit_message: the title of the commit.
         processing_class: a tokenizer or other processor to push with it.
         **about: passed on to `create_model_card`.
@@ -149,9 +162,12 @@ def push_adapter(
             complete then.
     """
     save_adapter(model, settings, folder, processing_class=processing_class)
-    create_model_card(model, settings, folder, repo_id=repo_id, processing_class=processing_class, **about)
+    about |= {"repo_id": repo_id, "processing_class": processing_class}
+    inspect.signature(create_model_card).bind(model, settings, folder, **about)
+    write_or_warn(Path(folder, CARD), lambda: create_model_card(model, settings, folder, **about), set())
     with explained(f"The adapter and its card are complete in {folder}."):
         repo = create_repo(repo_id, private=private, token=token, exist_ok=True)
+        make_branch(repo.repo_id, revision, token)
         return upload_folder(
             repo_id=repo.repo_id,
             folder_path=str(folder),
@@ -160,6 +176,12 @@ def push_adapter(
             revision=revision,
             ignore_patterns=["_*", "checkpoint-*"],
         )
+
+
+def make_branch(repo_id: str, revision: str | None, token: str | None) -> None:
+    """Make the branch of a push if the repository does not have it yet, as PEFT and transformers do."""
+    if revision is not None and not revision.startswith("refs/"):
+        create_branch(repo_id, branch=revision, token=token, exist_ok=True)
 
 
 @contextlib.contextmanager
@@ -184,6 +206,8 @@ def remedy(error: BaseException) -> str:
     """What to do about a push that failed."""
     while error.__cause__ is not None and not isinstance(error, HfHubHTTPError):
         error = error.__cause__
+    if isinstance(error, RevisionNotFoundError):
+        return "The repository has no such branch, tag or pull request: check the revision, and push again."
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status in (401, 404):
         return (

@@ -5,18 +5,20 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
 from transformers.modelcard import extract_hyperparameters_from_trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lorapro_hf.config import LoRAProConfig
-from lorapro_hf.hub.card import CARD, is_ours, keep_edited
+from lorapro_hf.hub.card import CARD, is_ours, is_replaceable, keep_edited, without_card_of_peft
 from lorapro_hf.hub.compose import Training, compose_card
-from lorapro_hf.hub.describe import dataset_names
-from lorapro_hf.hub.push import explained, remedy
+from lorapro_hf.hub.describe import dataset_names, name_on_hub
+from lorapro_hf.hub.failures import write_or_warn
+from lorapro_hf.hub.push import explained, make_branch, remedy
 from lorapro_hf.hub.settings import Settings
 from lorapro_hf.optimizer import LoRAProAdamW, unwrap_optimizer
 
@@ -44,13 +46,16 @@ logger = logging.getLogger(__name__)
 class HubMixin(_Base):
     """The part of `LoRAProTrainerMixin` that saves and pushes; while LoRA-Pro is off it is the parent.
 
-    Each saved folder gets a `lorapro_config.json`, and what is pushed gets a model card of its own, at every push.
+    Each saved folder gets a `lorapro_config.json` and a model card. A card that cannot be written is a warning.
     """
 
     lora_pro_config: LoRAProConfig | None = None
+    _card_request: tuple[Mapping[str, Any], ModelCard | None] = ({}, None)
+    _reported_of_cards: set[str] | None = None
+    _explicit_branch: tuple[str, str | None] | None = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """As the parent, which would lose tags of the card that is there; with the settings beside the adapter."""
+        """As the parent, with the settings and a card of our own in the place of PEFT's."""
         if self.lora_pro_config is None or not self.args.should_save:
             super()._save(output_dir, state_dict)
             return
@@ -60,10 +65,17 @@ class HubMixin(_Base):
         model = self.accelerator.unwrap_model(self.model)
         if hasattr(model, "add_model_tags"):
             model.add_model_tags("lora-pro")  # PEFT and push_to_hub of the model take the tags of a card from there
-        super()._save(output_dir, state_dict)
-        if before is not None:
+        with without_card_of_peft(model):
+            super()._save(output_dir, state_dict)
+        if before is not None and card.read_bytes() != before:
             card.write_bytes(before)
         self._lora_pro_settings().save(folder)
+
+        def write() -> None:
+            if is_replaceable(card):
+                self._compose_card(folder)
+
+        self._write_card(card, write)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write a model card, with what the parent's would say; arguments as the parent's.
@@ -74,27 +86,63 @@ class HubMixin(_Base):
             super().create_model_card(*args, **kwargs)
             return
         given = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
-        folder = Path(self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        kept = keep_edited(folder)
-        super().create_model_card(*args, **kwargs)
-        written = ModelCard.load(folder / CARD, ignore_metadata_errors=True)
-        model = self.accelerator.unwrap_model(self.model)
-        training = self._told(given, written)
+        folder, parent = Path(self.args.output_dir), super().create_model_card
+
+        def write() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            kept = keep_edited(folder)
+            parent(*args, **kwargs)
+            self._card_request = (given, ModelCard.load(folder / CARD, ignore_metadata_errors=True))
+            self._compose_card(folder, kept)
+
+        self._write_card(folder / CARD, write)
+
+    def _write_card(self, card: Path, write: Callable[[], None]) -> None:
+        """Turn a failure of `write` into a warning, which is not repeated during a training."""
+        if self._reported_of_cards is None or not self.is_in_train:
+            self._reported_of_cards = set()
+        write_or_warn(card, write, self._reported_of_cards)
+
+    def _compose_card(self, folder: Path, kept: Mapping[str, Any] | None = None) -> None:
+        """Write the card of a saved folder, with what `create_model_card` was told last.
+
+        Args:
+            folder: where the adapter lies.
+            kept: metadata of an earlier card; by default that of the card in the folder, which must be replaceable.
+        """
+        given, written = self._card_request
+        kept = keep_edited(folder) if kept is None else kept
+        training = self._told(given, written or ModelCard("---\n{}\n---\n"))
         training.metadata = {**kept, **training.metadata}
-        compose_card(model, self._lora_pro_settings(), folder, training)
+        if self._reported_of_cards is not None:
+            training.reported = self._reported_of_cards
+        if folder.resolve() != Path(self.args.output_dir).resolve():
+            training.repo_id = None
+            training.with_picture = not folder.name.startswith(PREFIX_CHECKPOINT_DIR)  # which takes a second to draw
+        compose_card(self.accelerator.unwrap_model(self.model), self._lora_pro_settings(), folder, training)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent; a failure says what is saved and what to do."""
+        """As the parent, but a branch that is missing is made; a failure says what is saved and what to do."""
         if self.lora_pro_config is None:
             return super().push_to_hub(*args, **kwargs)
-        with explained(f"What was to be pushed is in {self.args.output_dir}."):
-            return super().push_to_hub(*args, **kwargs)
+        given = inspect.signature(super().push_to_hub).bind(*args, **kwargs).arguments
+        if given.get("revision") is not None:
+            self._explicit_branch = (given["revision"], given.get("token") or self.args.hub_token)
+        try:
+            with explained(f"What was to be pushed is in {self.args.output_dir}."):
+                return super().push_to_hub(*args, **kwargs)
+        finally:
+            self._explicit_branch = None
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        """As the parent; a failure says what to do."""
+        """As the parent, and the branch of `hub_revision` is made; a failure says what to do."""
         with explained("No repository was made."):
             super().init_hf_repo(*args, **kwargs)
+        # asked of the arguments, as the parent's __init__ comes here before LoRA-Pro is set up
+        if getattr(self.args, "lora_pro", True) and self.is_world_process_zero():
+            token = inspect.signature(super().init_hf_repo).bind(*args, **kwargs).arguments.get("token")
+            with explained("The repository was made, but not its branch."):
+                make_branch(self.hub_model_id, getattr(self.args, "hub_revision", None), token or self.args.hub_token)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As the parent, which pushes neither settings nor card before the training has ended."""
@@ -111,6 +159,8 @@ class HubMixin(_Base):
         super()._finish_current_push()
         if self.lora_pro_config is not None:
             self._report_failed_pushes()
+        if self._explicit_branch is not None:  # only now: the adapter and its card have been saved
+            make_branch(self.hub_model_id, *self._explicit_branch)
 
     def _report_failed_pushes(self) -> None:
         pending = getattr(self, "push_in_progress", None)
@@ -143,7 +193,7 @@ class HubMixin(_Base):
         loaded_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
         stated = _listed(given.get("dataset_tags")) or _listed(given.get("dataset_name"))
         datasets = stated or dataset_names(self.train_dataset) or _listed(metadata.get("datasets"))
-        datasets = [name for name in datasets if name not in _GENERIC]
+        datasets = [name for name in datasets if name not in _GENERIC and name_on_hub(name)]
         model_name = given.get("model_name") or Path(args.output_dir).absolute().name
         # once more: PEFT, which the parent calls, drops tags that are not its own
         model_tags = getattr(self.accelerator.unwrap_model(self.model), "model_tags", None)

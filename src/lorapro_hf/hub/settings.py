@@ -85,10 +85,18 @@ def load_lora_pro_config(
 
 
 def write_text(file: Path, text: str) -> None:
+    """Replace a file as `replace_file` does, in UTF-8."""
+    replace_file(file, text.encode())
+
+
+def replace_file(file: Path, content: bytes) -> None:
     """Replace a file as a whole: an upload that runs beside it sees the old one or the new one."""
     draft = file.with_name(f"_{file.name}.part")  # by Trainer's rule names with _ are never pushed
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(file)
+    try:
+        draft.write_bytes(content)
+        draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

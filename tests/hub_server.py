@@ -263,7 +263,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_GET
 
     def _serve(self) -> None:
-        path = unquote(urlsplit(self.path).path)
+        path = urlsplit(self.path).path
         body = self._body()
         with self.hub.lock:
             self.hub.requests.append(f"{self.command} {path}")
@@ -312,7 +312,7 @@ class _Handler(BaseHTTPRequestHandler):
                 content = b""
             return content, {"ETag": f'"{path[5:]}"'}, 200
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-            return self._resolve(*found.groups())
+            return self._resolve(*map(unquote, found.groups()))
         answer = self._api(path, body)
         return json.dumps(answer).encode(), {"Content-Type": "application/json"}, 200
 
@@ -340,7 +340,7 @@ class _Handler(BaseHTTPRequestHandler):
         )
         if found is None:
             raise Refused(404, f"no such page: {path}", "RepoNotFound")
-        name, what, revision, under = found.groups()
+        name, what, revision, under = (group and unquote(group) for group in found.groups())  # "/" in a branch is %2F
         repository = hub.find(name, user, writes=what in ("preupload", "commit", "branch"))
         if what == "branch":
             return hub.branch(repository, revision)

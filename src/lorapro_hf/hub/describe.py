@@ -170,16 +170,21 @@ def _evaluations(entries: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, fl
     for entry in entries:
         metrics = {k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_")}
         metrics = numbers_of({k: v for k, v in metrics.items() if not k.endswith(_NO_METRICS)})
-        step = as_number(entry.get("step"))
+        step = _step(entry)
         if metrics and step is not None:
-            found.setdefault(int(step), {}).update(metrics)
+            found.setdefault(step, {}).update(metrics)
     return found
 
 
 def logged_numbers(log_history: Iterable[Mapping[str, Any]], name: str) -> dict[int, float]:
     """What was logged under a name, by step, as far as these are numbers; of a step's values the last counts."""
-    found = ((as_number(entry.get("step")), as_number(entry.get(name))) for entry in log_history)
-    return {int(step): value for step, value in found if step is not None and value is not None}
+    found = ((_step(entry), as_number(entry.get(name))) for entry in log_history)
+    return {step: value for step, value in found if step is not None and value is not None}
+
+
+def _step(entry: Mapping[str, Any]) -> int | None:
+    step = as_number(entry.get("step"))
+    return int(step) if step is not None and math.isfinite(step) else None
 
 
 def numbers_of(values: Mapping[str, Any]) -> dict[str, float]:
@@ -192,8 +197,7 @@ def as_number(value: Any) -> float | None:
     """A number of Python, NumPy or a tensor with one element as `float`; `None` for everything else."""
     try:
         value = value.item() if hasattr(value, "item") else value
-        is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        return float(value) if is_number else None
+        return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else None
     except (ArithmeticError, RuntimeError, TypeError, ValueError):  # more elements than one, more digits than a float's
         return None
 

@@ -21,7 +21,7 @@ def write_or_warn(file: Path, write: Callable[[], object], reported: set[str]) -
         reported: the errors of which a warning told already; none is told twice, and a new one is added.
     """
     try:
-        before = file.read_bytes() if file.is_file() else None
+        before = file.read_bytes() if file.exists() else None
         try:
             write()
         except Exception:

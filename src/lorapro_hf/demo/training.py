@@ -24,6 +24,7 @@ from lorapro_hf.arguments import LoRAProTrainingArguments
 from lorapro_hf.demo.evaluation import Score
 from lorapro_hf.demo.problems import Example
 from lorapro_hf.demo.settings import DemoSettings, Method
+from lorapro_hf.hub.card import without_card_of_peft
 from lorapro_hf.trainer import LoRAProTrainer
 
 MB = 1e6
@@ -179,9 +180,12 @@ def train_method(
         if trainer.optimizer is not None:
             result.optimizer_state_mb = state_bytes(trainer.optimizer) / MB
         result.interrupted = stop.made
-        # "auto" would ask the hub about the base model
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        with without_card_of_peft(model):  # "auto" would ask the hub about the base model
+            model.save_pretrained(str(folder), save_embedding_layers=False)
         tokenizer.save_pretrained(str(folder))
+        if method.lora_pro_mode is not None:
+            data = {"dataset": "word problems"} if settings.dataset is None else {"dataset_tags": settings.dataset}
+            trainer.create_model_card(model_name=method.title, **data)
     del trainer
     gc.collect()  # the moments of full mode are as large as the model
     return result

@@ -43,19 +43,23 @@ def save_adapter(
     Raises:
         TypeError: the model is no PEFT model.
     """
-    _require_peft(model)
     folder = Path(folder)
-    with without_card_of_peft(model):
-        model.save_pretrained(str(folder))
-    if processing_class is not None:
-        processing_class.save_pretrained(str(folder))
-    Settings.of(settings).save(folder)
+    _save_without_card(model, settings, folder, processing_class)
 
     def write() -> None:
         if not is_ours(folder / CARD) and is_replaceable(folder / CARD):
             create_model_card(model, settings, folder, processing_class=processing_class)
 
     write_or_warn(folder / CARD, write, set())
+
+
+def _save_without_card(model: Any, settings: Any, folder: Path, processing_class: Any) -> None:
+    _require_peft(model)
+    with without_card_of_peft(model):
+        model.save_pretrained(str(folder))
+    if processing_class is not None:
+        processing_class.save_pretrained(str(folder))
+    Settings.of(settings).save(folder)
 
 
 def create_model_card(
@@ -161,10 +165,11 @@ def push_adapter(
         huggingface_hub.errors.HfHubHTTPError: the Hub refused; the message says what to do. The folder is
             complete then.
     """
-    save_adapter(model, settings, folder, processing_class=processing_class)
+    folder = Path(folder)
+    _save_without_card(model, settings, folder, processing_class)
     about |= {"repo_id": repo_id, "processing_class": processing_class}
     inspect.signature(create_model_card).bind(model, settings, folder, **about)
-    write_or_warn(Path(folder, CARD), lambda: create_model_card(model, settings, folder, **about), set())
+    write_or_warn(folder / CARD, lambda: create_model_card(model, settings, folder, **about), set())
     with explained(f"The adapter and its card are complete in {folder}."):
         repo = create_repo(repo_id, private=private, token=token, exist_ok=True)
         make_branch(repo.repo_id, revision, token)

@@ -19,7 +19,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-PATIENCE = 120
+PATIENCE = 240
 # What a training would import for itself, the first being optional.
 IMPORTED_LATER = ("deepspeed", "transformers.models.llama.modeling_llama", "peft.tuners.lora.bnb")
 
@@ -37,7 +37,7 @@ class Nursery:
     def close(self) -> None:
         assert self.process.stdin and self.process.stdout
         self.process.stdin.close()
-        self.process.wait(timeout=10)
+        self.process.wait(timeout=PATIENCE)
         self.process.stdout.close()
 
     def run(self, folder: Path, **job: Any) -> list[int]:

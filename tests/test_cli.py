@@ -75,7 +75,7 @@ def test_help_needs_no_library():
     code = (
         f"import sys, lorapro_hf.cli as c; c.build_parser(); print([name for name in {heavy} if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.strip() == "[]"
 
 
@@ -162,7 +162,7 @@ def test_a_reader_that_has_seen_enough():
         [sys.executable, "-m", "lorapro_hf.cli", "train", "--list"],
         stdout=write,
         stderr=subprocess.PIPE,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     os.close(write)

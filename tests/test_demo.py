@@ -323,11 +323,10 @@ def test_ctrl_c_on_the_command_line(tiny: str, tmp_path: Path) -> None:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     signal.signal(signal.SIGINT, default)
     try:
-        deadline = time.monotonic() + 120
-        while not (output / "lora").exists() and process.poll() is None and time.monotonic() < deadline:
+        while not (output / "lora").exists() and process.poll() is None:
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=240)
     finally:
         process.kill()
     assert process.returncode == 130, err

@@ -315,7 +315,7 @@ def test_functions_are_judged_by_their_tests(
 ) -> None:
     def write(prompt: str) -> str:
         if "most" in prompt:
-            return "    while True: pass"
+            return "    raise ValueError"
         head = "def same(x):\n" if style == "alpaca" and "same" in prompt else "def more(x):\n"
         body = "    return x" if style != "chat" else "\n    return x"
         return (head if style == "alpaca" else "") + body
@@ -329,7 +329,7 @@ def test_functions_are_judged_by_their_tests(
         str(path),
         prompt_style=style,
         allow_code_execution=True,
-        sandbox=Sandbox(Limits(seconds=1.5)),
+        sandbox=Sandbox(Limits(seconds=60)),
         solving=Solving(samples_file=samples_file),
     )
     assert found["pass@1"] == pytest.approx(1 / 3) and found["problems"] == 3

@@ -184,7 +184,7 @@ def test_import_rule_allows(module: str, source: str) -> None:
 
 
 def run_python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=120).stdout
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, timeout=300).stdout
 
 
 def test_optimizer_loads_without_transformers_and_peft() -> None:

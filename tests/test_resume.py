@@ -121,7 +121,8 @@ def test_killed_at_random_moments(nursery: Nursery, tmp_path: Path):
     for attempt in range(12):
         complete = [path for path in folder.glob("checkpoint-*") if find_flaw(path) is None]
         resume = str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
-        after = moments.uniform(0.2, 0.8) if attempt < 11 else None
+        after = moments.uniform(0.2, 0.8) if attempt else 0.0  # at first before it can end, however fast it is
+        after = after if attempt < 11 else None
         (code,) = nursery.run(folder, resume=resume, kill_after=after, **job)
         assert code in (0, -9), (folder / "log-0").read_text()[-3000:]
         kills += code == -9

@@ -48,6 +48,8 @@ class HubMixin(_Base):
     """
 
     lora_pro_config: LoRAProConfig | None = None
+    loaded_best_checkpoint: str | None = None
+    """The checkpoint whose weights the model has since the end of a training; `None` where it has the last step's."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """As the parent, which would lose tags of the card that is there; with the settings beside the adapter."""
@@ -140,7 +142,7 @@ class HubMixin(_Base):
     def _told(self, given: Mapping[str, Any], card: ModelCard) -> Training:
         """What arguments of `create_model_card`, trainer and the parent's own card say."""
         args, state, metadata = self.args, self.state, card.data.to_dict()
-        loaded_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        best = self.loaded_best_checkpoint
         stated = _listed(given.get("dataset_tags")) or _listed(given.get("dataset_name"))
         datasets = stated or dataset_names(self.train_dataset) or _listed(metadata.get("datasets"))
         datasets = [name for name in datasets if name not in _GENERIC]
@@ -161,7 +163,7 @@ class HubMixin(_Base):
             data=" and ".join(_listed(given.get("dataset"))) or ("" if datasets else self._data()),
             evaluated_on=self._evaluated_on(given, datasets),
             log_history=state.log_history,
-            best_step=int(state.best_model_checkpoint.rsplit("-", 1)[-1]) if loaded_best else None,
+            best_step=int(best.rsplit("-", 1)[-1]) if best is not None else None,
             hyperparameters=self._hyperparameters(),
             processor=self.processing_class,
             trained_with=self._trained_with(),

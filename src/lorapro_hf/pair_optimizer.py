@@ -139,6 +139,31 @@ class PairOptimizer(torch.optim.Optimizer):
             self._check_groups(pair.name, *found[id(pair)])
         return found
 
+    def require_pairs(self, pairs: Sequence[LoRAPair]) -> None:
+        """Raise if the pairs that a model trains, as `find_lora_pairs` finds them, are not those of this optimizer.
+
+        Raises:
+            ValueError: pairs have come or gone since the optimizer was built, or their factors are new parameters.
+        """
+        held = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+        trained = {(id(pair.layer), pair.adapter_name) for pair in pairs}
+        come = [pair for pair in pairs if id(pair.A) not in held or id(pair.B) not in held]
+        gone = [pair for pair in self.pairs if (id(pair.layer), pair.adapter_name) not in trained]
+        found = [
+            f"{len(some)} {what}, to begin with {some[0].name} of adapter {some[0].adapter_name!r}"
+            for some, what in (
+                (come, "of the model are not in the optimizer"),
+                (gone, "of the optimizer are not trained"),
+            )
+            if some
+        ]
+        if found:
+            raise ValueError(
+                f"the model's LoRA pairs are not those that the optimizer was built for: {'; '.join(found)}. Adapters "
+                "were added, activated, deactivated, deleted or replaced since. Set trainer.optimizer = None, so that "
+                "an optimizer is built for the model as it is now, or make a new trainer."
+            )
+
     def _check_groups(self, name: str, position_A: int, position_B: int) -> None:
         """Raise if the two groups of a pair ask for what one pair of moments cannot give."""
         of_A, of_B = self.param_groups[position_A], self.param_groups[position_B]

@@ -216,7 +216,14 @@ def _factor(layer: Any, letter: str, adapter_name: str) -> nn.Parameter:
     modules = layer._modules
     holder = modules[f"lora_{letter}"]._modules.get(adapter_name)
     if holder is None:
-        return modules[f"lora_embedding_{letter}"][adapter_name]
+        embedded = modules[f"lora_embedding_{letter}"]
+        if adapter_name not in embedded:
+            raise RuntimeError(
+                f"the adapter {adapter_name!r} is no longer in the model: it was deleted after the optimizer had been "
+                "built. Delete it after the training; to train another adapter, build a new optimizer (in a trainer: "
+                "trainer.optimizer = None before train())."
+            )
+        return embedded[adapter_name]
     weight = holder._parameters.get("weight")
     return holder.weight if weight is None else weight
 

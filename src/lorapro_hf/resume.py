@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pickle
 import re
@@ -12,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
-from torch import nn
+from safetensors import SafetensorError
 
 from lorapro_hf.checkpoint import check_state_dict
+from lorapro_hf.loading import WEIGHTS, holds_weights, require_adapters, tensor_shapes
 from lorapro_hf.optimizer import LoRAProAdamW
 
 STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.pt"
 _NAME = r"checkpoint-(\d+)"
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "pytorch_model.bin")
 _WRITTEN_BY_TORCH = (OPTIMIZER, SCHEDULER, "scaler.pt", "rng_state*.pth", "adapter_model.bin", "*/adapter_model.bin")
 _WRITTEN_BY_SAFETENSORS = ("adapter_model.safetensors", "*/adapter_model.safetensors")
 
@@ -51,8 +48,8 @@ def find_flaw(folder: Path, by_engine: bool = False) -> str | None:
         return f"{file.relative_to(folder)} is cut off or damaged ({damage})"
     if by_engine:
         return None
-    if not any(any(folder.glob(pattern)) for name in _WEIGHTS for pattern in (name, f"{name}.index.json", f"*/{name}")):
-        return f"{_WEIGHTS[0]} is missing"
+    if not holds_weights(folder):
+        return f"{WEIGHTS[0]} is missing"
     needed = (OPTIMIZER, SCHEDULER, "rng_state*.pth")
     absent = [name for name in needed if not any(folder.glob(name))]
     if absent and len(absent) < len(needed):  # save_only_model leaves out all of them
@@ -74,8 +71,10 @@ def require_same_training(folder: Path, optimizer: LoRAProAdamW | None, model: A
     Raises:
         ValueError: it is of another mode, rank or model, or of another optimizer.
     """
-    if isinstance(model, PeftModel):
-        _check_adapters(folder, model)
+    try:
+        require_adapters(folder, model)
+    except ValueError as error:
+        raise ValueError(f"cannot resume from {error}") from error
     file = folder / OPTIMIZER
     if not file.is_file():
         return False
@@ -85,31 +84,6 @@ def require_same_training(folder: Path, optimizer: LoRAProAdamW | None, model: A
         except ValueError as error:
             raise ValueError(f"cannot resume from {file}: {error}") from error
     return True
-
-
-@contextlib.contextmanager
-def kept_dtypes(model: nn.Module) -> Iterator[None]:
-    """Let what is trained keep its dtype: PEFT makes float32 of adapters in bfloat16 or float16 that it loads."""
-    before = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
-    yield
-    for name, parameter in model.named_parameters():
-        if parameter.dtype != before.get(name, parameter.dtype):
-            parameter.data = parameter.data.to(before[name])  # without loss: it has been saved in that dtype
-
-
-def load_passed_over(folder: Path, model: nn.Module) -> None:
-    """Load the adapter named default, which transformers 4 passes over where it has loaded others beside it.
-
-    Args:
-        folder: the checkpoint, of which PEFT keeps that adapter at the top and each other one in a folder of its name.
-        model: the model that the others have been loaded into.
-    """
-    if not isinstance(model, PeftModel) or "default" not in model.peft_config or len(model.peft_config) == 1:
-        return
-    if any((folder / name).is_file() for name in _WEIGHTS[:2]):
-        active = model.active_adapters
-        model.load_adapter(str(folder), "default", is_trainable="default" in active)
-        model.set_adapter(active[0])
 
 
 def _damages(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -131,7 +105,7 @@ def _damages(folder: Path) -> Iterator[tuple[Path, str]]:
     for pattern in _WRITTEN_BY_SAFETENSORS:
         for file in sorted(folder.glob(pattern)):
             try:
-                _shapes(file)
+                tensor_shapes(file)
             except SafetensorError as error:
                 yield file, str(error)
 
@@ -149,30 +123,6 @@ def read_optimizer_state(file: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not {"state", "param_groups"} <= state.keys():
         raise ValueError("it holds no state of an optimizer")
     return state
-
-
-def _shapes(file: Path) -> dict[str, list[int]]:
-    with safe_open(file, framework="pt") as tensors:  # reads the header and compares it with the length
-        return {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-
-
-def _check_adapters(folder: Path, model: PeftModel) -> None:
-    """Raise if the file of an adapter has other tensors than the model; PEFT would load what fits, with a warning."""
-    for adapter in model.peft_config:
-        file = folder / ("" if adapter == "default" else adapter) / "adapter_model.safetensors"
-        if not file.is_file():
-            continue
-        found = _shapes(file)
-        # Embeddings are saved when the vocabulary has grown, and asking about that may need the network.
-        own = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-        for name, tensor in own.items():
-            if found.get(name) != list(tensor.shape):
-                there = f"has shape {found[name]}" if name in found else "is missing"
-                raise ValueError(
-                    f"cannot resume from {file}: {name} {there} in the checkpoint, but has shape {list(tensor.shape)} "
-                    "in the model. It is a checkpoint of another model or rank; resume with the model it was written "
-                    "for."
-                )
 
 
 def _way_out(folder: Path, by_engine: bool) -> str:

@@ -18,6 +18,7 @@ from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.diagnostics.callback import GradientGapCallback
 from lorapro_hf.factory import LoRAProOptimizerFactory, create_lorapro_optimizer
 from lorapro_hf.hub.saving import HubMixin
+from lorapro_hf.loading import LoadingMixin, require_savable
 from lorapro_hf.memory import readable_bytes
 from lorapro_hf.optimizer import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.pairs import find_lora_pairs
@@ -25,8 +26,6 @@ from lorapro_hf.resume import (
     OPTIMIZER,
     SCHEDULER,
     STATE,
-    kept_dtypes,
-    load_passed_over,
     require_complete,
     require_same_training,
 )
@@ -49,7 +48,7 @@ def _make_visible(package: logging.Logger) -> None:
         package.addHandler(logging.StreamHandler())
 
 
-class LoRAProTrainerMixin(HubMixin):
+class LoRAProTrainerMixin(LoadingMixin, HubMixin):
     """Makes any `Trainer` class train with LoRA-Pro; the trainer's class comes second.
 
     ```python
@@ -114,6 +113,7 @@ class LoRAProTrainerMixin(HubMixin):
                 self.args.lora_pro_gap_max_bytes or GAP_MAX_BYTES,
             ).attach(self)
         if self.lora_pro_config is not None and self.train_dataset is not None:  # evaluation needs no trainable pair
+            require_savable(self.model)
             find_lora_pairs(self.model)
 
     @property
@@ -210,10 +210,14 @@ class LoRAProTrainerMixin(HubMixin):
                     "training. Set trainer.optimizer = None first, or make a new trainer."
                 )
             return super().create_optimizer(*args, **kwargs)
+        if not self._is_by_engine:
+            require_savable(self.model)
         if self.optimizer is None:
             model = kwargs.get("model", args[0] if args else None)
             self.optimizer = self._build_lora_pro_optimizer(self.model if model is None else model)
             self._lora_pro_announced = False
+        elif not self._is_by_engine:
+            unwrap_optimizer(self.optimizer).require_pairs(find_lora_pairs(self.model))
         self._announce()
         return self.optimizer
 
@@ -242,6 +246,7 @@ class LoRAProTrainerMixin(HubMixin):
         Raises:
             ValueError: the checkpoint is not complete, or of another training. Nothing has been loaded then.
         """
+        self.loaded_best_checkpoint = None
         if resume_from_checkpoint:
             self._resolve_lora_pro()
         if resume_from_checkpoint and self.lora_pro_config is not None:
@@ -258,7 +263,7 @@ class LoRAProTrainerMixin(HubMixin):
                     callback.stop()
 
     def _check_checkpoint(self, folder: Path) -> None:
-        by_engine = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        by_engine = self._is_by_engine
         require_complete(folder, by_engine)
         if by_engine:
             return
@@ -277,19 +282,9 @@ class LoRAProTrainerMixin(HubMixin):
                 folder,
             )
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """As the parent, but adapters keep their precision, and none is passed over."""
-        if self.lora_pro_config is None:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        with kept_dtypes(model or self.model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-                load_passed_over(Path(resume_from_checkpoint), model or self.model)
-
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the parent, which would put the state of all ranks onto the device of each of them first."""
-        by_engine = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        by_engine = self._is_by_engine
         files = [Path(checkpoint, name) for name in (OPTIMIZER, SCHEDULER)] if checkpoint else []
         optimizer = unwrap_optimizer(self.optimizer)
         if by_engine or not files or not isinstance(optimizer, LoRAProAdamW) or not all(f.is_file() for f in files):
@@ -297,6 +292,13 @@ class LoRAProTrainerMixin(HubMixin):
             return
         for target, file in zip((self.optimizer, self.lr_scheduler), files, strict=True):
             target.load_state_dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent, in which a model whose adapter has been deleted meanwhile ends in a KeyError."""
+        optimizer = unwrap_optimizer(self.optimizer)
+        if isinstance(optimizer, LoRAProAdamW):
+            _ = optimizer.pairs[0].A  # says so
+        return super().training_step(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
         """As the parent; an older checkpoint in the same folder counts as unfinished from the first file on."""

@@ -50,6 +50,8 @@ class HubMixin(_Base):
     """
 
     lora_pro_config: LoRAProConfig | None = None
+    loaded_best_checkpoint: str | None = None
+    """The checkpoint whose weights the model has since the end of a training; `None` where it has the last step's."""
     _card_request: tuple[Mapping[str, Any], ModelCard | None] = ({}, None)
     _reported_of_cards: set[str] | None = None
     _explicit_branch: tuple[str, str | None] | None = None
@@ -190,7 +192,7 @@ class HubMixin(_Base):
     def _told(self, given: Mapping[str, Any], card: ModelCard) -> Training:
         """What arguments of `create_model_card`, trainer and the parent's own card say."""
         args, state, metadata = self.args, self.state, card.data.to_dict()
-        loaded_best = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        best = self.loaded_best_checkpoint
         stated = _listed(given.get("dataset_tags")) or _listed(given.get("dataset_name"))
         datasets = stated or dataset_names(self.train_dataset) or _listed(metadata.get("datasets"))
         datasets = [name for name in datasets if name not in _GENERIC and name_on_hub(name)]
@@ -211,7 +213,7 @@ class HubMixin(_Base):
             data=" and ".join(_listed(given.get("dataset"))) or ("" if datasets else self._data()),
             evaluated_on=self._evaluated_on(given, datasets),
             log_history=state.log_history,
-            best_step=int(state.best_model_checkpoint.rsplit("-", 1)[-1]) if loaded_best else None,
+            best_step=int(best.rsplit("-", 1)[-1]) if best is not None else None,
             hyperparameters=self._hyperparameters(),
             processor=self.processing_class,
             trained_with=self._trained_with(),

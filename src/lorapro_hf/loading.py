@@ -1,0 +1,255 @@
+"""How does a `Trainer` load the adapters of a checkpoint into the very parameters that its model has?
+
+Loading is saving read backwards. PEFT tells which tensors it would save of an adapter, and under which names. They
+share their memory with the model's parameters, and the values of the file are copied into them. PEFT's own
+`load_adapter` makes new parameters, in float32, of those in bfloat16 and float16, and an optimizer keeps the old ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import Trainer
+
+from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.pairs import survey_lora_pairs
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+WEIGHTS = (*ADAPTER_FILES, "model.safetensors", "pytorch_model.bin")
+_PREFIX = "base_model.model."  # PEFT's; transformers puts it before the names in the files that it writes itself
+
+logger = logging.getLogger(__name__)
+
+
+class LoadingMixin(_Base):
+    """The part of `LoRAProTrainerMixin` that loads a model's weights; while LoRA-Pro is off it is the parent."""
+
+    lora_pro_config: LoRAProConfig | None = None
+    loaded_best_checkpoint: str | None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        """As the parent, but all adapters are loaded, into the parameters that are there."""
+        parent = super()._load_from_checkpoint
+        if not self._loads_adapters(resume_from_checkpoint):
+            parent(resume_from_checkpoint, *args, **kwargs)
+            return
+        if _is_overridden(parent):
+            with left_alone(self.model):
+                parent(resume_from_checkpoint, *args, **kwargs)
+        load_adapters(Path(resume_from_checkpoint), self.model)
+
+    def _load_best_model(self) -> None:
+        """As the parent, but all adapters are loaded, into the parameters that are there; a failure is a warning."""
+        folder, parent = self.state.best_model_checkpoint, super()._load_best_model
+        if not self._loads_adapters(folder):
+            parent()
+            self.loaded_best_checkpoint = folder if self._is_by_engine or holds_weights(Path(folder)) else None
+            return
+        try:
+            if _is_overridden(parent):
+                with left_alone(self.model):
+                    parent()
+            load_adapters(Path(folder), self.model)
+        except Exception as error:  # whatever it is, a training that has come to its end does not fail for it
+            logger.warning(
+                "The best checkpoint could not be loaded: %s\nThe model keeps the weights of its last step, and the "
+                "model card tells of these.",
+                error,
+            )
+            return
+        self.model.eval()  # as the parent leaves it
+        self.loaded_best_checkpoint = folder
+
+    @property
+    def _is_by_engine(self) -> bool:
+        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    def _loads_adapters(self, folder: str) -> bool:
+        is_ours = self.lora_pro_config is not None and not self._is_by_engine
+        return is_ours and holds_adapters(Path(folder), self.model)
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """The names of the active adapters of a `PeftModel` or of `model.add_adapter`; none of any other model."""
+    if not (isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False)):
+        return []
+    active: Any = model.active_adapters  # a method where transformers has added the adapters
+    return list(active() if callable(active) else active)
+
+
+def adapter_files(folder: Path, model: nn.Module) -> dict[str, Path]:
+    """The files of a model's adapters in a checkpoint, by the adapters' names; those that are not there are left out.
+
+    PEFT keeps the adapter named default at the top and each other one in a folder of its name. transformers keeps the
+    active one of `model.add_adapter` at the top, whatever its name.
+    """
+    if isinstance(model, PeftModel):
+        places = {name: folder if name == "default" else folder / name for name in model.peft_config}
+    else:
+        places = dict.fromkeys(active_adapters(model)[:1], folder)
+    found = {
+        name: [place / file for file in ADAPTER_FILES if (place / file).is_file()] for name, place in places.items()
+    }
+    return {name: files[0] for name, files in found.items() if files}
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether a checkpoint that no engine has written holds the weights of a model or of adapters."""
+    patterns = [pattern for name in WEIGHTS for pattern in (name, f"{name}.index.json", f"*/{name}")]
+    return any(any(folder.glob(pattern)) for pattern in patterns)
+
+
+def holds_adapters(folder: Path, model: nn.Module) -> bool:
+    """Whether a model has adapters, and a checkpoint holds some."""
+    return bool(active_adapters(model)) and bool(_places(folder))
+
+
+def require_adapters(folder: Path, model: nn.Module) -> dict[str, Path]:
+    """Raise if a checkpoint of adapters lacks one that is trained, or holds one that does not fit.
+
+    Returns:
+        The files, as of `adapter_files`; none if it is no checkpoint of adapters, or the model has none.
+
+    Raises:
+        ValueError: the message begins with the folder or the file.
+    """
+    files = adapter_files(folder, model)
+    if holds_adapters(folder, model):
+        _require_trained(folder, model, files)
+    for adapter, file in files.items():
+        shapes = tensor_shapes(file)
+        for name, tensor in _tensors(model, adapter, shapes.keys()).items():
+            if shapes.get(name) != list(tensor.shape):
+                there = f"has shape {shapes[name]}" if name in shapes else "is missing"
+                raise ValueError(
+                    f"{file}: {name} {there} in the checkpoint, but has shape {list(tensor.shape)} in the model. It is "
+                    "a checkpoint of another model or rank; resume with the model it was written for."
+                )
+    return files
+
+
+@torch.no_grad()
+def load_adapters(folder: Path, model: nn.Module) -> None:
+    """Load every adapter of a model that a checkpoint holds; which are active, and which train, stays as it is.
+
+    Raises:
+        ValueError: the adapters do not fit. Nothing has been changed then.
+    """
+    contents = {adapter: _read(file) for adapter, file in require_adapters(folder, model).items()}
+    owned = {_address(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())}
+    copies: list[tuple[Tensor, Tensor]] = []
+    for adapter, content in contents.items():
+        for name, tensor in _tensors(model, adapter, content.keys()).items():
+            if _address(tensor) not in owned:
+                raise ValueError(f"{folder}: PEFT saves {name} as a copy, so that it cannot be loaded in place.")
+            copies.append((tensor, content[name]))
+    for tensor, value in copies:
+        tensor.copy_(value)
+
+
+def require_savable(model: nn.Module) -> None:
+    """Raise if transformers would save nothing of the adapters that are trained, or fail at it.
+
+    Raises:
+        ValueError: `torch.compile` is around the model, or several adapters of `model.add_adapter` are active.
+    """
+    if "_orig_mod" in dict(model.named_children()):
+        raise ValueError(
+            "the model is wrapped by torch.compile, of which transformers saves an adapter that nobody can load. Give "
+            "the trainer the model itself, and torch_compile=True to its arguments."
+        )
+    active = active_adapters(model)
+    if not isinstance(model, PeftModel) and len(active) > 1:
+        raise ValueError(
+            f"the adapters {active} of model.add_adapter are active at once, which transformers cannot save. Wrap the "
+            "model by peft.get_peft_model instead, add the others to that, and activate them by "
+            f"model.base_model.set_adapter({active})."
+        )
+
+
+@contextlib.contextmanager
+def left_alone(model: Any) -> Iterator[None]:
+    """Keep a trainer's own way of loading away from the adapters, while it does what else it does."""
+    model.load_adapter = model.set_adapter = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del model.load_adapter, model.set_adapter
+
+
+def tensor_shapes(file: Path) -> dict[str, list[int]]:
+    """The shapes of the tensors in the file of an adapter, by name.
+
+    Raises:
+        SafetensorError: a file of that kind is cut off or damaged.
+    """
+    if file.suffix == ".bin":
+        return {name: list(tensor.shape) for name, tensor in _read(file).items()}
+    with safe_open(file, framework="pt") as tensors:  # reads the header and compares it with the length
+        return {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+
+
+def _is_overridden(method: Any) -> bool:
+    """Whether a bound method of a trainer is not transformers' own."""
+    return getattr(method, "__func__", None) is not getattr(Trainer, method.__name__)
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".bin":
+        return dict(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
+    return load_file(file)
+
+
+def _tensors(model: nn.Module, adapter: str, names: Collection[str]) -> dict[str, Tensor]:
+    """The parameters that a file of an adapter holds, by their names there.
+
+    Args:
+        model: the model, unwrapped.
+        adapter: the adapter's name.
+        names: the names in the file. Embeddings are among them when the vocabulary has grown.
+    """
+    prefix = "" if isinstance(model, PeftModel) else _PREFIX
+
+    def saved(embeddings: bool) -> dict[str, Tensor]:  # never "auto", which may ask the hub
+        state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=embeddings)
+        return {prefix + name: tensor for name, tensor in state.items()}
+
+    found = saved(embeddings=False)
+    if not set(names) <= found.keys():
+        found |= {name: tensor for name, tensor in saved(embeddings=True).items() if name in names}
+    return found
+
+
+def _require_trained(folder: Path, model: nn.Module, files: Collection[str]) -> None:
+    """Raise if a checkpoint holds adapters, but not all that are trained."""
+    missing = sorted({pair.adapter_name for pair in survey_lora_pairs(model)[0]} - set(files))
+    if missing:
+        held = sorted("default" if place == folder else place.name for place in _places(folder))
+        raise ValueError(
+            f"{folder}: the model trains the adapter {missing[0]!r}, but the checkpoint holds {held}. Give the adapter "
+            f"the name that it had: get_peft_model(model, config, adapter_name={held[0]!r})."
+        )
+
+
+def _places(folder: Path) -> set[Path]:
+    """The folders of the adapters that a checkpoint holds."""
+    return {file.parent for name in ADAPTER_FILES for file in (*folder.glob(name), *folder.glob(f"*/{name}"))}
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -330,7 +330,7 @@ def test_groups_added_without_names_get_some():
     optimizer.step()
     assert torch.allclose(first, torch.full((3,), 0.9)) and torch.equal(second, torch.ones(2))
     again, resumed, added = build()
-    resumed.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     again.load_state_dict(model.state_dict())
     added[0].data.copy_(first.data)
     for each, held, parameter in ((model, optimizer, first), (again, resumed, added[0])):

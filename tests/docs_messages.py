@@ -1,8 +1,9 @@
-"""What do the exceptions of the package say? Read from its source, so that the page on error messages cannot lag."""
+"""What do the exceptions and warnings of the package say? Read from its source, so that the docs cannot lag."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import NamedTuple
 
 SOURCE = Path(__file__).parent.parent / "src" / "lorapro_hf"
 VARIES = "…"
+WARNING = "Warning"
 _REASONS = ("refusals.py", "resume.py")
 
 
@@ -23,19 +25,23 @@ class Message(NamedTuple):
 
 @cache
 def messages() -> list[Message]:
-    """Of every exception that is built anywhere in the package, and the reasons that functions give to be raised."""
+    """Of every exception that is built anywhere in the package, the reasons that functions give, and all warnings."""
     found = []
     for path in sorted(SOURCE.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         names = _Names(tree)
         for node in ast.walk(tree):
-            given: list[ast.expr] = []
+            given, name = list[ast.expr](), ""
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and _is_exception(node.func.id):
                 given, name = node.args[:1], node.func.id
             elif isinstance(node, ast.FunctionDef) and path.name in _REASONS and _says_why(node):
                 given, name = list(_returned(node)), "ValueError"
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "logger.warning":
+                given, name = node.args[:1], WARNING
             where = f"{path.relative_to(SOURCE).as_posix()}:{getattr(node, 'lineno', 0)}"
-            found += [Message(name, text, where) for each in given for text in _texts(each, names)]
+            texts = [text for each in given for text in _texts(each, names)]
+            texts = [re.sub("%[sd]", VARIES, text) for text in texts] if name == WARNING else texts
+            found += [Message(name, text, where) for text in texts]
     return found
 
 

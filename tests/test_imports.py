@@ -26,7 +26,7 @@ FLOORS = (
     ("factored", "pairs"),
     ("stacks", "gradients"),
     ("moments", "shares"),
-    ("steps", "checkpoint", "memory", "consolidation"),
+    ("steps", "checkpoint", "memory", "consolidation", "first_steps"),
     ("ordinary", "pair_gradients", "pair_optimizer"),
     ("optimizer",),
     ("factory", "zero"),

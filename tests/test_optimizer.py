@@ -272,3 +272,98 @@ def test_settings_of_a_group_are_checked_too():
     pairs = find_lora_pairs(model)
     with pytest.raises(ValueError, match="lr=-1 must be"):
         LoRAProAdamW([{"params": [p for p in model.parameters() if p.requires_grad], "lr": -1}], pairs)
+
+
+# ---- closures, names and what is printed ----
+
+
+@both_modes
+def test_a_closure_is_called_once_before_gradients_are_read(mode):
+    if mode == "full_8bit":
+        pytest.importorskip("bitsandbytes")
+    closed, plain = small_model(), small_model()
+    one, two = (create_lorapro_optimizer(model, lr=1e-2, mode=mode) for model in (closed, plain))
+    for step in range(3):
+        calls = []
+
+        def closure(step=step, calls=calls):  # as PyTorch Lightning's: clears, computes, runs backward
+            calls.append(torch.is_grad_enabled())
+            return backward(closed, step)
+
+        assert one.step(closure=closure) == backward(plain, step)
+        assert two.step() is None and calls == [True]
+    assert_same(snapshot(one), snapshot(two))
+
+
+def test_a_closure_that_does_nothing():
+    """What PyTorch Lightning hands in under manual optimization."""
+    closed, plain = small_model(), small_model()
+    one, two = (create_lorapro_optimizer(model, lr=1e-2) for model in (closed, plain))
+    for model, optimizer, given in ((closed, one, {"closure": lambda: None}), (plain, two, {})):
+        backward(model)
+        assert optimizer.step(**given) is None
+    assert_same(snapshot(one), snapshot(two))
+
+
+def test_a_closure_that_fails_changes_nothing():
+    model = small_model()
+    optimizer = create_lorapro_optimizer(model, lr=1e-2)
+    before = snapshot(optimizer)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0)
+    assert_same(before, snapshot(optimizer))
+
+
+def test_groups_added_without_names_get_some():
+    def build():
+        model = small_model()
+        optimizer = create_lorapro_optimizer(model, lr=1e-2)
+        added = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
+        optimizer.add_param_group({"params": added[0], "lr": 0.1})
+        optimizer.add_param_group({"params": iter(added[1:])})
+        return model, optimizer, added
+
+    model, optimizer, (first, second) = build()
+    assert [group["param_names"] for group in optimizer.param_groups[3:]] == [["param_group_3.0"], ["param_group_4.0"]]
+    backward(model)
+    first.grad = torch.ones(3)
+    optimizer.step()
+    assert torch.allclose(first, torch.full((3,), 0.9)) and torch.equal(second, torch.ones(2))
+    again, resumed, added = build()
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    again.load_state_dict(model.state_dict())
+    added[0].data.copy_(first.data)
+    for each, held, parameter in ((model, optimizer, first), (again, resumed, added[0])):
+        backward(each, 1)
+        parameter.grad = torch.full((3,), 2.0)
+        held.step()
+    assert_same(snapshot(optimizer), snapshot(resumed))
+
+
+def test_factors_and_earlier_groups_without_names_get_some():
+    model = small_model()
+    pairs = find_lora_pairs(model)
+    groups = [{"params": [pairs[0].A, pairs[0].B]}, {"params": [("x", nn.Parameter(torch.ones(1)))]}]
+    optimizer = LoRAProAdamW([*groups, {"params": [pairs[1].A, ("B", pairs[1].B)]}], pairs)
+    names = dict(map(reversed, model.named_parameters()))
+    given = [[names[pairs[0].A], names[pairs[0].B]], ["x"], [names[pairs[1].A], "B"]]
+    assert [group["param_names"] for group in optimizer.param_groups] == given
+    taken_over = LoRAProAdamW([{**group} for group in optimizer.param_groups], pairs)
+    assert [group["param_names"] for group in taken_over.param_groups] == given
+    unnamed = LoRAProAdamW([p for p in model.parameters() if p.requires_grad], pairs)
+    unnamed.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    assert not any("param_names" in group for group in unnamed.param_groups)
+
+
+def test_print_is_a_handful_of_lines():
+    optimizer = create_lorapro_optimizer(small_model(), 1e-2, mode="factored", update="sequential", weight_decay=0.1)
+    assert repr(optimizer).splitlines() == [
+        "LoRAProAdamW (",
+        "    2 pairs, mode=factored, update=sequential, trust_region=0.03",
+        "    group 0: lr=0.01, weight_decay=0.1, parameters=4",
+        "    group 1: lr=0.01, weight_decay=0.1, parameters=1",
+        "    group 2: lr=0.01, weight_decay=0, parameters=3",
+        ")",
+    ]
+    plain = create_lorapro_optimizer(small_model(), torch.tensor(1e-2), config={"mode": "efficient"})
+    assert "mode=efficient, update=linear (sylvester)\n    group 0: lr=0.01," in repr(plain)

@@ -75,13 +75,16 @@ def test_bad_construction(changes, message):
         ({"backend": "cuda"}, "backend='cuda' is unknown; valid values are 'auto', 'torch', 'compiled', 'triton'"),
         ({"mode": "full_8bit", "moments_dtype": "bfloat16"}, "is for mode 'full' only, not for mode 'full_8bit'"),
         ({"mode": "factored", "backend": "torch"}, "backend='torch' is for modes 'full' and 'full_8bit'"),
-        ({"trust_region": True}, "trust_region=True must be a number such as 0.1, 0 for no limit"),
-        ({"trust_region": -0.1}, "trust_region=-0.1 must be a number such as 0.1, 0 for no limit"),
-        ({"trust_region": float("inf")}, "trust_region=inf must be a number such as 0.1, 0 for no limit"),
+        ({"trust_region": True}, "trust_region=True must be a share below 1 such as 0.1, 0 for no limit"),
+        ({"trust_region": -0.1}, "trust_region=-0.1 must be a share below 1 such as 0.1, 0 for no limit"),
+        ({"trust_region": float("inf")}, "trust_region=inf must be a share below 1 such as 0.1, 0 for no limit"),
+        ({"trust_region": 1}, "trust_region=1 must be a share below 1.*may undo the rest of the step"),
+        ({"trust_region": 3.0}, r"trust_region=3\.0 must be a share below 1"),
         ({"mode": "efficient", "trust_region": 0.1}, "is for modes 'full', 'full_8bit' and 'factored'"),
         ({"rtol": 2.0}, r"rtol=2.0 must be a number in \[0, 1\)"),
         ({"rtol": "1e-6"}, r"rtol='1e-6' must be a number in \[0, 1\)"),
-        ({"modus": "full"}, r"\['modus'\] are no LoRA-Pro settings; the settings are \['mode'"),
+        ({"modus": "full"}, r"\['modus'\] are no LoRA-Pro settings \(did you mean 'mode'\?\); the settings are \["),
+        ({"lr": 1e-3}, r"\['lr'\] are no LoRA-Pro settings; the settings are \['mode'"),
     ],
 )
 def test_bad_config(settings, message):
@@ -109,13 +112,30 @@ def test_different_moments_settings_for_one_pair_are_refused_in_full_mode():
     LoRAProAdamW(groups, [pair], config=LoRAProConfig(mode="efficient"))
 
 
-def test_closure_is_refused():
+def test_closure_is_refused_where_an_engine_steps():
     model = small_model()
     optimizer = create_lorapro_optimizer(model, lr=1e-2)
-    before = snapshot(optimizer)
-    with pytest.raises(ValueError, match=r"takes no closure.*loss\.backward\(\) before step\(\)"):
-        optimizer.step(lambda: backward(model))
-    assert_same(before, snapshot(optimizer))
+    optimizer.engine_step = optimizer.step_pairs
+    with pytest.raises(RuntimeError, match=r"no closure under DeepSpeed.*engine\.backward\(loss\) and engine"):
+        optimizer.step(lambda: pytest.fail("the closure ran"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"modus": "full"}, r"\['modus'\] are no LoRA-Pro settings \(did you mean 'mode'\?\); the settings are \["),
+        ({"weigth_decay": 0.1}, r"\['weigth_decay'\] are no LoRA-Pro settings \(did you mean 'weight_decay'\?\)"),
+        ({"mode": "full", "config": {}}, r"config= and mode= both hold settings of LoRA-Pro\. Put all of them"),
+        ({"trust_region": 3}, "trust_region=3 must be a share below 1"),
+    ],
+)
+@pytest.mark.parametrize("build", [create_lorapro_optimizer, LoRAProOptimizerFactory()])
+def test_bad_keywords(build, settings, message):
+    with pytest.raises(ValueError, match=message):
+        build(LINEAR.build(), lr=1e-2, **settings)
+    if build is create_lorapro_optimizer:
+        with pytest.raises(ValueError, match=message):
+            construct(**settings)
 
 
 @both_modes
@@ -142,8 +162,9 @@ def test_parameters_swapped_under_the_optimizer_are_refused():
 
 def test_factory():
     model = LINEAR.build()
-    optimizer = LoRAProOptimizerFactory()(model, lr=3e-3, config={"mode": "efficient"})
-    assert isinstance(optimizer, LoRAProAdamW) and optimizer.config.mode == "efficient"
+    for settings in ({"config": {"mode": "efficient"}}, {"mode": "efficient"}):
+        optimizer = LoRAProOptimizerFactory()(model, lr=3e-3, **settings)
+        assert isinstance(optimizer, LoRAProAdamW) and optimizer.config.mode == "efficient"
     with pytest.raises(ValueError, match="needs the learning rate"):
         LoRAProOptimizerFactory()(model)
     with pytest.raises(TypeError, match=r"from transformers 5 on.*optimizers=\(create_lorapro_optimizer"):

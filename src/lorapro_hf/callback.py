@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState, is_initialized
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.first_steps import FirstSteps
 from lorapro_hf.optimizer import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.pair_gradients import project_pair_gradients_
 from lorapro_hf.pairs import LoRAPair, find_lora_pairs
@@ -48,8 +49,9 @@ class LoRAProCallback(TrainerCallback):
     The optimizer then sees the adjusted gradients, its moments included: with AdamW this is LoRA-Pro's efficient mode.
     `Trainer` has clipped the raw gradients to `max_grad_norm` before the callback sees them; the adjusted gradients
     are not clipped again. Gradients that are not finite reach the optimizer as such: whether to skip the step is its
-    affair, or the gradient scaler's. Optimizers that step during the backward pass (LOMO, layer-wise GaLore) leave no
-    gradients to rewrite and are refused at the first step.
+    affair, or the gradient scaler's. A warning names the pairs that had no gradient in the first ten steps.
+    Optimizers that step during the backward pass (LOMO, layer-wise GaLore) leave no gradients to rewrite and are
+    refused at the first step.
 
     In a loop of your own, call `project_pair_gradients_(pairs, config)` between `backward()` and `optimizer.step()`
     instead, from `lorapro_hf.pair_gradients`, with `pairs = find_lora_pairs(model)`.
@@ -90,6 +92,7 @@ class LoRAProCallback(TrainerCallback):
         self.config = config
         self.last_grad_norm: torch.Tensor | None = None
         self._pairs: list[LoRAPair] = []
+        self._first_steps = FirstSteps([])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -115,6 +118,7 @@ class LoRAProCallback(TrainerCallback):
                 )
             require_supported_engine(engine, "drop LoRAProCallback")
         self._pairs = find_lora_pairs(kwargs["model"])
+        self._first_steps = FirstSteps(self._pairs)
         self.last_grad_norm = None
 
     def on_pre_optimizer_step(
@@ -126,7 +130,8 @@ class LoRAProCallback(TrainerCallback):
                 "LoRAProCallback has seen no start of training. Call its on_train_begin(args, state, control, "
                 "model=model, optimizer=optimizer) first, or use project_pair_gradients_ in a loop of your own."
             )
-        if all(pair.gradients() is None for pair in self._pairs):
+        has_gradient = [pair.has_gradient for pair in self._pairs]
+        if not any(has_gradient):
             raise RuntimeError(
                 f"None of the {len(self._pairs)} LoRA pairs has a gradient before the optimizer's step: the engine "
                 "(DeepSpeed) keeps them to itself, the optimizer steps during the backward pass (LOMO, layer-wise "
@@ -134,3 +139,11 @@ class LoRAProCallback(TrainerCallback):
                 "the backward pass and no DeepSpeed, or drop LoRAProCallback."
             )
         self.last_grad_norm = project_pair_gradients_(self._pairs, self.config)
+        if self._first_steps.count(has_gradient, self.last_grad_norm):
+            self._first_steps.warn()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Warn of pairs without gradients, if the training was too short for a warning before."""
+        self._first_steps.warn()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from typing import Any
 
 MODES = ("full", "full_8bit", "factored", "efficient")
@@ -12,6 +13,8 @@ UPDATES = ("linear", "sequential")
 MOMENTS_DTYPES = ("float32", "bfloat16")
 BACKENDS = ("auto", "torch", "compiled", "triton")
 TRUST_REGION = 0.03  # of every mode that has one, where the settings leave it open
+# What may stand beside the settings as keywords, for those who mistype it.
+_BESIDE_SETTINGS = ("lr", "betas", "eps", "weight_decay", "decay_parameters", "check_memory", "saved_collectively")
 
 
 def check_choice(name: str, value: object, valid: tuple[object, ...]) -> None:
@@ -45,8 +48,9 @@ class LoRAProConfig:
             first order: what would exceed it is shortened, all of a linear step, the part of A of a sequential one.
             It acts while B is small, mostly for some 30 to 100 steps, as a warm-up that each weight has for itself,
             and makes learning rates usable that are too high otherwise; a larger limit acts for a shorter time.
-            `None` is 0.03, `0` no limit, which is the paper's step. Mode `"efficient"` has none: there AdamW decides
-            how far the factors move.
+            From 1 on the product may undo the change to first order, so that such limits are refused. `None` is 0.03,
+            `0` no limit, which is the paper's step. Mode `"efficient"` has none: there AdamW decides how far the
+            factors move.
         moments_dtype: `"bfloat16"` halves the memory of mode `"full"`, its only user. The second moment is then rounded
             stochastically: rounding to the nearest would freeze it.
         backend: What computes the update of moments of the size of the weight (modes `"full"` and `"full_8bit"`).
@@ -63,7 +67,7 @@ class LoRAProConfig:
 
     Raises:
         ValueError: for an unknown choice, a combination that has no meaning, an `rtol` outside `[0, 1)`, or
-            a `trust_region` that is negative or no number.
+            a `trust_region` outside `[0, 1)`.
     """
 
     mode: str = "full"
@@ -103,10 +107,10 @@ class LoRAProConfig:
 
     def _check_trust_region(self) -> None:
         limit = self.trust_region
-        if isinstance(limit, bool) or not (isinstance(limit, int | float) and 0.0 <= limit < float("inf")):
+        if isinstance(limit, bool) or not (isinstance(limit, int | float) and 0.0 <= limit < 1.0):
             raise ValueError(
-                f"trust_region={self.trust_region!r} must be a number such as 0.1, 0 for no limit, or None for "
-                f"{TRUST_REGION:g}."
+                f"trust_region={self.trust_region!r} must be a share below 1 such as 0.1, 0 for no limit, or None for "
+                f"{TRUST_REGION:g}: from 1 on, the product of both changes may undo the rest of the step."
             )
         if self.trust_region and self.mode == "efficient":
             raise ValueError(
@@ -139,13 +143,21 @@ class LoRAProConfig:
         return f"sequential ({self.x_mode})" if self.mode == "efficient" else "sequential"
 
     @classmethod
-    def of(cls, settings: LoRAProConfig | Mapping[str, Any] | None) -> LoRAProConfig:
-        """`settings` as a `LoRAProConfig`: as it is, from a dictionary, or the default for `None`.
+    def of(cls, settings: LoRAProConfig | Mapping[str, Any] | None = None, /, **keywords: Any) -> LoRAProConfig:
+        """`settings` as a `LoRAProConfig`: as it is, from a dictionary or from keywords, or the default for `None`.
 
         Raises:
             TypeError: if it is anything else.
-            ValueError: as in `from_dict`.
+            ValueError: as in `from_dict`, and for `settings` and keywords together.
         """
+        if keywords:
+            _require_known(keywords, [field.name for field in fields(cls)], _BESIDE_SETTINGS)
+            if settings is not None:
+                raise ValueError(
+                    f"config= and {', '.join(f'{name}=' for name in keywords)} both hold settings of LoRA-Pro. Put all "
+                    "of them into config=, or drop it."
+                )
+            return cls(**keywords)
         if settings is None or isinstance(settings, Mapping):
             return cls.from_dict(settings or {})
         if not isinstance(settings, cls):
@@ -166,8 +178,14 @@ class LoRAProConfig:
         Raises:
             ValueError: for an entry that is no setting of LoRA-Pro.
         """
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(settings) - set(known))
-        if unknown:
-            raise ValueError(f"{unknown} are no LoRA-Pro settings; the settings are {known}.")
+        _require_known(settings, [field.name for field in fields(cls)])
         return cls(**settings)
+
+
+def _require_known(names: Iterable[str], known: Sequence[str], beside: Sequence[str] = ()) -> None:
+    """Raise a `ValueError` for a name that is not known; it names the nearest, also of those beside the settings."""
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        close = get_close_matches(unknown[0], (*known, *beside), n=1)
+        nearest = f" (did you mean {close[0]!r}?)" if close and close[0] not in unknown else ""
+        raise ValueError(f"{unknown} are no LoRA-Pro settings{nearest}; the settings are {list(known)}.")

@@ -17,8 +17,8 @@ from lorapro_hf.shares import Shares, everyone
 
 def create_lorapro_optimizer(
     model: nn.Module,
-    *,
     lr: float,
+    *,
     config: LoRAProConfig | Mapping[str, Any] | None = None,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -26,10 +26,15 @@ def create_lorapro_optimizer(
     decay_parameters: Collection[str] | None = None,
     check_memory: bool = True,
     saved_collectively: bool = False,
+    **settings: Any,
 ) -> LoRAProAdamW:
     """LoRA-Pro's optimizer for a PEFT model, with groups that decay and others (biases and norms) that do not.
 
     Factors are in groups of their own.
+
+    ```python
+    optimizer = create_lorapro_optimizer(model, lr=2e-5, mode="factored")
+    ```
 
     Args:
         model: a model with trainable LoRA adapters, already on its device.
@@ -42,12 +47,13 @@ def create_lorapro_optimizer(
         check_memory: refuse a mode whose state cannot fit into the memory that its devices have left.
         saved_collectively: whoever saves the state calls `consolidate_state_dict()` or `state_dict()` on all ranks, so
             that these may share it out unless the config says otherwise.
+        **settings: the settings one by one in the place of `config`, as above.
 
     Raises:
-        ValueError: the model has no trainable LoRA pair, or a setting is out of range.
+        ValueError: the model has no trainable LoRA pair, or a setting is unknown, out of range or given twice.
         StateTooLargeError: the state cannot fit; a `ValueError` too. It names the modes that would.
     """
-    config = LoRAProConfig.of(config)
+    config = LoRAProConfig.of(config, **settings)
     pairs = find_lora_pairs(model)
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if decay_parameters is None:
@@ -102,14 +108,27 @@ class LoRAProOptimizerFactory:
                 "LoRAProOptimizerFactory needs the learning rate: Trainer passes none on to an optimizer factory. Use "
                 'optimizer_cls_and_kwargs=(LoRAProOptimizerFactory, {"lr": args.learning_rate}).'
             )
-        collected = kwargs.get("saved_collectively", False)
-        if LoRAProConfig.of(kwargs.get("config")).shard_states and not collected and everyone() is not None:
+        config, others = take_settings(kwargs)
+        collected = others.get("saved_collectively", False)
+        if config is not None and config.shard_states and not collected and everyone() is not None:
             raise ValueError(
                 "shard_states=True needs a trainer that collects the state of all ranks when it saves, which a plain "
                 "Trainer does not: it asks rank 0 alone. Use LoRAProTrainer (or LoRAProTrainerMixin), or leave "
                 "shard_states out."
             )
-        return create_lorapro_optimizer(model, **kwargs)
+        return create_lorapro_optimizer(model, config=config, **others)
+
+
+def take_settings(kwargs: Mapping[str, Any]) -> tuple[LoRAProConfig | None, dict[str, Any]]:
+    """Keywords of `create_lorapro_optimizer` as settings of LoRA-Pro, `None` where none are given, and all others.
+
+    Raises:
+        ValueError: a setting is out of range or given twice.
+    """
+    settings = {name: value for name, value in kwargs.items() if name in LoRAProConfig.__dataclass_fields__}
+    others = {name: value for name, value in kwargs.items() if name not in settings and name != "config"}
+    given = kwargs.get("config")
+    return (None if given is None and not settings else LoRAProConfig.of(given, **settings)), others
 
 
 def _decaying_names(model: nn.Module) -> set[str]:

@@ -52,8 +52,12 @@ class LoRAProAdamW(PairOptimizer):
     (Steps that a `GradScaler` leaves out do not reach the optimizer, nor its count.) A pair that no backward reached is
     left out of the step.
 
-    Pairs of one shape are stepped together, and on CUDA no step waits for the device (with r beyond what the Triton
-    kernel of `lorapro_hf.kernels.triton_eigh` takes, or without Triton, once).
+    After the first ten steps one warning names the pairs that had no gradient in any of them, and one the number of
+    steps left out if that is half or more. A training that goes on from a checkpoint counts anew.
+
+    Pairs of one shape are stepped together, and on CUDA no step waits for the device but the tenth, for that warning
+    (with r beyond what the Triton kernel of `lorapro_hf.kernels.triton_eigh` takes, or without Triton, each step waits
+    once).
 
     Args:
         params: as for any optimizer, best as named parameters: `model.named_parameters()` or groups of them. It must
@@ -64,6 +68,7 @@ class LoRAProAdamW(PairOptimizer):
         eps: added to the denominator; both factors of a pair need the same, except in mode efficient.
         weight_decay: decoupled weight decay.
         config: mode and projection settings, a `LoRAProConfig` or a dictionary; default `LoRAProConfig()`.
+        **settings: the settings one by one in the place of `config`: `mode="factored"`.
 
     Raises:
         ValueError: no pairs, factors missing from `params`, or hyperparameters out of range.
@@ -80,8 +85,9 @@ class LoRAProAdamW(PairOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         config: LoRAProConfig | Mapping[str, Any] | None = None,
+        **settings: Any,
     ) -> None:
-        config = LoRAProConfig.of(config)
+        config = LoRAProConfig.of(config, **settings)
         if config.keeps_dense_moments:
             for pair in pairs:
                 require_backend(config.backend, pair.A.device, state_dtype(pair, config, "exp_avg"))
@@ -91,24 +97,36 @@ class LoRAProAdamW(PairOptimizer):
         super().__init__(params, pairs, defaults, config)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step, or none if a gradient is not finite.
 
+        Args:
+            closure: computes the loss and its gradients; called once, before any gradient is read. PyTorch Lightning
+                hands in its own.
+
+        Returns:
+            The closure's result, `None` without one.
+
         Raises:
-            ValueError: a closure is given, a scaling is 0, a factor is not finite or lost its place in `param_groups`.
-            RuntimeError: no pair has a gradient, or one is missing for one factor of a pair, or sparse. Nothing
-                has been changed in any of these cases.
+            ValueError: a scaling is 0, a factor is not finite or lost its place in `param_groups`.
+            RuntimeError: no pair has a gradient, or one is missing for one factor of a pair, or sparse; or a closure is
+                given under DeepSpeed. The step has changed nothing in any of these cases.
         """
-        if closure is not None:
-            raise ValueError(
-                "LoRAProAdamW takes no closure, since it adjusts the gradients once per step. Call loss.backward() "
-                "before step()."
+        if closure is not None and self.engine_step is not None:
+            raise RuntimeError(
+                "LoRAProAdamW takes no closure under DeepSpeed, whose engine runs the backward pass and the step. Call "
+                "engine.backward(loss) and engine.step()."
             )
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         if self.engine_step is not None:
             self.engine_step()
         else:
             shares = self._current_shares()
             self._step(shares, self._ordinary())
+        return loss
 
     @torch.no_grad()
     def step_pairs(self) -> None:
@@ -131,7 +149,8 @@ class LoRAProAdamW(PairOptimizer):
         self._pairs_skipped = None
 
     def _step(self, shares: Shares, ordinary: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
-        if not shares.fetch():
+        has_gradient = shares.fetch()
+        if not any(has_gradient):
             raise RuntimeError(
                 f"none of the {len(self.pairs)} LoRA pairs has a gradient. Call loss.backward() before step(), and "
                 "build the optimizer from the model that is trained, with the adapter active that it was built for."
@@ -143,6 +162,10 @@ class LoRAProAdamW(PairOptimizer):
         if shares.size > 1:  # distributed checkpoints take an optimizer that has no state for one that has not begun
             for pair in self.pairs:
                 self.state[pair.A].setdefault("step", torch.zeros((), dtype=torch.float32))
+        assert self.last_grad_norm is not None
+        is_time = self.first_steps.count(has_gradient, self.last_grad_norm)
+        if is_time and not (self.pairs[0].A.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.first_steps.warn(self.skipped_steps)
 
     def _step_all(
         self, shares: Shares, read: list[StackGradient], ordinary: list[tuple[dict[str, Any], list[Tensor]]]

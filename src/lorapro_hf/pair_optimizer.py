@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from lorapro_hf.checkpoint import check_state_dict
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.consolidation import States, collect_states, own_state, read_own_state, shard_states, whole
+from lorapro_hf.first_steps import FirstSteps
 from lorapro_hf.gradients import Access, access_to, local
 from lorapro_hf.memory import state_bytes_by_device
 from lorapro_hf.moments import StackMoments, state_dtype
@@ -32,6 +33,7 @@ class PairOptimizer(torch.optim.Optimizer):
         access: how an engine's factors are read and written; `None` to find out.
         engine_step: what `step()` does instead, where an engine decides what is stepped when.
         saved_collectively: whoever saves the state calls `consolidate_state_dict` on all ranks.
+        first_steps: what the first steps of this training have left out.
 
     Raises:
         ValueError: no pairs, factors missing from `params`, or hyperparameters out of range.
@@ -56,12 +58,17 @@ class PairOptimizer(torch.optim.Optimizer):
         self._of_pairs: set[int] = set()
         self._skipped: Tensor | None = None
         self._consolidated: States | None = None
+        self.first_steps = FirstSteps(self.pairs)
         super().__init__(params, {**defaults, "betas": tuple(defaults["betas"])})
         self.param_groups[0].setdefault("skipped_steps", 0)
         self._positions = self._groups_of_pairs()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of ordinary parameters or of factors, as in `torch.optim.Optimizer`."""
+        """Add a group of ordinary parameters or of factors, as in `torch.optim.Optimizer`.
+
+        If some parameters of the optimizer have names, those without get one: a factor its name in the model, any other
+        its place, such as `"param_group_4.0"` for the first of the fifth group.
+        """
         merged = {**self.defaults, **param_group}
         _check_hyperparameters(merged["lr"], merged["betas"], merged["eps"], merged["weight_decay"])
         if self.config.mode != "factored" and merged["eps"] < torch.finfo(torch.float32).tiny:
@@ -69,6 +76,7 @@ class PairOptimizer(torch.optim.Optimizer):
                 f"eps={merged['eps']!r} is 0 in float32: in mode {self.config.mode!r} elements that have had no "
                 "gradient yet would become NaN. Use 1e-8, or mode 'factored'."
             )
+        self._name_parameters(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         # What a checkpoint must agree in: kept in the group because that is what state_dict saves.
@@ -77,11 +85,39 @@ class PairOptimizer(torch.optim.Optimizer):
         group["master_factors"] = self.config.master_factors
         group["param_shapes"] = [list(parameter.shape) for parameter in group["params"]]
 
+    def _name_parameters(self, param_group: dict[str, Any]) -> None:
+        """Give names to a new group where others have some, and to the others where it has: torch wants all or none."""
+        given = param_group["params"]
+        if isinstance(given, set):  # for torch to refuse
+            return
+        given = param_group["params"] = [given] if isinstance(given, Tensor) else list(given)
+        has_names = "param_names" in param_group or any(isinstance(each, tuple) for each in given)
+        if not has_names and not any("param_names" in group for group in self.param_groups):
+            return
+        of_factors = _names_of_factors(self.pairs)
+        for position, group in enumerate(self.param_groups):
+            if "param_names" not in group:
+                group["param_names"] = [name for name, _ in _with_names(group["params"], position, of_factors)]
+        if "param_names" not in param_group:
+            param_group["params"] = _with_names(given, len(self.param_groups), of_factors)
+
     @property
     def skipped_steps(self) -> int:
         """How many steps were left out because a gradient was not finite; reading it waits for the device."""
         recent = 0 if self._skipped is None else int(self._skipped.item())
         return self.param_groups[0]["skipped_steps"] + recent
+
+    def finish_training(self) -> None:
+        """Warn of pairs that had no gradient and of steps left out, as the tenth step does; the next step is a first.
+
+        For trainings of fewer steps. `LoRAProTrainer` calls it.
+        """
+        self.first_steps.warn(self.skipped_steps)
+        self._begin_training()
+
+    def _begin_training(self) -> None:
+        self._settle_skipped()
+        self.first_steps = FirstSteps(self.pairs, self.skipped_steps)
 
     def estimated_state_bytes(self) -> int:
         """Bytes of optimizer state on this rank once every parameter has been stepped, the pairs' and the others'."""
@@ -275,6 +311,7 @@ class PairOptimizer(torch.optim.Optimizer):
         super().load_state_dict({**state_dict, "state": others})
         self.param_groups[0].pop("lora_pro_partial", None)
         self._skipped, self._shares, self._consolidated = None, None, None
+        self._begin_training()
         own_pairs = set(map(id, self._current_shares().own))
         for key, parameter in zip(saved, loaded, strict=True):
             if key in of_factors:
@@ -293,12 +330,37 @@ class PairOptimizer(torch.optim.Optimizer):
             kept["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device).clone()
         return kept
 
+    def __repr__(self) -> str:
+        config, groups = self.config, self.param_groups
+        limit = "" if config.mode == "efficient" else f", trust_region={config.step_limit or 0:g}"
+        lines = [f"{len(self.pairs)} pairs, mode={config.mode}, update={config.described_update}{limit}"]
+        lines += [
+            f"group {position}: lr={float(group['lr']):g}, weight_decay={group['weight_decay']:g}, "
+            f"parameters={len(group['params'])}"
+            for position, group in enumerate(groups)
+        ]
+        return "\n".join([f"{type(self).__name__} (", *(f"    {line}" for line in lines), ")"])
+
     def __getstate__(self) -> dict[str, Any]:
         self._settle_skipped()
         of_this_run: dict[str, Any] = {"_shares": None, "_stacks": [], "_moments": {}, "_signature": []}
         of_this_run |= {"_positions": {}, "_of_pairs": set(), "_consolidated": None, "access": None}
         of_this_run |= {"_skipped": None, "engine_step": None, "saved_collectively": False}
+        of_this_run["first_steps"] = FirstSteps(self.pairs, self.skipped_steps)
         return {**super().__getstate__(), "pairs": self.pairs, "config": self.config, **of_this_run}
+
+
+def _names_of_factors(pairs: Sequence[LoRAPair]) -> dict[int, str]:
+    """The names in the model of all factors, by id."""
+    return {id(p): f"{pair.name}.{name}" for pair in pairs for name, p in pair.layer.named_parameters()}
+
+
+def _with_names(params: Iterable[Any], position: int, of_factors: Mapping[int, str]) -> list[tuple[str, Any]]:
+    """Parameters of the group at a position with their names; those that have one keep it."""
+    return [
+        each if isinstance(each, tuple) else (of_factors.get(id(each), f"param_group_{position}.{index}"), each)
+        for index, each in enumerate(params)
+    ]
 
 
 def _check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:

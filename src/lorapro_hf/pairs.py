@@ -69,6 +69,11 @@ class LoRAPair:
         """Parameters of other layers that are these same factors in memory (tied embeddings)."""
         return [parameter for twin in self._twins for parameter in (twin.A, twin.B)]
 
+    @property
+    def has_gradient(self) -> bool:
+        """Whether a backward pass has reached any of the factors."""
+        return any(factor.grad is not None for factor in (self.A, self.B, *self.tied_parameters))
+
     def matrix_A(self, tensor: Tensor) -> Tensor:
         """See a tensor shaped `(..., *A.shape)` as `(..., r, n)`, or `(..., batch, r, n)` where pairs are packed."""
         matrix = tensor.flatten(tensor.dim() - len(self.shape_A) + 1)

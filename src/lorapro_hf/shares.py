@@ -59,23 +59,23 @@ class Shares:
         return self._owner_of[index]
 
     @torch.no_grad()
-    def fetch(self) -> bool:
-        """Bring values and gradients of own pairs here; whether any pair at all has a gradient.
+    def fetch(self) -> list[bool]:
+        """Bring values and gradients of own pairs here; which pairs have a gradient.
 
         Raises:
             RuntimeError: the ranks do not train the same pairs.
         """
         self._require_same_pairs()
         if self.access.in_place:
-            return any(factor.grad is not None for pair in self.pairs for factor in _all_factors(pair))
-        found = False
+            return [pair.has_gradient for pair in self.pairs]
+        found = [False] * len(self.pairs)
         own = dict(zip(self._own, self.factors, strict=True))
         for indices in self._portions():
             parameters = [factor for index in indices for factor in (self.pairs[index].A, self.pairs[index].B)]
             gradients = self.access.gradients(parameters)
             values = self.access.values(parameters)
-            found = found or any(gradient is not None for gradient in gradients)
             for position, index in enumerate(indices):
+                found[index] = any(gradient is not None for gradient in gradients[2 * position : 2 * position + 2])
                 for offset, stand_in in enumerate(own.get(index, ())):
                     gradient = gradients[2 * position + offset]
                     stand_in.copy_(values[2 * position + offset])
@@ -207,10 +207,6 @@ def group_alike(pairs: Sequence[LoRAPair]) -> list[list[int]]:
 
 def _cost(pair: LoRAPair) -> int:
     return pair.shape_A.numel() * pair.shape_B.numel()
-
-
-def _all_factors(pair: LoRAPair) -> list[Tensor]:
-    return [pair.A, pair.B, *pair.tied_parameters]
 
 
 def _stand_in(parameter: Tensor, shape: torch.Size, access: Access) -> Tensor:

@@ -16,7 +16,7 @@ from lorapro_hf.arguments import GAP_MAX_BYTES, LoRAProTrainingArguments
 from lorapro_hf.callback import LoRAProCallback, require_supported_engine
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.diagnostics.callback import GradientGapCallback
-from lorapro_hf.factory import LoRAProOptimizerFactory, create_lorapro_optimizer
+from lorapro_hf.factory import LoRAProOptimizerFactory, create_lorapro_optimizer, take_settings
 from lorapro_hf.hub.saving import HubMixin
 from lorapro_hf.loading import LoadingMixin, require_savable
 from lorapro_hf.memory import readable_bytes
@@ -191,8 +191,7 @@ class LoRAProTrainerMixin(LoadingMixin, HubMixin):
         if isinstance(optimizer, LoRAProAdamW):
             given = optimizer.config
         elif self.optimizer_cls_and_kwargs is not None:
-            given, source = self.optimizer_cls_and_kwargs[1].get("config"), "optimizer_cls_and_kwargs="
-            given = None if given is None else LoRAProConfig.of(given)
+            given, source = take_settings(self.optimizer_cls_and_kwargs[1])[0], "optimizer_cls_and_kwargs="
         if given is not None and stated is not None and given != stated:
             raise ValueError(
                 f"{source} was built with {given}, but the trainer was told {stated}. State the settings once: drop "
@@ -226,8 +225,9 @@ class LoRAProTrainerMixin(LoadingMixin, HubMixin):
         if factory is not None and self.optimizer_cls_and_kwargs is not None:
             # not the parent's work: transformers 4 knows no factories
             check_memory = getattr(self.args, "lora_pro_check_memory", True)
-            settings = {"check_memory": check_memory, "saved_collectively": True, **self.optimizer_cls_and_kwargs[1]}
-            return factory()(model, **{**settings, "config": self.lora_pro_config})
+            _, given = take_settings(self.optimizer_cls_and_kwargs[1])
+            settings = {"check_memory": check_memory, "saved_collectively": True, **given}
+            return factory()(model, config=self.lora_pro_config, **settings)
         return create_lorapro_optimizer(
             model,
             lr=self.args.learning_rate,
@@ -256,7 +256,11 @@ class LoRAProTrainerMixin(LoadingMixin, HubMixin):
             if folder is not None:
                 self._check_checkpoint(Path(folder))
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            optimizer = unwrap_optimizer(self.optimizer)
+            if isinstance(optimizer, LoRAProAdamW):
+                optimizer.finish_training()
+            return output
         finally:  # after an exception nobody else would
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, GradientGapCallback):
@@ -344,6 +348,7 @@ class LoRAProTrainerMixin(LoadingMixin, HubMixin):
                 if optimizer.last_grad_norm is not None:
                     logs["lora_pro_grad_norm"] = float(optimizer.last_grad_norm)
                 logs["lora_pro_skipped_steps"] = optimizer.skipped_steps
+                optimizer.first_steps.warn_if_none(self.state.global_step)
             elif optimizer is not None:
                 raise RuntimeError(
                     f"LoRA-Pro is on, but the trainer steps a {type(optimizer).__name__}: a create_optimizer overrides "

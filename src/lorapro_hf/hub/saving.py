@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
 from collections.abc import Mapping
@@ -13,12 +12,13 @@ from huggingface_hub import ModelCard
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
 from lorapro_hf.config import LoRAProConfig
-from lorapro_hf.hub.card import CARD, is_ours, keep_edited
+from lorapro_hf.hub.card import CARD, add_to_card, is_ours, keep_edited, library_of
 from lorapro_hf.hub.compose import Training, compose_card
-from lorapro_hf.hub.describe import dataset_names
+from lorapro_hf.hub.describe import dataset_names, describe_lora_pro, describe_optimizer
 from lorapro_hf.hub.push import explained, remedy
 from lorapro_hf.hub.settings import Settings
 from lorapro_hf.optimizer import LoRAProAdamW, unwrap_optimizer
+from lorapro_hf.parents import accepted, handed
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -49,40 +49,54 @@ class HubMixin(_Base):
 
     lora_pro_config: LoRAProConfig | None = None
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def _save(self, *args: Any, **kwargs: Any) -> None:
         """As the parent, which would lose tags of the card that is there; with the settings beside the adapter."""
         if self.lora_pro_config is None or not self.args.should_save:
-            super()._save(output_dir, state_dict)
+            super()._save(*args, **kwargs)
             return
+        output_dir = kwargs.get("output_dir", args[0] if args else None)
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         card = folder / CARD
-        before = card.read_bytes() if is_ours(card) else None
+        before = card.read_bytes() if card.is_file() else None
+        keeps = is_ours(card)
         model = self.accelerator.unwrap_model(self.model)
         if hasattr(model, "add_model_tags"):
             model.add_model_tags("lora-pro")  # PEFT and push_to_hub of the model take the tags of a card from there
-        super()._save(output_dir, state_dict)
-        if before is not None:
+        super()._save(*args, **kwargs)
+        if keeps and before is not None:
             card.write_bytes(before)
+        elif card.is_file() and card.read_bytes() != before and library_of(card):
+            self._add_to_card(folder)
         self._lora_pro_settings().save(folder)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+    def create_model_card(self, *args: Any, **kwargs: Any) -> Any:
         """Write a model card, with what the parent's would say; arguments as the parent's.
 
-        A card that was edited by hand is kept under another name, of which a warning tells.
+        A card that was edited by hand is kept under another name, of which a warning tells. A parent of another library
+        than transformers, PEFT and TRL keeps its own card, to which LoRA-Pro's settings are added.
         """
         if self.lora_pro_config is None or not self.is_world_process_zero():
-            super().create_model_card(*args, **kwargs)
-            return
-        given = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
+            return super().create_model_card(*args, **kwargs)
+        given = handed(type(self), HubMixin, "create_model_card", args, kwargs)
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         kept = keep_edited(folder)
-        super().create_model_card(*args, **kwargs)
+        made = super().create_model_card(*args, **kwargs)
+        if not (folder / CARD).is_file():
+            return made
+        if library_of(folder / CARD):
+            self._add_to_card(folder)
+            return made
         written = ModelCard.load(folder / CARD, ignore_metadata_errors=True)
         model = self.accelerator.unwrap_model(self.model)
         training = self._told(given, written)
         training.metadata = {**kept, **training.metadata}
         compose_card(model, self._lora_pro_settings(), folder, training)
+        return made
+
+    def _add_to_card(self, folder: Path) -> None:
+        model, settings = self.accelerator.unwrap_model(self.model), self._lora_pro_settings()
+        add_to_card(folder, {**describe_lora_pro(model, settings), **describe_optimizer(settings)})
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent; a failure says what is saved and what to do."""
@@ -93,18 +107,22 @@ class HubMixin(_Base):
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """As the parent; a failure says what to do."""
+        if not getattr(self.args, "lora_pro", True):  # the parent's __init__ asks, before anything is resolved
+            super().init_hf_repo(*args, **kwargs)
+            return
         with explained("No repository was made."):
             super().init_hf_repo(*args, **kwargs)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+    def _push_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As the parent, which pushes neither settings nor card before the training has ended."""
         if self.lora_pro_config is not None and self.is_world_process_zero() and self.args.hub_strategy != "end":
             self._report_failed_pushes()
             pending = getattr(self, "push_in_progress", None)
             if pending is None or pending.is_done() or self.args.hub_always_push:
-                self.create_model_card(model_name=(self.hub_model_id or self.args.output_dir).split("/")[-1])
+                name = (self.hub_model_id or self.args.output_dir).split("/")[-1]
+                self.create_model_card(**accepted(super().create_model_card, model_name=name))
                 self._lora_pro_settings().save(Path(self.args.output_dir))
-        super()._push_from_checkpoint(checkpoint_folder)
+        super()._push_from_checkpoint(*args, **kwargs)
 
     def _finish_current_push(self) -> None:
         """As the parent, which says nothing of pushes that failed in the background."""

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
+from lorapro_hf.callback import LoRAProCallback
 from lorapro_hf.config import BACKENDS, MODES, MOMENTS_DTYPES, UPDATES, X_MODES, LoRAProConfig, check_choice
+from lorapro_hf.optimizer import LoRAProAdamW, unwrap_optimizer
 
 GAP_MAX_BYTES = 2**30
 _GAP = "lora_pro_gap_"
 _DEFAULTS = LoRAProConfig()
+
+logger = logging.getLogger(__name__)
 
 
 def _choice(default: str, valid: tuple[str, ...], help: str) -> Any:
@@ -23,7 +29,8 @@ def _choice(default: str, valid: tuple[str, ...], help: str) -> Any:
 class LoRAProTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the settings of LoRA-Pro, for `HfArgumentParser`, JSON and YAML files.
 
-    Only `LoRAProTrainer` and classes with `LoRAProTrainerMixin` read the settings; a plain `Trainer` ignores them.
+    Only `LoRAProTrainer` and classes with `LoRAProTrainerMixin` read the settings. A plain `Trainer` ignores them; a
+    warning says so when it starts to train, unless a `LoRAProAdamW`, its factory or a `LoRAProCallback` is at work.
     The other arguments keep their meaning: `learning_rate`, `adam_beta1`, `adam_beta2`, `adam_epsilon` and
     `weight_decay` are those of the LoRA-Pro optimizer, and `optim` has to stay at its default.
 
@@ -169,6 +176,19 @@ class LoRAProTrainingArguments(TrainingArguments):
         _ = self.lora_pro_config  # validates the rest
         super().__post_init__()
 
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """As the parent; warns if a trainer asks that trains without LoRA-Pro, although `lora_pro` is on."""
+        # arguments are not told of a training, but every Trainer asks this once it has its optimizer
+        trainer = sys._getframe(1).f_locals.get("self")
+        if self.lora_pro and isinstance(trainer, Trainer) and _trains_without(trainer):
+            logger.warning(
+                "LoRAProTrainingArguments(lora_pro=True), but this %s trains without LoRA-Pro, since it does not read "
+                "them. Use LoRAProTrainer, for other trainers LoRAProTrainerMixin, LoRAProOptimizerFactory or "
+                "LoRAProCallback; or set lora_pro=False (--no_lora_pro).",
+                type(trainer).__name__,
+            )
+        return super().get_warmup_steps(num_training_steps)
+
     @staticmethod
     def _number(name: str, value: Any) -> float:
         try:
@@ -190,6 +210,18 @@ class LoRAProTrainingArguments(TrainingArguments):
             master_factors=self.lora_pro_master_factors,
             shard_states=self.lora_pro_shard_states,
         )
+
+
+def _trains_without(trainer: Trainer) -> bool:
+    """Whether a trainer that has its optimizer takes plain steps; one with the mixin refuses that by itself."""
+    optimizer = unwrap_optimizer(trainer.optimizer)
+    return not (
+        optimizer is None  # a configuration of DeepSpeed asks too early
+        or isinstance(optimizer, LoRAProAdamW)
+        or any(isinstance(callback, LoRAProCallback) for callback in trainer.callback_handler.callbacks)
+        or getattr(trainer, "lora_pro_config", None) is not None
+        or not trainer.is_world_process_zero()
+    )
 
 
 def check_gap_layers(layers: Any, prefix: str = "") -> None:

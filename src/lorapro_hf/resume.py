@@ -86,6 +86,25 @@ def require_same_training(folder: Path, optimizer: LoRAProAdamW | None, model: A
     return True
 
 
+def require_without_lora_pro(folder: Path) -> None:
+    """Raise if the optimizer's state in a checkpoint is LoRA-Pro's, for a training without LoRA-Pro.
+
+    Raises:
+        ValueError: it is; torch's own message would speak of parameter groups, after the weights have been loaded.
+    """
+    try:
+        groups = read_optimizer_state(folder / OPTIMIZER)["param_groups"]
+    except (OSError, ValueError):  # of another kind; the parent says what is wrong with it
+        return
+    modes = {group["lora_pro_mode"] for group in groups if "lora_pro_mode" in group}
+    if modes:
+        raise ValueError(
+            f"cannot resume from {folder / OPTIMIZER}: it was written with LoRA-Pro in mode {modes.pop()!r}, but "
+            "LoRA-Pro is off (lora_pro=False or --no_lora_pro). Turn it on again, or start a new training from the "
+            "saved adapter: PeftModel.from_pretrained(base, checkpoint, is_trainable=True)."
+        )
+
+
 def _damages(folder: Path) -> Iterator[tuple[Path, str]]:
     """Files that cannot be read, and why."""
     try:

@@ -22,12 +22,14 @@ from lorapro_hf.loading import LoadingMixin, require_savable
 from lorapro_hf.memory import readable_bytes
 from lorapro_hf.optimizer import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.pairs import find_lora_pairs
+from lorapro_hf.parents import groups_beside, handed, require_adapter
 from lorapro_hf.resume import (
     OPTIMIZER,
     SCHEDULER,
     STATE,
     require_complete,
     require_same_training,
+    require_without_lora_pro,
 )
 from lorapro_hf.zero import attach_deepspeed
 
@@ -96,14 +98,18 @@ class LoRAProTrainerMixin(LoadingMixin, HubMixin):
     lora_pro_config: LoRAProConfig | None = None
     """The settings that LoRA-Pro runs with; `None` while it is off."""
     optimizer: Any
+    _lora_pro_announced = False
+    _lora_pro_announces = True
 
     def __init__(
         self, *args: Any, lora_pro_config: LoRAProConfig | Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(*args, **kwargs)
+        # before the parent's __init__, in which some trainers build their optimizer
         self._given_lora_pro_config = None if lora_pro_config is None else LoRAProConfig.of(lora_pro_config)
-        self._lora_pro_announced = False
-        self._lora_pro_announces = True
+        given = handed(type(self), LoRAProTrainerMixin, "__init__", args, kwargs)
+        if getattr(given.get("args"), "lora_pro", True):
+            require_adapter(type(self), LoRAProTrainerMixin, given, _TURN_OFF)
+        super().__init__(*args, **kwargs)
         # only now: some trainers build the PEFT model in their __init__
         self._resolve_lora_pro()
         if isinstance(self.args, LoRAProTrainingArguments) and self.args.lora_pro_log_gap:
@@ -159,8 +165,8 @@ class LoRAProTrainerMixin(LoadingMixin, HubMixin):
                 f"optim={optim_name!r} would be ignored: LoRA-Pro brings its own AdamW. Leave optim at its default, "
                 f"{remedy}."
             )
-        for name in ("optim_args", "optim_target_modules"):
-            if getattr(self.args, name):
+        for name in ("optim_args", "optim_target_modules", "learning_rate_mapping"):  # the last sentence-transformers'
+            if getattr(self.args, name, None):
                 raise ValueError(
                     f"{name}={getattr(self.args, name)!r} would be ignored: LoRA-Pro brings its own AdamW. Leave "
                     f"{name} unset, {remedy}."
@@ -222,41 +228,46 @@ class LoRAProTrainerMixin(LoadingMixin, HubMixin):
 
     def _build_lora_pro_optimizer(self, model: nn.Module) -> LoRAProAdamW:
         factory = self._factory()
+        check_memory = getattr(self.args, "lora_pro_check_memory", True)
         if factory is not None and self.optimizer_cls_and_kwargs is not None:
             # not the parent's work: transformers 4 knows no factories
-            check_memory = getattr(self.args, "lora_pro_check_memory", True)
             _, given = take_settings(self.optimizer_cls_and_kwargs[1])
             settings = {"check_memory": check_memory, "saved_collectively": True, **given}
-            return factory()(model, config=self.lora_pro_config, **settings)
-        return create_lorapro_optimizer(
-            model,
-            lr=self.args.learning_rate,
-            betas=(self.args.adam_beta1, self.args.adam_beta2),
-            eps=self.args.adam_epsilon,
-            weight_decay=self.args.weight_decay,
-            config=self.lora_pro_config,
-            decay_parameters=self.get_decay_parameter_names(model),
-            check_memory=getattr(self.args, "lora_pro_check_memory", True),
-            saved_collectively=True,
-        )
+            optimizer = factory()(model, config=self.lora_pro_config, **settings)
+        else:
+            optimizer = create_lorapro_optimizer(
+                model,
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+                weight_decay=self.args.weight_decay,
+                config=self.lora_pro_config,
+                decay_parameters=self.get_decay_parameter_names(model),
+                check_memory=check_memory,
+                saved_collectively=True,
+            )
+        for group in groups_beside(self, model):
+            optimizer.add_param_group(group)
+        return optimizer
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent, which would load what fits of a checkpoint that is not complete or of another training.
 
         Raises:
             ValueError: the checkpoint is not complete, or of another training. Nothing has been loaded then.
         """
         self.loaded_best_checkpoint = None
-        if resume_from_checkpoint:
+        folder = handed(type(self), LoRAProTrainerMixin, "train", args, kwargs).get("resume_from_checkpoint")
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)
+        if folder:
             self._resolve_lora_pro()
-        if resume_from_checkpoint and self.lora_pro_config is not None:
-            folder: Any = resume_from_checkpoint
-            if folder is True:
-                folder = get_last_checkpoint(self.args.output_dir)
-            if folder is not None:
+            if self.lora_pro_config is None:
+                require_without_lora_pro(Path(folder))
+            else:
                 self._check_checkpoint(Path(folder))
         try:
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(*args, **kwargs)
             optimizer = unwrap_optimizer(self.optimizer)
             if isinstance(optimizer, LoRAProAdamW):
                 optimizer.finish_training()
@@ -286,13 +297,15 @@ class LoRAProTrainerMixin(LoadingMixin, HubMixin):
                 folder,
             )
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> None:
         """As the parent, which would put the state of all ranks onto the device of each of them first."""
+        parents = super()._load_optimizer_and_scheduler
         by_engine = self._is_by_engine
         files = [Path(checkpoint, name) for name in (OPTIMIZER, SCHEDULER)] if checkpoint else []
-        optimizer = unwrap_optimizer(self.optimizer)
-        if by_engine or not files or not isinstance(optimizer, LoRAProAdamW) or not all(f.is_file() for f in files):
-            super()._load_optimizer_and_scheduler(checkpoint)
+        is_ours = isinstance(unwrap_optimizer(self.optimizer), LoRAProAdamW) and all(file.is_file() for file in files)
+        # a parent that overrides it may load more than these two
+        if by_engine or not files or not is_ours or parents.__func__ is not Trainer._load_optimizer_and_scheduler:
+            parents(checkpoint, *args, **kwargs)
             return
         for target, file in zip((self.optimizer, self.lr_scheduler), files, strict=True):
             target.load_state_dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
@@ -311,18 +324,18 @@ class LoRAProTrainerMixin(LoadingMixin, HubMixin):
             (folder / STATE).unlink(missing_ok=True)
         super()._save_checkpoint(model, trial, *args, **kwargs)
 
-    def _save_rng_state(self, output_dir: str) -> None:
+    def _save_rng_state(self, *args: Any, **kwargs: Any) -> None:
         """As the parent; what marks a checkpoint as finished comes after the files of all ranks."""
-        super()._save_rng_state(output_dir)
+        super()._save_rng_state(*args, **kwargs)
         if self.lora_pro_config is not None:
             self.accelerator.wait_for_everyone()
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+    def _save_optimizer_and_scheduler(self, *args: Any, **kwargs: Any) -> None:
         """As the parent, which asks rank 0 alone for a state that the ranks may share out."""
         optimizer = unwrap_optimizer(self.optimizer)
         if isinstance(optimizer, LoRAProAdamW) and optimizer.engine_step is None:
             optimizer.consolidate_state_dict()
-        super()._save_optimizer_and_scheduler(output_dir)
+        super()._save_optimizer_and_scheduler(*args, **kwargs)
 
     def _announce(self) -> None:
         if self._lora_pro_announced or not self._lora_pro_announces or not self.is_world_process_zero():

@@ -95,6 +95,28 @@ def write_card(folder: Path, facts: Facts, metadata: Mapping[str, Any]) -> Model
     return card
 
 
+def add_to_card(folder: Path, lora_pro: Mapping[str, str]) -> None:
+    """Add LoRA-Pro's section and tags to the card that another library has written for its own kind of model.
+
+    Args:
+        folder: where the card lies; `keep_edited` comes before it is written.
+        lora_pro: settings of LoRA-Pro, of the adapter and of the optimizer.
+    """
+    card = ModelCard.load(folder / CARD, ignore_metadata_errors=True)
+    card.data.tags = sorted({*(card.data.tags or []), "lora-pro", "lora", "peft"})
+    section = ["## LoRA-Pro", *_section(lora_pro), f"```bibtex\n{_CITATION}\n```"]
+    text = "\n\n".join([card.text.strip(), *section]) + "\n"
+    write_text(folder / CARD, f"---\n{card.data.to_yaml()}\n---\n\n{text}\n{_SEAL.format(_digest(text))}\n")
+
+
+def library_of(file: Path) -> str | None:
+    """The library that a card names, if this is one with a kind of model and a card of its own."""
+    if not file.is_file():
+        return None
+    name = ModelCard.load(file, ignore_metadata_errors=True).data.library_name
+    return None if name in ("transformers", "peft") else name
+
+
 def keep_edited(folder: Path) -> dict[str, Any]:
     """Save a hand-edited `README.md` under another name, which `Trainer` does not push, and say so in a warning.
 
@@ -125,15 +147,23 @@ def keep_edited(folder: Path) -> dict[str, Any]:
 
 def is_ours(file: Path) -> bool:
     """Whether a card has been written here, edited since or not."""
-    try:
-        return _SEAL.partition("{}")[0].encode() in file.read_bytes()
-    except OSError:  # there is none, or nobody may read it
-        return False
+    return _SEAL.partition("{}")[0].encode() in (content_of(file) or b"")
 
 
 def is_replaceable(file: Path) -> bool:
     """Whether a card can be written without a loss: there is none, or one that no hand has edited."""
-    return not file.exists() or (file.is_file() and _is_generated(_read(file)))
+    try:
+        return not file.exists() or (file.is_file() and _is_generated(_read(file)))
+    except OSError:  # nobody may read it
+        return False
+
+
+def content_of(file: Path) -> bytes | None:
+    """The content of a card; `None` if there is none, or none that can be read."""
+    try:
+        return file.read_bytes()
+    except OSError:
+        return None
 
 
 @contextlib.contextmanager
@@ -210,9 +240,7 @@ def card_text(facts: Facts) -> str:
         *([" ".join(facts.badges)] if facts.badges else []),
         *facts.sentences,
         "### LoRA-Pro",
-        f"[LoRA-Pro]({_PAPER}) adjusts the gradients of the two factors of each adapted weight, so that a step moves "
-        "the weight as closely as possible as full fine-tuning would. The settings are in `lorapro_config.json` too.",
-        _table(["setting", "value"], facts.lora_pro.items()),
+        *_section(facts.lora_pro),
     ]
     if facts.hyperparameters:
         parts += ["### Hyperparameters", _table(["hyperparameter", "value"], facts.hyperparameters.items())]
@@ -225,6 +253,14 @@ def card_text(facts: Facts) -> str:
     parts += ["### Framework versions", "\n".join(_versions(bool(facts.trained_with)))]
     parts += ["## Citation", "LoRA-Pro:", f"```bibtex\n{_CITATION}\n```", *facts.citations]
     return "\n\n".join(parts) + "\n"
+
+
+def _section(lora_pro: Mapping[str, str]) -> list[str]:
+    return [
+        f"[LoRA-Pro]({_PAPER}) adjusts the gradients of the two factors of each adapted weight, so that a step moves "
+        "the weight as closely as possible as full fine-tuning would. The settings are in `lorapro_config.json` too.",
+        _table(["setting", "value"], lora_pro.items()),
+    ]
 
 
 def _introduction(facts: Facts) -> str:

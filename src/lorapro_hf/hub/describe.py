@@ -26,13 +26,17 @@ _IN_CACHE = re.compile(r"models--(.+)/snapshots/[0-9a-f]+/?")  # folders of hugg
 
 
 def adapter_of(model: Any) -> tuple[str, Any]:
-    """Name and PEFT settings of the active adapter; `("default", None)` if PEFT did not make it."""
-    settings = getattr(model, "peft_config", None) or {}
-    active = getattr(model, "active_adapter", "default")
-    active = active() if callable(active) else active  # a method in models that took their adapter without PEFT
+    """Name and PEFT settings of the active adapter; `("default", None)` if there is none or PEFT did not make it."""
+    parts: Any = model.modules() if isinstance(model, nn.Module) else [model]  # other libraries wrap the model
+    adapted = next((part for part in parts if getattr(part, "peft_config", None)), None)
+    if adapted is None:
+        return "default", None
+    # methods in models that took their adapter without PEFT, of which transformers has given up the second
+    active: Any = getattr(adapted, "active_adapters", None) or getattr(adapted, "active_adapter", "default")
+    active = active() if callable(active) else active
     if not isinstance(active, str):
         active = next(iter(active), "default")
-    return active, settings.get(active)
+    return active, adapted.peft_config.get(active)
 
 
 def base_model_name(model: Any, stated: str | None = None) -> str | None:

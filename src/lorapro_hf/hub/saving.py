@@ -14,13 +14,22 @@ from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lorapro_hf.config import LoRAProConfig
-from lorapro_hf.hub.card import CARD, is_ours, is_replaceable, keep_edited, without_card_of_peft
+from lorapro_hf.hub.card import (
+    CARD,
+    add_to_card,
+    content_of,
+    is_replaceable,
+    keep_edited,
+    library_of,
+    without_card_of_peft,
+)
 from lorapro_hf.hub.compose import Training, compose_card
-from lorapro_hf.hub.describe import dataset_names, name_on_hub
+from lorapro_hf.hub.describe import dataset_names, describe_lora_pro, describe_optimizer, name_on_hub
 from lorapro_hf.hub.failures import write_or_warn
 from lorapro_hf.hub.push import explained, make_branch, remedy
 from lorapro_hf.hub.settings import Settings
 from lorapro_hf.optimizer import LoRAProAdamW, unwrap_optimizer
+from lorapro_hf.parents import accepted, handed
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -56,44 +65,57 @@ class HubMixin(_Base):
     _reported_of_cards: set[str] | None = None
     _explicit_branch: tuple[str, str | None] | None = None
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+    def _save(self, *args: Any, **kwargs: Any) -> None:
         """As the parent, with the settings and a card of our own in the place of PEFT's."""
         if self.lora_pro_config is None or not self.args.should_save:
-            super()._save(output_dir, state_dict)
+            super()._save(*args, **kwargs)
             return
+        output_dir = kwargs.get("output_dir", args[0] if args else None)
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         card = folder / CARD
-        before = card.read_bytes() if is_ours(card) else None
+        before, replaceable = content_of(card), is_replaceable(card)
         model = self.accelerator.unwrap_model(self.model)
         if hasattr(model, "add_model_tags"):
             model.add_model_tags("lora-pro")  # PEFT and push_to_hub of the model take the tags of a card from there
         with without_card_of_peft(model):
-            super()._save(output_dir, state_dict)
-        if before is not None and card.read_bytes() != before:
+            super()._save(*args, **kwargs)
+        is_new = content_of(card) != before
+        if is_new and not replaceable and before is not None:
             card.write_bytes(before)
         self._lora_pro_settings().save(folder)
 
         def write() -> None:
-            if is_replaceable(card):
+            if is_new and library_of(card):
+                self._add_to_card(folder)
+            else:
                 self._compose_card(folder)
 
-        self._write_card(card, write)
+        if replaceable:
+            self._write_card(card, write)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write a model card, with what the parent's would say; arguments as the parent's.
 
-        A card that was edited by hand is kept under another name, of which a warning tells.
+        A card that was edited by hand is kept under another name, of which a warning tells. A parent of another library
+        than transformers, PEFT and TRL keeps its own card, to which LoRA-Pro's settings are added.
         """
+        parent = super().create_model_card
         if self.lora_pro_config is None or not self.is_world_process_zero():
-            super().create_model_card(*args, **kwargs)
+            parent(*args, **kwargs)
             return
-        given = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
-        folder, parent = Path(self.args.output_dir), super().create_model_card
+        inspect.signature(parent).bind(*args, **kwargs)  # what the parent does not take is the caller's to mend
+        given = handed(type(self), HubMixin, "create_model_card", args, kwargs)
+        folder = Path(self.args.output_dir)
 
         def write() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             kept = keep_edited(folder)
             parent(*args, **kwargs)
+            if not (folder / CARD).is_file():
+                return
+            if library_of(folder / CARD):
+                self._add_to_card(folder)
+                return
             self._card_request = (given, ModelCard.load(folder / CARD, ignore_metadata_errors=True))
             self._compose_card(folder, kept)
 
@@ -123,11 +145,16 @@ class HubMixin(_Base):
             training.with_picture = not folder.name.startswith(PREFIX_CHECKPOINT_DIR)  # which takes a second to draw
         compose_card(self.accelerator.unwrap_model(self.model), self._lora_pro_settings(), folder, training)
 
+    def _add_to_card(self, folder: Path) -> None:
+        """Add LoRA-Pro's settings to the card of another library."""
+        model, settings = self.accelerator.unwrap_model(self.model), self._lora_pro_settings()
+        add_to_card(folder, {**describe_lora_pro(model, settings), **describe_optimizer(settings)})
+
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent, but a branch that is missing is made; a failure says what is saved and what to do."""
         if self.lora_pro_config is None:
             return super().push_to_hub(*args, **kwargs)
-        given = inspect.signature(super().push_to_hub).bind(*args, **kwargs).arguments
+        given = handed(type(self), HubMixin, "push_to_hub", args, kwargs)
         if given.get("revision") is not None:
             self._explicit_branch = (given["revision"], given.get("token") or self.args.hub_token)
         try:
@@ -138,23 +165,26 @@ class HubMixin(_Base):
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
         """As the parent, and the branch of `hub_revision` is made; a failure says what to do."""
+        if not getattr(self.args, "lora_pro", True):  # the parent's __init__ asks, before anything is resolved
+            super().init_hf_repo(*args, **kwargs)
+            return
         with explained("No repository was made."):
             super().init_hf_repo(*args, **kwargs)
-        # asked of the arguments, as the parent's __init__ comes here before LoRA-Pro is set up
-        if getattr(self.args, "lora_pro", True) and self.is_world_process_zero():
-            token = inspect.signature(super().init_hf_repo).bind(*args, **kwargs).arguments.get("token")
+        if self.is_world_process_zero():
+            token = handed(type(self), HubMixin, "init_hf_repo", args, kwargs).get("token")
             with explained("The repository was made, but not its branch."):
                 make_branch(self.hub_model_id, getattr(self.args, "hub_revision", None), token or self.args.hub_token)
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+    def _push_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As the parent, which pushes neither settings nor card before the training has ended."""
         if self.lora_pro_config is not None and self.is_world_process_zero() and self.args.hub_strategy != "end":
             self._report_failed_pushes()
             pending = getattr(self, "push_in_progress", None)
             if pending is None or pending.is_done() or self.args.hub_always_push:
-                self.create_model_card(model_name=(self.hub_model_id or self.args.output_dir).split("/")[-1])
+                name = (self.hub_model_id or self.args.output_dir).split("/")[-1]
+                self.create_model_card(**accepted(super().create_model_card, model_name=name))
                 self._lora_pro_settings().save(Path(self.args.output_dir))
-        super()._push_from_checkpoint(checkpoint_folder)
+        super()._push_from_checkpoint(*args, **kwargs)
 
     def _finish_current_push(self) -> None:
         """As the parent, which says nothing of pushes that failed in the background."""

@@ -18,7 +18,7 @@ from peft import PeftModel
 from killable import Nursery
 from killable_jobs import SAVED_EVERY, STEPS, trainer_of
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
-from lorapro_hf.resume import find_flaw, load_passed_over
+from lorapro_hf.resume import find_flaw
 from trainer_helpers import arguments, assert_same, build, differ, factors, run, tiny_base, tiny_lora
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -199,19 +199,6 @@ def test_saved_model_and_state(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     warning, announcement = (each.getMessage() for each in caplog.records if each.name.startswith("lorapro_hf"))
     assert "holds no optimizer state" in warning and announcement.startswith("LoRA-Pro: 14 pairs")
     assert differ(factors(again), factors(trainer))
-
-
-def test_no_adapter_is_passed_over(tmp_path: Path):
-    model, again = tiny_lora(), tiny_lora()
-    for each in (model, again):
-        each.add_adapter("other", each.peft_config["default"])
-    expected = {name: p.detach().clone().add_(1) for name, p in model.named_parameters() if ".default." in name}
-    model.load_state_dict(expected, strict=False)
-    model.save_pretrained(tmp_path)
-    trained = [name for name, p in again.named_parameters() if p.requires_grad]
-    load_passed_over(tmp_path, again)
-    assert_same({name: p.detach() for name, p in again.named_parameters() if name in expected}, expected)
-    assert [name for name, p in again.named_parameters() if p.requires_grad] == trained == list(expected)
 
 
 # ---- damaged and foreign ----

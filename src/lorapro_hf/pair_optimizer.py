@@ -168,8 +168,10 @@ class PairOptimizer(torch.optim.Optimizer):
             if any(id(factor) not in positions for factor in (A, B, *pair.tied_parameters)):
                 raise ValueError(
                     f"{pair.name}: its factors are not in the optimizer's param_groups. Build the optimizer from the "
-                    "model it trains, after moving or wrapping it: create_lorapro_optimizer(model, lr=...). Under "
-                    "DeepSpeed, call attach_deepspeed(engine, optimizer) before the first step."
+                    "model it trains, after moving or wrapping it or loading an adapter into it: "
+                    "create_lorapro_optimizer(model, lr=...). A plain Trainer has PEFT make new factors of those in "
+                    "bfloat16 and float16 when it resumes: use LoRAProTrainer. Under DeepSpeed, call "
+                    "attach_deepspeed(engine, optimizer) before the first step."
                 )
             found[id(pair)] = positions[id(A)], positions[id(B)]
             self._check_groups(pair.name, *found[id(pair)])

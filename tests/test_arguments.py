@@ -90,6 +90,7 @@ def test_json_round_trip(tmp_path):
         ),
         ({"lora_pro_rtol": 1.5}, r"rtol=1.5 must be a number in \[0, 1\)"),
         ({"lora_pro_rtol": "small"}, r"lora_pro_rtol='small' must be a number"),
+        ({"lora_pro_trust_region": 3}, "trust_region=3.0 must be a share below 1"),
         ({"lora_pro": "false"}, "lora_pro=.false. must be true or false"),
         ({"lora_pro_mode": "fast", "lora_pro": False}, "lora_pro_mode='fast' is unknown"),
     ],

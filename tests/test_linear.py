@@ -93,3 +93,11 @@ def test_a_step_that_asks_for_nothing_is_no_division_by_zero():
     A, Bt = random(2, 3, 8, seed=1)[:, None]
     new = linear_step(A, Bt, torch.zeros_like(A), torch.zeros_like(Bt), Rates(0.1, 0.1, trust_region=0.1))
     assert torch.equal(new[0], A) and torch.equal(new[1], Bt)
+
+
+@pytest.mark.parametrize("limit", [0.03, 0.5, 0.99, 1.5])
+def test_only_a_limit_below_1_keeps_the_step_on_the_side_that_was_meant(limit):
+    """A = B = 1, and both are asked to change by -3: the product of the changes outweighs the rest."""
+    one = torch.ones(1, 1, 1, dtype=torch.float64)
+    new_A, new_Bt = linear_step(one, one, 3 * one, 3 * one, Rates(1.0, 1.0, trust_region=limit))
+    assert (new_A * new_Bt < 1) == (limit < 1)

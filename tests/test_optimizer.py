@@ -274,6 +274,18 @@ def test_settings_of_a_group_are_checked_too():
         LoRAProAdamW([{"params": [p for p in model.parameters() if p.requires_grad], "lr": -1}], pairs)
 
 
+@pytest.mark.parametrize("mode", ["factored", "efficient"])
+def test_a_factor_becomes_infinite_only_at_a_rate_that_makes_the_change_overflow(mode):
+    for lr, survives in ((1e30, True), (1e38, False)):
+        model = small_model()
+        optimizer = create_lorapro_optimizer(model, lr=lr, mode=mode)
+        for step in range(4):
+            backward(model, step)
+            optimizer.step()
+        assert all(factor.isfinite().all() for pair in optimizer.pairs for factor in (pair.A, pair.B)) == survives
+        assert optimizer.skipped_steps > 0
+
+
 # ---- closures, names and what is printed ----
 
 

@@ -52,6 +52,35 @@ def assert_equal_ends(found: list[dict[str, Any]], expected: list[dict[str, Any]
         assert json.loads(found[0]["history"]) == json.loads(expected[0]["history"])
 
 
+# ---- with a group of one's own ----
+
+
+class WithNormApart(LoRAProTrainer):
+    """Trains the last norm at a rate of its own."""
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            norm = self.model.base_model.model.model.norm.modules_to_save["default"].weight.requires_grad_(False)
+            super().create_optimizer(*args, **kwargs)
+            self.optimizer.add_param_group({"params": [norm.requires_grad_()], "lr": 0.1})
+        return self.optimizer
+
+
+def test_a_group_added_without_names_resumes_to_the_bit(tmp_path: Path):
+    def train(**settings: Any) -> LoRAProTrainer:
+        args = arguments(tmp_path, LoRAProTrainingArguments, save_strategy="steps", save_steps=4)
+        trainer = build(WithNormApart, args, model=tiny_lora(modules_to_save=["norm"]))
+        trainer.train(**settings)
+        return trainer
+
+    whole = train()
+    saved = torch.load(tmp_path / "checkpoint-4" / "optimizer.pt", weights_only=True)
+    assert saved["param_groups"][-1]["param_names"] == ["param_group_2.0"]
+    norm = {name: value for name, value in factors(whole).items() if ".model.norm." in name}
+    assert differ(norm, {name: torch.ones(32) for name in norm})
+    assert_same(factors(whole), factors(train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))))
+
+
 # ---- killed ----
 
 

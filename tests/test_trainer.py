@@ -428,7 +428,7 @@ def test_adapter_is_plain_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_factory_in_a_plain_trainer_equals_lorapro_trainer(tmp_path: Path):
     if Version(transformers.__version__) < Version("5"):
         pytest.skip("transformers 4 knows no optimizer factories")
-    kwargs = {"lr": 1e-2, "config": EFFICIENT, "betas": (0.8, 0.9), "weight_decay": 0.1}
+    kwargs = {"lr": 1e-2, "mode": "efficient", "betas": (0.8, 0.9), "weight_decay": 0.1}
     factory = {"optimizer_cls_and_kwargs": (LoRAProOptimizerFactory, kwargs)}
     settings = {"adam_beta1": 0.8, "adam_beta2": 0.9, "weight_decay": 0.1}
     expected = run(tmp_path / "a", lora_pro_mode="efficient", **settings)
@@ -451,6 +451,8 @@ def test_factory_and_optimizer_in_lorapro_trainer(tmp_path: Path):
     class PlainArgsTrainer(LoRAProTrainerMixin, Trainer):
         pass
 
+    factory = {"optimizer_cls_and_kwargs": (LoRAProOptimizerFactory, {"lr": 1e-2, "mode": "efficient"})}
+    assert_same(factors(expected), factors(run(tmp_path / "d", PlainArgsTrainer, factory)))
     model = tiny_lora()
     optimizer = create_lorapro_optimizer(model, lr=1e-2, config=EFFICIENT)
     given = run(tmp_path / "c", PlainArgsTrainer, {"model": model, "optimizers": (optimizer, None)})

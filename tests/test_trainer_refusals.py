@@ -50,7 +50,7 @@ def frozen() -> Any:
         ),
         (
             {},
-            {"optimizer_cls_and_kwargs": lambda: (LoRAProOptimizerFactory, {"lr": 1.0, "config": EFFICIENT})},
+            {"optimizer_cls_and_kwargs": lambda: (LoRAProOptimizerFactory, {"lr": 1.0, "mode": "efficient"})},
             "optimizer_cls_and_kwargs= was built with .*'efficient'.*told .*'full'.*State the settings once",
         ),
     ],

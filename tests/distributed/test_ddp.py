@@ -1,6 +1,7 @@
 """DistributedDataParallel takes the steps of one process, whether or not the ranks share the pairs out."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -117,22 +118,30 @@ def one_sided_alone():
 
 
 def never_used(rank, ranks):
-    """A pair that no rank reaches stays as it is, with its state unbegun; the checkpoint loads."""
+    """A pair that no rank reaches stays as it is, with its state unbegun; the checkpoint loads and one rank tells."""
+    said = logging.Handler()
+    told = []
+    said.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("lorapro_hf.first_steps").addHandler(said)
     model = build()
     unused = without_adapter(model)
     before = unused.lora_A["default"].weight.clone()
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     optimizer = make_optimizer(wrapped, {"mode": "efficient", "shard_states": True})
     train(wrapped, optimizer, rank, ranks, steps=range(2))
+    optimizer.finish_training()
     saved = optimizer.state_dict()
     optimizer.load_state_dict(_from_rank_0(saved))
-    return {"untouched": torch.equal(before, unused.lora_A["default"].weight), "moments": len(saved["state"])}
+    untouched = torch.equal(before, unused.lora_A["default"].weight)
+    return {"untouched": untouched, "moments": len(saved["state"]), "told": told}
 
 
 def test_pairs_without_gradients(tmp_path):
     for rank, found in enumerate(run(never_used, 2, tmp_path)):
         assert found["untouched"]
         assert found["moments"] == (6 if rank == 0 else 4)  # two factors and four ordinary parameters
+        assert len(found["told"]) == (rank == 0)
+        assert all(said.startswith("1 of 2 LoRA pairs had no gradient in the first 2 steps") for said in found["told"])
     found = run(one_sided, 2, tmp_path)
     assert_differ(found[0]["after"], found[0]["before"])
     for each in found:

@@ -162,6 +162,6 @@ def test_weights_of_the_loss_are_trained_as_the_parent_trains_them(base: str, tm
 
 def test_learning_rates_by_name_are_refused(base: str, tmp_path: Path):
     with pytest.raises(
-        ValueError, match="learning_rate_mapping=.* would be ignored.*Leave learning_rate_mapping unset"
+        ValueError, match=r"learning_rate_mapping=.* would be ignored.*Leave learning_rate_mapping unset"
     ):
         trainer_of(base, tmp_path, learning_rate_mapping={"query": 1.0})

@@ -19,7 +19,7 @@ from lorapro_hf import (
     LoRAProTrainingArguments,
     create_lorapro_optimizer,
 )
-from trainer_helpers import arguments, build, run, sequences, tiny_base, tiny_lora
+from trainer_helpers import arguments, assert_same, build, factors, run, sequences, tiny_base, tiny_lora
 
 EFFICIENT = LoRAProConfig(mode="efficient")
 
@@ -89,6 +89,36 @@ def test_settings_changed_between_trainings_raise(tmp_path: Path):
     trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
     with pytest.raises(ValueError, match="holds a SGD"):
         trainer.train()
+
+
+@pytest.mark.parametrize("mode", ["full", "efficient"])
+def test_lora_pro_turned_off_for_a_checkpoint_raises_before_anything_is_loaded(tmp_path: Path, mode: str):
+    run(tmp_path, lora_pro_mode=mode, save_strategy="steps", save_steps=1, max_steps=1)
+    trainer = build(LoRAProTrainer, arguments(tmp_path, LoRAProTrainingArguments, lora_pro=False))
+    before = factors(trainer)
+    message = rf"optimizer\.pt: it was written with LoRA-Pro in mode '{mode}', but LoRA-Pro is off.*--no_lora_pro"
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=True)
+    assert_same(factors(trainer), before)
+
+
+def test_lora_pro_turned_on_for_a_checkpoint_raises_before_anything_is_loaded(tmp_path: Path):
+    run(tmp_path, lora_pro=False, save_strategy="steps", save_steps=1, max_steps=1)
+    trainer = build(LoRAProTrainer, arguments(tmp_path, LoRAProTrainingArguments))
+    before = factors(trainer)
+    with pytest.raises(ValueError, match=r"the checkpoint is of another optimizer, but .* has LoRA-Pro mode 'full'"):
+        trainer.train(resume_from_checkpoint=True)
+    assert_same(factors(trainer), before)
+
+
+def test_lora_pro_turned_off_leaves_other_checkpoints_to_the_parent(tmp_path: Path):
+    run(tmp_path, lora_pro=False, save_strategy="steps", save_steps=1, max_steps=1, save_only_model=True)
+    args = arguments(tmp_path, LoRAProTrainingArguments, lora_pro=False, max_steps=2)
+    trainer = build(LoRAProTrainer, args)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2
+    with pytest.raises(ValueError, match="No valid checkpoint found"):
+        build(LoRAProTrainer, arguments(tmp_path / "empty", LoRAProTrainingArguments, lora_pro=False)).train(True)
 
 
 def test_lora_pro_turned_off_between_trainings_raises(tmp_path: Path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
@@ -207,6 +207,55 @@ def test_a_reference_adapter_is_left_alone(kind: str, settings: dict[str, Any], 
     for name, value in trainer.model.named_parameters():
         if name in frozen:
             torch.testing.assert_close(value.detach(), frozen[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("model", ["without an adapter", "a name", "a frozen adapter"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_missing_adapter_is_noticed_before_the_data_is_read(
+    kind: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def unread(*_: Any, **__: Any) -> None:
+        raise AssertionError("the data set was read")
+
+    case = KINDS[kind]
+    data = case["data"]()
+    monkeypatch.setattr(type(data), "map", unread)
+    given = "someone/something" if model == "a name" else case["model"]()
+    message = f"LoRAPro{kind}Trainer got a model without an adapter.*peft_config=LoraConfig.*--use_peft"
+    if model == "a frozen adapter":
+        given = get_peft_model(given, adapter(task_type=case.get("task", "CAUSAL_LM"), inference_mode=True))
+        message = "frozen.*is_trainable=True"
+    make, config = getattr(lorapro_hf, f"LoRAPro{kind}Trainer"), getattr(lorapro_hf, f"LoRAPro{kind}Config")
+    args = config(output_dir=str(tmp_path), **COMMON, **case["settings"])
+    with pytest.raises(ValueError, match=message):
+        make(given, args=args, train_dataset=data, processing_class=tokenizer(), **case.get("more", {}))
+
+
+def test_a_subclass_that_makes_its_adapter_is_left_to_it(tmp_path: Path):
+    class Adapting(trl.SFTTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, peft_config=adapter(), **kwargs)
+
+    make = type("LoRAProAdapting", (lorapro_hf.LoRAProTrainerMixin, Adapting), {})
+    args = LoRAProSFTConfig(output_dir=str(tmp_path), **COMMON, max_length=32)
+    trainer = make(chat_model(), args=args, train_dataset=conversations(), processing_class=tokenizer())
+    assert len(lorapro_hf.find_lora_pairs(trainer.model)) == 14
+
+
+@pytest.mark.parametrize("way", ["parent", "callback", "mixin"])
+def test_trls_own_trainer_says_that_it_reads_no_settings(way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    make = LoRAProSFTTrainer if way == "mixin" else trl.SFTTrainer
+    trainer = make(
+        model=chat_model(),
+        args=LoRAProSFTConfig(output_dir=str(tmp_path), **{**COMMON, "max_steps": 1}, max_length=32),
+        train_dataset=conversations(),
+        processing_class=tokenizer(),
+        peft_config=adapter(),
+        callbacks=[LoRAProCallback()] if way == "callback" else [],
+    )
+    trainer.train()
+    told = [record for record in caplog.records if record.name == "lorapro_hf.arguments"]
+    assert len(told) == (way == "parent")
 
 
 SAVING: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lora_pro_mode": "full"}

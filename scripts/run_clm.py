@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     if training.do_predict:
         raise UsageError("--do_predict: a language model on plain text has nothing to predict; use --do_eval.")
     start(training)
-    splits = load_splits(data, training, model_args.cache_dir, prepare=lambda rows, split: texts(rows, split, data))
+    splits = load_splits(data, training, model_args.cache_dir, prepare=partial(texts, data=data))
     tokenizer = load_tokenizer(model_args)
     model = load_model(AutoModelForCausalLM, model_args)
     # models without a table of positions (Mamba, BLOOM) have no such bound

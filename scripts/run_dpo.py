@@ -11,6 +11,7 @@ The reference is the base model, or with `--adapter_name_or_path` the adapter as
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from datasets import Dataset
 
@@ -63,9 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     complete(training, model_args, data)
     start(training)
     tokenizer = load_tokenizer(model_args)
-    splits = load_splits(
-        data, training, model_args.cache_dir, prepare=lambda rows, split: preferences(rows, split, data)
-    )
+    splits = load_splits(data, training, model_args.cache_dir, prepare=partial(preferences, data=data))
     for rows in splits.values():
         if not isinstance(rows[0]["chosen"], str) and tokenizer.chat_template is None:
             raise UsageError(

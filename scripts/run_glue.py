@@ -9,6 +9,7 @@ Files have a column `label` and one or two columns of text (`sentence1` and `sen
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     splits = load_splits(
         *(data, training, model_args.cache_dir),
         also=("train",),  # it numbers the labels
-        prepare=lambda rows, split: complete(rows, split, data),
+        prepare=partial(complete, data=data),
     )
     labels = labels_of(splits)
     names = {"num_labels": 1, "problem_type": "regression"}

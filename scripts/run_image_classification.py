@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     model_args, adapter, data, training = parser.parse(argv)
     start(training)
     training.remove_unused_columns = False  # images become pixels only when they are read
-    splits = load_splits(
-        data, training, model_args.cache_dir, also=("train",), prepare=lambda rows, split: labelled(rows, split, data)
-    )
+    splits = load_splits(data, training, model_args.cache_dir, also=("train",), prepare=partial(labelled, data=data))
     labels = splits["train"].features["label"].names
     for split, rows in splits.items():
         if rows.features["label"].names != labels:

@@ -12,6 +12,7 @@ python scripts/run_seq2seq.py --model_name_or_path google-t5/t5-small --dataset_
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     training.generation_max_length = training.generation_max_length or data.max_target_length
     training.generation_num_beams = training.generation_num_beams or data.num_beams
     start(training)
-    splits = load_splits(data, training, model_args.cache_dir, prepare=lambda rows, split: complete(rows, split, data))
+    splits = load_splits(data, training, model_args.cache_dir, prepare=partial(complete, data=data))
     source = model_args.model_name_or_path
     tokenizer = load_tokenizer(model_args)
     if hasattr(tokenizer, "set_src_lang_special_tokens"):  # mBART, M2M100, NLLB

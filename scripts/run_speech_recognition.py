@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class SpeechArguments(DataArguments):
 
 
 def recordings(rows: Dataset, split: str, data: SpeechArguments) -> Dataset:
-    """The columns that are used, as `audio` (encoded: nothing but soundfile reads it) and `text`, without blank rows."""
+    """The columns `audio` (encoded: nothing but soundfile reads it) and `text`, without rows that are blank there."""
     names = {data.audio_column_name: "audio", data.text_column_name: "text"}
     require_columns(rows, names, " Name them by --audio_column_name and --text_column_name.")
     where, keep_all = f"the {split} set", keep_all_of(split)
@@ -113,9 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     model_args, adapter, data, training = parser.parse(argv)
     start(training)
-    splits = load_splits(
-        data, training, model_args.cache_dir, prepare=lambda rows, split: recordings(rows, split, data)
-    )
+    splits = load_splits(data, training, model_args.cache_dir, prepare=partial(recordings, data=data))
     source = model_args.model_name_or_path
     extractor = load_processor(AutoFeatureExtractor, source, model_args)
     with training.main_process_first(desc="making the vocabulary"):

@@ -194,9 +194,7 @@ def _of_saved(data: DataArguments, wanted_splits: dict[str, str], name: str) -> 
     parts = dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
     for split, wanted in wanted_splits.items():
         if wanted not in parts and not _is_default(data, split):
-            raise UsageError(
-                f"--{split}_split {wanted}: {name} has been saved with {sorted(parts)}; name one of these."
-            )
+            raise UsageError(f"--{split}_split {wanted}: {name} has the splits {sorted(parts)}; name one of these.")
     return {split: parts[wanted] for split, wanted in wanted_splits.items() if wanted in parts}
 
 

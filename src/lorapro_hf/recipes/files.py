@@ -184,10 +184,8 @@ def _files_of(folder: Path) -> dict[str, DataFilesDict]:
     card = folder / "README.md"
     has_own = card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace")
     if _CHAIN in path or has_own:
-        why = f"whose path has {_CHAIN}" if _CHAIN in path else "with configurations in its README.md"
-        raise UsageError(
-            f"datasets cannot read a folder {why} by the name {path}: rename it without *, ?, [, ] and ::."
-        )
+        why = f"whose path has {_CHAIN}" if _CHAIN in path else "with such a name and configurations in its README.md"
+        raise UsageError(f"{path}: datasets cannot read a folder {why}; rename it without *, ?, [, ] and ::.")
     base = glob.escape(path)
     return {"data_files": DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)}
 
@@ -226,9 +224,7 @@ def _bad_line(file: Path, kind: str) -> str | None:
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                     if kind == "json" and text and not isinstance(json.loads(text), dict):
-                        return (
-                            None if number == 1 else f"line {number} is no JSON object {{...}}: mend it or take it out."
-                        )
+                        return None if number == 1 else f"line {number} is no JSON object. Mend it or take it out."
                 except UnicodeDecodeError as error:
                     return f"line {number} is no UTF-8 ({error.reason}); save the file as UTF-8."
                 except json.JSONDecodeError as error:
@@ -252,7 +248,7 @@ def _bad_place(file: Path) -> str | None:
 
 
 def _whole_numbers(rows: Dataset, file: Path) -> Dataset:
-    """The rows of a CSV file with whole numbers where they were written; pandas makes floats of them beside blank cells.
+    """The rows of a CSV file with whole numbers as they were written; beside blank cells pandas makes floats of them.
 
     Raises:
         UsageError: pandas has taken the first column for names of rows.

@@ -79,8 +79,8 @@ def _load(name: str, config: str | None) -> Dataset | DatasetDict:
         raise
     except (DatasetsError, OSError, ValueError, StopIteration) as error:
         raise UsageError(
-            f"Cannot load the dataset {name!r}: {fault_in(name, error)}\nGive --dataset a hub name, with --dataset_config "
-            "if it has several configurations, or a local folder or file."
+            f"Cannot load the dataset {name!r}: {fault_in(name, error)}\nGive --dataset a hub name, with "
+            "--dataset_config if it has several configurations, or a local folder or file."
         ) from error
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 from datasets import Dataset, DatasetDict
 from PIL import Image
@@ -28,8 +29,8 @@ NAMES = ["part?", "data [v2]", "a::b", "x*", "[!a]", "50% of #1", "~b", "zip::c"
 WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], Any]] = {
     ".jsonl": lambda path, rows: path.write_text("".join(f"{json.dumps(row)}\n" for row in rows)),
     ".json": lambda path, rows: path.write_text(json.dumps(rows)),
-    ".csv": lambda path, rows: Dataset.from_list(rows).to_csv(path, index=False),
-    ".parquet": lambda path, rows: Dataset.from_list(rows).to_parquet(path),
+    ".csv": lambda path, rows: path.write_text(pandas.DataFrame(rows).to_csv(index=False)),
+    ".parquet": lambda path, rows: path.write_bytes(pandas.DataFrame(rows).to_parquet()),
 }
 
 
@@ -75,7 +76,6 @@ def test_a_file_that_has_changed_is_read_again() -> None:
 def test_all_programs_read_exactly_the_named_file(name: str) -> None:
     rows = [{"question": f"What is {n}?", "answer": f"#### {n}"} for n in range(9)]
     write("part1.jsonl", [{"question": "another", "answer": "#### 0"}] * 9)
-    write("a", []) if "::" in name and Path(name).suffix == "" else None
     write(name, rows)
     splits = load_splits(DataArguments(train_file=name), TrainingArguments("out", do_train=True, use_cpu=True))
     assert list(splits["train"]) == rows
@@ -83,9 +83,8 @@ def test_all_programs_read_exactly_the_named_file(name: str) -> None:
     train, held_out = load_problems(DemoSettings(dataset=name, eval_size=3))
     assert sorted([*train["question"], *held_out["question"]]) == [row["question"] for row in rows]
     task = TaskSettings(name="t", kind="text", dataset=name, text_column="question", validation_size=2, test_size=2)
-    assert sorted(row["question"] for part in table(task, ("question",)).values() for row in part) == sorted(
-        row["question"] for row in rows
-    )
+    found = [question for part in table(task, ("question",)).values() for question in part["question"]]
+    assert sorted(found) == [row["question"] for row in rows]
 
 
 @pytest.mark.parametrize("folder", ["my [folder]", "folder?", "plain"])
@@ -163,7 +162,8 @@ def test_broken_files_are_refused_with_the_place(name: str, capfd: pytest.Captur
         read_file(name, "--train_file")
     said = str(caught.value)
     assert said.startswith(f"--train_file {name}: ") and message in said and "\n" not in said
-    assert "ERROR" not in capfd.readouterr().err and "Failed" not in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert "ERROR" not in told and "Failed" not in told
 
 
 def test_a_broken_file_of_a_folder_is_named() -> None:

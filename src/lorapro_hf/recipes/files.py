@@ -253,11 +253,12 @@ def _whole_numbers(rows: Dataset, file: Path) -> Dataset:
     Raises:
         UsageError: pandas has taken the first column for names of rows.
     """
-    if not isinstance(pd.read_csv(file, nrows=1).index, pd.RangeIndex):
+    path = os.path.abspath(file)  # pandas takes some other paths for addresses
+    if not isinstance(pd.read_csv(path, nrows=1).index, pd.RangeIndex):
         raise UsageError("its rows have more cells than its header; name every column in the first line.")
     for place, (column, feature) in enumerate(rows.features.items()):
         if getattr(feature, "dtype", None) == "float64" and rows.data.column(column).null_count:
-            written = pd.read_csv(file, usecols=[place], dtype=str).iloc[:, 0].dropna()
+            written = pd.read_csv(path, usecols=[place], dtype=str).iloc[:, 0].dropna()
             if written.str.fullmatch(r"\s*[+-]?\d{1,15}\s*").all():
                 rows = rows.cast_column(column, Value("int64"))
     return rows

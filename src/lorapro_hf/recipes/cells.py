@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, Value
+from datasets import ClassLabel, Dataset, Features, Value
 
 from lorapro_hf.options import UsageError
 
@@ -97,7 +97,11 @@ def with_texts(
     others = [column for column in columns if not _is_text(rows.features[column])]
     if not others:
         return rows
-    return rows.map(lambda row: {column: str(row[column]) for column in others}, **(map_kwargs or {}))
+    features = Features({**rows.features, **dict.fromkeys(others, Value("string"))})
+    # without `features` datasets would make numbers of them again
+    return rows.map(
+        lambda row: {column: str(row[column]) for column in others}, features=features, **(map_kwargs or {})
+    )
 
 
 def require_plain(rows: Dataset, column: str, where: str, scalars: bool = False) -> None:

@@ -6,6 +6,7 @@ Llama-3.1-70B. Run it with `python benchmarks/scaling.py`; it prints the Markdow
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -139,4 +140,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sys.exit(main())

@@ -8,8 +8,8 @@ The recipes look for them in the folder `build/smoke` of the current directory.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import wave
 from collections.abc import Callable
 from pathlib import Path
@@ -173,6 +173,6 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(f"usage: {sys.argv[0]} FOLDER")
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="where the models and data go, such as build/smoke")
+    main(parser.parse_args().folder)

@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import numpy as np
-from datasets import DatasetDict
-from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator
+from datasets import Dataset, DatasetDict
+from transformers import AutoModelForCausalLM, default_data_collator
 
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
 from lorapro_hf.options import UsageError
+from lorapro_hf.recipes.cells import with_texts
 from lorapro_hf.recipes.data import DataArguments, load_splits
 from lorapro_hf.recipes.flow import as_program, run, start
 from lorapro_hf.recipes.metrics import load_metric
-from lorapro_hf.recipes.model import AdapterArguments, ModelArguments, add_adapter, load_model
+from lorapro_hf.recipes.model import AdapterArguments, ModelArguments, add_adapter, load_model, load_tokenizer
 from lorapro_hf.recipes.parser import RecipeParser
 
 DEFAULT_BLOCK = 1024
+TEXT = "text"
 
 
 @dataclass
@@ -39,16 +42,26 @@ class TextArguments(DataArguments):
         metadata={"help": f"Tokens of an example; by default what the model can take, at most {DEFAULT_BLOCK}."},
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_positive("block_size")
 
-def blocks(splits: DatasetDict, tokenizer: Any, block_size: int, data: TextArguments) -> DatasetDict:
-    """The texts of each split, joined, and cut into blocks of equal length; what remains at the end is left out."""
-    names = next(iter(splits.values())).column_names
+
+def texts(rows: Dataset, split: str, data: TextArguments) -> Dataset:
+    """The column of texts alone, without blank cells; an empty line is a text."""
+    names = rows.column_names
     column = data.text_column or ("text" if "text" in names else names[0])
     if column not in names:
         raise UsageError(f"--text_column {column}: the columns are {names}.")
+    rows = with_texts(rows.select_columns([column]), (column,), f"the {split} set", map_kwargs=data.map_kwargs)
+    return rows if column == TEXT else rows.rename_column(column, TEXT)
+
+
+def blocks(splits: DatasetDict, tokenizer: Any, block_size: int, data: TextArguments) -> DatasetDict:
+    """The texts of each split, joined, and cut into blocks of equal length; what remains at the end is left out."""
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, Any]:
-        return dict(tokenizer(batch[column], return_attention_mask=False, verbose=False))
+        return dict(tokenizer(batch[TEXT], return_attention_mask=False, verbose=False))
 
     def cut(batch: dict[str, list[list[int]]]) -> dict[str, Any]:
         ids = list(chain.from_iterable(batch["input_ids"]))
@@ -56,7 +69,7 @@ def blocks(splits: DatasetDict, tokenizer: Any, block_size: int, data: TextArgum
         pieces = [ids[start : start + block_size] for start in range(0, whole, block_size)]
         return {"input_ids": pieces, "labels": [list(piece) for piece in pieces]}
 
-    tokens = splits.map(tokenize, batched=True, remove_columns=names, **data.map_kwargs)
+    tokens = splits.map(tokenize, batched=True, remove_columns=TEXT, **data.map_kwargs)
     others = [name for name in next(iter(tokens.values())).column_names if name != "input_ids"]
     cut_up = tokens.map(cut, batched=True, remove_columns=others, **data.map_kwargs)
     for split, rows in cut_up.items():
@@ -80,10 +93,8 @@ def main(argv: list[str] | None = None) -> None:
     if training.do_predict:
         raise UsageError("--do_predict: a language model on plain text has nothing to predict; use --do_eval.")
     start(training)
-    splits = load_splits(data, training, model_args.cache_dir)
-    source = model_args.model_name_or_path
-    gguf = {"gguf_file": model_args.gguf_file} if model_args.gguf_file and not model_args.tokenizer_name else {}
-    tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or source, **gguf, **model_args.hub_kwargs)
+    splits = load_splits(data, training, model_args.cache_dir, prepare=partial(texts, data=data))
+    tokenizer = load_tokenizer(model_args)
     model = load_model(AutoModelForCausalLM, model_args)
     # models without a table of positions (Mamba, BLOOM) have no such bound
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
@@ -116,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
         loss = metrics["eval_loss"]
         return {**metrics, "perplexity": math.exp(loss) if loss < 700 else math.inf}
 
-    card = {"finetuned_from": source, "tasks": "text-generation", "dataset": data.described}
+    card = {"finetuned_from": model_args.model_name_or_path, "tasks": "text-generation", "dataset": data.described}
     run(trainer, card=card, finish_metrics=with_perplexity)
 
 

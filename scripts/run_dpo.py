@@ -11,14 +11,16 @@ The reference is the base model, or with `--adapter_name_or_path` the adapter as
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from datasets import Dataset
 
 from lorapro_hf import LoRAProDPOConfig, LoRAProDPOTrainer
 from lorapro_hf.options import UsageError
+from lorapro_hf.recipes.cells import require_columns
 from lorapro_hf.recipes.data import DataArguments, load_splits
 from lorapro_hf.recipes.flow import as_program, run, start
-from lorapro_hf.recipes.language import complete, parts
+from lorapro_hf.recipes.language import complete, parts, with_turns
 from lorapro_hf.recipes.model import AdapterArguments, ModelArguments, load_tokenizer
 from lorapro_hf.recipes.parser import RecipeParser
 
@@ -39,19 +41,14 @@ class DPOSettings(LoRAProDPOConfig):
     trust_remote_code: bool = field(default=False, init=False)  # an argument of the model
 
 
-def preferences(rows: Dataset, data: PreferenceArguments) -> Dataset:
-    """The columns that are used, by TRL's names."""
+def preferences(rows: Dataset, split: str, data: PreferenceArguments) -> Dataset:
+    """The columns that are used, by TRL's names, without rows that are blank in one."""
     names = {data.chosen_column: "chosen", data.rejected_column: "rejected"}
     prompt = data.prompt_column or "prompt"
     if data.prompt_column is not None or prompt in rows.column_names:
         names[prompt] = "prompt"
-    for column in names:
-        if column not in rows.column_names:
-            raise UsageError(
-                f"there is no column {column}; the columns are {rows.column_names}. Name them by --prompt_column, "
-                "--chosen_column and --rejected_column."
-            )
-    rows = rows.select_columns([*names])
+    require_columns(rows, names, " Name them by --prompt_column, --chosen_column and --rejected_column.")
+    rows = with_turns(rows.select_columns([*names]), names, f"the {split} set", data.map_kwargs)
     return rows.rename_columns({old: new for old, new in names.items() if old != new})
 
 
@@ -67,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     complete(training, model_args, data)
     start(training)
     tokenizer = load_tokenizer(model_args)
-    splits = load_splits(data, training, model_args.cache_dir, prepare=lambda rows: preferences(rows, data))
+    splits = load_splits(data, training, model_args.cache_dir, prepare=partial(preferences, data=data))
     for rows in splits.values():
         if not isinstance(rows[0]["chosen"], str) and tokenizer.chat_template is None:
             raise UsageError(

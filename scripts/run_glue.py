@@ -9,21 +9,21 @@ Files have a column `label` and one or two columns of text (`sentence1` and `sen
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     default_data_collator,
 )
 
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
 from lorapro_hf.options import UsageError
-from lorapro_hf.recipes.data import DataArguments, load_splits
+from lorapro_hf.recipes.cells import complete_rows, is_blank, is_number, require_columns, require_plain, with_texts
+from lorapro_hf.recipes.data import DataArguments, keep_all_of, load_splits
 from lorapro_hf.recipes.flow import as_program, run, start
 from lorapro_hf.recipes.metrics import GLUE_METRICS, labels_in, of_labels
 from lorapro_hf.recipes.model import (
@@ -31,7 +31,9 @@ from lorapro_hf.recipes.model import (
     ModelArguments,
     add_adapter,
     layers_without_weights,
+    load_config,
     load_model,
+    load_tokenizer,
 )
 from lorapro_hf.recipes.parser import RecipeParser
 
@@ -66,6 +68,7 @@ class GlueArguments(DataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require_positive("max_seq_length")
         if self.task_name is None:
             return
         if self.dataset_name is None and not self._files():  # files stand in for the task where there is no network
@@ -86,6 +89,27 @@ def text_columns(data: GlueArguments, names: list[str]) -> tuple[str, str | None
     if not others:
         raise UsageError(f"there is no column of text among {names}.")
     return others[0], others[1] if len(others) > 1 else None
+
+
+def complete(rows: Dataset, split: str, data: GlueArguments) -> Dataset:
+    """Rows with texts and a label; a test set may hide its labels."""
+    columns = [column for column in text_columns(data, rows.column_names) if column is not None]
+    require_columns(rows, columns)
+    guessed = data.task_name is None and columns != ["sentence1", "sentence2"]
+    numbers = [column for column in columns if guessed and is_number(rows, column)]
+    if numbers:
+        raise UsageError(f"the column {numbers[0]} holds numbers: name the texts' columns sentence1 and sentence2.")
+    where, keep_all = f"the {split} set", keep_all_of(split)
+    has_labels = "label" in rows.column_names and not (split == "test" and hides_labels(rows))
+    if has_labels:
+        require_plain(rows, "label", where, scalars=True)
+        rows = complete_rows(rows, ("label",), where, keep_all=keep_all)
+    return with_texts(rows, columns, where, keep_all=keep_all, map_kwargs=data.map_kwargs)
+
+
+def hides_labels(rows: Dataset) -> bool:
+    """Whether the labels of a test set are blank, or GLUE's -1."""
+    return is_blank(rows, "label") or -1 in rows["label"]
 
 
 def labels_of(splits: DatasetDict) -> list[str] | None:
@@ -124,7 +148,7 @@ def tokenized(splits: DatasetDict, tokenizer: Any, labels: list[str] | None, dat
     done = DatasetDict()
     for split, rows in splits.items():
         columns = text_columns(data, rows.column_names)
-        has_labels = "label" in rows.column_names and (split != "test" or -1 not in rows["label"])
+        has_labels = "label" in rows.column_names and not (split == "test" and hides_labels(rows))
         settings = {"fn_kwargs": {"columns": columns, "has_labels": has_labels}, **data.map_kwargs}
         done[split] = rows.map(tokenize, batched=True, remove_columns=rows.column_names, **settings)
     return done
@@ -138,15 +162,19 @@ def main(argv: list[str] | None = None) -> None:
     )
     model_args, adapter, data, training = parser.parse(argv)
     start(training)
-    splits = load_splits(data, training, model_args.cache_dir, also=("train",))  # it numbers the labels
+    splits = load_splits(
+        *(data, training, model_args.cache_dir),
+        also=("train",),  # it numbers the labels
+        prepare=partial(complete, data=data),
+    )
     labels = labels_of(splits)
     names = {"num_labels": 1, "problem_type": "regression"}
     if labels is not None:
         numbers = {name: number for number, name in enumerate(labels)}
         names = {"num_labels": len(labels), "label2id": numbers, "id2label": {n: name for name, n in numbers.items()}}
     source = model_args.model_name_or_path
-    config = AutoConfig.from_pretrained(model_args.config_name or source, **names, **model_args.hub_kwargs)
-    tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or source, **model_args.hub_kwargs)
+    config = load_config(model_args, **names)
+    tokenizer = load_tokenizer(model_args)
     model, loaded = load_model(AutoModelForSequenceClassification, model_args, config=config, output_loading_info=True)
     new_layers = layers_without_weights(model, loaded["missing_keys"])
     if model.config.pad_token_id is None:  # decoders classify the last token before the padding

@@ -13,19 +13,29 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import ClassLabel, Dataset, load_dataset
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from datasets import ClassLabel, Dataset
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
 from lorapro_hf.options import UsageError
-from lorapro_hf.recipes.data import DataArguments, load_splits
+from lorapro_hf.recipes.cells import complete_rows, require_columns
+from lorapro_hf.recipes.data import DataArguments, keep_all_of, load_splits
+from lorapro_hf.recipes.files import read_images
 from lorapro_hf.recipes.flow import as_program, run, start
 from lorapro_hf.recipes.metrics import labels_in, of_labels
-from lorapro_hf.recipes.model import AdapterArguments, ModelArguments, add_adapter, load_model
+from lorapro_hf.recipes.model import (
+    AdapterArguments,
+    ModelArguments,
+    add_adapter,
+    load_config,
+    load_model,
+    load_processor,
+)
 from lorapro_hf.recipes.parser import RecipeParser
 
 try:
@@ -57,26 +67,19 @@ class ImageArguments(DataArguments):
                 raise UsageError(f"--{split}_dir {folder}: there is no such folder.")
         if not self._folders():
             return super().available(cache_dir)
-        return {
-            split: load_dataset("imagefolder", data_dir=folder, split="train", cache_dir=cache_dir)
-            for split, folder in self._folders().items()
-        }
+        return {split: read_images(folder, f"--{split}_dir", cache_dir) for split, folder in self._folders().items()}
 
     def _folders(self) -> dict[str, str]:
         folders = {"train": self.train_dir, "validation": self.validation_dir}
         return {split: folder for split, folder in folders.items() if folder is not None}
 
 
-def labelled(rows: Dataset, data: ImageArguments) -> Dataset:
-    """The columns that are used, as `image` and `label`, with classes that have names."""
-    for column in (data.image_column_name, data.label_column_name):
-        if column not in rows.column_names:
-            raise UsageError(
-                f"there is no column {column}; the columns are {rows.column_names}. Name them by --image_column_name "
-                "and --label_column_name."
-            )
+def labelled(rows: Dataset, split: str, data: ImageArguments) -> Dataset:
+    """The columns that are used, as `image` and `label`, with classes that have names, without blank rows."""
     names = {data.image_column_name: "image", data.label_column_name: "label"}
-    rows = rows.select_columns([*names]).rename_columns({old: new for old, new in names.items() if old != new})
+    require_columns(rows, names, " Name them by --image_column_name and --label_column_name.")
+    rows = complete_rows(rows.select_columns([*names]), names, f"the {split} set", keep_all=keep_all_of(split))
+    rows = rows.rename_columns({old: new for old, new in names.items() if old != new})
     return rows if isinstance(rows.features["label"], ClassLabel) else rows.class_encode_column("label")
 
 
@@ -124,9 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     model_args, adapter, data, training = parser.parse(argv)
     start(training)
     training.remove_unused_columns = False  # images become pixels only when they are read
-    splits = load_splits(
-        data, training, model_args.cache_dir, also=("train",), prepare=lambda rows: labelled(rows, data)
-    )
+    splits = load_splits(data, training, model_args.cache_dir, also=("train",), prepare=partial(labelled, data=data))
     labels = splits["train"].features["label"].names
     for split, rows in splits.items():
         if rows.features["label"].names != labels:
@@ -134,8 +135,8 @@ def main(argv: list[str] | None = None) -> None:
     numbers = {name: number for number, name in enumerate(labels)}
     names = {"num_labels": len(labels), "label2id": numbers, "id2label": {n: name for name, n in numbers.items()}}
     source = model_args.model_name_or_path
-    config = AutoConfig.from_pretrained(model_args.config_name or source, **names, **model_args.hub_kwargs)
-    processor = AutoImageProcessor.from_pretrained(model_args.tokenizer_name or source, **model_args.hub_kwargs)
+    config = load_config(model_args, **names)
+    processor = load_processor(AutoImageProcessor, model_args.tokenizer_name or source, model_args)
     model = load_model(
         AutoModelForImageClassification, model_args, config=config, ignore_mismatched_sizes=True
     )  # a head of other classes is made anew

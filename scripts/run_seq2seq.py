@@ -12,20 +12,22 @@ python scripts/run_seq2seq.py --model_name_or_path google-t5/t5-small --dataset_
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import DatasetDict
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, Seq2SeqTrainer
+from datasets import Dataset, DatasetDict
+from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, Seq2SeqTrainer
 from transformers import Seq2SeqTrainingArguments as Seq2SeqSettings
 
 from lorapro_hf import LoRAProTrainerMixin, LoRAProTrainingArguments
 from lorapro_hf.options import UsageError
-from lorapro_hf.recipes.data import DataArguments, load_splits
+from lorapro_hf.recipes.cells import complete_rows, is_blank, require_columns, with_texts
+from lorapro_hf.recipes.data import DataArguments, keep_all_of, load_splits
 from lorapro_hf.recipes.flow import as_program, run, start
 from lorapro_hf.recipes.metrics import load_metric
-from lorapro_hf.recipes.model import AdapterArguments, ModelArguments, add_adapter, load_model
+from lorapro_hf.recipes.model import AdapterArguments, ModelArguments, add_adapter, load_model, load_tokenizer
 from lorapro_hf.recipes.parser import RecipeParser
 
 
@@ -62,36 +64,54 @@ class TextPairArguments(DataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require_positive("max_source_length", "max_target_length", "num_beams")
         if (self.source_lang is None) != (self.target_lang is None):
             raise UsageError("--source_lang and --target_lang go together.")
 
 
-def texts_of(data: TextPairArguments, names: list[str]) -> Any:
-    """A function from a row to the text to read and the text to write."""
+def columns_of(data: TextPairArguments, names: list[str]) -> tuple[str, str]:
+    """The columns to read and to write; those of a column `translation` are named as `Dataset.flatten` names them."""
     if data.source_lang is not None:
-        if "translation" not in names:
+        languages = [name.removeprefix("translation.") for name in names if name.startswith("translation.")]
+        if not languages:
             raise UsageError(f"--source_lang needs a column `translation`; the columns are {names}.")
-
-        def translation(row: dict[str, Any]) -> tuple[str, str]:
-            pair = row["translation"]
-            if not {data.source_lang, data.target_lang} <= pair.keys():
-                raise UsageError(f"--source_lang and --target_lang must be among {sorted(pair)}.")
-            return pair[data.source_lang], pair[data.target_lang]
-
-        return translation
+        if not {data.source_lang, data.target_lang} <= set(languages):
+            raise UsageError(f"--source_lang and --target_lang must be among {sorted(languages)}.")
+        return f"translation.{data.source_lang}", f"translation.{data.target_lang}"
     if len(names) < 2 and not (data.text_column and data.summary_column):
         raise UsageError(f"two columns of text are needed; the columns are {names}.")
-    source, target = data.text_column or names[0], data.summary_column or names[1]
-    for column in (source, target, data.second_text_column):
-        if column is not None and column not in names:
-            raise UsageError(f"there is no column {column}; the columns are {names}.")
+    return data.text_column or names[0], data.summary_column or names[1]
+
+
+def complete(rows: Dataset, split: str, data: TextPairArguments) -> Dataset:
+    """The columns that are used, without rows that are blank in one; a test set may hide what is to be written."""
+    rows = rows if data.source_lang is None else rows.flatten()
+    source, target = columns_of(data, rows.column_names)
+    read = [source] if data.second_text_column is None else [source, data.second_text_column]
+    require_columns(rows, [*read, target])
+    where, keep_all = f"the {split} set", keep_all_of(split)
+    rows = rows.select_columns([*dict.fromkeys((source, target, *read))])
+    is_hidden = split == "test" and is_blank(rows, target)
+    if data.label_texts is not None and not is_hidden:
+        rows = complete_rows(rows, (target,), where, keep_all=keep_all)
+    texts = read if is_hidden or data.label_texts is not None else [*read, target]
+    need_text = (target,) if target in texts and split != "test" else ()
+    return with_texts(rows, texts, where, need_text, keep_all, data.map_kwargs)
+
+
+def texts_of(data: TextPairArguments, names: list[str]) -> Any:
+    """A function from a row to the text to read and the text to write, `None` where a test set hides it."""
+    source, target = columns_of(data, names)
 
     def texts(row: dict[str, Any]) -> tuple[str, str | None]:
-        second = "" if data.second_text_column is None else data.second_prefix + str(row[data.second_text_column])
-        read = str(row[source]) + second
-        if data.label_texts is None:
-            return read, str(row[target])
-        label = int(row[target])
+        second = "" if data.second_text_column is None else data.second_prefix + row[data.second_text_column]
+        read, written = row[source] + second, row[target]
+        if written is None or data.label_texts is None:
+            return read, written
+        try:
+            label = int(written)
+        except ValueError as error:
+            raise UsageError(f"--label_texts: {written!r} in the column {target} is no number of a label.") from error
         if label >= len(data.label_texts):
             raise UsageError(f"--label_texts has {len(data.label_texts)} texts, none for the label {label}.")
         return read, None if label < 0 else data.label_texts[label]  # GLUE's test sets hide their labels as -1
@@ -146,9 +166,9 @@ def main(argv: list[str] | None = None) -> None:
     training.generation_max_length = training.generation_max_length or data.max_target_length
     training.generation_num_beams = training.generation_num_beams or data.num_beams
     start(training)
-    splits = load_splits(data, training, model_args.cache_dir)
+    splits = load_splits(data, training, model_args.cache_dir, prepare=partial(complete, data=data))
     source = model_args.model_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or source, **model_args.hub_kwargs)
+    tokenizer = load_tokenizer(model_args)
     if hasattr(tokenizer, "set_src_lang_special_tokens"):  # mBART, M2M100, NLLB
         raise UsageError(
             f"{source} marks languages by tokens of its own, which this script does not set; take a model that is told "

@@ -18,16 +18,18 @@ From a recipe: python scripts/run_sft.py configs/smollm2-135m.yaml --learning_ra
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from datasets import Dataset
 
 from lorapro_hf import LoRAProSFTConfig, LoRAProSFTTrainer
 from lorapro_hf.evaluation.prompts import ALPACA
 from lorapro_hf.options import UsageError
+from lorapro_hf.recipes.cells import complete_rows
 from lorapro_hf.recipes.data import load_splits
 from lorapro_hf.recipes.flow import as_program, run, start
 from lorapro_hf.recipes.instructions import CHAT, InstructionArguments, prepared
-from lorapro_hf.recipes.language import complete, parts
+from lorapro_hf.recipes.language import complete, parts, with_turns
 from lorapro_hf.recipes.model import AdapterArguments, ModelArguments, load_tokenizer
 from lorapro_hf.recipes.parser import RecipeParser
 
@@ -50,14 +52,19 @@ def is_conversation(rows: Dataset, data: InstructionArguments) -> bool:
     return "prompt" in rows.column_names and not isinstance(rows[0]["prompt"], str)
 
 
-def require_known_columns(rows: Dataset, text_column: str) -> None:
-    """Refuse rows of which TRL would not know what to learn."""
-    names = set(rows.column_names)
-    if not (names & {"messages", "conversations", text_column, "input_ids"} or {"prompt", "completion"} <= names):
+def known(rows: Dataset, split: str, text_column: str, map_kwargs: dict[str, Any]) -> Dataset:
+    """Rows of which TRL knows what to learn, without those that are blank there."""
+    names, where = rows.column_names, f"the {split} set"
+    ready = next((column for column in ("messages", "conversations", "input_ids") if column in names), None)
+    if ready is not None:
+        return complete_rows(rows, (ready,), where)
+    columns = ("prompt", "completion") if {"prompt", "completion"} <= set(names) else (text_column,)
+    if not set(columns) <= set(names):
         raise UsageError(
             f"the columns {rows.column_names} hold neither messages, prompt and completion, nor {text_column}; name "
             "them by --prompt_column and --completion_column, or by --dataset_text_field."
         )
+    return with_turns(rows, columns, where, map_kwargs, need_text=columns[1:])
 
 
 @as_program
@@ -72,11 +79,13 @@ def main(argv: list[str] | None = None) -> None:
     complete(training, model_args, data)
     start(training)
     tokenizer = load_tokenizer(model_args)
-    splits = load_splits(
-        data, training, model_args.cache_dir, prepare=lambda rows: prepared(rows, data, tokenizer, TEMPLATES)
-    )
+
+    def prepare(rows: Dataset, split: str) -> Dataset:
+        rows = prepared(rows, split, data, tokenizer, TEMPLATES)
+        return known(rows, split, training.dataset_text_field, data.map_kwargs)
+
+    splits = load_splits(data, training, model_args.cache_dir, prepare=prepare)
     for rows in splits.values():
-        require_known_columns(rows, training.dataset_text_field)
         has_template = tokenizer.chat_template or training.chat_template_path
         if is_conversation(rows, data) and not has_template:
             raise UsageError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,11 @@ from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer, W
 
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
 from lorapro_hf.options import UsageError
-from lorapro_hf.recipes.data import DataArguments, load_splits
+from lorapro_hf.recipes.cells import complete_rows, require_columns, with_texts
+from lorapro_hf.recipes.data import DataArguments, keep_all_of, load_splits
 from lorapro_hf.recipes.flow import as_program, run, start
 from lorapro_hf.recipes.metrics import load_metric
-from lorapro_hf.recipes.model import AdapterArguments, ModelArguments, add_adapter, load_model
+from lorapro_hf.recipes.model import AdapterArguments, ModelArguments, add_adapter, load_model, load_processor
 from lorapro_hf.recipes.parser import RecipeParser
 
 try:
@@ -49,16 +51,14 @@ class SpeechArguments(DataArguments):
     )
 
 
-def recordings(rows: Dataset, data: SpeechArguments) -> Dataset:
-    """The columns that are used, as `audio` (encoded: nothing but soundfile reads it) and `text`."""
+def recordings(rows: Dataset, split: str, data: SpeechArguments) -> Dataset:
+    """The columns `audio` (encoded: nothing but soundfile reads it) and `text`, without rows that are blank there."""
     names = {data.audio_column_name: "audio", data.text_column_name: "text"}
-    for column in names:
-        if column not in rows.column_names:
-            raise UsageError(
-                f"there is no column {column}; the columns are {rows.column_names}. Name them by --audio_column_name "
-                "and --text_column_name."
-            )
-    rows = rows.select_columns([*names]).rename_columns({old: new for old, new in names.items() if old != new})
+    require_columns(rows, names, " Name them by --audio_column_name and --text_column_name.")
+    where, keep_all = f"the {split} set", keep_all_of(split)
+    rows = complete_rows(rows.select_columns([*names]), (data.audio_column_name,), where, keep_all=keep_all)
+    rows = with_texts(rows, (data.text_column_name,), where, keep_all=keep_all, map_kwargs=data.map_kwargs)
+    rows = rows.rename_columns({old: new for old, new in names.items() if old != new})
     if data.text_case is not None:
         turned = str.lower if data.text_case == "lower" else str.upper
         rows = rows.map(lambda text: {"text": turned(text)}, input_columns="text", **data.map_kwargs)
@@ -86,7 +86,8 @@ def tokenizer_for(model_args: ModelArguments, texts: list[str] | None, folder: P
         tokenizer = AutoTokenizer.from_pretrained(source, **model_args.hub_kwargs)
     except (OSError, ValueError, TypeError) as error:  # what a missing vocabulary raises differs between versions
         if texts is None or model_args.tokenizer_name is not None:
-            raise UsageError(f"{source} has no tokenizer: name one by --tokenizer_name.") from error
+            said = str(error).partition("\n")[0].rstrip(".")
+            raise UsageError(f"{source} has no tokenizer ({said}): name one by --tokenizer_name.") from error
     else:
         known = tokenizer.get_vocab()
         strange = [letter for letter in letters if letter not in known]
@@ -113,9 +114,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     model_args, adapter, data, training = parser.parse(argv)
     start(training)
-    splits = load_splits(data, training, model_args.cache_dir, prepare=lambda rows: recordings(rows, data))
+    splits = load_splits(data, training, model_args.cache_dir, prepare=partial(recordings, data=data))
     source = model_args.model_name_or_path
-    extractor = AutoFeatureExtractor.from_pretrained(source, **model_args.hub_kwargs)
+    extractor = load_processor(AutoFeatureExtractor, source, model_args)
     with training.main_process_first(desc="making the vocabulary"):
         texts = list(splits["train"]["text"]) if "train" in splits else None
         tokenizer = tokenizer_for(model_args, texts, Path(training.output_dir))
@@ -130,6 +131,12 @@ def main(argv: list[str] | None = None) -> None:
         longest = data.max_duration_in_seconds * extractor.sampling_rate
         splits = splits.map(features, remove_columns=["audio", "text"], **data.map_kwargs)
         splits = splits.filter(lambda length: length <= longest, input_columns="length", **data.map_kwargs)
+    for split, rows in splits.items():
+        if not len(rows):
+            raise UsageError(
+                f"every recording of the {split} set is longer than --max_duration_in_seconds "
+                f"{data.max_duration_in_seconds:g}; raise it."
+            )
     sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "ctc_loss_reduction": "mean"}
     model = load_model(AutoModelForCTC, model_args, **sizes, ignore_mismatched_sizes=True)
     model.config.ctc_zero_infinity = True  # the loss of a recording too short for its text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 from support_cases import GROUPS, OTHER_FIELDS
@@ -86,5 +87,6 @@ def page() -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     PATH.write_text(page(), encoding="utf-8")
     print(f"wrote {PATH.relative_to(ROOT)}")

@@ -166,7 +166,7 @@ def test_a_key_that_is_there_twice_is_refused_and_a_merge_may_be_overridden(tmp_
     path.write_text(f"{start}  full: {{<<: *lora, title: two}}\n")
     assert [method.title for method in read_settings(path).methods] == ["one", "two"]
     path.write_text(f"{start}  lora: [1e-2]\n")
-    with pytest.raises(UsageError, match="'lora' is there twice"):
+    with pytest.raises(UsageError, match="'lora' is there twice, in lines 4 and 5"):
         read_settings(path)
     with pytest.raises(UsageError, match="'a' is there twice"):
         read_settings(CONFIGS / "smoke.yaml", ["methods={a: 1, a: 2}"])
@@ -460,7 +460,7 @@ def test_the_command_trains_reports_and_reports_again(tmp_path: Path, capsys: py
         (["--report_only"], "needs --output_dir"),
         (["--report_only", "--no_report", "--output_dir", "nowhere"], "nothing to do"),
         (["--report_only", "--output_dir", "nowhere"], "no comparison to report on"),
-        (["nowhere.yaml"], "Cannot read"),
+        (["nowhere.yaml"], "cannot read the comparison nowhere.yaml"),
         (["nowhere.yaml", "--fresh"], "name that folder, or drop --fresh"),
         ([str(CONFIGS / "smoke.yaml"), "--set", "seeds"], "KEY=VALUE"),
         ([str(CONFIGS / "smoke.yaml"), "--set", "seeds.a=1"], "KEY=VALUE"),

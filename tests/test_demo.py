@@ -365,7 +365,7 @@ def test_the_parser_refuses(options: list[str], message: str, capsys: pytest.Cap
         (["--methods", "lora", "lora"], "A method is named twice"),
         (["--dataset_config", "main"], "--dataset_config goes with --dataset"),
         (["--dataset", "no/such_dataset"], "Cannot load the dataset 'no/such_dataset'"),
-        (["--dataset", "{tmp}/notes.txt"], "is none of .json, .jsonl, .csv, .parquet"),
+        (["--dataset", "{tmp}/notes.txt"], "has the columns ['text']; the demo needs 'question'"),
         (["--dataset", "{tmp}/columns.csv"], "needs 'question' and 'answer'"),
         (["--dataset", "{tmp}/answers.csv"], "does not end with '#### ' and a number"),
         (["--dataset", "{tmp}/short.csv"], "too few different problems"),

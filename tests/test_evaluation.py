@@ -205,12 +205,12 @@ def test_word_problems_are_those_that_the_demo_holds_out(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"dataset": "{tmp}/none.jsonl"}, "there is no file"),
+        ({"dataset": "{tmp}/none.jsonl"}, "none.jsonl: there is no such file"),
         ({"dataset": "no/such_data"}, "cannot load the data set 'no/such_data'"),
         ({"dataset": "{tmp}/columns.jsonl"}, "lacks ['answer']"),
         ({"dataset": "{tmp}/empty.jsonl"}, "is empty"),
         ({"dataset": "{tmp}/answers.jsonl"}, "does not end with '#### '"),
-        ({"dataset": "{tmp}/numbers.jsonl"}, "the answer 2 does not end with '#### '"),
+        ({"dataset": "{tmp}/numbers.jsonl"}, "the answer '2' does not end with '#### '"),
         ({"dataset_split": "test"}, "neither configuration nor split"),
         ({"num_fewshot": 1}, "by --fewshot_dataset"),
         ({"num_fewshot": 9, "fewshot_dataset": "{tmp}/rows.jsonl"}, "only 3 examples"),

@@ -251,13 +251,15 @@ def test_hidden_labels_have_no_text(inputs: Path, tmp_path: Path, monkeypatch: p
     assert texts(data, ["a", "label"])({"a": "x", "label": 1}) == ("x", "yes")
     with pytest.raises(ValueError, match="none for the label 2"):
         texts(data, ["a", "label"])({"a": "x", "label": 2})
+    with pytest.raises(ValueError, match="'good' in the column label is no number of a label"):
+        texts(data, ["a", "label"])({"a": "x", "label": "good"})
 
 
 def test_an_unknown_language_is_refused() -> None:
     module = script("run_seq2seq.py")
     data = module.TextPairArguments(train_file="x.json", source_lang="en_XX", target_lang="ro")
     with pytest.raises(ValueError, match=r"must be among \['en', 'ro'\]"):
-        module.texts_of(data, ["translation"])({"translation": {"en": "a", "ro": "b"}})
+        module.columns_of(data, ["translation.en", "translation.ro"])
 
 
 def test_recordings_of_different_lengths_are_held_against_all_their_words(

@@ -97,6 +97,7 @@ def test_bad_input_is_refused_with_the_remedy(
         ("extends: mine.yaml", "extends itself"),
         ("- a list", "must have lines of the form `flag: value`"),
         ("a: [", "is no YAML"),
+        ("lora_r: 2\nseed: 1\nlora_r: 4", "mine.yaml: the key 'lora_r' is there twice, in lines 1 and 3"),
     ],
 )
 def test_bad_recipe_is_refused(recipe: str, message: str, tmp_path: Path, refusal: Callable[..., str]) -> None:

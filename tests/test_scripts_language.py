@@ -76,7 +76,7 @@ def refused(name: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> 
 def rows_of(**settings: Any) -> list[dict[str, Any]]:
     data = Dataset.from_dict({"q": QUESTIONS, "a": ANSWERS, "about": ["", "x", None]})
     arguments = InstructionArguments(train_file="rows.jsonl", prompt_column="q", completion_column="a", **settings)
-    return list(prepared(data, arguments, tokenizer(), TEMPLATES))
+    return list(prepared(data, "train", arguments, tokenizer(), TEMPLATES))
 
 
 def test_columns_become_prompts_as_the_template_says():

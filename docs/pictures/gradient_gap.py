@@ -10,8 +10,8 @@ Counts, for docs/results.md, go to gradient_gap.json beside this script.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from peft import LoraConfig, get_peft_model
@@ -71,4 +71,6 @@ def counted(folder: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the runs go, such as runs/gap")
+    main(parser.parse_args().folder)

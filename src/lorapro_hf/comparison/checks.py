@@ -10,7 +10,6 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-import yaml
 from peft import LoraConfig
 from transformers import get_scheduler
 
@@ -29,28 +28,6 @@ _KEYWORDS: Mapping[str, set[str]] = {
 }
 _NUMBERS = ("int", "float", int, float)  # types of the fields of LoraConfig, which may be written as text
 _FLAGS = {"amsgrad", "maximize", "capturable", "differentiable", "use_rslora"}
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys and says nothing; a merge (`<<`) may be overridden, as it is meant to."""
-
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call, unused-ignore]
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
-                continue
-            if key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    "while reading a mapping", node.start_mark, f"the key {key.value!r} is there twice", key.start_mark
-                )
-            seen.add(key.value)
-        return node
-
-
-def read_yaml(text: str) -> Any:
-    """What a text says, with a `yaml.YAMLError` where a mapping has a key twice."""
-    return yaml.load(text, Loader=_Loader)
 
 
 def require_name(what: str, name: Any) -> None:

@@ -7,12 +7,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import SchedulerType
 
 from lorapro_hf.comparison.checks import (
     number,
-    read_yaml,
     require_mapping,
     require_name,
     require_schedule,
@@ -20,6 +18,7 @@ from lorapro_hf.comparison.checks import (
 )
 from lorapro_hf.comparison.methods import FULL, LORA, Method, learning_rates, method_of
 from lorapro_hf.options import UsageError
+from lorapro_hf.recipes.yaml_files import parse_yaml, read_yaml
 
 # Options of a task beyond those that all kinds have.
 KINDS: Mapping[str, frozenset[str]] = {
@@ -199,10 +198,7 @@ def read_settings(path: Path, overrides: Sequence[str] = (), output_dir: Path | 
     Raises:
         UsageError: there is no such file, or something in it is unknown or of no use.
     """
-    try:
-        content = read_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"Cannot read the comparison {str(path)!r}: {error}") from error
+    content = read_yaml(path, "the comparison")
     if not isinstance(content, dict):
         raise UsageError(f"{str(path)!r} must hold a mapping with tasks, methods and seeds.")
     for override in overrides:
@@ -304,7 +300,4 @@ def _override(content: dict[str, Any], override: str) -> None:
         place = place.get(key) if isinstance(place, dict) else None
     if not sign or not isinstance(place, dict):
         raise UsageError(f"--set {override!r} must read KEY=VALUE, such as tasks.code.steps=20 or seeds=[0].")
-    try:
-        place[keys[-1]] = read_yaml(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {override!r}: {error}") from error
+    place[keys[-1]] = parse_yaml(text, f"--set {override!r}")

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
 from lorapro_hf.demo.settings import DemoSettings, is_missing_path
 from lorapro_hf.evaluation.word_problems import word_problems
 from lorapro_hf.options import UsageError
+from lorapro_hf.recipes.cells import with_texts
+from lorapro_hf.recipes.files import KINDS, fault_in, read_file, read_named
 
-_FILE_KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _HELD_OUT_SPLITS = ("test", "validation", "eval", "dev")
 _MOST_WORD_PROBLEMS = 6000  # longer trainings see them again
 _FINAL_ANSWER = re.compile(r"#### -?[0-9.,]")
@@ -68,35 +69,31 @@ def load_problems(settings: DemoSettings) -> tuple[Dataset, Dataset]:
 
 
 def _load(name: str, config: str | None) -> Dataset | DatasetDict:
-    path = Path(name)
+    if Path(name).is_file():
+        return read_file(name, "--dataset")
+    if is_missing_path(name, tuple(KINDS)):
+        raise UsageError(f"There is no file or folder {name!r}; check --dataset.")
     try:
-        if path.is_file():
-            if path.suffix not in _FILE_KINDS:
-                raise UsageError(f"The file {name!r} is none of {', '.join(_FILE_KINDS)}.")
-            return load_dataset(_FILE_KINDS[path.suffix], data_files=name)
-        if is_missing_path(name, tuple(_FILE_KINDS)):
-            raise UsageError(f"There is no file or folder {name!r}; check --dataset.")
-        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            return load_from_disk(name)
-        return load_dataset(name, config)
+        return read_named(name, config)
     except UsageError:
         raise
-    except (DatasetsError, OSError, ValueError) as error:
+    except (DatasetsError, OSError, ValueError, StopIteration) as error:
         raise UsageError(
-            f"Cannot load the dataset {name!r}: {error}\nGive --dataset a hub name, with --dataset_config if it has "
-            "several configurations, or a local folder or file."
+            f"Cannot load the dataset {name!r}: {fault_in(name, error)}\nGive --dataset a hub name, with "
+            "--dataset_config if it has several configurations, or a local folder or file."
         ) from error
 
 
 def _splits(data: Dataset | DatasetDict, settings: DemoSettings) -> tuple[Dataset, Dataset]:
     """Training and held-out part, both shuffled; without a split for it, the held-out part is taken from the other."""
     parts = dict(data) if isinstance(data, DatasetDict) else {"train": data}
-    for part in parts.values():
+    for name, part in parts.items():
         if not {"question", "answer"} <= set(part.column_names):
             raise UsageError(
                 f"The dataset {settings.dataset!r} has the columns {part.column_names}; the demo needs 'question' and "
                 "'answer'. Rename its columns."
             )
+        parts[name] = with_texts(part, ("question", "answer"), f"the {name} set of {settings.dataset!r}")
     train = parts.get("train", next(iter(parts.values()))).shuffle(seed=settings.seed)
     for name in _HELD_OUT_SPLITS:
         if name in parts and len(parts) > 1:

@@ -6,17 +6,17 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
+from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetsError
 
 from lorapro_hf.options import UsageError
-
-_KINDS = {".json": "json", ".jsonl": "json", ".gz": "json", ".csv": "csv", ".parquet": "parquet"}
+from lorapro_hf.recipes.cells import with_texts
+from lorapro_hf.recipes.files import fault_in, kind_of, read_file, read_named
 
 
 def is_file(source: str) -> bool:
     """Whether `source` is meant as a local file rather than as a name on the Hub."""
-    return Path(source).suffix.lower() in _KINDS
+    return kind_of(source) is not None and not Path(source).is_dir()
 
 
 def load_rows(
@@ -26,7 +26,7 @@ def load_rows(
     split: str | None = None,
     limit: int | None = None,
 ) -> list[dict[str, Any]]:
-    """The first `limit` rows of a data set, or all of them, with `columns` alone.
+    """The first `limit` rows of a data set, or all of them, with `columns` alone as texts.
 
     Args:
         source: a JSON, JSON lines (also gzipped), CSV or Parquet file, or a name on the Hub.
@@ -36,27 +36,15 @@ def load_rows(
         limit: how many rows.
 
     Raises:
-        UsageError: there is no such data set, it is empty or lacks a column, or a file is given a config or split.
+        UsageError: there is no such data set, it is empty, broken, blank in a cell or lacks a column, or a file is
+            given a config or split.
     """
-    try:
-        if is_file(source):
-            if config is not None or split is not None:
-                raise UsageError(f"{source} is a file, which has neither configuration nor split; leave them out.")
-            if not Path(source).is_file():
-                raise UsageError(f"there is no file {source}.")
-            if Path(source).stat().st_size == 0:
-                raise UsageError(f"{source} is empty.")
-            kind = _KINDS[Path(source).suffix.lower()]
-            rows = load_dataset(kind, data_files=source, split="train")
-        else:
-            rows = load_dataset(source, config, split=split)
-    except UsageError:
-        raise
-    except (DatasetsError, OSError, ValueError) as error:
-        raise UsageError(
-            f"cannot load the data set {source!r}: {error}\nGive --dataset a name on the Hub or a local JSON, JSON "
-            "lines, CSV or Parquet file."
-        ) from error
+    if is_file(source):
+        if config is not None or split is not None:
+            raise UsageError(f"{source} is a file, which has neither configuration nor split; leave them out.")
+        rows = read_file(source, "the data set")
+    else:
+        rows = _named(source, config, split)
     missing = sorted(set(columns) - set(rows.column_names))
     if missing:
         raise UsageError(f"{source} has the columns {rows.column_names} and lacks {missing}; rename its columns.")
@@ -65,4 +53,21 @@ def load_rows(
         rows = rows.select(range(min(limit, len(rows))))
     if not len(rows):
         raise UsageError(f"{source} is empty.")
-    return list(rows)
+    return list(with_texts(rows, columns, source, keep_all="a score counts every problem"))
+
+
+def _named(source: str, config: str | None, split: str | None) -> Dataset:
+    try:
+        found = read_named(source, config, split)
+    except UsageError:
+        raise
+    except (DatasetsError, OSError, ValueError, StopIteration) as error:
+        raise UsageError(
+            f"cannot load the data set {source!r}: {fault_in(source, error)}\nGive --dataset a name on the Hub or a "
+            "local JSON, JSON lines, CSV or Parquet file."
+        ) from error
+    if isinstance(found, DatasetDict):
+        if split not in found:
+            raise UsageError(f"{source} has the splits {sorted(found)}; name one of these by --dataset_split.")
+        return found[split]
+    return found

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict
+from datasets.exceptions import DatasetsError
 from transformers import TrainingArguments
 
 from lorapro_hf.options import UsageError
+from lorapro_hf.recipes.files import fault_in, is_saved, read_file, read_named, reason
+from lorapro_hf.recipes.hub import sought
 
-_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+_NO_SPLIT = re.compile("unknown split|bad split", re.IGNORECASE)  # in what datasets says
 
 
 @dataclass
@@ -51,10 +55,23 @@ class DataArguments:
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that preprocess."})
 
     def __post_init__(self) -> None:
+        self.require_positive("max_train_samples", "max_eval_samples", "max_predict_samples")
+        self.require_positive("preprocessing_num_workers")
         if self.dataset_name is not None and self._files():
             raise UsageError("--dataset_name and --train_file (or another file) exclude each other.")
         if not 0 < self.validation_split_percentage < 100:
             raise UsageError(f"--validation_split_percentage {self.validation_split_percentage} is not in (0, 100).")
+
+    def require_positive(self, *names: str) -> None:
+        """Refuse zero and less for settings that count something; `None` is their default.
+
+        Raises:
+            UsageError: with the setting and its value.
+        """
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"--{name} {value} must be positive.")
 
     @property
     def map_kwargs(self) -> dict[str, Any]:
@@ -85,7 +102,7 @@ def load_splits(
     training: TrainingArguments,
     cache_dir: str | None = None,
     also: Collection[str] = (),
-    prepare: Callable[[Dataset], Dataset] | None = None,
+    prepare: Callable[[Dataset, str], Dataset] = lambda rows, split: rows,
 ) -> DatasetDict:
     """The splits that the arguments ask for, named train, validation and test, cut to their `max_*_samples`.
 
@@ -97,64 +114,88 @@ def load_splits(
         training: its `do_train`, `do_eval` and `do_predict` say which splits are needed.
         cache_dir: where downloads go.
         also: splits that are needed whatever is to be done.
-        prepare: leaves rows out or rewrites them, before a share is held out and `max_*_samples` are counted.
+        prepare: leaves rows of a split, which it is told, out or rewrites them, before a share is held out and
+            `max_*_samples` are counted.
 
     Raises:
-        UsageError: no data were named, a file is missing or of an unknown kind, or a split that is needed is not there.
+        UsageError: no data were named, a file is missing, broken or of an unknown kind, or a split that is needed is
+            not there or has no rows.
     """
+    asked = {"train": training.do_train, "validation": training.do_eval, "test": training.do_predict}
+    needed = [split for split, wanted in asked.items() if wanted or split in also]
     with training.main_process_first(desc="loading the data"):
         available = data.available(cache_dir)
-        if prepare is not None:
-            available = {split: prepare(rows) for split, rows in available.items()}
-    needed = {"train": training.do_train, "validation": training.do_eval, "test": training.do_predict}
-    if training.do_eval and "validation" not in available and "train" in available:
-        seed = training.seed if training.data_seed is None else training.data_seed
-        parts = available["train"].train_test_split(data.validation_split_percentage / 100, seed=seed)
-        available = {**available, "train": parts["train"], "validation": parts["test"]}
+        holds_out = training.do_eval and "validation" not in available and "train" in available
+        used = {"train", *needed} if holds_out else set(needed)
+        available = {split: prepare(rows, split) if split in used else rows for split, rows in available.items()}
+    if holds_out:
+        available |= _held_out(available["train"], data, training)
     limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_predict_samples}
     splits = DatasetDict()
-    for split in (name for name, wanted in needed.items() if wanted or name in also):
+    for split in needed:
         if split not in available:
             raise UsageError(f"there is no {split} set among {sorted(available)}; name one by --{split}_file or split.")
-        rows = available[split]
-        limit = limits[split]
+        rows, limit = available[split], limits[split]
+        if not len(rows):
+            raise UsageError(f"the {split} set has no rows; name another by --{split}_file or --{split}_split.")
         splits[split] = rows if limit is None else rows.select(range(min(limit, len(rows))))
     return splits
 
 
+def keep_all_of(split: str) -> str | None:
+    """Why no row of a split may be left out for a blank cell, if none may."""
+    return "predictions stand in the order of the rows" if split == "test" else None
+
+
+def _held_out(rows: Dataset, data: DataArguments, training: TrainingArguments) -> dict[str, Dataset]:
+    seed = training.seed if training.data_seed is None else training.data_seed
+    percentage = data.validation_split_percentage
+    try:
+        parts = rows.train_test_split(percentage / 100, seed=seed)
+    except ValueError as error:
+        raise UsageError(
+            f"{percentage:g} % of the {len(rows)} rows of the train set cannot be held out for the evaluation: name a "
+            "--validation_file or --validation_split, change --validation_split_percentage, or leave out --do_eval."
+        ) from error
+    return {"train": parts["train"], "validation": parts["test"]}
+
+
 def _from_files(data: DataArguments, cache_dir: str | None) -> dict[str, Dataset]:
-    loaded = {}
-    for split, path in data._files().items():
-        kind = _FORMATS.get(Path(path).suffix.lower())
-        if kind is None:
-            raise UsageError(f"--{split}_file {path}: must end with one of {', '.join(sorted(_FORMATS))}.")
-        if not Path(path).is_file():
-            raise UsageError(f"--{split}_file {path}: there is no such file.")
-        loaded[split] = load_dataset(kind, data_files={split: path}, split=split, cache_dir=cache_dir)
-    return loaded
+    return {split: read_file(path, f"--{split}_file", cache_dir) for split, path in data._files().items()}
 
 
 def _by_name(data: DataArguments, cache_dir: str | None) -> dict[str, Dataset]:
     name = data.dataset_name
     if name is None:
         raise UsageError("name the data: --dataset_name, or --train_file and --validation_file.")
-    if (Path(name) / "dataset_dict.json").is_file():
-        stored = load_from_disk(name)
-        return {split: stored[split] for split in stored}
+    wanted_splits = {"train": data.train_split, "validation": data.validation_split, "test": data.test_split}
+    if is_saved(name):
+        return _of_saved(data, wanted_splits, name)
     found: dict[str, Dataset] = {}
-    for split, wanted in (
-        ("train", data.train_split),
-        ("validation", data.validation_split),
-        ("test", data.test_split),
-    ):
+    for split, wanted in wanted_splits.items():
         try:
-            found[split] = load_dataset(name, data.dataset_config_name, split=wanted, cache_dir=cache_dir)
-        except ValueError as error:
-            if "split" not in str(error).lower():  # datasets says `Unknown split`
-                raise
+            with sought("the data set", name):
+                found[split] = read_named(name, data.dataset_config_name, wanted, cache_dir)
+        except UsageError:
+            raise
+        except (DatasetsError, FileNotFoundError, ValueError, StopIteration) as error:
+            if not (isinstance(error, ValueError) and _NO_SPLIT.search(str(error))):
+                raise UsageError(f"--dataset_name {name}: {fault_in(name, error)}") from error
             if not _is_default(data, split):
                 raise UsageError(f"{name}: {error}") from error
     return found
+
+
+def _of_saved(data: DataArguments, wanted_splits: dict[str, str], name: str) -> dict[str, Dataset]:
+    try:
+        saved = read_named(name)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--dataset_name {name}: {reason(error)}") from error
+    parts = dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
+    for split, wanted in wanted_splits.items():
+        if wanted not in parts and not _is_default(data, split):
+            raise UsageError(f"--{split}_split {wanted}: {name} has the splits {sorted(parts)}; name one of these.")
+    return {split: parts[wanted] for split, wanted in wanted_splits.items() if wanted in parts}
 
 
 def _is_default(data: DataArguments, split: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +15,9 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from lorapro_hf.options import UsageError
+from lorapro_hf.recipes.hub import NO_HUB
 
 logger = logging.getLogger(__name__)
-
-# what transformers and datasets say of what they neither have nor can fetch
-_NO_HUB = re.compile(r"https://huggingface\.co|on the Hub \(")
 
 
 def as_program(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
@@ -34,7 +31,7 @@ def as_program(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
             raise SystemExit(2) from error
         except OSError as error:
-            if not _NO_HUB.search(str(error)):
+            if not NO_HUB.search(str(error)):
                 raise
             said = str(error).splitlines()[0].rstrip(".")
             remedy = "Local folders and files need no network."

@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lorapro_hf.options import UsageError
+from lorapro_hf.recipes.cells import require_columns, require_plain, with_texts
 from lorapro_hf.recipes.data import DataArguments
 
 CHAT = "chat"
@@ -48,6 +49,7 @@ class InstructionArguments(DataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require_positive("drop_longer_than")
         if (self.prompt_column is None) != (self.completion_column is None):
             raise UsageError("--prompt_column and --completion_column go together.")
         if self.prompt_column is None:
@@ -83,33 +85,47 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def prepared(
-    rows: Dataset, data: InstructionArguments, tokenizer: PreTrainedTokenizerBase, templates: Mapping[str, str]
+    rows: Dataset,
+    split: str,
+    data: InstructionArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    templates: Mapping[str, str],
 ) -> Dataset:
     """The rows that the conditions leave, with columns `prompt` and `completion` where columns were named.
 
+    In these columns a number is a text. Rows without a prompt or completion are left out, and a condition never holds
+    in a blank cell.
+
     Args:
         rows: data as they were loaded.
+        split: which of the sets they are.
         data: what to do with them.
         tokenizer: counts tokens for `drop_longer_than`.
         templates: prompts with `{instruction}`, by name.
 
     Raises:
-        UsageError: there is no such column or template, or no row is left.
+        UsageError: there is no such column or template, a cell holds something else than text, or no row is left.
     """
     keep, drop = conditions(data.keep_where), conditions(data.drop_where)
-    named = [data.prompt_column, data.completion_column, data.input_column, *(column for column, _ in (*keep, *drop))]
-    for column in named:
-        if column is not None and column not in rows.column_names:
-            raise UsageError(f"there is no column {column}; the columns are {rows.column_names}.")
+    named = (data.prompt_column, data.completion_column, data.input_column)
+    require_columns(rows, [*(column for column in named if column is not None), *(column for column, _ in keep + drop)])
+    where = f"the {split} set"
     if keep or drop:
+        for column, _ in keep + drop:
+            require_plain(rows, column, where, scalars=True)
+
+        def holds(row: dict[str, Any], column: str, pattern: re.Pattern[str]) -> bool:
+            return row[column] is not None and pattern.search(str(row[column])) is not None
 
         def stays(row: dict[str, Any]) -> bool:
-            missing = any(not pattern.search(str(row[column])) for column, pattern in keep)
-            return not missing and not any(pattern.search(str(row[column])) for column, pattern in drop)
+            return all(holds(row, *each) for each in keep) and not any(holds(row, *each) for each in drop)
 
         rows = rows.filter(stays, **data.map_kwargs)
     if data.prompt_column is not None and data.completion_column is not None:
         columns = (data.prompt_column, data.completion_column)
+        rows = with_texts(rows, columns, where, need_text=columns[1:], map_kwargs=data.map_kwargs)
+        if data.input_column is not None:
+            require_plain(rows, data.input_column, where)
         rows = _with_prompts(rows, columns, data, tokenizer, templates)
     if not len(rows):
         raise UsageError("no row is left; see --keep_where, --drop_where, --completion_pattern, --drop_longer_than.")
@@ -132,7 +148,8 @@ def _with_prompts(
 
     def rewrite(row: dict[str, Any]) -> dict[str, Any]:
         instruction, completion = (str(row[column]) for column in columns)
-        about = "" if data.input_column is None else str(row[data.input_column] or "")
+        given = None if data.input_column is None else row[data.input_column]
+        about = "" if given is None else str(given)
         if about.strip():
             instruction = f"{instruction}\n\n{about}"
         if pattern is not None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import Any
 
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainingArguments
 
+from lorapro_hf.recipes.cells import complete_rows, holds_lists, with_texts
 from lorapro_hf.recipes.data import DataArguments
 from lorapro_hf.recipes.model import AdapterArguments, ModelArguments, continued_adapter, load_model
 
@@ -27,6 +30,23 @@ def complete(training: TrainingArguments, model: ModelArguments, data: DataArgum
     if (model.load_in_4bit or model.load_in_8bit) and settings.lora_pro and not settings.lora_pro_master_factors:
         logger.info("TRL keeps the adapter of a quantized model in bfloat16: --lora_pro_master_factors is set.")
         settings.lora_pro_master_factors = True
+
+
+def with_turns(
+    rows: Dataset, columns: Collection[str], where: str, map_kwargs: dict[str, Any], need_text: Collection[str] = ()
+) -> Dataset:
+    """As `with_texts`, of columns that may hold messages instead.
+
+    Args:
+        rows: as there.
+        columns: as there.
+        where: as there.
+        map_kwargs: as there.
+        need_text: as there.
+    """
+    messages = [column for column in columns if holds_lists(rows, column)]
+    texts = [column for column in columns if column not in messages]
+    return with_texts(complete_rows(rows, messages, where), texts, where, need_text, map_kwargs=map_kwargs)
 
 
 def parts(

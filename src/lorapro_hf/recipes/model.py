@@ -13,6 +13,7 @@ from peft.utils import ModulesToSaveWrapper
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorapro_hf.options import UsageError
+from lorapro_hf.recipes.hub import sought
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _PATTERN = re.compile(r"[*+?()\[\]|\\^$]")  # what tells a regular expression from a name
@@ -153,9 +154,10 @@ def load_model(auto_class: Any, arguments: ModelArguments, **kwargs: Any) -> Any
         **kwargs: passed on to `from_pretrained` (`config`, `num_labels`, ...).
     """
     if arguments.config_name is not None and "config" not in kwargs:
-        config, unused = AutoConfig.from_pretrained(
-            arguments.config_name, return_unused_kwargs=True, **arguments.hub_kwargs, **kwargs
-        )
+        with sought("the configuration", arguments.config_name):
+            config, unused = AutoConfig.from_pretrained(
+                arguments.config_name, return_unused_kwargs=True, **arguments.hub_kwargs, **kwargs
+            )
         kwargs = {**unused, "config": config}
     kwargs = {**arguments.hub_kwargs, **kwargs}
     if arguments.dtype is not None:
@@ -167,7 +169,27 @@ def load_model(auto_class: Any, arguments: ModelArguments, **kwargs: Any) -> Any
     quantization = quantization_config(arguments)
     if quantization is not None:
         kwargs["quantization_config"] = quantization
-    return auto_class.from_pretrained(arguments.model_name_or_path, **kwargs)
+    with sought("the model", arguments.model_name_or_path):
+        return auto_class.from_pretrained(arguments.model_name_or_path, **kwargs)
+
+
+def load_config(arguments: ModelArguments, **kwargs: Any) -> Any:
+    """The configuration that the arguments name, or the model's own, changed as `kwargs` say."""
+    source = arguments.config_name or arguments.model_name_or_path
+    with sought("the configuration of the model", source):
+        return AutoConfig.from_pretrained(source, **kwargs, **arguments.hub_kwargs)
+
+
+def load_processor(auto_class: Any, source: str, arguments: ModelArguments) -> Any:
+    """An image processor or feature extractor.
+
+    Args:
+        auto_class: such as `AutoImageProcessor`.
+        source: a name on the Hub or a local folder.
+        arguments: how the Hub is asked.
+    """
+    with sought("the processor of the model", source):
+        return auto_class.from_pretrained(source, **arguments.hub_kwargs)
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
@@ -175,7 +197,8 @@ def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     own = arguments.tokenizer_name is None
     gguf = {"gguf_file": arguments.gguf_file} if own and arguments.gguf_file is not None else {}
     source = arguments.model_name_or_path if own else arguments.tokenizer_name
-    return AutoTokenizer.from_pretrained(source, **gguf, **arguments.hub_kwargs)
+    with sought("the tokenizer of the model", source):
+        return AutoTokenizer.from_pretrained(source, **gguf, **arguments.hub_kwargs)
 
 
 def quantization_config(arguments: ModelArguments) -> BitsAndBytesConfig | None:
@@ -255,7 +278,8 @@ def continued_adapter(model: PreTrainedModel, arguments: AdapterArguments) -> Pe
     Raises:
         UsageError: if they also ask for settings that this adapter does not have.
     """
-    adapted = PeftModel.from_pretrained(model, arguments.adapter_name_or_path, is_trainable=True)
+    with sought("the adapter", arguments.adapter_name_or_path):
+        adapted = PeftModel.from_pretrained(model, arguments.adapter_name_or_path, is_trainable=True)
     asked, has = arguments.lora_config(None), adapted.active_peft_config
     for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"):
         flag = name if name.startswith(("lora_", "use_")) else f"lora_{name}"

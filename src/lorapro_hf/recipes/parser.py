@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import HfArgumentParser
 
 from lorapro_hf.options import HelpFormatter, UsageError
 from lorapro_hf.recipes import folder_of
+from lorapro_hf.recipes.yaml_files import read_yaml
 
 SCRIPT, EXTENDS = "script", "extends"
 _SUFFIXES = (".yaml", ".yml")
@@ -105,17 +105,12 @@ def read_recipe(path: Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The settings of a recipe, with those of the recipes that it extends.
 
     Raises:
-        UsageError: a file is missing, no YAML mapping, or extends itself.
+        UsageError: a file is missing, no YAML mapping, has a key twice, or extends itself.
     """
     path = path.resolve()
     if path in _above:
         raise UsageError(f"{path} extends itself.")
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"cannot read the recipe {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is no YAML: {error}") from error
+    settings = read_yaml(path, "the recipe")
     if not isinstance(settings, dict):
         raise UsageError(f"{path} must have lines of the form `flag: value`.")
     bases = settings.pop(EXTENDS, None) or []

@@ -13,15 +13,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetsError
 
 from lorapro_hf.comparison.settings import TaskSettings
 from lorapro_hf.demo.settings import is_missing_path
 from lorapro_hf.options import UsageError
+from lorapro_hf.recipes.cells import complete_rows, require_plain, with_texts
+from lorapro_hf.recipes.files import KINDS, fault_in, read_file, read_named
 
 _SETS = ("validation", "test", "train")
-_FILE_KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 # No programs and tests, and nothing that only some versions of Python have.
 _LEFT_OUT = {"test", "tests", "idlelib", "idle_test", "turtledemo", "lib2to3", "distutils", "ensurepip"}
 _LEFT_OUT |= {"site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
@@ -121,18 +122,28 @@ def _set_of(text: str) -> str:
 def table(settings: TaskSettings, columns: tuple[str, ...]) -> dict[str, Dataset]:
     """The sets of a dataset by name, shuffled; what it does not hold out is taken from its training set.
 
+    Args:
+        settings: Say which dataset.
+        columns: That of the texts, and that of the labels if it is used; rows that are blank there are left out.
+
     Raises:
-        UsageError: if there is no such dataset, or a column is missing.
+        UsageError: if there is no such dataset, a column is missing, or a cell holds something else than text.
     """
     data = _load(settings)
     parts: dict[str, Any] = dict(data) if isinstance(data, DatasetDict) else {"train": data}
-    train = parts.pop("train" if "train" in parts else next(iter(parts))).shuffle(seed=settings.data_seed)
-    for part in (train, *parts.values()):
+    first = "train" if "train" in parts else next(iter(parts))
+    parts = {name: part for name, part in parts.items() if name in (first, "validation", "test")}
+    for name, part in parts.items():
         if not set(columns) <= set(part.column_names):
             raise UsageError(
                 f"The dataset {settings.dataset!r} has the columns {part.column_names}; the task {settings.name} needs "
                 f"{list(columns)}. Name yours with text_column and label_column."
             )
+        where = f"the {name} set of {settings.dataset!r}"
+        for column in columns[1:]:
+            require_plain(part, column, where, scalars=True)
+        parts[name] = with_texts(complete_rows(part, columns[1:], where), columns[:1], where)
+    train = parts.pop(first).shuffle(seed=settings.data_seed)
     found: dict[str, Any] = {}
     for name, wanted in (("validation", settings.validation_size), ("test", settings.test_size)):
         if name in parts:
@@ -145,17 +156,16 @@ def table(settings: TaskSettings, columns: tuple[str, ...]) -> dict[str, Dataset
 
 def _load(settings: TaskSettings) -> Dataset | DatasetDict:
     name = str(settings.dataset)
-    path = Path(name)
-    if is_missing_path(name, tuple(_FILE_KINDS)):
+    if is_missing_path(name, tuple(KINDS)):
         raise UsageError(f"There is no file or folder {name!r}; check the dataset of the task {settings.name}.")
+    if Path(name).is_file():
+        return read_file(name, f"The task {settings.name}: dataset")
     try:
-        if path.suffix in _FILE_KINDS:
-            return load_dataset(_FILE_KINDS[path.suffix], data_files=name)
-        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            return load_from_disk(name)
-        return load_dataset(name, settings.dataset_config)
-    except (DatasetsError, OSError, ValueError) as error:
+        return read_named(name, settings.dataset_config)
+    except UsageError:
+        raise
+    except (DatasetsError, OSError, ValueError, StopIteration) as error:
         raise UsageError(
-            f"Cannot load the dataset {name!r} of the task {settings.name}: {error}\nGive a hub name, with "
-            "dataset_config if it has several configurations, or a local folder or file."
+            f"Cannot load the dataset {name!r} of the task {settings.name}: {fault_in(name, error)}\nGive a hub name, "
+            "with dataset_config if it has several configurations, or a local folder or file."
         ) from error

@@ -1,0 +1,65 @@
+"""What does a YAML file say, if it says each thing once?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lorapro_hf.options import UsageError
+
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys and says nothing; a merge (`<<`) may be overridden, as it is meant to."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call, unused-ignore]
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise UsageError(f"the key {key.value!r} is there twice, in lines {lines[key.value]} and {line}.")
+            lines[key.value] = line
+        return node
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """What a text says.
+
+    Args:
+        text: in YAML.
+        where: the file or option that it is from, with which messages begin.
+
+    Raises:
+        UsageError: the text is no YAML, or a mapping has a key twice.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{where} is no YAML: {error}") from error
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
+
+
+def read_yaml(path: Path, what: str) -> Any:
+    """What a file says.
+
+    Args:
+        path: the file.
+        what: its kind in messages, such as "the recipe".
+
+    Raises:
+        UsageError: it cannot be read, is no YAML, or a mapping has a key twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot read {what} {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is no YAML: it is not UTF-8 ({error.reason}).") from error
+    return parse_yaml(text, str(path))

@@ -371,8 +371,15 @@ def test_a_terminal_gets_the_same_in_tables(models: Path, monkeypatch: pytest.Mo
         (["someone/model"], "cannot read the configuration of someone/model"),
         (["{root}"], "Did you mean {root}/gpt2, {root}/llama"),
         (["{root}/llama/config.json"], "is a file: name the folder it is in, {root}/llama."),
-        (["{root}/llama", "--lora_target_modules", "nope"], "PEFT does not make this adapter: Target modules {'nope'}"),
-        (["{root}/llama", "--target_parameters", "gate", "nope"], "no parameter is called gate, nope; leave it out"),
+        (
+            ["{root}/llama", "--lora_target_modules", "nope"],
+            "has no nope. Its linear layers: q_proj, k",
+        ),
+        (["{root}/llama", "--lora_target_modules", "q_proj", "k_prj"], "has no k_prj (did you mean k_proj or"),
+        (
+            ["{root}/llama", "--target_parameters", "gate", "nope"],
+            "LlamaForCausalLM has no gate, nope",
+        ),
         (["{root}/llama", "--task", "ctc"], "cannot build {root}/llama for the task ctc"),
         (["{root}/llama", "--ranks", "0"], "'0' is not a whole number from 1 on"),
         (["{root}/llama", "--task", "chess"], "invalid choice: 'chess'"),

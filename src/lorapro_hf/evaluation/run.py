@@ -135,6 +135,7 @@ def _report(found: Mapping[str, Any], arguments: argparse.Namespace, samples: Pa
     results = {**found, "seconds": round(seconds, 1), "settings": settings, "versions": versions}
     text = json.dumps(results, indent=2, default=str)
     arguments.output.write_text(text + "\n", encoding="utf-8")
+    print(f"Results: {arguments.output}\nAnswers: {samples}", file=sys.stderr)
     if arguments.json:
         print(text)
         return
@@ -145,4 +146,3 @@ def _report(found: Mapping[str, Any], arguments: argparse.Namespace, samples: Pa
             print(f"  {name:<18} {found[name]:7.2%}{'' if error is None else f' ± {error:.2%}'}")
     if found["unfinished"]:
         print(f"  {'unfinished':<18} {found['unfinished']:7.2%} (raise --max_new_tokens)")
-    print(f"Results: {arguments.output}\nAnswers: {samples}", file=sys.stderr)

@@ -21,6 +21,7 @@ from lorapro_hf.inspection.report import ENGINE, Base, Checkpoint, Report
 from lorapro_hf.inspection.tasks import TASKS
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.model import AdapterArguments
+from lorapro_hf.recipes.targets import require_known_names
 from lorapro_hf.resume import STATE, checkpoints_in, is_checkpoint
 
 _ADAPTER, _CONFIG, _ARGUMENTS = "adapter_config.json", "config.json", "training_args.bin"
@@ -127,17 +128,9 @@ def _of_base(wish: Wish) -> Report:
     model, task = base_on_meta(wish.name, wish.task, trust_remote_code=wish.trust_remote_code)
     head = head_of(model, task)
     config = AdapterArguments(**wish.lora).lora_config(TASKS[task].peft_name)
+    require_known_names(model, config)
     config.modules_to_save = [*(config.modules_to_save or []), *head] or None
-    adapted = _adapted(model, {"default": config})
-    packed: list[str] = adapted.base_model.targeted_parameter_names
-    unknown = [
-        name
-        for name in wish.lora.get("lora_target_parameters", ())
-        if not any(f".{each}".endswith(f".{name}") for each in packed)
-    ]
-    if unknown:  # of which PEFT only warns
-        raise UsageError(f"{wish.name}: no parameter is called {', '.join(unknown)}; leave it out or correct the name.")
-    report = inspect_model(adapted, ranks=wish.ranks, source=wish.name)
+    report = inspect_model(_adapted(model, {"default": config}), ranks=wish.ranks, source=wish.name)
     return replace(report, notes=[*report.notes, f"The adapter is a new one, for the task {task}."])
 
 

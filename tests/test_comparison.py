@@ -283,8 +283,9 @@ def test_all_methods_adapt_all_linear_layers_but_the_output(task: Task) -> None:
     layers = layers_to_adapt(task.model, "all-linear", None)
     assert len(layers) == 2 * 7 and "lm_head" not in layers
     assert layers_to_adapt(task.model, ["q_proj"], None) == [name for name in layers if name.endswith("q_proj")]
-    with pytest.raises(UsageError, match="names no linear layer"):
-        layers_to_adapt(task.model, ["qkv"], None)
+    for targets in (["q_porj"], ["q_proj", "q_porj"]):
+        with pytest.raises(UsageError, match=r"no linear layer q_porj \(did you mean q_proj .*It has q_proj, k_proj"):
+            layers_to_adapt(task.model, targets, None)
 
 
 def test_full_fine_tuning_trains_the_adapted_weights_only(task: Task, tmp_path: Path) -> None:

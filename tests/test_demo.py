@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from lorapro_hf import cli
 from lorapro_hf.demo import base_model, command, run
-from lorapro_hf.demo.evaluation import METRIC, Evaluator
+from lorapro_hf.demo.evaluation import METRIC, Evaluator, Score
 from lorapro_hf.demo.problems import encode, load_problems
-from lorapro_hf.demo.report import smooth
+from lorapro_hf.demo.report import results_table, smooth
 from lorapro_hf.demo.settings import COMPARED, METHODS, DemoSettings
-from lorapro_hf.demo.training import StopRequest, train_method, training_arguments
+from lorapro_hf.demo.training import MethodResult, StopRequest, train_method, training_arguments
 from lorapro_hf.evaluation.word_problems import TEMPLATES, generate_problems, word_problems
 from lorapro_hf.options import UsageError
 
@@ -308,6 +308,22 @@ def test_stop_request_works_outside_the_main_thread() -> None:
 
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(enter).result() is False
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_table_is_whole_at_every_width(width: int) -> None:
+    score = Score(loss=0.123, exact_match=0.125, answered=1.0)
+    results = [
+        MethodResult(method, 1e-3, Path(name), [0.3], [123.4], 1034.1, 312.2, score=score)
+        for name, method in METHODS.items()
+    ]
+    console = Console(width=width, record=True, file=StringIO())
+    console.print(results_table(score, results))
+    words = console.export_text().split()
+    for figure in ("0.300", "123.4", "1034.1", "312"):
+        assert words.count(figure) == len(METHODS)
+    for word in ("efficient", "full_8bit", "factored", "(AdamW)"):
+        assert words.count(word) == 1
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from evaluation_helpers import GSM8K, answer_with, read_rows, tiny_adapter, tiny_model, write_rows
 from lorapro_hf.evaluation import models
-from lorapro_hf.evaluation.command import EVALUATE, EVALUATE_EXAMPLES, add_evaluate
+from lorapro_hf.evaluation.command import EVALUATE, EVALUATE_EXAMPLES, add_evaluate, default_output
 from lorapro_hf.evaluation.generation import complete
 from lorapro_hf.evaluation.models import load
 from lorapro_hf.options import UsageError
@@ -38,6 +39,38 @@ def evaluate(*options: Any) -> int:
     add_evaluate(parser)
     arguments = parser.parse_args([str(option) for option in options])
     return int(arguments.run(arguments))
+
+
+def test_another_adapter_has_another_output_file(
+    folder: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second"):
+        shutil.copytree(adapter, Path("runs", name))
+    options = ["word_problems", "--limit", 1, "--max_new_tokens", 2, "--json"]
+    models = [["--adapter", "runs/first"], ["--adapter", "runs/second"], ["--model_name_or_path", folder]]
+    for chosen in models:
+        assert evaluate(*options, *chosen) == 0
+        printed = capsys.readouterr()
+        (named,) = [line for line in printed.err.splitlines() if line.startswith("Results: ")]
+        output = Path(named.removeprefix("Results: "))
+        assert json.loads(output.read_text()) == json.loads(printed.out)
+        with pytest.raises(UsageError, match="go on with it by --resume"):  # the same once more
+            evaluate(*options, *chosen)
+        assert evaluate(*options, *chosen, "--resume") == 0
+        assert capsys.readouterr().err.splitlines()[-2] == named
+    assert len(list(Path("runs/evaluation/word_problems").glob("*.samples.jsonl"))) == len(models)
+
+
+def test_default_output_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs/mine").mkdir(parents=True)
+    folder = Path("runs/evaluation/gsm8k")
+    for name in ("runs/mine", "./runs/mine/", str(tmp_path / "runs" / "mine")):
+        assert default_output("gsm8k", name, None) == folder / "runs-mine.json"
+    assert default_output("gsm8k", None, "meta-llama/Llama-3.1-8B") == folder / "meta-llama-Llama-3.1-8B.json"
+    assert default_output("gsm8k", "runs/mine", "me/base") == folder / "runs-mine-on-me-base.json"
+    assert default_output("humaneval", "runs/mine", None).parent != folder
 
 
 def test_a_whole_run_and_its_files(

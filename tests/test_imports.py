@@ -35,7 +35,7 @@ FLOORS = (
     ("diagnostics",),
     ("trainer",),
     ("trl_trainers", "options"),
-    ("recipes",),
+    ("recipes", "progress"),
     ("inspection", "evaluation", "plot"),
     ("demo",),
     ("bench", "comparison"),
@@ -60,7 +60,7 @@ DEMO_AT_TOP = {
     "pytorch_optimizer",
     "triton",
 }
-PROGRAMS = {"recipes", "evaluation", "plot", "demo", "bench", "comparison"}
+PROGRAMS = {"recipes", "progress", "evaluation", "plot", "demo", "bench", "comparison"}
 # What else a module may import at its top: these are themselves imported where they are used.
 EXEMPT = {"kernels": {"triton"}, "trl_trainers": {"trl"}}
 

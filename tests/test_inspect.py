@@ -1,4 +1,4 @@
-"""`lorapro inspect` and `inspect_model`: what they say of models, adapters and checkpoints is so."""
+"""`lorapro inspect` and `inspect_model`: what they say of models and adapters is so."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
@@ -24,7 +23,7 @@ from lorapro_hf.inspection.tasks import TASKS
 from lorapro_hf.options import UsageError
 from lorapro_hf.pairs import survey_lora_pairs
 from support_models import merged, token_ids, two_adapters, with_frozen_A
-from trainer_helpers import arguments, build, tiny_lora
+from trainer_helpers import tiny_lora
 
 HEADS = {"num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -42,7 +41,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 KEYS = {
     "source base adapters pairs pair_count pair_parameters ordinary ordinary_parameters unsupported costs ranks memory "
-    "loaded settings checkpoint notes is_trainable lorapro_hf": "report",
+    "loaded settings checkpoint checkpoints notes is_trainable lorapro_hf": "report",
     "model_class name parameters dtype bytes quantization": "base",
     "name kind layers active trainable merged rank alpha targets options": "adapters",
     "kind m n r batch scaling dtype pairs count": "pairs",
@@ -323,59 +322,6 @@ def test_an_adapter_of_another_kind(tmp_path: Path):
         inspect_source(Wish(str(tmp_path)))
 
 
-# Checkpoints
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
-
-    folder = tmp_path_factory.mktemp("run")
-    args = arguments(
-        folder, LoRAProTrainingArguments, lora_pro_mode="factored", max_steps=2, save_strategy="steps", save_steps=2
-    )
-    build(LoRAProTrainer, args).train()
-    return folder / "checkpoint-2"
-
-
-def test_a_checkpoint(checkpoint: Path, capsys: pytest.CaptureFixture[str]):
-    code = cli.main(["inspect", str(checkpoint)])
-    text = capsys.readouterr().out
-    assert code == 0 and "complete" in text and "2 of 2" in text and "mode factored" in text
-    report = inspect_source(Wish(str(checkpoint)))
-    found = report.checkpoint
-    assert found is not None and found.flaw is None and (found.step, found.max_steps, found.processes) == (2, 2, 1)
-    assert found.optimizer == "LoRA-Pro" and found.settings["mode"] == "factored"
-    assert found.stepped_tensors == 2 * sum(group.count for group in report.pairs)
-    assert report.settings is not None and report.settings["mode"] == "factored"
-
-
-@pytest.mark.parametrize(
-    ("name", "flaw"), [("trainer_state.json", "written last"), ("optimizer.pt", "missing"), ("scheduler.pt", "missing")]
-)
-def test_a_checkpoint_in_part(
-    checkpoint: Path, tmp_path: Path, name: str, flaw: str, capsys: pytest.CaptureFixture[str]
-):
-    for file in checkpoint.iterdir():
-        if file.name != name:
-            (tmp_path / file.name).write_bytes(file.read_bytes())
-    assert cli.main(["inspect", str(tmp_path), "--json"]) == 1
-    found = json.loads(capsys.readouterr().out)
-    assert flaw in found["checkpoint"]["flaw"] and name in found["checkpoint"]["flaw"] and not found["is_trainable"]
-
-
-def test_a_checkpoint_of_another_optimizer(checkpoint: Path, tmp_path: Path):
-    for file in checkpoint.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    weight = nn.Parameter(torch.zeros(2))
-    optimizer = torch.optim.AdamW([weight], lr=3e-4)
-    weight.sum().backward()
-    optimizer.step()
-    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    found = inspect_source(Wish(str(tmp_path))).checkpoint
-    assert found is not None and found.optimizer == "another optimizer" and found.settings == {"learning_rate": 3e-4}
-
-
 # The command
 
 
@@ -424,8 +370,15 @@ def test_a_terminal_gets_the_same_in_tables(models: Path, monkeypatch: pytest.Mo
         (["someone/model"], "cannot read the configuration of someone/model"),
         (["{root}"], "Did you mean {root}/gpt2, {root}/llama"),
         (["{root}/llama/config.json"], "is a file: name the folder it is in, {root}/llama."),
-        (["{root}/llama", "--lora_target_modules", "nope"], "PEFT does not make this adapter: Target modules {'nope'}"),
-        (["{root}/llama", "--target_parameters", "gate", "nope"], "no parameter is called gate, nope; leave it out"),
+        (
+            ["{root}/llama", "--lora_target_modules", "nope"],
+            "has no nope. Its linear layers: q_proj, k",
+        ),
+        (["{root}/llama", "--lora_target_modules", "q_proj", "k_prj"], "has no k_prj (did you mean k_proj or"),
+        (
+            ["{root}/llama", "--target_parameters", "gate", "nope"],
+            "LlamaForCausalLM has no gate, nope",
+        ),
         (["{root}/llama", "--task", "ctc"], "cannot build {root}/llama for the task ctc"),
         (["{root}/llama", "--ranks", "0"], "'0' is not a whole number from 1 on"),
         (["{root}/llama", "--task", "chess"], "invalid choice: 'chess'"),

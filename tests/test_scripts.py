@@ -19,6 +19,7 @@ GLUE = ["--model_name_or_path", LLAMA, "--max_seq_length", "32"]
 SST2 = [*GLUE, "--train_file", f"{DATA}/sst2.jsonl", "--validation_file", f"{DATA}/sst2.jsonl"]
 CLM = ["--model_name_or_path", LLAMA, "--train_file", f"{DATA}/text.txt", "--block_size", "16"]
 SFT = ["--model_name_or_path", LLAMA, "--train_file", f"{DATA}/messages.jsonl", "--max_length", "64"]
+PORJ = ["--lora_target_modules", "v_proj", "q_porj"]
 SPEECH = ["--model_name_or_path", f"{INPUTS}/models/wav2vec2", "--train_file", f"{DATA}/speech/train.jsonl"]
 IMAGES = ["--model_name_or_path", f"{INPUTS}/models/vit", "--train_dir", f"{DATA}/images"]
 
@@ -72,6 +73,8 @@ def refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
         ("run_clm.py", [*CLM, "--do_predict"], "--do_predict: a language model on plain text has nothing to predict"),
         ("run_clm.py", [*CLM, "--do_train", "--text_column", "words"], "--text_column words: the columns are ['text']"),
         ("run_clm.py", [*CLM, "--do_train", "--block_size", "999"], "--block_size 999: the model takes at most 256"),
+        ("run_clm.py", [*CLM, "--do_train", *PORJ], "LlamaForCausalLM has no q_porj (did you mean q_proj"),
+        ("run_sft.py", [*SFT, *PORJ], "LlamaForCausalLM has no q_porj (did you mean q_proj"),
         ("run_sft.py", [*SFT, "--do_predict"], "use `lorapro evaluate`"),
         ("run_sft.py", [*SFT, "--prompt_column", "q"], "--prompt_column and --completion_column go together"),
         ("run_image_classification.py", [*IMAGES, "--dataset_name", "x"], "exclude --dataset_name and --train_file"),

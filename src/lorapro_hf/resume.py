@@ -38,6 +38,19 @@ def require_complete(folder: Path, by_engine: bool = False) -> None:
         raise ValueError(f"cannot resume from {folder}: {flaw}. {_way_out(folder, by_engine)}")
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in the output folder of a training, the newest first."""
+    found = {path: re.fullmatch(_NAME, path.name) for path in folder.glob("checkpoint-*") if path.is_dir()}
+    steps = {path: int(match[1]) for path, match in found.items() if match is not None}
+    return sorted(steps, key=lambda path: -steps[path])
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint, complete or not: its name or one of its files says so."""
+    files = (STATE, OPTIMIZER, SCHEDULER, "rng_state*.pth")
+    return re.fullmatch(_NAME, folder.resolve().name) is not None or any(any(folder.glob(name)) for name in files)
+
+
 def find_flaw(folder: Path, by_engine: bool = False) -> str | None:
     """What is wrong with the files of a checkpoint, `None` for a complete one; arguments as in `require_complete`."""
     if not folder.is_dir():
@@ -146,11 +159,9 @@ def read_optimizer_state(file: Path) -> dict[str, Any]:
 
 def _way_out(folder: Path, by_engine: bool) -> str:
     """What to do instead: the newest complete checkpoint beside this one, or a new start."""
-    steps = {path: re.fullmatch(_NAME, path.name) for path in folder.parent.glob("checkpoint-*") if path != folder}
-    numbered = {path: int(match[1]) for path, match in steps.items() if match is not None}
     if re.fullmatch(_NAME, folder.name):
-        for other in sorted(numbered, key=lambda path: -numbered[path]):
-            if find_flaw(other, by_engine) is None:
+        for other in checkpoints_in(folder.parent):
+            if other != folder and find_flaw(other, by_engine) is None:
                 return (
                     f"The newest complete checkpoint is {other}: resume with resume_from_checkpoint={str(other)!r}, or "
                     f"delete {folder.name}, so that resume_from_checkpoint=True finds {other.name}."

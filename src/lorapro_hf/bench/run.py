@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from lorapro_hf.bench.growth import measure_growth
 from lorapro_hf.bench.peers import missing
@@ -22,6 +22,7 @@ from lorapro_hf.bench.settings import BenchSettings
 from lorapro_hf.bench.training import measure_shares
 from lorapro_hf.demo.run import INTERRUPTED, prepare_output
 from lorapro_hf.options import UsageError
+from lorapro_hf.progress import progress_bars
 
 _FOREIGN = 0.05  # of one core: from here on the figures are marked
 Job = tuple[str, Callable[[], None]]
@@ -163,8 +164,7 @@ def run_bench(settings: BenchSettings, console: Console | None = None, as_json: 
         reason = missing(method)
         if reason is not None:
             console.print(f"{method.title}: {reason}", markup=False, highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
+    with progress_bars(console) as progress:
         run = _Run(settings, device, progress)
         run.measure()
         progress.update(run.task, note="")

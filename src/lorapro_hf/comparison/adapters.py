@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorapro_hf.comparison.methods import Method
 from lorapro_hf.options import UsageError
+from lorapro_hf.recipes.targets import described, ends_of, unmatched
 
 
 def layers_to_adapt(model: Any, targets: str | Sequence[str], head: nn.Module | None) -> list[str]:
@@ -35,7 +36,12 @@ def layers_to_adapt(model: Any, targets: str | Sequence[str], head: nn.Module | 
     ]
     if targets != "all-linear":
         ends = [targets] if isinstance(targets, str) else list(targets)
-        linear = [name for name in linear if any(name == end or name.endswith(f".{end}") for end in ends)]
+        if wrong := unmatched(ends, linear):
+            raise UsageError(
+                f"target_modules: {type(model).__name__} has no linear layer {described(wrong, linear)} to adapt. It "
+                f"has {ends_of(linear)}."
+            )
+        linear = [name for name in linear if len(unmatched(ends, [name])) < len(ends)]
     if not linear:
         raise UsageError(f"target_modules={targets!r} names no linear layer of {type(model).__name__}.")
     return linear

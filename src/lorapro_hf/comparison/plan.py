@@ -41,8 +41,18 @@ class Run:
     @property
     def title(self) -> str:
         """A line that says which it is."""
+        return f"{self.subject}, {self.setting}"
+
+    @property
+    def subject(self) -> str:
+        """Task, rank and method."""
         rank = "" if self.rank is None else f" r={self.rank}"
-        return f"{self.task.name}{rank}: {self.method.title}, lr {self.learning_rate:g}, seed {self.seed}"
+        return f"{self.task.name}{rank}: {self.method.title}"
+
+    @property
+    def setting(self) -> str:
+        """Learning rate and seed."""
+        return f"lr {self.learning_rate:g}, seed {self.seed}"
 
     def entry(self) -> dict[str, Any]:
         """What identifies it in `sweep.json` and in its own line."""

@@ -21,8 +21,9 @@ from lorapro_hf.comparison.store import FAILED, FINISHED, Store
 from lorapro_hf.comparison.tasks import load_task
 from lorapro_hf.comparison.tasks.base import Task
 from lorapro_hf.comparison.training import train_run
-from lorapro_hf.demo.run import prepare_output, progress_bars
+from lorapro_hf.demo.run import prepare_output
 from lorapro_hf.options import UsageError
+from lorapro_hf.progress import progress_bars
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Sweep:
     def _train(self, progress: Any) -> None:
         whole = progress.add_task("Runs", total=len(self.pending), note="")
         for place, run in enumerate(self.pending):
-            bar = progress.add_task(run.method.title[:32], total=run.task.steps, note=run.title)
+            bar = progress.add_task(run.subject, total=run.task.steps, note=run.setting)
 
             def advance(bar: Any = bar) -> None:
                 progress.advance(bar)

@@ -18,6 +18,7 @@ import evaluate
 import peft
 import torch
 import transformers
+from rich import box
 from rich.table import Table
 
 import lorapro_hf
@@ -53,10 +54,13 @@ def results_table(base: Score | None, results: Sequence[MethodResult]) -> Table:
         caption="train loss: mean of the last quarter of the steps; step: median of the optimizer's step; state: the "
         "optimizer's; time: of the whole training. A check that training works, not a benchmark: few steps, one seed.",
         caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
     )
-    table.add_column("method")
-    # narrow enough for 80 columns
-    for title in ("lr", "train\nloss", "held-out\nloss", "exact\nmatch", "step\nms", "state\nMB", "time\ns"):
+    table.add_column("method", overflow="fold")
+    # narrow enough for 60 columns
+    for title in ("lr", "train\nloss", "held-\nout\nloss", "exact\nmatch", "step\nms", "state\nMB", "time\ns"):
         table.add_column(title, justify="right", no_wrap=True)
     if base is not None:
         table.add_row("base model", "–", "–", f"{base.loss:.3f}", f"{base.exact_match:.1%}", "–", "–", "–")

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -24,6 +24,7 @@ from lorapro_hf.demo.report import plot_curves, results_table, write_results
 from lorapro_hf.demo.settings import METHODS, DemoSettings
 from lorapro_hf.demo.training import MethodResult, train_method
 from lorapro_hf.options import UsageError
+from lorapro_hf.progress import progress_bars
 
 STOCK_PEFT_SCRIPT = Path(__file__).parent / "stock_peft" / "answer.py"
 INTERRUPTED = 130
@@ -40,19 +41,6 @@ class _Outcome:
 
 
 LINES = 4  # about a training where there are no bars
-
-
-def progress_bars(console: Console) -> Progress:
-    """Bars that say what is done, how far it is, for how long, and a note."""
-    return Progress(
-        TextColumn("{task.description:<32}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-    )
 
 
 def prepare_output(folder: Path) -> None:
@@ -132,9 +120,8 @@ class Run:
     def _score(self, model: PeftModel, progress: Progress, title: str) -> Score:
         task = progress.add_task(title, total=self.evaluator.rounds, note="")
         score = self.evaluator.score(model, lambda: progress.advance(task))
-        note = f"loss {score.loss:.3f}, exact match {score.exact_match:.1%}"
-        progress.update(task, note=note)
-        self._log(f"{title}: {note}")
+        progress.update(task, note=f"loss {score.loss:.3f}, {score.exact_match:.1%} right")
+        self._log(f"{title}: loss {score.loss:.3f}, exact match {score.exact_match:.1%}")
         return score
 
     def _log(self, line: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 from pathlib import Path
 
 from lorapro_hf.options import HelpFormatter, UsageError, at_least_one
@@ -97,9 +98,10 @@ def _add_task(
     results.add_argument(
         "--output",
         type=Path,
-        default=Path(f"runs/evaluation/{name}.json"),
+        default=argparse.SUPPRESS,
         metavar="FILE",
-        help="for the results; the answers go beside it, into FILE with the suffix .samples.jsonl",
+        help="for the results; the answers go beside it, into FILE with the suffix .samples.jsonl (default: a file in "
+        f"runs/evaluation/{name}/, named after adapter and model)",
     )
     results.add_argument("--resume", action="store_true", help="go on with the answers that are there")
     results.add_argument("--json", action="store_true", help="print the results as JSON")
@@ -129,6 +131,20 @@ def _add_data(parser: argparse.ArgumentParser, dataset: str, text: str) -> None:
     )
 
 
+def default_output(task: str, adapter: str | None, model: str | None) -> Path:
+    """A file for each task, adapter and model, so that one evaluation is not in the way of another."""
+    named = "-on-".join(_as_file_name(name) for name in (adapter, model) if name is not None)
+    return Path("runs/evaluation", task, f"{named}.json")
+
+
+def _as_file_name(name: str) -> str:
+    """`runs-mine` for a folder, however it is written, or `me-my-adapter` for a name on the Hub."""
+    if Path(name).is_dir():
+        folder = Path(name).resolve()
+        name = str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
+    return re.sub(r"[^\w.-]+", "-", name).strip("-")[-100:]
+
+
 def _at_least_zero(text: str) -> int:
     return 0 if text == "0" else at_least_one(text)
 
@@ -151,6 +167,8 @@ def _evaluate(arguments: argparse.Namespace) -> int:
             "HumanEval runs programs that the model writes on this machine. If you accept that, add "
             "--allow_code_execution; they run with limits and kept apart as far as this system permits."
         )
+    if not hasattr(arguments, "output"):
+        arguments.output = default_output(arguments.task, arguments.adapter, arguments.model_name_or_path)
     from lorapro_hf.evaluation.run import run_evaluation  # takes seconds: after the arguments have been checked
 
     return run_evaluation(arguments)

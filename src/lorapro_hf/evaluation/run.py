@@ -15,7 +15,6 @@ import peft
 import torch
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers.utils import logging as transformers_logging
 
 import lorapro_hf
@@ -25,6 +24,7 @@ from lorapro_hf.evaluation.models import load, this_process
 from lorapro_hf.evaluation.sandbox import Limits, Sandbox
 from lorapro_hf.evaluation.solving import Solving
 from lorapro_hf.options import UsageError
+from lorapro_hf.progress import progress_bars
 
 _SHARED = ("dataset", "dataset_config", "dataset_split", "prompt_style", "limit")
 _OWN = {
@@ -108,9 +108,8 @@ def _prepare(output: Path, samples: Path, resume: bool) -> None:
 def _progress(console: Console, title: str) -> Iterator[tuple[Any, Any]]:
     """Two functions, one told how many problems there are and one how many have just been solved."""
     if console.is_terminal:
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(TextColumn("{task.description}"), *columns, console=console) as bars:
-            task = bars.add_task(title, total=None)
+        with progress_bars(console) as bars:
+            task = bars.add_task(title, total=None, note="")
             yield lambda count: bars.update(task, total=count), lambda count: bars.advance(task, count)
         return
     total, done = 0, 0
@@ -136,6 +135,7 @@ def _report(found: Mapping[str, Any], arguments: argparse.Namespace, samples: Pa
     results = {**found, "seconds": round(seconds, 1), "settings": settings, "versions": versions}
     text = json.dumps(results, indent=2, default=str)
     arguments.output.write_text(text + "\n", encoding="utf-8")
+    print(f"Results: {arguments.output}\nAnswers: {samples}", file=sys.stderr)
     if arguments.json:
         print(text)
         return
@@ -146,4 +146,3 @@ def _report(found: Mapping[str, Any], arguments: argparse.Namespace, samples: Pa
             print(f"  {name:<18} {found[name]:7.2%}{'' if error is None else f' ± {error:.2%}'}")
     if found["unfinished"]:
         print(f"  {'unfinished':<18} {found['unfinished']:7.2%} (raise --max_new_tokens)")
-    print(f"Results: {arguments.output}\nAnswers: {samples}", file=sys.stderr)

@@ -14,7 +14,7 @@ and for each mode the memory of optimizer state and step against what is free he
 
 MODEL is a base model (only its configuration is read, so that one of 70B parameters takes seconds and no memory), to
 which a new LoRA adapter is added by the options; or a saved adapter; or a checkpoint of a training, which is then also
-examined for completeness.
+examined for completeness; or the output folder of a training, whose checkpoints are listed.
 """
 
 INSPECT_EXAMPLES = """\
@@ -24,15 +24,18 @@ examples:
   lorapro inspect google/vit-base-patch16-224 --lora_target_modules query value --pairs
   lorapro inspect runs/my_adapter
   lorapro inspect runs/sft/checkpoint-500 --json
+  lorapro inspect runs/sft
 
-exit codes: 0 LoRA-Pro can train it, 1 something is refused or the checkpoint is not complete, 2 bad arguments,
-            130 stopped by Ctrl-C
+exit codes: 0 LoRA-Pro can train it, 1 something is refused or the (newest) checkpoint is not complete,
+            2 bad arguments, 130 stopped by Ctrl-C
 """
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lorapro inspect`."""
-    parser.add_argument("model", metavar="MODEL", help="folder, or name on the Hub, of a model, adapter or checkpoint")
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder, or name on the Hub, of a model, adapter, checkpoint or output folder"
+    )
     parser.add_argument(
         "--task",
         choices=tuple(TASKS),

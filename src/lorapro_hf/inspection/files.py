@@ -1,13 +1,10 @@
-"""What do the files of an adapter or of a checkpoint say by themselves?"""
+"""What does the file of an adapter say by itself?"""
 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
@@ -15,12 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from lorapro_hf.inspection.model import PREFIX
-from lorapro_hf.inspection.report import Checkpoint
 from lorapro_hf.options import UsageError
-from lorapro_hf.resume import OPTIMIZER, STATE, find_flaw, read_optimizer_state
 
 WEIGHTS = "adapter_model.safetensors"
-_BY_ENGINE = ("pytorch_model_fsdp*", "optimizer_*", "global_step*", "zero_to_fp32.py")
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -37,12 +31,10 @@ def tensor_shapes(file: Path) -> Shapes:
         raise UsageError(f"cannot read {file}: {error}. It is cut off or damaged; copy or save it again.") from error
 
 
-def differences(model: PeftModel, found: Shapes) -> list[str]:
+def differences(model: PeftModel, adapter: str, found: Shapes) -> list[str]:
     """In what way the tensors of an adapter's file are not those of a model with the adapter; nothing if they are."""
-    own = {
-        name: tuple(tensor.shape)
-        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
+    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    own = {name: tuple(tensor.shape) for name, tensor in state.items()}
     missing = sorted(own.keys() - found.keys())
     # embeddings are saved whole beside their factors when PEFT thinks that they may have grown
     other = sorted(name for name in found.keys() - own.keys() if ".lora_" in name)
@@ -124,40 +116,3 @@ def _place(root: nn.Module, name: str, module: nn.Module) -> None:
             root.add_module(part, nn.Module())
         root = getattr(root, part)
     root.add_module(last, module)
-
-
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """What a checkpoint folder of a `Trainer` holds, and whether all of it is there."""
-    by_engine = any(any(folder.glob(pattern)) for pattern in _BY_ENGINE)
-    known: dict[str, Any] = {"folder": str(folder), "flaw": find_flaw(folder, by_engine)}
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        known |= {"step": state["global_step"], "max_steps": state.get("max_steps"), "epoch": state.get("epoch")}
-    states = len(list(folder.glob("rng_state*.pth")))
-    known["processes"] = states or None
-    if by_engine:
-        known["optimizer"] = "FSDP or DeepSpeed (not read)"
-    with suppress(OSError, ValueError):  # there is none, or the flaw says what is wrong with it
-        known |= _optimizer(folder / OPTIMIZER)
-    return Checkpoint(**known)
-
-
-def _optimizer(file: Path) -> dict[str, Any]:
-    state = read_optimizer_state(file)
-    group = state["param_groups"][0]
-    share = group.get("lora_pro_partial")
-    settings = {"learning_rate": float(group["lr"])}
-    kind = "another optimizer"
-    if "lora_pro_mode" in group:
-        kind = "LoRA-Pro"
-        settings |= {
-            "mode": group["lora_pro_mode"],
-            "moments_dtype": group.get("moments_dtype", "float32"),
-            "master_factors": bool(group.get("master_factors")),
-        }
-    return {
-        "optimizer": kind,
-        "settings": settings,
-        "stepped_tensors": len(state["state"]),
-        "share": None if share is None else (int(share[0]), int(share[1])),
-    }

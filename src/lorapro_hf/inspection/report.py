@@ -101,19 +101,21 @@ class ModeCost:
     learning_rates: tuple[float, float]
 
 
+ENGINE = "FSDP or DeepSpeed (not read)"
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint folder of a `Trainer`.
 
     Args:
-        folder: where it is.
-        flaw: what is missing or damaged, `None` if it is complete.
+        folder: where it lies.
+        flaw: why a training cannot go on from it, `None` if it can.
         step: optimizer steps done, `None` where the file with it is missing.
         max_steps: of the whole training.
         epoch: epochs done.
         processes: how many processes wrote it, `None` if it says nothing of that.
-        optimizer: what the state is of: `"LoRA-Pro"`, `"another optimizer"`, `"FSDP or DeepSpeed (not read)"` or
-            `"none"`.
+        optimizer: what the state is of: `"LoRA-Pro"`, `"another optimizer"`, `ENGINE` or `"none"`.
         settings: mode, dtype of the moments and master factors of LoRA-Pro, and the learning rate.
         stepped_tensors: parameters that have a state.
         share: rank and number of ranks where the file has one rank's share of the state only.
@@ -149,6 +151,7 @@ class Report:
         loaded: whether weights are in memory already.
         settings: `lorapro_config.json` beside the adapter.
         checkpoint: of the folder, if it is one.
+        checkpoints: in the folder, if it is the output folder of a training; the newest first.
         notes: what else there is to know.
     """
 
@@ -165,13 +168,17 @@ class Report:
     loaded: bool = False
     settings: dict[str, Any] | None = None
     checkpoint: Checkpoint | None = None
+    checkpoints: list[Checkpoint] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
     def is_trainable(self) -> bool:
-        """Whether LoRA-Pro can train it as it is, and go on from it if it is a checkpoint."""
-        cut_off = self.checkpoint is not None and self.checkpoint.flaw is not None
-        return bool(self.pairs) and not self.unsupported and not cut_off
+        """Whether LoRA-Pro can train it as it is, and go on from it or from the newest checkpoint in it."""
+        newest = self.checkpoint or next(iter(self.checkpoints), None)
+        if self.unsupported or (newest is not None and newest.flaw is not None):
+            return False
+        in_files_of_engine = self.base is None and newest is not None and newest.optimizer == ENGINE
+        return bool(self.pairs) or in_files_of_engine
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain values, with counts and sums; the keys stay as they are from version to version."""

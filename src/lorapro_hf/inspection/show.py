@@ -7,6 +7,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 from lorapro_hf.inspection.model import PREFIX
@@ -35,6 +36,8 @@ def sections(report: Report, every_pair: bool = False) -> list[Section]:
     found = [_overview(report)]
     if report.checkpoint is not None:
         found.append(_checkpoint(report.checkpoint))
+    if report.checkpoints:
+        found.append(_checkpoints(report.checkpoints))
     if report.adapters:
         found.append(_adapters(report))
     if report.pairs:
@@ -126,21 +129,35 @@ def _overview(report: Report) -> Section:
 def _checkpoint(found: Checkpoint) -> Section:
     rows = [("files", "complete" if found.flaw is None else found.flaw)]
     if found.step is not None:
-        of = f" of {found.max_steps}" if found.max_steps else ""
-        rows.append(("step", f"{found.step}{of}" + ("" if found.epoch is None else f", epoch {found.epoch:g}")))
+        rows.append(("step", _step(found) + ("" if found.epoch is None else f", epoch {found.epoch:g}")))
     if found.processes is not None:
         rows.append(("written by", f"{found.processes} process{'' if found.processes == 1 else 'es'}"))
     rows.append(("optimizer state", _state(found)))
-    if found.share is not None:
-        rows.append(
-            ("share", f"only what rank {found.share[0]} of {found.share[1]} stepped: it cannot be resumed from")
-        )
     return Section(f"Checkpoint {found.folder}", ("", ""), rows)
+
+
+def _checkpoints(found: Sequence[Checkpoint]) -> Section:
+    """Those of an output folder, the newest first, and the one that resuming takes."""
+    rows = [(Path(each.folder).name, _step(each), _state(each), each.flaw or "complete") for each in found]
+    whole = next((each for each in found if each.flaw is None), None)
+    if whole is found[0]:
+        line = f"resume_from_checkpoint=True goes on from {rows[0][0]}, the newest."
+    else:
+        line = f"resume_from_checkpoint=True takes the newest, {rows[0][0]}, and is refused: delete it, "
+        line += "or start again." if whole is None else f"or resume from {whole.folder}, the newest complete one."
+    return Section("Checkpoints in it", ("name", "step>", "optimizer state", "files"), rows, [line])
+
+
+def _step(found: Checkpoint) -> str:
+    if found.step is None:
+        return "–"
+    return f"{found.step} of {found.max_steps}" if found.max_steps else f"{found.step}"
 
 
 def _state(found: Checkpoint) -> str:
     if not found.settings:
-        return found.optimizer
+        starts_anew = found.optimizer == "none" and found.flaw is None
+        return "none: moments and schedule start anew" if starts_anew else found.optimizer
     settings = found.settings
     parts = [found.optimizer]
     if "mode" in settings:

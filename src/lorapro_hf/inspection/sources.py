@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,17 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 from lorapro_hf.hub.settings import SETTINGS_FILE, load_lora_pro_config
 from lorapro_hf.inspection.base_model import base_on_meta, head_of
-from lorapro_hf.inspection.files import WEIGHTS, differences, read_checkpoint, skeleton, tensor_shapes
+from lorapro_hf.inspection.checkpoints import compared, read_checkpoint
+from lorapro_hf.inspection.files import WEIGHTS, Shapes, differences, skeleton, tensor_shapes
 from lorapro_hf.inspection.model import adapters_of, inspect_model
-from lorapro_hf.inspection.report import Base, Report
+from lorapro_hf.inspection.report import ENGINE, Base, Checkpoint, Report
 from lorapro_hf.inspection.tasks import TASKS
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.model import AdapterArguments
-from lorapro_hf.resume import OPTIMIZER, STATE
+from lorapro_hf.recipes.targets import require_known_names
+from lorapro_hf.resume import STATE, checkpoints_in, is_checkpoint
 
-_ADAPTER, _CONFIG = "adapter_config.json", "config.json"
+_ADAPTER, _CONFIG, _ARGUMENTS = "adapter_config.json", "config.json", "training_args.bin"
 
 
 @dataclass(frozen=True)
@@ -55,19 +57,51 @@ def inspect_source(wish: Wish) -> Report:
         raise UsageError(f"there is no folder {wish.name}.")
     if folder.is_file():
         raise UsageError(f"{wish.name} is a file: name the folder it is in, {folder.parent}.")
-    checkpoint = None
-    if folder.is_dir():
-        is_checkpoint = any((folder / name).exists() for name in (STATE, OPTIMIZER))
-        if not is_checkpoint and not any((folder / name).is_file() for name in (_ADAPTER, _CONFIG)):
-            raise UsageError(_nothing_there(folder))
-        checkpoint = read_checkpoint(folder) if is_checkpoint else None
-    if _adapter_file(wish.name) is not None:
-        report = _of_adapter(wish)
-    elif checkpoint is None or (folder / _CONFIG).is_file():
-        report = _of_base(wish)
-    else:
-        report = Report(wish.name, notes=[f"There is neither {_ADAPTER} nor {_CONFIG} in this checkpoint."])
-    return replace(report, checkpoint=checkpoint)
+    if not folder.is_dir():
+        return _of_adapter(wish, _adapters_in(wish.name)) if _adapter_file(wish.name) is not None else _of_base(wish)
+    if checkpoints := [read_checkpoint(path) for path in checkpoints_in(folder)]:
+        return replace(_of_output(wish, checkpoints), checkpoints=checkpoints)
+    if is_checkpoint(folder):
+        return _of_checkpoint(wish, read_checkpoint(folder))
+    if not any((folder / name).is_file() for name in (_ADAPTER, _CONFIG)):
+        raise UsageError(_nothing_there(folder))
+    return _of_files(wish)
+
+
+def _of_files(wish: Wish, checkpoint: Checkpoint | None = None) -> Report:
+    """A folder with an adapter, with several, or with the configuration of a base model."""
+    folder = Path(wish.name)
+    adapters = _adapters_in(wish.name)
+    if adapters and ("default" in adapters or checkpoint is not None or not (folder / _CONFIG).is_file()):
+        return _of_adapter(wish, adapters, checkpoint)
+    return replace(_of_base(wish), checkpoint=checkpoint)
+
+
+def _of_checkpoint(wish: Wish, checkpoint: Checkpoint) -> Report:
+    """A checkpoint, in which an engine may have the adapter in files of its own."""
+    if not _adapters_in(wish.name) and not Path(wish.name, _CONFIG).is_file():
+        note = f"There is neither {_ADAPTER} nor {_CONFIG} in this checkpoint."
+        if checkpoint.optimizer == ENGINE:
+            note += " The files of FSDP or DeepSpeed hold the adapter; the training that wrote them can load them."
+        return Report(wish.name, checkpoint=checkpoint, notes=[note])
+    try:
+        return _of_files(wish, checkpoint)
+    except UsageError as error:
+        if checkpoint.flaw is None:
+            raise
+        return Report(wish.name, checkpoint=checkpoint, notes=[_line(error)])
+
+
+def _of_output(wish: Wish, checkpoints: Sequence[Checkpoint]) -> Report:
+    """The output folder of a training: what it has saved at the end, or else in its newest complete checkpoint."""
+    newest = next((each for each in checkpoints if each.flaw is None), None)
+    if _adapters_in(wish.name) or Path(wish.name, _CONFIG).is_file():
+        return _of_files(wish)
+    if newest is None:
+        return Report(wish.name, notes=["No checkpoint in it is complete: the training has to start again."])
+    report = _of_checkpoint(replace(wish, name=newest.folder), newest)
+    note = f"The training has not saved an adapter at its end: this is {Path(newest.folder).name}."
+    return replace(report, source=wish.name, checkpoint=None, notes=[note, *report.notes])
 
 
 def _is_path(name: str) -> bool:
@@ -76,12 +110,9 @@ def _is_path(name: str) -> bool:
 
 def _nothing_there(folder: Path) -> str:
     text = f"{folder} holds neither {_CONFIG} (a model) nor {_ADAPTER} (an adapter) nor {STATE} (a checkpoint)."
-    inside = sorted(
-        str(file.parent)
-        for pattern in (_ADAPTER, _CONFIG, STATE)
-        for file in folder.glob(f"*/{pattern}")
-    )  # fmt: skip
-    return f"{text} Did you mean {', '.join(dict.fromkeys(inside))}?" if inside else text
+    named = {file.parent for name in (_ADAPTER, _CONFIG, STATE) for file in folder.glob(f"*/{name}")}
+    inside = sorted(map(str, named | {path.parent for path in folder.glob("*/checkpoint-*")}))
+    return f"{text} Did you mean {', '.join(inside)}?" if inside else text
 
 
 def _adapter_file(name: str) -> str | None:
@@ -97,30 +128,28 @@ def _of_base(wish: Wish) -> Report:
     model, task = base_on_meta(wish.name, wish.task, trust_remote_code=wish.trust_remote_code)
     head = head_of(model, task)
     config = AdapterArguments(**wish.lora).lora_config(TASKS[task].peft_name)
+    require_known_names(model, config)
     config.modules_to_save = [*(config.modules_to_save or []), *head] or None
-    adapted = _adapted(model, {"default": config})
-    packed: list[str] = adapted.base_model.targeted_parameter_names
-    unknown = [
-        name
-        for name in wish.lora.get("lora_target_parameters", ())
-        if not any(f".{each}".endswith(f".{name}") for each in packed)
-    ]
-    if unknown:  # of which PEFT only warns
-        raise UsageError(f"{wish.name}: no parameter is called {', '.join(unknown)}; leave it out or correct the name.")
-    report = inspect_model(adapted, ranks=wish.ranks, source=wish.name)
+    report = inspect_model(_adapted(model, {"default": config}), ranks=wish.ranks, source=wish.name)
     return replace(report, notes=[*report.notes, f"The adapter is a new one, for the task {task}."])
 
 
-def _of_adapter(wish: Wish) -> Report:
-    """A saved adapter, on the base model that it names if that can be had."""
+def _of_adapter(wish: Wish, folders: Mapping[str, str], checkpoint: Checkpoint | None = None) -> Report:
+    """Saved adapters, on the base model that the first of them names if that can be had.
+
+    Args:
+        wish: what is to be inspected.
+        folders: of each adapter, by its name.
+        checkpoint: which the adapters are part of.
+    """
     if wish.lora:
         given = ", ".join(f"--{name}" for name in wish.lora)
         raise UsageError(f"{wish.name} is an adapter with settings of its own: leave out {given}, or name its base.")
-    configs = _configs(wish.name)
-    first = configs["default"]
-    file = _weights(wish.name)
-    shapes = None if file is None else tensor_shapes(file)
-    notes = [] if file is not None else [f"There is no {WEIGHTS} in it: only its settings are known."]
+    configs = {name: _config(folder) for name, folder in folders.items()}
+    shapes = {name: tensor_shapes(file) for name, folder in folders.items() if (file := _weights(folder)) is not None}
+    bare = [folder for name, folder in folders.items() if name not in shapes]
+    notes = [f"There is no {WEIGHTS} in {folder}: only its settings are known." for folder in bare]
+    adapter, first = next(iter(configs.items()))
     if not isinstance(first, LoraConfig) or first.is_prompt_learning:
         raise UsageError(
             f"{wish.name} is an adapter of the kind {getattr(first.peft_type, 'value', first.peft_type)}, which has no "
@@ -137,26 +166,39 @@ def _of_adapter(wish: Wish) -> Report:
             revision=first.revision,
         )
     except UsageError as error:
-        if shapes is None:
+        if adapter not in shapes:
             raise
-        report = _alone(wish, first, shapes)
-        return replace(report, notes=[*notes, f"Read from the adapter's file alone: {_line(error)}", *report.notes])
-    with_adapter = _adapted(model, configs)
-    if shapes is not None:
-        notes += differences(with_adapter, shapes)
-    report = inspect_model(with_adapter, ranks=wish.ranks, source=wish.name)
-    return replace(report, notes=[*notes, *report.notes], settings=_settings(wish.name))
+        notes.append(f"Read from the adapter's file alone: {_line(error)}")
+        report = _alone(wish, adapter, first, shapes[adapter])
+    else:
+        adapted = _adapted(model, configs)
+        notes += [line for name, each in shapes.items() for line in differences(adapted, name, each)]
+        report = inspect_model(adapted, ranks=wish.ranks, source=wish.name)
+        checkpoint = None if checkpoint is None else compared(checkpoint, adapted)
+    settings = _settings(wish.name)
+    return replace(report, checkpoint=checkpoint, settings=settings, notes=[*notes, *report.notes])
 
 
-def _configs(name: str) -> dict[str, PeftConfig]:
-    """The settings of the adapter, and of others that were saved in folders inside it."""
-    folders = {"default": name}
-    if Path(name).is_dir():
-        folders |= {file.parent.name: str(file.parent) for file in sorted(Path(name).glob(f"*/{_ADAPTER}"))}
+def _adapters_in(name: str) -> dict[str, str]:
+    """The folders of the adapters that PEFT has saved together, by name: `default` itself, others inside.
+
+    Checkpoints and output folders of other trainings inside hold adapters too, which do not belong to it.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        return {"default": name}
+    found = {"default": name} if (folder / _ADAPTER).is_file() else {}
+    inside = sorted(file.parent for file in folder.glob(f"*/{_ADAPTER}"))
+    return found | {
+        path.name: str(path) for path in inside if not is_checkpoint(path) and not (path / _ARGUMENTS).is_file()
+    }
+
+
+def _config(folder: str) -> PeftConfig:
     try:
-        return {adapter: PeftConfig.from_pretrained(folder) for adapter, folder in folders.items()}
+        return PeftConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"cannot read {_ADAPTER} of {name}: {error}") from error
+        raise UsageError(f"cannot read {_ADAPTER} of {folder}: {error}") from error
 
 
 def _weights(name: str) -> Path | None:
@@ -184,18 +226,18 @@ def _adapted(model: Any, configs: Mapping[str, PeftConfig]) -> PeftModel:
     return adapted
 
 
-def _alone(wish: Wish, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> Report:
+def _alone(wish: Wish, adapter: str, config: LoraConfig, shapes: Shapes) -> Report:
     bare, settings = skeleton(shapes, config)
     if not settings.target_modules and not getattr(settings, "target_parameters", None):
         raise UsageError(f"{wish.name}: its {WEIGHTS} holds no LoRA factors.")
     settings.task_type = None
     base = Base(None, config.base_model_name_or_path, None, None, None, None)
-    model = _adapted(bare, {"default": settings})
+    model = _adapted(bare, {adapter: settings})
     report = inspect_model(model, ranks=wish.ranks, source=wish.name, base=base)
-    model.peft_config["default"] = config  # which names what the adapter itself does
+    model.peft_config[adapter] = config  # which names what the adapter itself does
     whole = [name for name in shapes if ".lora_" not in name and ".base_layer." not in name]
     notes = [f"{len(whole)} tensors of it are of layers that are trained whole."] if whole else []
-    return replace(report, adapters=adapters_of(model), notes=[*notes, *report.notes], settings=_settings(wish.name))
+    return replace(report, adapters=adapters_of(model), notes=[*notes, *report.notes])
 
 
 def _settings(name: str) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Training
 from lorapro_hf.recipes.cells import complete_rows, holds_lists, with_texts
 from lorapro_hf.recipes.data import DataArguments
 from lorapro_hf.recipes.model import AdapterArguments, ModelArguments, continued_adapter, load_model
+from lorapro_hf.recipes.targets import require_known_names
 
 logger = logging.getLogger(__name__)
 
@@ -58,4 +59,6 @@ def parts(
     settings.model_init_kwargs = None  # TRL would say that it ignores them
     if adapter.adapter_name_or_path is not None:
         return {"model": continued_adapter(base, adapter), "processing_class": tokenizer}
-    return {"model": base, "peft_config": adapter.lora_config("CAUSAL_LM"), "processing_class": tokenizer}
+    config = adapter.lora_config("CAUSAL_LM")
+    require_known_names(base, config)  # TRL would find out after it has tokenized the data
+    return {"model": base, "peft_config": config, "processing_class": tokenizer}

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrain
 
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.hub import sought
+from lorapro_hf.recipes.targets import require_known_names
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _PATTERN = re.compile(r"[*+?()\[\]|\\^$]")  # what tells a regular expression from a name
@@ -233,6 +234,9 @@ def add_adapter(
             layer need gradients.
         head: a layer that the task adds, to be trained whole; for tasks of which PEFT knows no name.
         new_layers: from `layers_without_weights`; trained whole too, since nobody could load them again otherwise.
+
+    Raises:
+        UsageError: the arguments name a layer or parameter that the model does not have.
     """
     if getattr(model, "is_quantized", False):
         model = prepare_model_for_kbit_training(
@@ -247,6 +251,7 @@ def add_adapter(
     if arguments.adapter_name_or_path is not None:
         return _with_wide_heads(continued_adapter(model, arguments), heads)
     config = arguments.lora_config(task_type)
+    require_known_names(model, config)
     if head is not None:
         config.modules_to_save = [*(config.modules_to_save or []), head]
     new = sorted({*new_layers} - own)

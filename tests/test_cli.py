@@ -9,11 +9,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from command_tables import PAGE, all_commands, documented, rewritten, subparsers
-from lorapro_hf import __version__, cli
+from lorapro_hf import __version__, cli, extras
+from lorapro_hf.extras import install_command
 from lorapro_hf.options import UsageError
 
 COMMANDS = {"plot", "demo", "train", "evaluate", "inspect", "compare", "bench"}
@@ -152,7 +154,50 @@ def test_a_missing_package_names_the_extra(
 ):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert exit_code(command) == 2
-    assert re.search(r"needs rich and matplotlib.*lorapro_hf\[(demo|bench)\]", capsys.readouterr().err)
+    assert re.search(r"needs rich and matplotlib.*pip install -e '.*\[(demo|bench)\]'", capsys.readouterr().err)
+
+
+def test_the_command_that_installs_an_extra_is_for_this_clone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    clone = PAGE.parents[1]
+    monkeypatch.chdir(tmp_path)
+    assert install_command("demo") == f"pip install -e '{clone}[demo]'"
+    monkeypatch.chdir(clone)
+    assert install_command("demo") == "pip install -e '.[demo]'"
+
+
+@pytest.mark.parametrize(
+    ("noted", "origin"),
+    [
+        (None, ""),
+        ({"url": "file:///a/lorapro_hf.whl", "archive_info": {}}, " @ file:///a/lorapro_hf.whl"),
+        (
+            {"url": "https://a.org/b.git", "vcs_info": {"vcs": "git", "commit_id": "1f", "requested_revision": "v1"}},
+            " @ git+https://a.org/b.git@v1",
+        ),
+        (
+            {"url": "https://a.org/b.git", "vcs_info": {"vcs": "git", "commit_id": "1f"}},
+            " @ git+https://a.org/b.git",
+        ),
+    ],
+    ids=["index", "wheel", "tag", "branch"],
+)
+def test_an_installed_package_gets_its_extra_from_where_it_came(
+    noted: dict[str, Any] | None, origin: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    folder = tmp_path / "lorapro_hf-0.1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: lorapro_hf\nVersion: 0.1.0\n")
+    if noted is not None:
+        (folder / "direct_url.json").write_text(json.dumps(noted))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(extras, "_CLONE", tmp_path / "site-packages")
+    assert install_command("demo") == f"pip install 'lorapro_hf[demo]{origin}'"
+
+
+def test_no_message_has_an_install_command_of_its_own():
+    package = Path(extras.__file__)
+    sources = {path: path.read_text(encoding="utf-8") for path in package.parent.rglob("*.py") if path != package}
+    assert [path for path, text in sources.items() if re.search(r"[Ii]nstall.{0,4}lorapro_hf\[", text)] == []
 
 
 def test_a_reader_that_has_seen_enough():

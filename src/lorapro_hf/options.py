@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
+
+from lorapro_hf.extras import install_command
 
 
 class UsageError(ValueError):
     """What the user asked for cannot be done; the message says why and what to do instead."""
+
+
+def require_packages(what: str, *names: str, extra: str) -> None:
+    """Raise a `UsageError` with the command that installs them if packages are missing.
+
+    Args:
+        what: the command that needs them.
+        *names: the packages.
+        extra: the extra that has them.
+    """
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"{what} needs {' and '.join(missing)}. Install with `{install_command(extra)}`.")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lorapro_hf.options import UsageError, at_least_one
+from lorapro_hf.options import UsageError, at_least_one, require_packages
 
 COMPARE = """\
 Train a model with many methods (LoRA and its variants, LoRA-Pro in all modes, full fine-tuning), each at several
@@ -77,9 +76,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    missing = [name for name in ("rich", "matplotlib") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(f"lorapro compare needs {' and '.join(missing)}. Install 'lorapro_hf[demo]'.")
+    require_packages("lorapro compare", "rich", "matplotlib", extra="demo")
     output_dir: Path | None = getattr(arguments, "output_dir", None)
     if arguments.report_only:
         if arguments.no_report:

@@ -42,8 +42,7 @@ def draw_curves(log_history: Sequence[Mapping[str, Any]], file: Path) -> bool:
     except ImportError:
         logger.warning(
             "matplotlib is not installed, so that the model card has no picture of the training. Install it with "
-            "pip install matplotlib (the extra demo has it too: pip install 'lorapro_hf[demo]') and call "
-            "create_model_card again."
+            "pip install matplotlib and call create_model_card again."
         )
         return False
     figure = Figure(figsize=(8, 4.5), layout="constrained")

@@ -204,7 +204,7 @@ def test_a_reader_that_has_seen_enough():
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
-        [sys.executable, "-m", "lorapro_hf.cli", "train", "--list"],
+        [sys.executable, "-m", "lorapro_hf", "train", "--list"],
         stdout=write,
         stderr=subprocess.PIPE,
         timeout=60,

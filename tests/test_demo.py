@@ -309,7 +309,7 @@ def test_ctrl_c_on_the_command_line(tiny: str, tmp_path: Path) -> None:
     problems = tmp_path / "problems.json"
     word_problems(20, 0, seed=0)[0].to_json(problems)
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "lorapro_hf.cli", "demo", "--model", tiny, "--dataset", str(problems)]
+    command = [sys.executable, "-m", "lorapro_hf", "demo", "--model", tiny, "--dataset", str(problems)]
     command += ["--steps", "100000", "--batch_size", "2", "--eval_size", "2", "--output_dir", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "150"}
     # a parent that ignores Ctrl-C, as a shell's background job does, hands that on

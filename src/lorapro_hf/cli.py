@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     arguments = parser.parse_args(argv)
+    arguments.is_program = argv is None  # a caller in Python goes on after the command
     try:
         code = int(arguments.run(arguments))
         sys.stdout.flush()

@@ -26,7 +26,7 @@ examples:
   lorapro compare configs/compare/smoke.yaml
   lorapro compare configs/compare/small.yaml --devices 2
   lorapro compare configs/compare/small.yaml --set seeds=[0] --set tasks.code.steps=20 --output_dir runs/try
-  accelerate launch --multi_gpu --num_processes 8 -m lorapro_hf.cli compare configs/compare/gpu.yaml
+  accelerate launch --multi_gpu --num_processes 8 -m lorapro_hf compare configs/compare/gpu.yaml
   lorapro compare --report_only --output_dir runs/compare-small --report_dir docs/results/small --json
 
 exit codes: 0 done, 1 a method has no learning rate at which all seeds finished, 2 bad arguments, 130 stopped by Ctrl-C

@@ -12,7 +12,7 @@ Evaluate a causal language model, with or without an adapter: greedy answers to 
 number is read as lm-evaluation-harness reads it, or functions (HumanEval), whose tests run in a sandbox. Each answer is
 kept as a line of JSON beside the results as soon as it is there, so that --resume can go on after Ctrl-C.
 
-Under `accelerate launch -m lorapro_hf.cli evaluate ...` the processes share the problems.
+Under `accelerate launch -m lorapro_hf evaluate ...` the processes share the problems.
 """
 
 EVALUATE_EXAMPLES = """\

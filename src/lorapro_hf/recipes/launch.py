@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 from lorapro_hf.options import UsageError, at_least_one
+from lorapro_hf.processes import IS_POSIX, become, supervise
 from lorapro_hf.recipes import folder_of
 
 TRAIN = """Train from a recipe: a YAML file that names a script and its settings. Whatever stands after the recipe
@@ -51,18 +51,18 @@ def train(arguments: argparse.Namespace) -> int:
             raise UsageError(f"{option} is for the launcher, not for the script: put it before {arguments.recipe}.")
     script, words = _resolve(arguments.recipe)
     command = [*_launcher(arguments), str(script), *words, *arguments.overrides]
-    # a process of its own: what a training leaves behind (threads, process groups, CUDA) ends with it
-    with subprocess.Popen(command, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as process:
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:
-            process.wait()  # the terminal has interrupted it too
-            raise
-    return code if code >= 0 else 128 - code  # ended by a signal: as a shell says it, 130 for Ctrl-C
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if arguments.is_program and IS_POSIX and not _is_launched(arguments):
+        become(command, environment)  # whoever ends this process ends the training
+    return supervise(command, environment)
+
+
+def _is_launched(arguments: argparse.Namespace) -> bool:
+    return arguments.num_processes is not None or arguments.accelerate_config is not None
 
 
 def _launcher(arguments: argparse.Namespace) -> list[str]:
-    if arguments.num_processes is None and arguments.accelerate_config is None:
+    if not _is_launched(arguments):
         return [sys.executable]
     # without a configuration accelerate would start a single process where it sees no devices
     name = arguments.accelerate_config or "ddp"

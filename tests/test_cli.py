@@ -81,6 +81,43 @@ def test_help_needs_no_library():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("compare", "--list"), 0, "smoke.yaml "),
+        (("compare", "smok"), 2, "did you mean smoke.yaml"),
+        (("compare", "configs/compare/smokes.yaml"), 2, "did you mean smoke.yaml"),
+        (("compare", "qqqqqq"), 2, "see lorapro compare --list"),
+    ],
+)
+def test_a_name_is_looked_up_before_torch_is_imported(words: tuple[str, ...], code: int, said: str, tmp_path: Path):
+    program = f"import sys, lorapro_hf.cli as c; code = c.main({words!r}); print(code, 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True, cwd=tmp_path
+    )
+    assert said in done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == f"{code} False"
+
+
+@pytest.mark.parametrize("name", ["smoke", "smoke.yaml", "configs/compare/smoke.yaml"])
+def test_a_comparison_is_found_by_its_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from lorapro_hf.comparison import command
+
+    class Found(Exception): ...
+
+    def read(path: Path, *_: Any) -> None:
+        raise Found(path)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lorapro_hf.comparison.settings.read_settings", read)
+    with pytest.raises(Found) as found:
+        cli.main(["compare", name])
+    assert found.value.args == (command.folder_of("configs") / "compare" / "smoke.yaml",)
+    Path("mine.txt").touch()
+    with pytest.raises(Found, match=r"mine\.txt"):  # what lies there wins, whatever its name
+        cli.main(["compare", "mine.txt"])
+
+
 # Exit codes and errors
 
 

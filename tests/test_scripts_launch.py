@@ -86,7 +86,9 @@ def test_what_cannot_be_run_is_refused(command: list[str], message: str, capsys:
 
 def test_recipes_are_found_by_name_in_the_package() -> None:
     recipe = CONFIGS / "paper" / "t5-base-sst2.yaml"
-    assert launch._resolve("paper/t5-base-sst2") == (SCRIPTS / "run_seq2seq.py", [str(recipe)])
+    for name in ("paper/t5-base-sst2", "configs/paper/t5-base-sst2.yaml"):
+        assert launch._resolve(name) == (SCRIPTS / "run_seq2seq.py", [str(recipe)])
+    assert launch._resolve("scripts/run_sft.py") == (SCRIPTS / "run_sft.py", [])
 
 
 def test_a_recipe_extends_one_of_the_package_unless_there_is_one_beside_it() -> None:

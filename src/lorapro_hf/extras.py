@@ -10,6 +10,10 @@ _DISTRIBUTION = "lorapro_hf"
 _CLONE = Path(__file__).resolve().parents[2]
 
 
+class MissingExtraError(ImportError):
+    """A package of an extra is not installed; the message has the command that installs it."""
+
+
 def install_command(extra: str) -> str:
     """The command that adds an extra to this package as it was installed: from a clone, a file or an address.
 

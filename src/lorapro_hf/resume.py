@@ -175,13 +175,18 @@ def _check_adapters(folder: Path, model: PeftModel) -> None:
                 )
 
 
+def checkpoints_in(output: Path) -> list[Path]:
+    """The checkpoints of a training, the newest first, complete or not."""
+    steps = {path: re.fullmatch(_NAME, path.name) for path in output.glob("checkpoint-*")}
+    numbered = {path: int(match[1]) for path, match in steps.items() if match is not None}
+    return sorted(numbered, key=lambda path: -numbered[path])
+
+
 def _way_out(folder: Path, by_engine: bool) -> str:
     """What to do instead: the newest complete checkpoint beside this one, or a new start."""
-    steps = {path: re.fullmatch(_NAME, path.name) for path in folder.parent.glob("checkpoint-*") if path != folder}
-    numbered = {path: int(match[1]) for path, match in steps.items() if match is not None}
     if re.fullmatch(_NAME, folder.name):
-        for other in sorted(numbered, key=lambda path: -numbered[path]):
-            if find_flaw(other, by_engine) is None:
+        for other in checkpoints_in(folder.parent):
+            if other != folder and find_flaw(other, by_engine) is None:
                 return (
                     f"The newest complete checkpoint is {other}: resume with resume_from_checkpoint={str(other)!r}, or "
                     f"delete {folder.name}, so that resume_from_checkpoint=True finds {other.name}."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -79,7 +80,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("cpu", "cuda"), default=argparse.SUPPRESS, help="where (default: cuda if there is one)"
     )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    parser.set_defaults(run=_compare)
+    parser.set_defaults(run=_compare, way_on="Give the same command again: it trains the runs that are still to do.")
 
 
 def _compare(arguments: argparse.Namespace) -> int:
@@ -181,6 +182,8 @@ def _run(arguments: argparse.Namespace, settings: Any, report_dir: Path) -> int:
         if share.count == 1:
             with suppress(UsageError):
                 report(interrupted=True)
+        elif arguments.no_report:  # who has started the processes speaks
+            return 128 + signal.SIGINT
         raise
     if share.count == 1:
         return report()

@@ -82,7 +82,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
         help="for the table (results.json), the curves (loss_curves.png) and an adapter folder per method",
     )
     parser.add_argument("--json", action="store_true", help="print results.json; all else goes to stderr")
-    parser.set_defaults(run=_demo)
+    parser.set_defaults(run=_demo, way_on="Give the same command again to start anew.")
 
 
 def _demo(arguments: argparse.Namespace) -> int:

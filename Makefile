@@ -80,7 +80,7 @@ compare-costs: DEVICES := 1
 DEVICES ?= 2
 # Stopped, it goes on where it was. What is in docs/results is replaced at the end, and not by what ARGS have changed.
 compare-%: $(STAMP)
-	$(BIN)/lorapro compare configs/compare/$*.yaml --devices $(DEVICES) $(ARGS)
+	$(BIN)/lorapro compare $* --devices $(DEVICES) $(ARGS)
 	$(if $(ARGS),,$(BIN)/lorapro compare --report_only --output_dir runs/compare-$* --report_dir docs/results/$* --fresh)
 	$(if $(ARGS),,$(BIN)/python benchmarks/results.py)
 

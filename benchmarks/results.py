@@ -445,7 +445,7 @@ rates is. LoRA-Pro's full and factored modes so have one more tuned setting than
 ## Cost
 
 {timed}: medians of {timed_seeds} seeds at the rate that was best in `compare-small`, {steps} steps each, from a \
-[report](results/costs/report.md) of its own: `lorapro compare configs/compare/costs.yaml --report_dir \
+[report](results/costs/report.md) of its own: `lorapro compare costs --report_dir \
 docs/results/costs`, {evenness} [Memory and speed](speed.md) has the times of large \
 models.
 

@@ -7,6 +7,10 @@ python scripts/run_clm.py --model_name_or_path HuggingFaceTB/SmolLM2-135M \
 
 from __future__ import annotations
 
+import lorapro_hf.recipes.quiet  # noqa: F401  (before other libraries are imported)
+
+# isort: split
+
 import math
 from dataclasses import dataclass, field
 from functools import partial

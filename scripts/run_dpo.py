@@ -10,19 +10,26 @@ The reference is the base model, or with `--adapter_name_or_path` the adapter as
 
 from __future__ import annotations
 
+import lorapro_hf.recipes.quiet  # noqa: F401  (before other libraries are imported)
+
+# isort: split
+
 from dataclasses import dataclass, field
 from functools import partial
 
 from datasets import Dataset
 
-from lorapro_hf import LoRAProDPOConfig, LoRAProDPOTrainer
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.cells import require_columns
 from lorapro_hf.recipes.data import DataArguments, load_splits
+from lorapro_hf.recipes.endings import one_line_errors
 from lorapro_hf.recipes.flow import as_program, run, start
 from lorapro_hf.recipes.language import complete, parts, with_turns
 from lorapro_hf.recipes.model import AdapterArguments, ModelArguments, load_tokenizer
 from lorapro_hf.recipes.parser import RecipeParser
+
+with one_line_errors():
+    from lorapro_hf import LoRAProDPOConfig, LoRAProDPOTrainer
 
 
 @dataclass

@@ -8,6 +8,10 @@ Files have a column `label` and one or two columns of text (`sentence1` and `sen
 
 from __future__ import annotations
 
+import lorapro_hf.recipes.quiet  # noqa: F401  (before other libraries are imported)
+
+# isort: split
+
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path

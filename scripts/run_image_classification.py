@@ -10,6 +10,10 @@ are resized and normalized by the model's image processor; torchvision is not ne
 
 from __future__ import annotations
 
+import lorapro_hf.recipes.quiet  # noqa: F401  (before other libraries are imported)
+
+# isort: split
+
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field

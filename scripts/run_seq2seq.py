@@ -11,6 +11,10 @@ python scripts/run_seq2seq.py --model_name_or_path google-t5/t5-small --dataset_
 
 from __future__ import annotations
 
+import lorapro_hf.recipes.quiet  # noqa: F401  (before other libraries are imported)
+
+# isort: split
+
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path

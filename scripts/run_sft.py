@@ -17,21 +17,28 @@ From a recipe: python scripts/run_sft.py configs/smollm2-135m.yaml --learning_ra
 
 from __future__ import annotations
 
+import lorapro_hf.recipes.quiet  # noqa: F401  (before other libraries are imported)
+
+# isort: split
+
 from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
 
-from lorapro_hf import LoRAProSFTConfig, LoRAProSFTTrainer
 from lorapro_hf.evaluation.prompts import ALPACA
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.cells import complete_rows
 from lorapro_hf.recipes.data import load_splits
+from lorapro_hf.recipes.endings import one_line_errors
 from lorapro_hf.recipes.flow import as_program, run, start
 from lorapro_hf.recipes.instructions import CHAT, InstructionArguments, prepared
 from lorapro_hf.recipes.language import complete, parts, with_turns
 from lorapro_hf.recipes.model import AdapterArguments, ModelArguments, load_tokenizer
 from lorapro_hf.recipes.parser import RecipeParser
+
+with one_line_errors():
+    from lorapro_hf import LoRAProSFTConfig, LoRAProSFTTrainer
 
 TEMPLATES = {"alpaca": ALPACA}  # the same prompts as `lorapro evaluate --prompt_style alpaca`
 

@@ -10,6 +10,10 @@ table, and whose column `text` has the words. A model without a vocabulary gets 
 
 from __future__ import annotations
 
+import lorapro_hf.recipes.quiet  # noqa: F401  (before other libraries are imported)
+
+# isort: split
+
 import io
 import json
 from dataclasses import dataclass, field

@@ -9,11 +9,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from command_tables import PAGE, all_commands, documented, rewritten, subparsers
-from lorapro_hf import __version__, cli
+from lorapro_hf import __version__, cli, extras
+from lorapro_hf.extras import install_command
 from lorapro_hf.options import UsageError
 
 COMMANDS = {"plot", "demo", "train", "evaluate", "inspect", "compare", "bench"}
@@ -77,6 +79,43 @@ def test_help_needs_no_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("compare", "--list"), 0, "smoke.yaml "),
+        (("compare", "smok"), 2, "did you mean smoke.yaml"),
+        (("compare", "configs/compare/smokes.yaml"), 2, "did you mean smoke.yaml"),
+        (("compare", "qqqqqq"), 2, "see lorapro compare --list"),
+    ],
+)
+def test_a_name_is_looked_up_before_torch_is_imported(words: tuple[str, ...], code: int, said: str, tmp_path: Path):
+    program = f"import sys, lorapro_hf.cli as c; code = c.main({words!r}); print(code, 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True, cwd=tmp_path
+    )
+    assert said in done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == f"{code} False"
+
+
+@pytest.mark.parametrize("name", ["smoke", "smoke.yaml", "configs/compare/smoke.yaml"])
+def test_a_comparison_is_found_by_its_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from lorapro_hf.comparison import command
+
+    class Found(Exception): ...
+
+    def read(path: Path, *_: Any) -> None:
+        raise Found(path)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lorapro_hf.comparison.settings.read_settings", read)
+    with pytest.raises(Found) as found:
+        cli.main(["compare", name])
+    assert found.value.args == (command.folder_of("configs") / "compare" / "smoke.yaml",)
+    Path("mine.txt").touch()
+    with pytest.raises(Found, match=r"mine\.txt"):  # what lies there wins, whatever its name
+        cli.main(["compare", "mine.txt"])
 
 
 # Exit codes and errors
@@ -152,14 +191,57 @@ def test_a_missing_package_names_the_extra(
 ):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert exit_code(command) == 2
-    assert re.search(r"needs rich and matplotlib.*lorapro_hf\[(demo|bench)\]", capsys.readouterr().err)
+    assert re.search(r"needs rich and matplotlib.*pip install -e '.*\[(demo|bench)\]'", capsys.readouterr().err)
+
+
+def test_the_command_that_installs_an_extra_is_for_this_clone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    clone = PAGE.parents[1]
+    monkeypatch.chdir(tmp_path)
+    assert install_command("demo") == f"pip install -e '{clone}[demo]'"
+    monkeypatch.chdir(clone)
+    assert install_command("demo") == "pip install -e '.[demo]'"
+
+
+@pytest.mark.parametrize(
+    ("noted", "origin"),
+    [
+        (None, ""),
+        ({"url": "file:///a/lorapro_hf.whl", "archive_info": {}}, " @ file:///a/lorapro_hf.whl"),
+        (
+            {"url": "https://a.org/b.git", "vcs_info": {"vcs": "git", "commit_id": "1f", "requested_revision": "v1"}},
+            " @ git+https://a.org/b.git@v1",
+        ),
+        (
+            {"url": "https://a.org/b.git", "vcs_info": {"vcs": "git", "commit_id": "1f"}},
+            " @ git+https://a.org/b.git",
+        ),
+    ],
+    ids=["index", "wheel", "tag", "branch"],
+)
+def test_an_installed_package_gets_its_extra_from_where_it_came(
+    noted: dict[str, Any] | None, origin: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    folder = tmp_path / "lorapro_hf-0.1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: lorapro_hf\nVersion: 0.1.0\n")
+    if noted is not None:
+        (folder / "direct_url.json").write_text(json.dumps(noted))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(extras, "_CLONE", tmp_path / "site-packages")
+    assert install_command("demo") == f"pip install 'lorapro_hf[demo]{origin}'"
+
+
+def test_no_message_has_an_install_command_of_its_own():
+    package = Path(extras.__file__)
+    sources = {path: path.read_text(encoding="utf-8") for path in package.parent.rglob("*.py") if path != package}
+    assert [path for path, text in sources.items() if re.search(r"[Ii]nstall.{0,4}lorapro_hf\[", text)] == []
 
 
 def test_a_reader_that_has_seen_enough():
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
-        [sys.executable, "-m", "lorapro_hf.cli", "train", "--list"],
+        [sys.executable, "-m", "lorapro_hf", "train", "--list"],
         stdout=write,
         stderr=subprocess.PIPE,
         timeout=300,

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from lorapro_hf import cli
-from lorapro_hf.demo import base_model, command, run
+from lorapro_hf.demo import base_model, run
 from lorapro_hf.demo.evaluation import METRIC, Evaluator, Score
 from lorapro_hf.demo.problems import encode, load_problems
 from lorapro_hf.demo.report import results_table, smooth
@@ -331,7 +331,7 @@ def test_ctrl_c_on_the_command_line(tiny: str, tmp_path: Path) -> None:
     problems = tmp_path / "problems.json"
     word_problems(20, 0, seed=0)[0].to_json(problems)
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "lorapro_hf.cli", "demo", "--model", tiny, "--dataset", str(problems)]
+    command = [sys.executable, "-m", "lorapro_hf", "demo", "--model", tiny, "--dataset", str(problems)]
     command += ["--steps", "100000", "--batch_size", "2", "--eval_size", "2", "--output_dir", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "150"}
     # a parent that ignores Ctrl-C, as a shell's background job does, hands that on
@@ -410,9 +410,9 @@ def test_missing_model_package_names_both_remedies(monkeypatch: pytest.MonkeyPat
 
 
 def test_missing_extra_names_the_remedy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["demo"]) == 2
-    assert "pip install 'lorapro_hf[demo]'" in capsys.readouterr().err
+    assert re.search(r"Install with `pip install -e '.*\[demo\]'`", capsys.readouterr().err)
 
 
 def test_settings_refuse_what_the_parser_cannot_see() -> None:

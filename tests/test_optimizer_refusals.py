@@ -173,7 +173,7 @@ def test_factory():
 
 def test_missing_bitsandbytes_is_named_before_training(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ImportError, match=r"needs bitsandbytes .*pip install 'lorapro_hf\[8bit\]'"):
+    with pytest.raises(ImportError, match=r"needs bitsandbytes .*pip install -e '.*\[8bit\]'"):
         create_lorapro_optimizer(small_model(), lr=1e-2, config={"mode": "full_8bit"})
 
 

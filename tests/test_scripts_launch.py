@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,9 +19,12 @@ from script_helpers import CONFIGS, INPUTS, SCRIPTS, TINY, check_adapter, factor
 
 STUB = """import json, os, signal, sys
 json.dump(sys.argv[1:], open("words.json", "w"))
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # shells let background jobs ignore it
 if "--killed" in sys.argv:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # shells let background jobs ignore it
     os.kill(os.getpid(), int(sys.argv[-1]))
+if "--wait" in sys.argv:
+    print("ready", os.getpid(), flush=True)
+    signal.pause()
 sys.exit(int(sys.argv[-1]) if "--fail" in sys.argv else 0)
 """
 
@@ -83,7 +86,9 @@ def test_what_cannot_be_run_is_refused(command: list[str], message: str, capsys:
 
 def test_recipes_are_found_by_name_in_the_package() -> None:
     recipe = CONFIGS / "paper" / "t5-base-sst2.yaml"
-    assert launch._resolve("paper/t5-base-sst2") == (SCRIPTS / "run_seq2seq.py", [str(recipe)])
+    for name in ("paper/t5-base-sst2", "configs/paper/t5-base-sst2.yaml"):
+        assert launch._resolve(name) == (SCRIPTS / "run_seq2seq.py", [str(recipe)])
+    assert launch._resolve("scripts/run_sft.py") == (SCRIPTS / "run_sft.py", [])
 
 
 def test_a_recipe_extends_one_of_the_package_unless_there_is_one_beside_it() -> None:
@@ -117,20 +122,7 @@ def test_several_processes_go_through_accelerate(
 ) -> None:
     Path("own.yaml").write_text("num_processes: 1\n")
     run: list[list[str]] = []
-
-    class Process:
-        def __init__(self, command: list[str], env: dict[str, str]) -> None:
-            run.append(command)
-
-        def __enter__(self) -> Process:
-            return self
-
-        def __exit__(self, *_: Any) -> None: ...
-
-        def wait(self) -> int:
-            return 0
-
-    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr(launch, "supervise", lambda command, environment: run.append(command) or 0)
     assert main(["train", *options, "mine.yaml"]) == 0
     (command,) = run
     assert command[0] == sys.executable and command[-2:] == ["run_stub.py", "mine.yaml"]
@@ -138,6 +130,59 @@ def test_several_processes_go_through_accelerate(
     assert [word for word in command if word in expected] == expected
     # a configuration of the user's decides about precision and port itself
     assert ("--mixed_precision" in command) == any("configs" in word for word in expected)
+
+
+# Signals to the one process that was started
+
+
+def started(*options: str) -> tuple[subprocess.Popen[str], list[int]]:
+    """`lorapro train` on the script that waits, and the process of each script, once all of them do."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lorapro_hf", "train", *options, "mine.yaml", "--wait"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(Path.cwd()),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout is not None
+    scripts = []
+    for _ in range(int(options[-1]) if options else 1):
+        word, number = process.stdout.readline().split()
+        assert word == "ready"
+        scripts.append(int(number))
+    return process, scripts
+
+
+def ended(process: subprocess.Popen[str]) -> int:
+    """The exit code, once nobody is left who could write."""
+    try:
+        process.communicate(timeout=100)
+    finally:
+        process.kill()
+    return process.returncode
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_the_command_becomes_the_training(name: str) -> None:
+    process, scripts = started()
+    assert scripts == [process.pid]
+    process.send_signal(signal.Signals[name])
+    assert ended(process) == -signal.Signals[name]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_no_process_of_a_launched_training_is_left(name: str, processes: str) -> None:
+    Path("own.yaml").write_text("distributed_type: 'NO'\nuse_cpu: true\nnum_processes: 1\n")
+    config = "own.yaml" if processes == "1" else "ddp"
+    process, scripts = started("--accelerate_config", config, "--num_processes", processes)
+    assert process.pid not in scripts
+    process.send_signal(signal.Signals[name])
+    assert ended(process) == 128 + signal.Signals[name]
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -149,7 +194,7 @@ def environment(folder: Path) -> dict[str, str]:
 def test_a_bad_setting_ends_with_exit_code_2() -> None:
     recipe = ["run_clm.py", "--model_name_or_path", "x", "--output_dir", "out", "--use_cpu"]
     done = subprocess.run(
-        [sys.executable, "-m", "lorapro_hf.cli", "train", *recipe],
+        [sys.executable, "-m", "lorapro_hf", "train", *recipe],
         env=environment(Path.cwd()),
         capture_output=True,
         text=True,
@@ -168,7 +213,7 @@ def test_two_processes_train_what_one_does() -> None:
     # as many examples a step, in the same order
     per_process = ["--per_device_train_batch_size", "1", "--output_dir", "two"]
     subprocess.run(
-        [sys.executable, "-m", "lorapro_hf.cli", "train", *launched, *per_process],
+        [sys.executable, "-m", "lorapro_hf", "train", *launched, *per_process],
         env=environment(Path.cwd()),
         check=True,
         timeout=280,
@@ -190,7 +235,7 @@ def test_a_training_ends_on_the_hub(tmp_path: Path) -> None:
     words = ["train", "run_sft.py", *model, *TINY, "--max_length", "64", "--do_train", *hub_flags]
     with Hub() as hub:
         subprocess.run(
-            [sys.executable, "-m", "lorapro_hf.cli", *words],
+            [sys.executable, "-m", "lorapro_hf", *words],
             env=hub.environment(str(tmp_path / "home")),
             check=True,
             timeout=200,

@@ -12,8 +12,9 @@ from lorapro_hf.bench.command import BENCH, BENCH_EXAMPLES, add_bench
 from lorapro_hf.comparison.command import COMPARE, COMPARE_EXAMPLES, add_compare
 from lorapro_hf.demo.command import DEMO, DEMO_EXAMPLES, add_demo
 from lorapro_hf.evaluation.command import EVALUATE, EVALUATE_EXAMPLES, add_evaluate
+from lorapro_hf.extras import MissingExtraError
 from lorapro_hf.inspection.command import INSPECT, INSPECT_EXAMPLES, add_inspect
-from lorapro_hf.options import HelpFormatter, UsageError
+from lorapro_hf.options import HelpFormatter, UsageError, is_disk_full
 from lorapro_hf.plot.command import PLOT, PLOT_EXAMPLES, add_plot
 from lorapro_hf.recipes.launch import TRAIN, TRAIN_EXAMPLES, add_train
 
@@ -66,20 +67,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     arguments = parser.parse_args(argv)
+    arguments.is_program = argv is None  # a caller in Python goes on after the command
+    import lorapro_hf.recipes.quiet  # noqa: F401  (before the libraries that a command imports)
+
     try:
         code = int(arguments.run(arguments))
         sys.stdout.flush()
         return code
-    except UsageError as error:
+    except (UsageError, MissingExtraError) as error:
         return _fail(arguments.command, error, 2)
     except BrokenPipeError:  # who reads our output has seen enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        return _fail(arguments.command, error, 1)
     except KeyboardInterrupt:
-        print("\nAborted.", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # each of several processes gets it, one speaks
+            print(f"\nAborted. {getattr(arguments, 'way_on', '')}".rstrip(), file=sys.stderr)
         return 130
+    except Exception as error:
+        if isinstance(error, OSError) or is_disk_full(error):
+            return _fail(arguments.command, error, 1)
+        raise
 
 
 def _fail(command: str, error: Exception, code: int) -> int:

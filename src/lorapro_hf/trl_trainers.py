@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trl import (
-    DPOConfig,
-    DPOTrainer,
-    GRPOConfig,
-    GRPOTrainer,
-    RewardConfig,
-    RewardTrainer,
-    SFTConfig,
-    SFTTrainer,
-)
-
 from lorapro_hf.arguments import LoRAProTrainingArguments
+from lorapro_hf.extras import MissingExtraError, install_command
 from lorapro_hf.trainer import LoRAProTrainerMixin
+
+try:
+    from trl import (
+        DPOConfig,
+        DPOTrainer,
+        GRPOConfig,
+        GRPOTrainer,
+        RewardConfig,
+        RewardTrainer,
+        SFTConfig,
+        SFTTrainer,
+    )
+except ModuleNotFoundError as error:
+    if error.name != "trl":
+        raise
+    raise MissingExtraError(
+        f"LoRA-Pro's trainers for TRL need the package trl; install it with `{install_command('trl')}`."
+    ) from error
 
 
 @dataclass

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from dataclasses import fields
 from pathlib import Path
 
 from lorapro_hf.bench.settings import DTYPES, METHODS, MODELS, PARTS, BenchSettings
-from lorapro_hf.options import UsageError, at_least_one, rate
+from lorapro_hf.options import at_least_one, rate, require_packages
 
 BENCH = """\
 Measure the time of optimizer.step() of LoRA-Pro's modes and of other optimizers for LoRA, in turns and in one run, on
@@ -85,11 +84,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    missing = [name for name in ("rich", "matplotlib", "psutil") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"The benchmark needs {' and '.join(missing)}. Install them with `pip install 'lorapro_hf[bench]'`."
-        )
+    require_packages("lorapro bench", "rich", "matplotlib", "psutil", extra="bench")
     given = vars(arguments)
     chosen = {field.name: given[field.name] for field in fields(BenchSettings) if field.name in given}
     chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in chosen.items()}

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
+import signal
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lorapro_hf.options import UsageError, at_least_one
+from lorapro_hf.options import UsageError, at_least_one, require_packages
+from lorapro_hf.recipes import folder_of
+from lorapro_hf.recipes.shipped import described, find
 
 COMPARE = """\
 Train a model with many methods (LoRA and its variants, LoRA-Pro in all modes, full fine-tuning), each at several
 learning rates and under several seeds, on the same data in the same order, and report which is better, by how much and
-at what cost. A YAML says what is compared, see configs/compare/. Nothing is downloaded for its built-in tasks.
+at what cost. A YAML says what is compared; --list has those that come along. Nothing is downloaded for its built-in
+tasks.
 
 Each finished run is a line of runs.jsonl; a comparison that was stopped or killed goes on where it was when the command
 is given again. Runs that diverge or fail are recorded and shown like the others. The report (report.md, report.html,
@@ -24,10 +27,11 @@ summary.json) is made from sweep.json and runs.jsonl alone.
 
 COMPARE_EXAMPLES = """\
 examples:
-  lorapro compare configs/compare/smoke.yaml
-  lorapro compare configs/compare/small.yaml --devices 2
-  lorapro compare configs/compare/small.yaml --set seeds=[0] --set tasks.code.steps=20 --output_dir runs/try
-  accelerate launch --multi_gpu --num_processes 8 -m lorapro_hf.cli compare configs/compare/gpu.yaml
+  lorapro compare --list
+  lorapro compare smoke
+  lorapro compare small --devices 2
+  lorapro compare small --set seeds=[0] --set tasks.code.steps=20 --output_dir runs/try
+  accelerate launch --multi_gpu --num_processes 8 -m lorapro_hf compare gpu
   lorapro compare --report_only --output_dir runs/compare-small --report_dir docs/results/small --json
 
 exit codes: 0 done, 1 a method has no learning rate at which all seeds finished, 2 bad arguments, 130 stopped by Ctrl-C
@@ -36,7 +40,10 @@ exit codes: 0 done, 1 a method has no learning rate at which all seeds finished,
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lorapro compare`."""
-    parser.add_argument("config", nargs="?", type=Path, metavar="YAML", help="what to compare")
+    parser.add_argument("--list", action="store_true", help="list the comparisons that come with the package")
+    parser.add_argument(
+        "config", nargs="?", metavar="YAML", help="what to compare: a file, or the name of a comparison of the package"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -73,13 +80,14 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("cpu", "cuda"), default=argparse.SUPPRESS, help="where (default: cuda if there is one)"
     )
     parser.add_argument("--json", action="store_true", help="print the summary as JSON")
-    parser.set_defaults(run=_compare)
+    parser.set_defaults(run=_compare, way_on="Give the same command again: it trains the runs that are still to do.")
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    missing = [name for name in ("rich", "matplotlib") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(f"lorapro compare needs {' and '.join(missing)}. Install 'lorapro_hf[demo]'.")
+    if arguments.list:
+        print(described(_shipped()))
+        return 0
+    require_packages("lorapro compare", "rich", "matplotlib", extra="demo")
     output_dir: Path | None = getattr(arguments, "output_dir", None)
     if arguments.report_only:
         if arguments.no_report:
@@ -89,11 +97,13 @@ def _compare(arguments: argparse.Namespace) -> int:
         if arguments.config is None and arguments.set:
             raise UsageError("--set changes a YAML: name it, or leave --set out to report on what the folder has.")
     elif arguments.config is None:
-        raise UsageError("Name a YAML that says what to compare, such as configs/compare/small.yaml.")
+        raise UsageError("Name a YAML that says what to compare; --list shows those that come with the package.")
     if arguments.fresh and (arguments.no_report or not hasattr(arguments, "report_dir")):
         raise UsageError("--fresh is about the report in --report_dir: name that folder, or drop --fresh.")
     if arguments.no_report and hasattr(arguments, "report_dir"):
         raise UsageError("--report_dir is for the report, which --no_report leaves out: drop one of the two.")
+    if arguments.config is not None:
+        arguments.config = find(arguments.config, _folder(), _shipped(), "lorapro compare --list")
     from lorapro_hf.comparison.settings import read_settings  # takes seconds: after the arguments have been checked
 
     settings = None if arguments.config is None else read_settings(arguments.config, arguments.set, output_dir)
@@ -104,6 +114,14 @@ def _compare(arguments: argparse.Namespace) -> int:
         return _run(arguments, settings, report_dir)
     _check_report_only(arguments, settings, folder, report_dir)
     return _report(folder, report_dir, arguments.json)
+
+
+def _folder() -> Path:
+    return folder_of("configs") / "compare"
+
+
+def _shipped() -> dict[str, Path]:
+    return {path.name: path for path in sorted(_folder().glob("*.yaml"))}
 
 
 def _check_report_only(arguments: argparse.Namespace, settings: Any, folder: Path, report_dir: Path) -> None:
@@ -164,6 +182,8 @@ def _run(arguments: argparse.Namespace, settings: Any, report_dir: Path) -> int:
         if share.count == 1:
             with suppress(UsageError):
                 report(interrupted=True)
+        elif arguments.no_report:  # who has started the processes speaks
+            return 128 + signal.SIGINT
         raise
     if share.count == 1:
         return report()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 from lorapro_hf.demo.settings import METHODS, DemoSettings
-from lorapro_hf.options import UsageError, at_least_one, rate
+from lorapro_hf.options import at_least_one, rate, require_packages
 
 DEMO = """\
 Train a small language model on arithmetic word problems, once with plain LoRA and once with LoRA-Pro, on the same
@@ -83,7 +82,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
         help="for the table (results.json), the curves (loss_curves.png) and an adapter folder per method",
     )
     parser.add_argument("--json", action="store_true", help="print results.json; all else goes to stderr")
-    parser.set_defaults(run=_demo)
+    parser.set_defaults(run=_demo, way_on="Give the same command again to start anew.")
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -94,9 +93,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _settings(arguments: argparse.Namespace, **more: Any) -> DemoSettings:
-    missing = [name for name in ("rich", "matplotlib") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(f"The demo needs {' and '.join(missing)}. Install them with `pip install 'lorapro_hf[demo]'`.")
+    require_packages("lorapro demo", "rich", "matplotlib", extra="demo")
     return DemoSettings(
         model=getattr(arguments, "model", None),
         dataset=getattr(arguments, "dataset", None),

@@ -199,7 +199,7 @@ def run_demo(settings: DemoSettings, console: Console | None = None, as_json: bo
     more = {"stopped": outcome.stopped, "stock_peft_answer": outcome.answer, "total_time_s": total}
     write_results(table, settings, outcome.base, outcome.results, **more)
     if outcome.stopped:
-        console.print("\nStopped by Ctrl-C. What was trained until then is kept.")
+        console.print("\nStopped by Ctrl-C. What was trained until then is kept; the same command starts anew.")
     kept = ", ".join(str(result.adapter) for result in outcome.results)
     console.print(f"\nTable: {table}\nCurves: {curves}\nAdapters: {kept}\nTotal time: {total:.0f} s", markup=False)
     if as_json:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
 from pathlib import Path
 
-from lorapro_hf.options import HelpFormatter, UsageError, at_least_one
+from lorapro_hf.options import HelpFormatter, UsageError, at_least_one, require_packages
 
 EVALUATE = """\
 Evaluate a causal language model, with or without an adapter: greedy answers to word problems (GSM8K), whose final
 number is read as lm-evaluation-harness reads it, or functions (HumanEval), whose tests run in a sandbox. Each answer is
 kept as a line of JSON beside the results as soon as it is there, so that --resume can go on after Ctrl-C.
 
-Under `accelerate launch -m lorapro_hf.cli evaluate ...` the processes share the problems.
+Under `accelerate launch -m lorapro_hf evaluate ...` the processes share the problems.
 """
 
 EVALUATE_EXAMPLES = """\
@@ -160,8 +159,7 @@ def _seconds(text: str) -> float:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    if importlib.util.find_spec("rich") is None:
-        raise UsageError("`lorapro evaluate` needs rich. Install it with `pip install 'lorapro_hf[demo]'`.")
+    require_packages("lorapro evaluate", "rich", extra="demo")
     if arguments.task == "humaneval" and not arguments.allow_code_execution:
         raise UsageError(
             "HumanEval runs programs that the model writes on this machine. If you accept that, add "

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lorapro_hf.options import UsageError
+from lorapro_hf.options import UsageError, require_packages
 
 STYLES = ("plain", "alpaca", "chat")
 
@@ -41,8 +40,7 @@ def check_style(style: str, tokenizer: PreTrainedTokenizerBase) -> None:
     if style == "chat":
         if tokenizer.chat_template is None:
             raise UsageError("the tokenizer has no chat template: use --prompt_style plain or alpaca.")
-        if importlib.util.find_spec("jinja2") is None:
-            raise UsageError('chat templates need jinja2: pip install "lorapro_hf[scripts]".')
+        require_packages("a chat template", "jinja2", extra="demo")
 
 
 def question_prompt(

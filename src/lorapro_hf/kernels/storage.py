@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lorapro_hf.extras import MissingExtraError, install_command
 from lorapro_hf.kernels.dynamic_map import tables_on
 
 BLOCK = 256  # columns of a row that share one scale in 8-bit storage
@@ -99,8 +100,8 @@ def bitsandbytes_operators() -> Any:
     try:
         import bitsandbytes  # noqa: F401  (registers the operators)
     except ImportError as error:
-        raise ImportError(
-            "mode 'full_8bit' needs bitsandbytes for this device; install it with "
-            "`pip install 'lorapro_hf[8bit]'`, or choose another mode."
+        raise MissingExtraError(
+            f"mode 'full_8bit' needs bitsandbytes for this device; install it with `{install_command('8bit')}`, or "
+            "choose another mode."
         ) from error
     return torch.ops.bitsandbytes

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
-from lorapro_hf.options import UsageError
+from lorapro_hf.options import UsageError, require_packages
 
 PLOT = """\
 Draw the gradient gap of trainings: how far the gradients of plain LoRA and of LoRA-Pro were from those of full
@@ -46,8 +45,7 @@ def add_plot(parser: argparse.ArgumentParser) -> None:
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("lorapro plot needs matplotlib. Install 'lorapro_hf[demo]'.")
+    require_packages("lorapro plot", "matplotlib", extra="demo")
     from lorapro_hf.plot.figures import plot_gap  # matplotlib takes its time: after the arguments have been checked
     from lorapro_hf.plot.runs import read_runs
 

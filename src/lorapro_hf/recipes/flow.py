@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,28 +14,19 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from lorapro_hf.options import UsageError
-from lorapro_hf.recipes.hub import NO_HUB
+from lorapro_hf.recipes.endings import one_line_errors, with_a_way_on
+from lorapro_hf.resume import require_complete
 
 logger = logging.getLogger(__name__)
 
 
 def as_program(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
-    """Let the `main` of a script end with one line on stderr: code 2 after a `UsageError`, 1 without the Hub."""
+    """Let the `main` of a script end with one line on stderr where it cannot go on, see `one_line_errors`."""
 
     @functools.wraps(main)
     def program(argv: list[str] | None = None) -> None:
-        try:
+        with one_line_errors():
             main(argv)
-        except UsageError as error:
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-            raise SystemExit(2) from error
-        except OSError as error:
-            if not NO_HUB.search(str(error)):
-                raise
-            said = str(error).splitlines()[0].rstrip(".")
-            remedy = "Local folders and files need no network."
-            print(f"{Path(sys.argv[0]).name}: error: {said}. {remedy}", file=sys.stderr)
-            raise SystemExit(1) from error
 
     return program
 
@@ -46,14 +36,18 @@ def start(arguments: TrainingArguments) -> None:
 
     Raises:
         UsageError: nothing is asked for, no training, evaluation or prediction; or as `checkpoint_to_resume`.
+        ValueError: the checkpoint to go on from is not complete.
     """
     if not (arguments.do_train or arguments.do_eval or arguments.do_predict):
         raise UsageError("there is nothing to do: set --do_train, --do_eval or --do_predict.")
     if arguments.do_train:
-        checkpoint_to_resume(arguments)  # what is wrong with it is said before anything is loaded
+        checkpoint = checkpoint_to_resume(arguments)  # what is wrong with it is said before anything is loaded
+        if checkpoint is not None and getattr(arguments, "lora_pro", True):
+            require_complete(Path(checkpoint), by_engine=True)  # the trainer, which knows the engine, looks closer
     level = arguments.get_process_log_level()
+    speaks = arguments.log_level == "passive" and arguments.should_log
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
-    logging.getLogger("lorapro_hf").setLevel(level)
+    logging.getLogger("lorapro_hf").setLevel(logging.INFO if speaks else level)
     datasets.utils.logging.set_verbosity(level)
     transformers.utils.logging.set_verbosity(level)
     set_seed(arguments.seed)
@@ -106,13 +100,27 @@ def run(
 
     Returns:
         All metrics, by their names in `all_results.json`.
+
+    Raises:
+        DiskFullError: a file could not be written to its end.
     """
+    with with_a_way_on(trainer):
+        return _carry_out(trainer, test_dataset, dict(card or {}), finish_metrics, save_predictions)
+
+
+def _carry_out(
+    trainer: Trainer,
+    test_dataset: Any,
+    card: dict[str, Any],
+    finish_metrics: Callable[[dict[str, float]], dict[str, float]],
+    save_predictions: Callable[[Any], None] | None,
+) -> dict[str, float]:
     arguments = trainer.args
-    card = dict(card or {})
     if "finetuned_from" in card and Path(card["finetuned_from"]).exists():
         del card["finetuned_from"]  # a path of this machine, which the Hub would refuse as the name of a model
     found: dict[str, float] = {}
     if arguments.do_train:
+        _say_what_is_trained(trainer)
         result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments))
         trainer.save_model()
         found |= _keep(trainer, "train", {**result.metrics, "train_samples": len(trainer.train_dataset)})
@@ -129,7 +137,15 @@ def run(
         trainer.push_to_hub(**card)
     elif arguments.do_train:
         trainer.create_model_card(**card)
+    if arguments.do_train and trainer.is_world_process_zero():
+        logger.info("The adapter and its model card, README.md, lie in %s", arguments.output_dir)
     return found
+
+
+def _say_what_is_trained(trainer: Trainer) -> None:
+    trained, whole = trainer.model.get_nb_trainable_parameters()
+    if trainer.is_world_process_zero():
+        logger.info("%s of %s parameters are trained (%.2f%%)", f"{trained:,}", f"{whole:,}", 100 * trained / whole)
 
 
 def _keep(trainer: Trainer, split: str, metrics: dict[str, float]) -> dict[str, float]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 from lorapro_hf.options import UsageError, at_least_one
+from lorapro_hf.processes import IS_POSIX, become, supervise
 from lorapro_hf.recipes import folder_of
+from lorapro_hf.recipes.shipped import described, find
 
 TRAIN = """Train from a recipe: a YAML file that names a script and its settings. Whatever stands after the recipe
 overrides its settings. With --num_processes or --accelerate_config the script runs under `accelerate launch`."""
@@ -41,7 +41,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 def train(arguments: argparse.Namespace) -> int:
     """Run what was asked for, and return the exit code of the training."""
     if arguments.list:
-        print("\n".join(_shipped()))
+        print(described({**_recipes(), **_scripts()}))
         return 0
     if arguments.recipe is None:
         raise UsageError("name a recipe or a script; --list shows those that come with the package.")
@@ -51,18 +51,18 @@ def train(arguments: argparse.Namespace) -> int:
             raise UsageError(f"{option} is for the launcher, not for the script: put it before {arguments.recipe}.")
     script, words = _resolve(arguments.recipe)
     command = [*_launcher(arguments), str(script), *words, *arguments.overrides]
-    # a process of its own: what a training leaves behind (threads, process groups, CUDA) ends with it
-    with subprocess.Popen(command, env={**os.environ, "PYTHONUNBUFFERED": "1"}) as process:
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:
-            process.wait()  # the terminal has interrupted it too
-            raise
-    return code if code >= 0 else 128 - code  # ended by a signal: as a shell says it, 130 for Ctrl-C
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if arguments.is_program and IS_POSIX and not _is_launched(arguments):
+        become(command, environment)  # whoever ends this process ends the training
+    return supervise(command, environment)
+
+
+def _is_launched(arguments: argparse.Namespace) -> bool:
+    return arguments.num_processes is not None or arguments.accelerate_config is not None
 
 
 def _launcher(arguments: argparse.Namespace) -> list[str]:
-    if arguments.num_processes is None and arguments.accelerate_config is None:
+    if not _is_launched(arguments):
         return [sys.executable]
     # without a configuration accelerate would start a single process where it sees no devices
     name = arguments.accelerate_config or "ddp"
@@ -94,13 +94,7 @@ def _resolve(name: str) -> tuple[Path, list[str]]:
 
 
 def _find(name: str, folder: str) -> Path:
-    suffix = "" if name.endswith((".py", ".yaml", ".yml")) else ".yaml"
-    for path in (Path(f"{name}{suffix}"), folder_of(folder) / f"{name}{suffix}"):
-        if path.is_file():
-            return path
-    close = difflib.get_close_matches(f"{name}{suffix}", [*_recipes(), *_scripts()], n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else "see lorapro train --list."
-    raise UsageError(f"{name}: there is no such file, and nothing of that name in the package; {hint}")
+    return find(name, folder_of(folder), [*_recipes(), *_scripts()], "lorapro train --list")
 
 
 def _recipes() -> dict[str, Path]:
@@ -111,14 +105,3 @@ def _recipes() -> dict[str, Path]:
 
 def _scripts() -> dict[str, Path]:
     return {path.name: path for path in sorted(folder_of("scripts").glob("run_*.py"))}
-
-
-def _shipped() -> list[str]:
-    """Recipes and scripts, each with the first line of what it says about itself."""
-    shipped = {**_recipes(), **_scripts()}
-    width = max(map(len, shipped), default=0)
-    lines = []
-    for name, path in shipped.items():
-        first = path.read_text(encoding="utf-8").partition("\n")[0]
-        lines.append(f"{name:{width}}  {first.lstrip('r').strip(chr(34)).lstrip('# ')}".rstrip())
-    return lines

@@ -14,6 +14,7 @@ import datasets
 import evaluate
 import numpy as np
 
+from lorapro_hf.extras import install_command
 from lorapro_hf.options import UsageError
 
 GLUE_METRICS = {
@@ -183,7 +184,7 @@ def load_metric(name: str) -> OfflineMetric:
         if library is not None:
             import_module(library)  # before a training, not after it
     except ImportError as error:
-        raise UsageError(f'the metric {name} needs {library}: pip install "lorapro_hf[scripts]".') from error
+        raise UsageError(f"the metric {name} needs {library}: {install_command('scripts')}.") from error
     return METRICS[name](keep_in_memory=True)
 
 

@@ -1,0 +1,101 @@
+"""In which line does a script end that cannot go on?"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import Trainer
+
+from lorapro_hf.extras import MissingExtraError
+from lorapro_hf.options import UsageError, is_disk_full
+from lorapro_hf.recipes.hub import NO_HUB
+from lorapro_hf.resume import checkpoints_in, find_flaw
+
+_CANNOT_RESUME = "cannot resume from "  # with which every refusal of `lorapro_hf.resume` begins
+
+
+class DiskFullError(OSError):
+    """A training could not write; the message says which checkpoint is complete."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the program in one line on stderr where a traceback would tell its user nothing.
+
+    The exit code is 2 where something cannot be done as asked, 1 without the Hub or with a full disk, 130 after Ctrl-C.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if os.environ.get("RANK", "0") == "0":  # each process gets it, one speaks
+            _say(f"stopped by Ctrl-C. {str(error) or 'Nothing has been trained yet: the same command starts anew.'}")
+        raise SystemExit(130) from error
+    except Exception as error:
+        ending = _ending(error)
+        if ending is None:
+            raise
+        line, code = ending
+        _say(f"error: {line}")
+        raise SystemExit(code) from error
+
+
+@contextmanager
+def with_a_way_on(trainer: Trainer) -> Iterator[None]:
+    """Have Ctrl-C and a full disk say which checkpoint a training can go on from.
+
+    Raises:
+        DiskFullError: a file could not be written to its end.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(_way_on(trainer)) from error
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        raise DiskFullError(
+            f"the disk with {trainer.args.output_dir} is full ({_first_line(error)}). {_way_on(trainer)}"
+        ) from error
+
+
+def _way_on(trainer: Trainer) -> str:
+    output, by_engine = Path(trainer.args.output_dir), trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    broken: list[str] = []
+    for checkpoint in checkpoints_in(output):
+        if find_flaw(checkpoint, by_engine) is None:
+            named = "true" if not broken else str(checkpoint)
+            way = f"To go on from {checkpoint}, give the same command with --resume_from_checkpoint {named}."
+            break
+        broken.append(str(checkpoint))
+    else:
+        delete = f"delete {' and '.join(broken)} and " if broken else ""
+        way = f"{output} has no complete checkpoint: {delete}give the same command to start anew."
+    return f"{' and '.join(broken)} is not complete. {way}" if broken else way
+
+
+def _ending(error: Exception) -> tuple[str, int] | None:
+    """The line and the exit code for an exception; `None` for a defect, which keeps its traceback."""
+    text = str(error)
+    if isinstance(error, (UsageError, MissingExtraError)):
+        return text, 2
+    if isinstance(error, ValueError) and text.startswith(_CANNOT_RESUME):
+        return text, 2
+    if isinstance(error, DiskFullError):
+        return text, 1
+    if is_disk_full(error):
+        return f"the disk is full: {_first_line(error)}.", 1
+    if isinstance(error, OSError) and NO_HUB.search(text):
+        return f"{_first_line(error)}. Local folders and files need no network.", 1
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(".")
+
+
+def _say(line: str) -> None:
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)

@@ -163,3 +163,28 @@ def test_arguments_are_found_by_the_parents_names():
     assert given(Trainer, "here", None, ["loss"])["ignore_keys_for_eval"] == ["loss"]
     assert given(First, 3, resume_from_checkpoint=True) == {"epochs": 3, "resume_from_checkpoint": True}
     assert given(Bare, "too much") == {}
+
+
+def test_a_push_during_training_asks_the_parent_for_no_more_than_it_takes(tmp_path: Path):
+    class Pushing(Bare):
+        def _push_from_checkpoint(self, folder: str) -> None:
+            self.pushed = folder
+
+    trainer = trainer_of(mixed(Pushing), tmp_path, max_steps=1)
+    trainer.train()
+    trainer._push_from_checkpoint("checkpoint-1")
+    assert trainer.pushed == "checkpoint-1"
+    assert "LoRA-Pro" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("lora_pro", [True, False])
+def test_a_repository_that_cannot_be_made_is_explained_while_lora_pro_is_on(
+    lora_pro: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    class Unreachable(Trainer):
+        def init_hf_repo(self, token: str | None = None) -> None:
+            raise ConnectionError("nothing there")
+
+    with pytest.raises(ConnectionError, match="nothing there"):
+        trainer_of(mixed(Unreachable), tmp_path, lora_pro=lora_pro, push_to_hub=True)
+    assert ("No repository was made" in caplog.text) is lora_pro

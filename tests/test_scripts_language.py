@@ -291,6 +291,6 @@ def test_models_that_mark_languages_by_tokens_are_refused(
 ) -> None:
     program = script("run_seq2seq")
     marking = type("Marking", (), {"set_src_lang_special_tokens": None})
-    monkeypatch.setattr(program, "AutoTokenizer", type("Auto", (), {"from_pretrained": lambda *a, **k: marking()}))
+    monkeypatch.setattr(program, "load_tokenizer", lambda _: marking())
     words = ["--model_name_or_path", "marking", "--train_file", str(questions(tmp_path)), "--do_train", "--use_cpu"]
     assert "marks languages by tokens of its own" in refused("run_seq2seq", words, capsys)

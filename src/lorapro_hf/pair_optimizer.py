@@ -198,8 +198,9 @@ class PairOptimizer(torch.optim.Optimizer):
         if found:
             raise ValueError(
                 f"the model's LoRA pairs are not those that the optimizer was built for: {'; '.join(found)}. Adapters "
-                "were added, activated, deactivated, deleted or replaced since. Set trainer.optimizer = None, so that "
-                "an optimizer is built for the model as it is now, or make a new trainer."
+                "were added, activated, deactivated, deleted or replaced since, or it is the optimizer of another "
+                "model. Set trainer.optimizer = None, so that one is built for the model as it is now, or make a new "
+                "trainer."
             )
 
     def _check_groups(self, name: str, position_A: int, position_B: int) -> None:

@@ -72,6 +72,11 @@ def test_version(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out == f"lorapro_hf {__version__}\n"
 
 
+def test_the_package_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "lorapro_hf", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"lorapro_hf {__version__}\n"
+
+
 def test_help_needs_no_library():
     heavy = ["torch", "transformers", "peft", "rich", "matplotlib", "datasets"]
     code = (
@@ -145,7 +150,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
         raise error
 
     parser = argparse.ArgumentParser(prog="lorapro")
-    parser.set_defaults(run=run, command="demo")
+    parser.set_defaults(run=run, command="demo", way_on="Do it again.")
     monkeypatch.setattr(cli, "build_parser", lambda: parser)
 
 
@@ -158,9 +163,11 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
             1,
             "lorapro demo: error: [Errno 28] No space left on device: 'a.json'\n",
         ),
-        (KeyboardInterrupt(), 130, "\nAborted.\n"),
+        (RuntimeError("PytorchStreamWriter failed: x"), 1, "lorapro demo: error: PytorchStreamWriter failed: x\n"),
+        (extras.MissingExtraError("no trl."), 2, "lorapro demo: error: no trl.\n"),
+        (KeyboardInterrupt(), 130, "\nAborted. Do it again.\n"),
     ],
-    ids=["usage", "disk", "Ctrl-C"],
+    ids=["usage", "disk", "disk, torch", "package", "Ctrl-C"],
 )
 def test_errors_are_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, said: str
@@ -169,6 +176,20 @@ def test_errors_are_one_line(
     assert cli.main([]) == code
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err == said
+
+
+def test_ctrl_c_is_said_by_one_of_several_processes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    raising(monkeypatch, KeyboardInterrupt())
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main([]) == 130
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("command", ["demo", "compare"])
+def test_long_commands_say_how_to_go_on(command: str):
+    assert "same command again" in PARSER.parse_args([command]).way_on
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch):

@@ -179,9 +179,9 @@ def test_ctrl_c_before_the_training_is_said_by_one_process(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of a file's size")
-@pytest.mark.parametrize(("room", "cut"), [(100_000, "optimizer.pt"), (4_000, "adapter_model.safetensors")])
+@pytest.mark.parametrize("room", [100_000, 4_000], ids=["optimizer", "adapter"])
 def test_a_full_disk_leaves_no_checkpoint_that_looks_whole(
-    room: int, cut: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    room: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import resource
 
@@ -200,7 +200,6 @@ def test_a_full_disk_leaves_no_checkpoint_that_looks_whole(
     assert code == 1 and line.startswith("run_clm.py: error: the disk with out is full (")
     half, complete, *_ = checkpoints_in(folder / "out")
     assert (half.name, complete.name) == ("checkpoint-3", "checkpoint-2")
-    assert (half / cut).stat().st_size <= room
     assert find_flaw(half) is not None and find_flaw(complete) is None
     assert "out/checkpoint-3 is not complete" in line
     assert line.endswith("give the same command with --resume_from_checkpoint out/checkpoint-2.")

@@ -74,7 +74,7 @@ def _way_on(trainer: Trainer) -> str:
     else:
         delete = f"delete {' and '.join(broken)} and " if broken else ""
         way = f"{output} has no complete checkpoint: {delete}give the same command to start anew."
-    return f"{' and '.join(broken)} is not complete. {way}" if broken else way
+    return " ".join([*(f"{checkpoint} is not complete." for checkpoint in broken), way])
 
 
 def _ending(error: Exception) -> tuple[str, int] | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import datasets
 import transformers
+from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
@@ -143,8 +144,8 @@ def _carry_out(
 
 
 def _say_what_is_trained(trainer: Trainer) -> None:
-    trained, whole = trainer.model.get_nb_trainable_parameters()
-    if trainer.is_world_process_zero():
+    if isinstance(trainer.model, PeftModel) and trainer.is_world_process_zero():
+        trained, whole = trainer.model.get_nb_trainable_parameters()
         logger.info("%s of %s parameters are trained (%.2f%%)", f"{trained:,}", f"{whole:,}", 100 * trained / whole)
 
 

@@ -93,7 +93,7 @@ class HubMixin(_Base):
         if replaceable:
             self._write_card(card, write)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+    def create_model_card(self, *args: Any, **kwargs: Any) -> Any:
         """Write a model card, with what the parent's would say; arguments as the parent's.
 
         A card that was edited by hand is kept under another name, of which a warning tells. A parent of another library
@@ -101,16 +101,16 @@ class HubMixin(_Base):
         """
         parent = super().create_model_card
         if self.lora_pro_config is None or not self.is_world_process_zero():
-            parent(*args, **kwargs)
-            return
+            return parent(*args, **kwargs)
         inspect.signature(parent).bind(*args, **kwargs)  # what the parent does not take is the caller's to mend
         given = handed(type(self), HubMixin, "create_model_card", args, kwargs)
-        folder = Path(self.args.output_dir)
+        folder, made = Path(self.args.output_dir), None
 
         def write() -> None:
+            nonlocal made
             folder.mkdir(parents=True, exist_ok=True)
             kept = keep_edited(folder)
-            parent(*args, **kwargs)
+            made = parent(*args, **kwargs)
             if not (folder / CARD).is_file():
                 return
             if library_of(folder / CARD):
@@ -120,6 +120,7 @@ class HubMixin(_Base):
             self._compose_card(folder, kept)
 
         self._write_card(folder / CARD, write)
+        return made
 
     def _write_card(self, card: Path, write: Callable[[], None]) -> None:
         """Turn a failure of `write` into a warning, which is not repeated during a training."""

@@ -153,7 +153,7 @@ def is_ours(file: Path) -> bool:
 def is_replaceable(file: Path) -> bool:
     """Whether a card can be written without a loss: there is none, or one that no hand has edited."""
     try:
-        return not file.exists() or (file.is_file() and _is_generated(_read(file)))
+        return not file.is_file() or _is_generated(_read(file))
     except OSError:  # nobody may read it
         return False
 

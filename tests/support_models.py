@@ -15,6 +15,7 @@ from transformers import LlamaForCausalLM
 from lora_layers import DEFAULTS
 from trainer_helpers import VOCABULARY, tiny_base
 
+_FOLDERS = tempfile.TemporaryDirectory(prefix="lorapro-tests-")
 Q_AND_V = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
 
@@ -42,7 +43,7 @@ def with_second_adapter_active(model: nn.Module, config: LoraConfig) -> PeftMode
 
 
 def saved_adapters() -> list[str]:
-    folders = [tempfile.mkdtemp() for _ in range(2)]
+    folders = [tempfile.mkdtemp(dir=_FOLDERS.name) for _ in range(2)]
     for seed, folder in enumerate(folders):
         torch.manual_seed(seed)
         get_peft_model(tiny_base(), LoraConfig(r=3, init_lora_weights=False, **Q_AND_V)).save_pretrained(folder)

@@ -205,6 +205,54 @@ def test_columns_of_trl_are_no_word_none(row: dict[str, Any]) -> None:
         assert list(script("run_sft.py").known(rows, "train", "text", {})) == [row]
 
 
+SAID = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+CALLED = [SAID[0], {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}]
+
+
+@pytest.mark.parametrize(
+    "blank",
+    [
+        [],
+        [SAID[0], None],
+        [SAID[0], {"role": "assistant", "content": None}],
+        [SAID[0], {"role": "assistant"}],
+        [{"role": None, "content": "q"}, SAID[1]],
+        [SAID[0], {"role": "assistant", "content": [{"type": "text", "text": None}]}],
+    ],
+    ids=["no-message", "null", "null-content", "no-content", "null-role", "null-part"],
+)
+@pytest.mark.parametrize("columns", [["messages"], ["prompt", "completion"], ["chosen", "rejected"]], ids=" ".join)
+def test_messages_are_no_word_none(columns: list[str], blank: list[Any], caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("trl")
+    whole = dict.fromkeys(columns, SAID)
+    Path("rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in (whole, {**whole, columns[-1]: blank})))
+    rows = read_file("rows.jsonl", "--train_file")
+    if columns == ["chosen", "rejected"]:
+        module = script("run_dpo.py")
+        found = module.preferences(rows, "train", module.PreferenceArguments(train_file="x.json"))
+    else:
+        found = script("run_sft.py").known(rows, "train", "text", {})
+    assert [row[columns[-1]][1]["content"] for row in found] == ["a"]
+    assert f"1 of 2 rows are blank in {columns[-1]}" in caplog.text
+
+
+def test_turns_of_sharegpt_and_calls_of_tools() -> None:
+    pytest.importorskip("trl")
+    known = script("run_sft.py").known
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    rows = Dataset.from_list([{"conversations": turns}, {"conversations": [turns[0], {"from": "gpt", "value": None}]}])
+    assert list(known(rows, "train", "text", {})) == [{"conversations": turns}]
+    assert len(known(Dataset.from_list([{"messages": CALLED}, {"messages": SAID}]), "train", "text", {})) == 2
+
+
+@pytest.mark.parametrize(("content", "kind"), [({"x": 1}, "dict"), (True, "bool")])
+def test_messages_of_other_kinds_are_refused_with_their_row(content: Any, kind: str) -> None:
+    pytest.importorskip("trl")
+    rows = Dataset.from_list([{"messages": None}, {"messages": [{"role": "user", "content": content}]}])
+    with pytest.raises(UsageError, match=f"the column messages of the train set has .* in row 2 but a {kind}: "):
+        script("run_sft.py").known(rows, "train", "text", {})
+
+
 def test_recordings_and_images_without_labels_are_left_out() -> None:
     pytest.importorskip("soundfile")
     rows = [{"audio": "a.wav", "text": "x"}, {"audio": None, "text": "y"}, {"audio": "b.wav", "text": None}]

@@ -461,7 +461,7 @@ def test_the_command_trains_reports_and_reports_again(tmp_path: Path, capsys: py
         (["--report_only"], "needs --output_dir"),
         (["--report_only", "--no_report", "--output_dir", "nowhere"], "nothing to do"),
         (["--report_only", "--output_dir", "nowhere"], "no comparison to report on"),
-        (["nowhere.yaml"], "cannot read the comparison nowhere.yaml"),
+        (["nowhere.yaml"], "nowhere.yaml: there is no such file, and nothing of that name in the package"),
         (["nowhere.yaml", "--fresh"], "name that folder, or drop --fresh"),
         ([str(CONFIGS / "smoke.yaml"), "--set", "seeds"], "KEY=VALUE"),
         ([str(CONFIGS / "smoke.yaml"), "--set", "seeds.a=1"], "KEY=VALUE"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -185,6 +186,40 @@ def test_trouble_of_the_sandbox_is_no_verdict(
     monkeypatch.setattr(module, "_CONTAINED", tmp_path / "nowhere.py")
     with pytest.raises(RuntimeError, match="could not be set up"):
         sandbox.run("assert True")
+
+
+def test_a_program_that_leaves_its_session_ends_too(
+    sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not sandbox.isolation.namespaces:
+        pytest.skip("this system permits no namespaces")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    leaves = "import os, time\nos.setsid()\nos.fork()\ntime.sleep(900)"
+    assert "timed out" in sandbox_for(BRIEF, sandbox.isolation).run(leaves).outcome
+    wait_until_all_are_gone(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGKILL"])
+def test_a_program_ends_with_the_evaluation_however_that_ends(name: str, either: Sandbox, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"  # which may be written to in a file system that is read-only
+    os.mkfifo(pipe)
+    pipe.chmod(0o666)
+    program = f"import os, time\nos.write(os.open({str(pipe)!r}, os.O_WRONLY), b'up')\ntime.sleep(900)"
+    code = (
+        "import sys, tempfile\nfrom lorapro_hf.evaluation.sandbox import *\ntempfile.tempdir = sys.argv[1]\n"
+        f"print(Sandbox(Limits(seconds=900), {either.isolation!r}).run({program!r}))\n"
+    )
+    heard = os.open(pipe, os.O_RDWR)
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    try:
+        assert select.select([heard], [], [], HANG)[0], "the program has not begun"
+        assert left_over(tmp_path)
+        process.send_signal(signal.Signals[name])
+        process.wait(timeout=HANG)
+    finally:
+        process.kill()
+        os.close(heard)
+    wait_until_all_are_gone(tmp_path)
 
 
 def test_ctrl_c_ends_a_running_program(tmp_path: Path) -> None:

@@ -100,6 +100,17 @@ def test_a_pair_that_has_a_gradient_now_and_then_is_not_named(caplog):
     assert not warnings_in(caplog)
 
 
+def test_a_pair_that_was_frozen_after_all_is_not_named(caplog):
+    model, loss, _ = two_layers(TwoTowers)
+    optimizer = create_lorapro_optimizer(model, lr=1e-3, mode="efficient")
+    for factor in (optimizer.pairs[0].A, optimizer.pairs[0].B):
+        factor.requires_grad_(False)
+    loss().backward()
+    optimizer.step()
+    optimizer.finish_training()
+    assert not warnings_in(caplog)
+
+
 def test_a_long_list_of_names_is_cut(caplog):
     body = nn.Sequential(*(nn.Linear(3, 3) for _ in range(8)))
     model = get_peft_model(body, LoraConfig(r=1, target_modules=[str(index) for index in range(8)]))
@@ -236,3 +247,14 @@ def test_a_trainer_whose_scaler_leaves_out_all_steps(tmp_path: Path, caplog, mon
     run(tmp_path, max_steps=12)
     (said,) = warnings_in(caplog)
     assert said.startswith("no step has reached LoRA-Pro's optimizer up to step 10: the gradient scaler of fp16")
+
+
+def test_a_resumed_trainer_whose_scaler_leaves_out_one_step(tmp_path: Path, caplog, monkeypatch):
+    run(tmp_path, max_steps=12, save_strategy="steps", save_steps=12)
+    step, left_out = LoRAProAdamW.step, []
+    monkeypatch.setattr(
+        LoRAProAdamW, "step", lambda self, closure=None: step(self) if left_out else left_out.append(self)
+    )
+    resumed = build(LoRAProTrainer, arguments(tmp_path, LoRAProTrainingArguments, max_steps=14))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+    assert left_out and not warnings_in(caplog)

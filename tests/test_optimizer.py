@@ -333,10 +333,12 @@ def test_groups_added_without_names_get_some():
         added = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
         optimizer.add_param_group({"params": added[0], "lr": 0.1})
         optimizer.add_param_group({"params": iter(added[1:])})
+        optimizer.add_param_group({"params": []})
         return model, optimizer, added
 
     model, optimizer, (first, second) = build()
-    assert [group["param_names"] for group in optimizer.param_groups[3:]] == [["param_group_3.0"], ["param_group_4.0"]]
+    names = [group["param_names"] for group in optimizer.param_groups[3:]]
+    assert names == [["param_group_3.0"], ["param_group_4.0"], []]
     backward(model)
     first.grad = torch.ones(3)
     optimizer.step()

@@ -16,13 +16,13 @@ pytestmark = [
 # As accelerate's launcher of a single process: it waits, and a signal ends it alone.
 LAUNCHER = """
 import subprocess, sys
-sys.exit(subprocess.call([sys.executable, "-c", sys.argv[1]]))
+sys.exit(subprocess.Popen([sys.executable, "-c", sys.argv[1]]).wait())
 """
 WORKER = """
 import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-print("ready", os.getppid(), flush=True)
 try:
+    print("ready", os.getppid(), flush=True)
     signal.pause()
 except KeyboardInterrupt:
     sys.exit("interrupted")
@@ -39,7 +39,7 @@ sys.exit(processes.supervise([sys.executable, "-c", *sys.argv[2:]], os.environ))
 """
 
 
-def start(*program: str, grace: float = 60.0, ignored: tuple[int, ...] = ()) -> subprocess.Popen[str]:
+def start(*program: str, grace: float = 600.0, ignored: tuple[int, ...] = ()) -> subprocess.Popen[str]:
     """The command that supervises a program, as soon as that has begun."""
 
     def prepare() -> None:  # a shell's background job would ignore Ctrl-C
@@ -66,7 +66,7 @@ def ready(process: subprocess.Popen[str]) -> list[str]:
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Exit code and errors, once nobody is left who could write."""
     try:
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=240)
     finally:
         process.kill()
     return process.returncode, errors

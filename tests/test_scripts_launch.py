@@ -157,7 +157,7 @@ def started(*options: str) -> tuple[subprocess.Popen[str], list[int]]:
 def ended(process: subprocess.Popen[str]) -> int:
     """The exit code, once nobody is left who could write."""
     try:
-        process.communicate(timeout=100)
+        process.communicate(timeout=240)
     finally:
         process.kill()
     return process.returncode

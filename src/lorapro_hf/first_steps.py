@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lorapro_hf.pairs import LoRAPair
@@ -45,7 +44,12 @@ class FirstSteps:
         """
         self.steps += 1
         if self.steps <= FIRST_STEPS:
-            self._without = [(index, pair) for index, pair in self._without if not has_gradient[index]]
+            # a factor that has been frozen since needs no word
+            self._without = [
+                (index, pair)
+                for index, pair in self._without
+                if not has_gradient[index] and (pair.A.requires_grad or pair.B.requires_grad)
+            ]
             self._norms.append(norm)
         return self.steps == FIRST_STEPS
 
@@ -60,7 +64,7 @@ class FirstSteps:
         if self._without:
             self._warn_of_pairs([pair.name for _, pair in self._without])
             self._without = []
-        if self._norms and not torch.stack(self._norms).any():
+        if self._norms and not any(self._norms):
             logger.warning(
                 "the gradients of all LoRA pairs were zero in the first %d steps, so that nothing was trained. Look "
                 "for batches without a loss (all labels are -100, or all rewards are alike).",
@@ -76,13 +80,14 @@ class FirstSteps:
             )
             self._skipped_before = None
 
-    def warn_if_none(self, taken: int) -> None:
+    def warn_if_none(self, taken: int, before: int = 0) -> None:
         """Warn, once, if a trainer has taken the first steps or more and not one of them has got here.
 
         Args:
             taken: the trainer's steps.
+            before: how many of them an earlier training had taken, from which this one goes on.
         """
-        if self.steps or taken < FIRST_STEPS or self._skipped_before is None or not _speaks():
+        if self.steps or taken - before < FIRST_STEPS or self._skipped_before is None or not _speaks():
             return
         logger.warning(
             "no step has reached LoRA-Pro's optimizer up to step %d: the gradient scaler of fp16, or DeepSpeed, leaves "
@@ -95,10 +100,11 @@ class FirstSteps:
     def _warn_of_pairs(self, names: list[str]) -> None:
         more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
         logger.warning(
-            "%d of %d LoRA pairs had no gradient in the first %d steps and were not trained: %s. The loss does not "
-            "depend on their layers (a tower without inputs, an embedding beside the one in use), which "
+            "%d of %d LoRA pairs had no gradient in the first %d steps and were not trained: %s. Either the loss does "
+            "not depend on their layers (a tower without inputs, an embedding beside the one in use), which "
             "exclude_modules leaves out, or gradient checkpointing cuts them off, which "
-            'gradient_checkpointing_kwargs={"use_reentrant": False} prevents.',
+            'gradient_checkpointing_kwargs={"use_reentrant": False} prevents. Experts without a token so far need no '
+            "remedy.",
             len(names),
             self._number,
             min(self.steps, FIRST_STEPS),

@@ -100,6 +100,8 @@ class PairOptimizer(torch.optim.Optimizer):
                 group["param_names"] = [name for name, _ in _with_names(group["params"], position, of_factors)]
         if "param_names" not in param_group:
             param_group["params"] = _with_names(given, len(self.param_groups), of_factors)
+        if not given:  # torch takes an empty group for one without names
+            param_group["param_names"] = []
 
     @property
     def skipped_steps(self) -> int:

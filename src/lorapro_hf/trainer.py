@@ -100,6 +100,7 @@ class LoRAProTrainerMixin(LoadingMixin, HubMixin):
     optimizer: Any
     _lora_pro_announced = False
     _lora_pro_announces = True
+    _lora_pro_first_step: int | None = None
 
     def __init__(
         self, *args: Any, lora_pro_config: LoRAProConfig | Mapping[str, Any] | None = None, **kwargs: Any
@@ -256,7 +257,7 @@ class LoRAProTrainerMixin(LoadingMixin, HubMixin):
         Raises:
             ValueError: the checkpoint is not complete, or of another training. Nothing has been loaded then.
         """
-        self.loaded_best_checkpoint = None
+        self.loaded_best_checkpoint, self._lora_pro_first_step = None, None
         folder = handed(type(self), LoRAProTrainerMixin, "train", args, kwargs).get("resume_from_checkpoint")
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)
@@ -315,6 +316,8 @@ class LoRAProTrainerMixin(LoadingMixin, HubMixin):
         optimizer = unwrap_optimizer(self.optimizer)
         if isinstance(optimizer, LoRAProAdamW):
             _ = optimizer.pairs[0].A  # says so
+        if self._lora_pro_first_step is None:
+            self._lora_pro_first_step = self.state.global_step
         return super().training_step(*args, **kwargs)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
@@ -361,7 +364,7 @@ class LoRAProTrainerMixin(LoadingMixin, HubMixin):
                 if optimizer.last_grad_norm is not None:
                     logs["lora_pro_grad_norm"] = float(optimizer.last_grad_norm)
                 logs["lora_pro_skipped_steps"] = optimizer.skipped_steps
-                optimizer.first_steps.warn_if_none(self.state.global_step)
+                optimizer.first_steps.warn_if_none(self.state.global_step, self._lora_pro_first_step or 0)
             elif optimizer is not None:
                 raise RuntimeError(
                     f"LoRA-Pro is on, but the trainer steps a {type(optimizer).__name__}: a create_optimizer overrides "

@@ -24,7 +24,10 @@ from lorapro_hf.arguments import LoRAProTrainingArguments
 from lorapro_hf.demo.evaluation import Score
 from lorapro_hf.demo.problems import Example
 from lorapro_hf.demo.settings import DemoSettings, Method
-from lorapro_hf.hub.card import without_card_of_peft
+from lorapro_hf.hub.card import CARD, keep_edited, without_card_of_peft
+from lorapro_hf.hub.compose import Training, compose_card
+from lorapro_hf.hub.describe import name_on_hub
+from lorapro_hf.hub.failures import write_or_warn
 from lorapro_hf.trainer import LoRAProTrainer
 
 MB = 1e6
@@ -186,6 +189,27 @@ def train_method(
         if method.lora_pro_mode is not None:
             data = {"dataset": "word problems"} if settings.dataset is None else {"dataset_tags": settings.dataset}
             trainer.create_model_card(model_name=method.title, **data)
+        else:
+            log, card = trainer.state.log_history, folder / CARD
+            write_or_warn(card, lambda: _write_plain_card(model, tokenizer, settings, method, log), set())
     del trainer
     gc.collect()  # the moments of full mode are as large as the model
     return result
+
+
+def _write_plain_card(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, settings: DemoSettings, method: Method, log: list[Any]
+) -> None:
+    """Write the card of an adapter of plain LoRA, for which `LoRAProTrainer` leaves the card to its parent."""
+    folder = settings.output_dir / method.name
+    rows = {"learning rate": settings.learning_rate(method), "batch size": settings.batch_size, "seed": settings.seed}
+    training = Training(
+        model_name=method.title,
+        datasets=[settings.dataset] if settings.dataset and name_on_hub(settings.dataset) else [],
+        data="" if settings.dataset else "word problems",
+        log_history=log,
+        hyperparameters={name: f"{value:g}" for name, value in rows.items()},
+        processor=tokenizer,
+        metadata=keep_edited(folder),
+    )
+    compose_card(model, None, folder, training)

@@ -2,7 +2,8 @@
 
 The order is JSON: `program`, `folder` (its working directory), `limits` (seconds of CPU; bytes of memory and of a file;
 number of processes), `namespaces` (whether this process has namespaces of its own), `user` (the number of the user to
-become, or `null`) and `token`, which the answer on stdout repeats.
+become, or `null`) and `token`, which the answer on stdout repeats. The first argument is the number of the process that
+starts it, with which it ends; a command may follow, which it then becomes instead, before it reads anything.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import json
 import os
 import resource
+import signal
 import sys
 import types
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 _MOUNT_SETATTR = 442  # the same on every architecture
 _AT_FDCWD, _AT_RECURSIVE, _READ_ONLY = -100, 0x8000, 1
 _NO_SUID_NO_DEV = 2 | 4
+_DEATH_SIGNAL = 1
 _KEEP_CAPABILITIES, _NO_NEW_PRIVILEGES = 8, 38
 _CAPABILITIES_VERSION = 0x20080522
 _READ_EVERYTHING = 1 << 2  # CAP_DAC_READ_SEARCH
@@ -27,6 +30,12 @@ def _check(result: int, what: str) -> None:
     if result != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process as soon as its parent ends, however that comes about."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    _check(libc.prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0), "cannot be tied to the parent")
 
 
 def seal_file_system(folder: str, size: int) -> None:
@@ -88,7 +97,14 @@ def run(program: str) -> str:
 
 
 def main() -> None:
-    """Follow the order on stdin."""
+    """Follow the order on stdin, or become the command that was given."""
+    parent, *command = sys.argv[1:]
+    end_with_parent()
+    is_first = os.getpid() == 1  # of a namespace, whose parent is outside and has no number in it
+    if not is_first and os.getppid() != int(parent):
+        sys.exit("the evaluation has ended")
+    if command:
+        os.execv(command[0], command)
     order: dict[str, Any] = json.loads(sys.stdin.buffer.read())
     answer = os.dup(1)
     if order["namespaces"]:
@@ -96,6 +112,7 @@ def main() -> None:
     os.chdir(order["folder"])
     limit(order["limits"])
     give_up_privileges(order["user"])
+    end_with_parent()  # again: the kernel forgets it when a process becomes another user
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)

@@ -144,7 +144,7 @@ class Sandbox:
     def _execute(self, order: bytes, isolation: Isolation, folder: str, answer: int, complaint: int) -> int | None:
         """The exit code, negative for a signal; `None` where the time was up."""
         process = subprocess.Popen(
-            [*_launcher(isolation), sys.executable, "-I", str(_CONTAINED)],
+            _command(isolation),
             stdin=subprocess.PIPE,
             stdout=answer,
             stderr=complaint,
@@ -163,11 +163,12 @@ class Sandbox:
             process.wait()
 
 
-def _launcher(isolation: Isolation) -> list[str]:
+def _command(isolation: Isolation) -> list[str]:
+    contained = [sys.executable, "-I", str(_CONTAINED), str(os.getpid())]
     if not isolation.namespaces:
-        return []
+        return contained
     unshare = shutil.which("unshare")
     if unshare is None:
         raise RuntimeError("the program `unshare` (util-linux) is not installed")
     as_root = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-    return [unshare, *as_root, *_NAMESPACES]
+    return [*contained, unshare, *as_root, *_NAMESPACES, *contained]

@@ -53,7 +53,7 @@ class Facts:
         datasets: names on the Hub.
         data: the data in words, instead of those names.
         trained_with: the library and method of the training, in Markdown.
-        lora_pro: settings of LoRA-Pro and the adapter.
+        lora_pro: settings of LoRA-Pro and the adapter; none for an adapter of plain LoRA.
         hyperparameters: of the training.
         metrics: of the final evaluation, by name.
         evaluated_on: type, name, config and split of the evaluation data, for the metadata.
@@ -190,7 +190,7 @@ def without_card_of_peft(model: Any) -> Iterator[None]:
 def card_metadata(facts: Facts, metadata: Mapping[str, Any]) -> ModelCardData:
     """The metadata of the card: `metadata` with what the facts say."""
     data = {name: value for name, value in metadata.items() if name not in ("model-index", "eval_results", "licence")}
-    tags = [*(data.get("tags") or []), "lora-pro", "lora", "peft"]
+    tags = [*(data.get("tags") or []), *(["lora-pro"] if facts.lora_pro else []), "lora", "peft"]
     tags = [tag for tag in tags if not tag.startswith("base_model:")]
     data["base_model"] = facts.base_model
     if facts.base_model:
@@ -239,9 +239,9 @@ def card_text(facts: Facts) -> str:
         "## Training",
         *([" ".join(facts.badges)] if facts.badges else []),
         *facts.sentences,
-        "### LoRA-Pro",
-        *_section(facts.lora_pro),
     ]
+    if facts.lora_pro:
+        parts += ["### LoRA-Pro", *_section(facts.lora_pro)]
     if facts.hyperparameters:
         parts += ["### Hyperparameters", _table(["hyperparameter", "value"], facts.hyperparameters.items())]
     if facts.picture or facts.progress:
@@ -251,8 +251,9 @@ def card_text(facts: Facts) -> str:
     if facts.progress:
         parts += _progress(facts.progress)
     parts += ["### Framework versions", "\n".join(_versions(bool(facts.trained_with)))]
-    parts += ["## Citation", "LoRA-Pro:", f"```bibtex\n{_CITATION}\n```", *facts.citations]
-    return "\n\n".join(parts) + "\n"
+    cited = ["LoRA-Pro:", f"```bibtex\n{_CITATION}\n```"] if facts.lora_pro else []
+    cited += facts.citations
+    return "\n\n".join([*parts, *(["## Citation", *cited] if cited else [])]) + "\n"
 
 
 def _section(lora_pro: Mapping[str, str]) -> list[str]:
@@ -270,7 +271,8 @@ def _introduction(facts: Facts) -> str:
     data = facts.data
     if not data and facts.datasets:
         data = " and ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in facts.datasets)
-    text = f"A LoRA adapter for {base}, trained with [LoRA-Pro]({_PAPER})"
+    method = f"[LoRA-Pro]({_PAPER})" if facts.lora_pro else "plain LoRA"
+    text = f"A LoRA adapter for {base}, trained with {method}"
     text += f" and {facts.trained_with}" if facts.trained_with else ""
     return f"{text} on {data}." if data else f"{text}."
 

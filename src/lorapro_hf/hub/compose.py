@@ -68,8 +68,15 @@ class Training:
     reported: set[str] = field(default_factory=set)
 
 
-def compose_card(model: Any, settings: Settings, folder: Path, training: Training) -> ModelCard:
-    """Write `README.md` and, where there is something to draw, the picture of the training beside it."""
+def compose_card(model: Any, settings: Settings | None, folder: Path, training: Training) -> ModelCard:
+    """Write `README.md` and, where there is something to draw, the picture of the training beside it.
+
+    Args:
+        model: the PEFT model.
+        settings: of LoRA-Pro; `None` for an adapter of plain LoRA.
+        folder: where the adapter lies.
+        training: what else the card tells.
+    """
     base, task = base_of(model), task_of(model)
     name, _ = adapter_of(model)
     base_model = base_model_name(model, training.base_model)
@@ -89,8 +96,8 @@ def compose_card(model: Any, settings: Settings, folder: Path, training: Trainin
         datasets=training.datasets,
         data=training.data,
         trained_with=training.trained_with,
-        lora_pro=describe_lora_pro(model, settings),
-        hyperparameters={**describe_optimizer(settings), **training.hyperparameters},
+        lora_pro=describe_lora_pro(model, settings) if settings else {},
+        hyperparameters={**(describe_optimizer(settings) if settings else {}), **training.hyperparameters},
         metrics=training.metrics or final_evaluation(training.log_history, training.best_step),
         evaluated_on=training.evaluated_on,
         progress=evaluations_by_step(during),

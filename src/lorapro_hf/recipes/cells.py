@@ -17,6 +17,7 @@ from lorapro_hf.options import UsageError
 logger = logging.getLogger(__name__)
 
 _AT_A_TIME = 10_000  # rows
+_ROLES, _CONTENTS = ("role", "from"), ("content", "value")  # the latter are ShareGPT's
 _NUMBERS = ("int", "uint", "float", "decimal")
 
 
@@ -40,7 +41,8 @@ def complete_rows(
 ) -> Dataset:
     """The rows that are blank in none of the columns; one line says how many others are left out.
 
-    A cell is blank that is null: the key is missing, the cell of a CSV file is empty, or the number is NaN.
+    A cell is blank that is null: the key is missing, the cell of a CSV file is empty, or the number is NaN. A
+    conversation is blank without messages, and with one that has no role or says nothing.
 
     Args:
         rows: of a split as it was loaded.
@@ -129,6 +131,29 @@ def require_plain(rows: Dataset, column: str, where: str, scalars: bool = False)
             raise UsageError(f"the column {column} of {where} has no text in row {number} but a {kind}: {cell!r:.80}.")
 
 
+def require_contents(rows: Dataset, column: str, where: str) -> None:
+    """Refuse messages that say something else than texts, of which a chat template would write Python's form.
+
+    Args:
+        rows: of a split as it was loaded.
+        column: which one; one without messages passes.
+        where: names the rows in messages.
+
+    Raises:
+        UsageError: with the row of that message.
+    """
+    if not _holds_messages(rows, column):
+        return
+    for number, row in enumerate(rows.select_columns([column]), 1):
+        for message in row[column] or ():
+            content = None if message is None else _said(message, *_CONTENTS)
+            if isinstance(content, dict | bool):
+                raise UsageError(
+                    f"the column {column} of {where} has a message without text in row {number} but a "
+                    f"{type(content).__name__}: {content!r:.80}."
+                )
+
+
 def is_number(rows: Dataset, column: str) -> bool:
     """Whether a column holds numbers."""
     feature = rows.features[column]
@@ -154,7 +179,30 @@ def _is_text(feature: Any) -> bool:
     return isinstance(feature, Value) and feature.dtype.endswith("string")
 
 
+def _holds_messages(rows: Dataset, column: str) -> bool:
+    cells = (row[column] for row in rows.select_columns([column]))
+    first = next((cell for cell in cells if cell), None)
+    return isinstance(first, list) and any(isinstance(message, dict) for message in first)
+
+
+def _said(message: dict[str, Any], *keys: str) -> Any:
+    return next((message[key] for key in keys if message.get(key) is not None), None)
+
+
+def _is_unsaid(message: dict[str, Any] | None) -> bool:
+    """Whether a chat template would have to write the word `None`."""
+    if message is None or _said(message, *_ROLES) is None:
+        return True
+    content = _said(message, *_CONTENTS)
+    if isinstance(content, list):
+        return any(part.get("type") == "text" and part.get("text") is None for part in content)
+    return content is None and not message.get("tool_calls")
+
+
 def _blank(rows: Dataset, column: str, needs_text: bool) -> Any:
+    if _holds_messages(rows, column):
+        lists = (row[column] for row in rows.select_columns([column]))
+        return np.array([not messages or any(map(_is_unsaid, messages)) for messages in lists])
     found = [np.zeros(0, dtype=bool)]
     for batch in rows.select_columns([column]).with_format("arrow").iter(_AT_A_TIME):
         cells = batch[column]

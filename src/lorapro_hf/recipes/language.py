@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainingArguments
 
-from lorapro_hf.recipes.cells import complete_rows, holds_lists, with_texts
+from lorapro_hf.recipes.cells import complete_rows, holds_lists, require_contents, with_texts
 from lorapro_hf.recipes.data import DataArguments
 from lorapro_hf.recipes.model import AdapterArguments, ModelArguments, continued_adapter, load_model
 from lorapro_hf.recipes.targets import require_known_names
@@ -47,6 +47,8 @@ def with_turns(
     """
     messages = [column for column in columns if holds_lists(rows, column)]
     texts = [column for column in columns if column not in messages]
+    for column in messages:
+        require_contents(rows, column, where)
     return with_texts(complete_rows(rows, messages, where), texts, where, need_text, map_kwargs=map_kwargs)
 
 

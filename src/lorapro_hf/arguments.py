@@ -60,8 +60,8 @@ class LoRAProTrainingArguments(TrainingArguments):
         lora_pro_gap_max_bytes: See `GradientGapCallback`; by default 1 GiB.
 
     Raises:
-        ValueError: for an unknown choice, a combination that has no meaning, an rtol outside `[0, 1)`, or
-            a trust region that is negative or no number.
+        ValueError: for an unknown choice, a combination that has no meaning, or an rtol or a trust region outside
+            `[0, 1)`.
     """
 
     lora_pro: bool = field(
@@ -97,9 +97,9 @@ class LoRAProTrainingArguments(TrainingArguments):
     lora_pro_trust_region: float | None = field(
         default=_DEFAULTS.trust_region,
         metadata={
-            "help": "How large the product of the changes of both factors may be, as a share of the change to first "
-            "order: longer steps are shortened. 0 for no limit, as in the paper. By default 0.03, and none in mode "
-            "'efficient'."
+            "help": "How large the product of the changes of both factors may be, as a share below 1 of the change to "
+            "first order: longer steps are shortened. 0 for no limit, as in the paper. By default 0.03, and none in "
+            "mode 'efficient'."
         },
     )
     lora_pro_moments_dtype: str = _choice(

@@ -63,7 +63,7 @@ class DenseFullAdamW:
         eps: added to the denominator.
         weight_decay: decoupled decay of `scaling * B @ A`.
         x_mode: as in `project_lora_gradients`.
-        trust_region: as in `LoRAProConfig`, a positive number or 0.
+        trust_region: as in `LoRAProConfig`, a number in `[0, 1)`.
     """
 
     def __init__(

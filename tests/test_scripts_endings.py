@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import runpy
 import shutil
 import subprocess
@@ -173,6 +174,25 @@ def test_ctrl_c_before_the_training_is_said_by_one_process(
         raise KeyboardInterrupt
     assert end.value.code == 130
     assert capsys.readouterr().err.count("Nothing has been trained yet") == said
+
+
+@pytest.mark.parametrize(
+    ("rank", "said"), [("0", "run.py: stopped by Ctrl-C. Nothing has been trained yet"), ("1", "")]
+)
+def test_ctrl_c_while_libraries_are_imported_is_one_line(rank: str, said: str, tmp_path: Path) -> None:
+    library = "import os, signal\nsignal.signal(2, signal.default_int_handler)\nos.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / "library.py").write_text(library + "signal.pause()")
+    (tmp_path / "run.py").write_text("import lorapro_hf.recipes.quiet\nimport library")
+    done = subprocess.run(
+        [sys.executable, "run.py"],
+        cwd=tmp_path,
+        env={**os.environ, "RANK": rank},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 130
+    assert done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
 
 
 # A full disk

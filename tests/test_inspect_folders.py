@@ -295,11 +295,9 @@ def test_an_adapter_without_weights_is_not_ready(
     copied: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = copied("plain")
-    remove(folder, "checkpoint-*")
+    remove(folder, "checkpoint-*", STATE, "training_args.bin")
     assert cli.main(["inspect", str(folder)]) == 0
     remove(folder, WEIGHTS)
-    with pytest.raises(ValueError, match="adapter_model"):  # PEFT's own
-        PeftModel.from_pretrained(tiny_base(), str(folder))
     capsys.readouterr()
     assert cli.main(["inspect", str(folder)]) == 1
     assert f"PEFT cannot load {folder}, which has no weights" in " ".join(capsys.readouterr().out.split())

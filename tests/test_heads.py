@@ -18,22 +18,14 @@ from transformers.utils import logging as transformers_logging
 
 from lorapro_hf.recipes.heads import load_with_head
 from lorapro_hf.recipes.model import ModelArguments
+from script_helpers import Lines
 from trainer_helpers import tiny_base
 
 REPORTS = ("LOAD REPORT", "Some weights of")
 
 
-class Lines(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-    @property
-    def reports(self) -> list[str]:
-        return [line for line in self.lines if any(words in line for words in REPORTS)]
+def reports(said: Lines) -> list[str]:
+    return [line for line in said.lines if any(words in line for words in REPORTS)]
 
 
 @pytest.fixture
@@ -62,12 +54,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_new_head_is_one_line(folder: Path, said: Lines, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "lorapro_hf"):
         model, missing = load_with_head(AutoModelForSequenceClassification, ModelArguments(str(folder)), num_labels=3)
-    assert missing == {"score.weight"} and not said.reports
+    assert missing == {"score.weight"} and not reports(said)
     line = f"New in the {type(model).__name__}, to be trained whole: score"
     assert ours(caplog) == [line]
     # another program sees what it always saw
     AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
-    assert len(said.reports) >= 1
+    assert len(reports(said)) >= 1
 
 
 def test_a_report_of_other_weights_stands(
@@ -79,7 +71,7 @@ def test_a_report_of_other_weights_stands(
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with caplog.at_level(logging.INFO, "lorapro_hf"):
         load_with_head(AutoModelForSequenceClassification, ModelArguments(str(tmp_path)), num_labels=3)
-    assert any("q_proj" in report for report in said.reports)
+    assert any("q_proj" in report for report in reports(said))
     assert not ours(caplog)
 
 
@@ -91,7 +83,7 @@ def test_a_head_of_other_classes_is_new_and_elsewhere_an_error_with_its_report(
     words = (AutoModelForImageClassification, ModelArguments(str(tmp_path)), "classifier")
     with caplog.at_level(logging.INFO, "lorapro_hf"):
         load_with_head(*words, num_labels=5, ignore_mismatched_sizes=True)
-    assert not said.reports and ours(caplog)[-1].endswith("to be trained whole: classifier")
+    assert not reports(said) and ours(caplog)[-1].endswith("to be trained whole: classifier")
     load_with_head(*words)
     assert len(ours(caplog)) == 1  # nothing is new
     with pytest.raises(RuntimeError):

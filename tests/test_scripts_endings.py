@@ -21,24 +21,13 @@ from lorapro_hf import LoRAProTrainer
 from lorapro_hf.extras import MissingExtraError
 from lorapro_hf.recipes.endings import one_line_errors
 from lorapro_hf.resume import checkpoints_in, find_flaw
-from script_helpers import CONFIGS, INPUTS, SCRIPTS, TINY, factors, make_inputs, script
+from script_helpers import CONFIGS, INPUTS, SCRIPTS, TINY, Lines, factors, make_inputs, script
 
 SETTINGS = [
     *("--model_name_or_path", f"{INPUTS}/models/llama", "--train_file", f"{INPUTS}/data/text.txt"),
     *(*TINY, "--block_size", "16", "--do_train", "--lora_pro_mode", "full"),
     *("--max_steps", "3", "--save_strategy", "steps", "--save_steps", "1"),
 ]
-
-
-class Lines(logging.Handler):
-    """What the package has logged."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
 
 
 @contextmanager

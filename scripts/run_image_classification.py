@@ -26,9 +26,10 @@ from datasets import ClassLabel, Dataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
-from lorapro_hf.options import UsageError
+from lorapro_hf.options import UsageError, require_packages
 from lorapro_hf.recipes.cells import complete_rows, require_columns
 from lorapro_hf.recipes.data import DataArguments, keep_all_of, load_splits
+from lorapro_hf.recipes.endings import one_line_errors
 from lorapro_hf.recipes.files import read_images
 from lorapro_hf.recipes.flow import as_program, run, start
 from lorapro_hf.recipes.heads import load_with_head
@@ -42,10 +43,9 @@ from lorapro_hf.recipes.model import (
 )
 from lorapro_hf.recipes.parser import RecipeParser
 
-try:
+with one_line_errors():
+    require_packages("run_image_classification.py", "PIL", extra="scripts")
     from PIL import Image, ImageOps
-except ImportError as error:
-    raise ImportError('images need pillow: pip install "lorapro_hf[scripts]"') from error
 
 
 @dataclass

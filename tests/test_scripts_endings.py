@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -258,6 +259,21 @@ def test_scripts_without_trl_name_the_command_that_installs_it(
             line.startswith(f"{name}: error: LoRA-Pro's trainers for TRL need the package trl")
             and line.count("\n") == 1
         )
+
+
+@pytest.mark.parametrize(("name", "package"), [("image_classification", "PIL"), ("speech_recognition", "soundfile")])
+def test_scripts_without_a_reader_of_files_name_the_command_that_installs_it(
+    name: str, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = f"run_{name}.py"
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(sys, "argv", [program])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPTS / program), run_name="__main__")
+    assert end.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"{program}: error: {program} needs {package}") and line.count("\n") == 1
+    assert re.search(r"`pip install -e '.*\[scripts\]'`", line)
 
 
 # Other libraries

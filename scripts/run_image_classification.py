@@ -26,26 +26,26 @@ from datasets import ClassLabel, Dataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
-from lorapro_hf.options import UsageError
+from lorapro_hf.options import UsageError, require_packages
 from lorapro_hf.recipes.cells import complete_rows, require_columns
 from lorapro_hf.recipes.data import DataArguments, keep_all_of, load_splits
+from lorapro_hf.recipes.endings import one_line_errors
 from lorapro_hf.recipes.files import read_images
 from lorapro_hf.recipes.flow import as_program, run, start
+from lorapro_hf.recipes.heads import load_with_head
 from lorapro_hf.recipes.metrics import labels_in, of_labels
 from lorapro_hf.recipes.model import (
     AdapterArguments,
     ModelArguments,
     add_adapter,
     load_config,
-    load_model,
     load_processor,
 )
 from lorapro_hf.recipes.parser import RecipeParser
 
-try:
+with one_line_errors():
+    require_packages("run_image_classification.py", "PIL", extra="scripts")
     from PIL import Image, ImageOps
-except ImportError as error:
-    raise ImportError('images need pillow: pip install "lorapro_hf[scripts]"') from error
 
 
 @dataclass
@@ -141,9 +141,11 @@ def main(argv: list[str] | None = None) -> None:
     source = model_args.model_name_or_path
     config = load_config(model_args, **names)
     processor = load_processor(AutoImageProcessor, model_args.tokenizer_name or source, model_args)
-    model = load_model(
-        AutoModelForImageClassification, model_args, config=config, ignore_mismatched_sizes=True
-    )  # a head of other classes is made anew
+    model, _ = load_with_head(
+        *(AutoModelForImageClassification, model_args, "classifier"),
+        config=config,
+        ignore_mismatched_sizes=True,  # a head of other classes is made anew
+    )
     model = add_adapter(model, adapter, None, training.gradient_checkpointing, head="classifier")
 
     for split, rows in splits.items():

@@ -28,19 +28,20 @@ from datasets import Audio, Dataset
 from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer, Wav2Vec2CTCTokenizer
 
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
-from lorapro_hf.options import UsageError
+from lorapro_hf.options import UsageError, require_packages
 from lorapro_hf.recipes.cells import complete_rows, require_columns, with_texts
 from lorapro_hf.recipes.data import DataArguments, keep_all_of, load_splits
+from lorapro_hf.recipes.endings import one_line_errors
 from lorapro_hf.recipes.flow import as_program, run, start
+from lorapro_hf.recipes.heads import load_with_head
 from lorapro_hf.recipes.metrics import load_metric
-from lorapro_hf.recipes.model import AdapterArguments, ModelArguments, add_adapter, load_model, load_processor
+from lorapro_hf.recipes.model import AdapterArguments, ModelArguments, add_adapter, load_processor
 from lorapro_hf.recipes.parser import RecipeParser
 
-try:
+with one_line_errors():
+    require_packages("run_speech_recognition.py", "soundfile", "scipy", extra="scripts")
     import soundfile
     from scipy.signal import resample_poly
-except ImportError as error:
-    raise ImportError('recordings need soundfile and scipy: pip install "lorapro_hf[scripts]"') from error
 
 
 @dataclass
@@ -142,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"{data.max_duration_in_seconds:g}; raise it."
             )
     sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "ctc_loss_reduction": "mean"}
-    model = load_model(AutoModelForCTC, model_args, **sizes, ignore_mismatched_sizes=True)
+    model, _ = load_with_head(AutoModelForCTC, model_args, "lm_head", **sizes, ignore_mismatched_sizes=True)
     model.config.ctc_zero_infinity = True  # the loss of a recording too short for its text
     model.config.layerdrop = 0.0  # a layer that is left out has no gradient, for which DDP would wait
     # such models have no embeddings whose outputs could be made to need gradients; this kind of recomputing wants none

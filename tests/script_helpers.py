@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +35,17 @@ CLASSES = {
     "run_sft.py": AutoModelForCausalLM,
     "run_speech_recognition.py": AutoModelForCTC,
 }
+
+
+class Lines(logging.Handler):
+    """What a logger that it is added to has said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
 
 
 def script(name: str) -> ModuleType:

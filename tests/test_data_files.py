@@ -176,6 +176,16 @@ def test_a_broken_file_of_a_folder_is_named() -> None:
         load_rows("data", ("a",), split="train")
 
 
+def test_the_search_for_a_broken_file_passes_over_empty_texts_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("data").mkdir()
+    Path("data/a.txt").touch()
+    write("data/b.jsonl", [{"a": 1}])
+    Path("data/c.jsonl").write_text("{")
+    assert "data/c.jsonl: line 1 is no JSON" in files.fault_in("data", ValueError("said"))
+    monkeypatch.setattr(files, "_SEARCHED", 5)
+    assert files.fault_in("data", ValueError("said")) == "said."
+
+
 def test_a_full_disk_is_no_fault_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise RuntimeError("while reading") from OSError(errno.ENOSPC, "No space left on device")

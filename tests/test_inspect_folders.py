@@ -289,3 +289,17 @@ def test_a_named_adapter_whose_base_is_not_there(copied: Callable[[str], Path], 
     assert code == 0 and "Read from the adapter's file alone" in screen
     assert [(each.name, each.active) for each in report.adapters] == [("mine", True)]
     assert sum(group.count for group in report.pairs) == 4
+
+
+def test_an_adapter_without_weights_is_not_ready(
+    copied: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied("plain")
+    remove(folder, "checkpoint-*", STATE, "training_args.bin")
+    assert cli.main(["inspect", str(folder)]) == 0
+    remove(folder, WEIGHTS)
+    capsys.readouterr()
+    assert cli.main(["inspect", str(folder)]) == 1
+    assert f"PEFT cannot load {folder}, which has no weights" in " ".join(capsys.readouterr().out.split())
+    (folder / "adapter_model.bin").touch()  # which is not looked into
+    assert cli.main(["inspect", str(folder)]) == 0

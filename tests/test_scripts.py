@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,14 @@ def test_a_saved_adapter_is_evaluated_and_trained_further(tmp_path: Path, refusa
     known = [*SST2, *TINY, "--adapter_name_or_path", str(trained)]
     other = [*known, "--lora_r", "4", "--do_eval"]
     assert "has r=2, which --lora_r 4 cannot change" in refusal("run_glue.py", *other)
+    for flag, value in {"lora_target_modules": "q_proj", "use_dora": "true", "lora_modules_to_save": "norm"}.items():
+        said = refusal("run_glue.py", *known, f"--{flag}", value, "--do_eval")
+        assert f"--{flag} {value.capitalize() if value == 'true' else value} cannot change; leave {flag} out" in said
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(trained / "adapter_config.json", bare)
+    said = refusal("run_glue.py", *SST2, *TINY, "--adapter_name_or_path", str(bare), "--do_eval")
+    assert f"the adapter {bare} has no weights, adapter_model.safetensors" in said
     main([*known, "--do_eval", "--output_dir", str(tmp_path / "judged")])
     # the head too is the trained one
     assert results(tmp_path / "judged")["eval_loss"] == pytest.approx(results(trained)["eval_loss"], rel=1e-6)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -20,24 +22,13 @@ from lorapro_hf import LoRAProTrainer
 from lorapro_hf.extras import MissingExtraError
 from lorapro_hf.recipes.endings import one_line_errors
 from lorapro_hf.resume import checkpoints_in, find_flaw
-from script_helpers import CONFIGS, INPUTS, SCRIPTS, TINY, factors, make_inputs, script
+from script_helpers import CONFIGS, INPUTS, SCRIPTS, TINY, Lines, factors, make_inputs, script
 
 SETTINGS = [
     *("--model_name_or_path", f"{INPUTS}/models/llama", "--train_file", f"{INPUTS}/data/text.txt"),
     *(*TINY, "--block_size", "16", "--do_train", "--lora_pro_mode", "full"),
     *("--max_steps", "3", "--save_strategy", "steps", "--save_steps", "1"),
 ]
-
-
-class Lines(logging.Handler):
-    """What the package has logged."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
 
 
 @contextmanager
@@ -175,6 +166,25 @@ def test_ctrl_c_before_the_training_is_said_by_one_process(
     assert capsys.readouterr().err.count("Nothing has been trained yet") == said
 
 
+@pytest.mark.parametrize(
+    ("rank", "said"), [("0", "run.py: stopped by Ctrl-C. Nothing has been trained yet"), ("1", "")]
+)
+def test_ctrl_c_while_libraries_are_imported_is_one_line(rank: str, said: str, tmp_path: Path) -> None:
+    library = "import os, signal\nsignal.signal(2, signal.default_int_handler)\nos.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / "library.py").write_text(library + "signal.pause()")
+    (tmp_path / "run.py").write_text("import lorapro_hf.recipes.quiet\nimport library")
+    done = subprocess.run(
+        [sys.executable, "run.py"],
+        cwd=tmp_path,
+        env={**os.environ, "RANK": rank},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 130
+    assert done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
+
+
 # A full disk
 
 
@@ -249,6 +259,21 @@ def test_scripts_without_trl_name_the_command_that_installs_it(
             line.startswith(f"{name}: error: LoRA-Pro's trainers for TRL need the package trl")
             and line.count("\n") == 1
         )
+
+
+@pytest.mark.parametrize(("name", "package"), [("image_classification", "PIL"), ("speech_recognition", "soundfile")])
+def test_scripts_without_a_reader_of_files_name_the_command_that_installs_it(
+    name: str, package: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = f"run_{name}.py"
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(sys, "argv", [program])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPTS / program), run_name="__main__")
+    assert end.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"{program}: error: {program} needs {package}") and line.count("\n") == 1
+    assert re.search(r"`pip install -e '.*\[scripts\]'`", line)
 
 
 # Other libraries

@@ -33,7 +33,7 @@ def require_packages(what: str, *names: str, extra: str) -> None:
         raise UsageError(f"{what} needs {' and '.join(missing)}. Install with `{install_command(extra)}`.")
 
 
-def is_disk_full(error: Exception) -> bool:
+def is_disk_full(error: BaseException) -> bool:
     """Whether a file could not be written for want of room, whichever library says so."""
     if isinstance(error, OSError) and error.errno in _FULL_NUMBERS:
         return True

@@ -14,7 +14,9 @@ from typing import NoReturn
 
 IS_POSIX = os.name == "posix"
 GRACE = 30.0  # seconds between a signal and SIGKILL, as torchrun leaves them to its workers
-_PASSED_ON = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
+# schedulers of clusters send SIGUSR1 or SIGUSR2 before they end a job
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+_PASSED_ON = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
 def become(command: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
@@ -27,8 +29,8 @@ def become(command: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
 def supervise(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run a program, pass signals on to it and all that it has started, and end with them.
 
-    Ctrl-C, SIGTERM, SIGHUP and SIGQUIT reach the whole group of processes. A member that is still there 30 seconds
-    after the program has ended by a signal is killed.
+    Ctrl-C, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2 reach the whole group of processes. A member that is still
+    there 30 seconds after the program has ended by a signal is killed.
 
     Returns:
         The exit code of the program; as in a shell, 128 and the number of the signal that ended it.

@@ -17,8 +17,9 @@ from lorapro_hf.inspection.base_model import base_on_meta, head_of
 from lorapro_hf.inspection.checkpoints import compared, read_checkpoint
 from lorapro_hf.inspection.files import WEIGHTS, Shapes, differences, skeleton, tensor_shapes
 from lorapro_hf.inspection.model import adapters_of, inspect_model
-from lorapro_hf.inspection.report import ENGINE, Base, Checkpoint, Report
+from lorapro_hf.inspection.report import ENGINE, Base, Checkpoint, Report, Unsupported
 from lorapro_hf.inspection.tasks import TASKS
+from lorapro_hf.loading import ADAPTER_FILES
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.model import AdapterArguments
 from lorapro_hf.recipes.targets import require_known_names
@@ -149,6 +150,11 @@ def _of_adapter(wish: Wish, folders: Mapping[str, str], checkpoint: Checkpoint |
     shapes = {name: tensor_shapes(file) for name, folder in folders.items() if (file := _weights(folder)) is not None}
     bare = [folder for name, folder in folders.items() if name not in shapes]
     notes = [f"There is no {WEIGHTS} in {folder}: only its settings are known." for folder in bare]
+    gone = [folder for folder in bare if _is_without_weights(folder)] if checkpoint is None else []
+    refused = [
+        Unsupported(f"PEFT cannot load {folder}, which has no weights: save it again.", "adapter", [])
+        for folder in gone
+    ]
     adapter, first = next(iter(configs.items()))
     if not isinstance(first, LoraConfig) or first.is_prompt_learning:
         raise UsageError(
@@ -176,7 +182,10 @@ def _of_adapter(wish: Wish, folders: Mapping[str, str], checkpoint: Checkpoint |
         report = inspect_model(adapted, ranks=wish.ranks, source=wish.name)
         checkpoint = None if checkpoint is None else compared(checkpoint, adapted)
     settings = _settings(wish.name)
-    return replace(report, checkpoint=checkpoint, settings=settings, notes=[*notes, *report.notes])
+    unsupported = [*report.unsupported, *refused]
+    return replace(
+        report, checkpoint=checkpoint, settings=settings, unsupported=unsupported, notes=[*notes, *report.notes]
+    )
 
 
 def _adapters_in(name: str) -> dict[str, str]:
@@ -204,6 +213,10 @@ def _config(folder: str) -> PeftConfig:
 def _weights(name: str) -> Path | None:
     found = cached_file(name, WEIGHTS, _raise_exceptions_for_missing_entries=False)
     return None if found is None else Path(found)
+
+
+def _is_without_weights(folder: str) -> bool:
+    return Path(folder).is_dir() and not any(Path(folder, name).is_file() for name in ADAPTER_FILES)
 
 
 def _task_named(config: PeftConfig) -> str | None:

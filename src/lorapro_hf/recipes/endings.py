@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from transformers import Trainer
 from lorapro_hf.extras import MissingExtraError
 from lorapro_hf.options import UsageError, is_disk_full
 from lorapro_hf.recipes.hub import NO_HUB
+from lorapro_hf.recipes.stopped import CODE, say_stopped
 from lorapro_hf.resume import checkpoints_in, find_flaw
 
 _CANNOT_RESUME = "cannot resume from "  # with which every refusal of `lorapro_hf.resume` begins
@@ -31,9 +31,8 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        if os.environ.get("RANK", "0") == "0":  # each process gets it, one speaks
-            _say(f"stopped by Ctrl-C. {str(error) or 'Nothing has been trained yet: the same command starts anew.'}")
-        raise SystemExit(130) from error
+        say_stopped(str(error))
+        raise SystemExit(CODE) from error
     except Exception as error:
         ending = _ending(error)
         if ending is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import errno
 import glob
 import gzip
 import json
@@ -23,12 +22,12 @@ from datasets import Dataset, DatasetDict, Value, load_dataset, load_from_disk
 from datasets.data_files import DataFilesDict, DataFilesList, get_data_patterns
 from datasets.exceptions import DatasetsError
 
-from lorapro_hf.options import UsageError
+from lorapro_hf.options import UsageError, is_disk_full
 
 KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 _GZIPPED = ".gz"
 _CHAIN = "::"  # what joins addresses in a path, for fsspec
-_PIECE = 1 << 20  # bytes
+_PIECE, _SEARCHED = 1 << 20, 1 << 32  # bytes
 
 
 def kind_of(name: str) -> str | None:
@@ -119,12 +118,18 @@ def read_images(folder: str, label: str, cache_dir: str | None = None) -> Datase
 
 
 def fault_in(name: str, error: Exception) -> str:
-    """Why a data set could not be read: the file of the folder and its line where these are known."""
-    folder = Path(name)
+    """Why a data set could not be read: the file of the folder and its line where these are known.
+
+    The search ends with the file in which it has read so many bytes that the user would wait for minutes.
+    """
+    folder, searched = Path(name), 0
     for file in sorted(folder.rglob("*")) if folder.is_dir() else ():
         kind = kind_of(file.name)
-        if kind is not None and file.is_file():
-            fault = "the file is empty." if not file.stat().st_size else _encoding_fault(file, kind)
+        if kind is not None and file.is_file() and searched < _SEARCHED:
+            size = file.stat().st_size
+            searched += size if kind == "json" else min(size, _PIECE)
+            is_empty = not size and kind != "text"  # an empty text is no fault
+            fault = "the file is empty." if is_empty else _encoding_fault(file, kind)
             if fault is None and kind == "json":
                 fault = _bad_line(file, kind)
             if fault is not None:
@@ -136,13 +141,13 @@ def reason(error: BaseException) -> str:
     """What is behind an error of datasets, in one line.
 
     Raises:
-        MemoryError, OSError: it was no fault of the data: memory or the disk is full.
+        Exception: the one among those behind it that is no fault of the data: memory or the disk is full.
     """
     errors = [error]
     while (behind := errors[-1].__cause__ or errors[-1].__context__) is not None:
         errors.append(behind)
     for each in errors:
-        if isinstance(each, MemoryError) or (isinstance(each, OSError) and each.errno in (errno.ENOSPC, errno.EDQUOT)):
+        if isinstance(each, MemoryError) or is_disk_full(each):
             raise each
     # after an error of pyarrow datasets tries pandas, which misses the point
     told = next((each for each in errors if isinstance(each, pa.ArrowException)), errors[-1])

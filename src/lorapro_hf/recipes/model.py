@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +13,24 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from peft.utils import ModulesToSaveWrapper
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lorapro_hf.loading import ADAPTER_FILES
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.hub import sought
 from lorapro_hf.recipes.targets import require_known_names
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _PATTERN = re.compile(r"[*+?()\[\]|\\^$]")  # what tells a regular expression from a name
+_OF_NEW_ADAPTERS = {
+    "r": "lora_r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "target_modules": "lora_target_modules",
+    "target_parameters": "lora_target_parameters",
+    "modules_to_save": "lora_modules_to_save",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+    "init_lora_weights": "init_lora_weights",
+}
 _INITS = ("true", "false", "gaussian", "orthogonal", "olora", "pissa")
 
 
@@ -265,36 +278,37 @@ def add_adapter(
     return _with_wide_heads(adapted, heads)
 
 
-def layers_without_weights(model: PreTrainedModel, missing_keys: Collection[str]) -> set[str]:
-    """The layers that start at random because the checkpoint has none: heads, and what leads from the model to them.
-
-    Args:
-        model: as loaded.
-        missing_keys: of `from_pretrained(..., output_loading_info=True)`.
-    """
-    prefix = f"{model.base_model_prefix}."
-    inside = {key.rpartition(".")[0] for key in missing_keys if key.startswith(prefix)}
-    return inside | {key.partition(".")[0] for key in missing_keys if not key.startswith(prefix)}
-
-
 def continued_adapter(model: PreTrainedModel, arguments: AdapterArguments) -> PeftModel:
     """The model with the adapter that the arguments name, ready to train on.
 
     Raises:
-        UsageError: if they also ask for settings that this adapter does not have.
+        UsageError: its folder has no weights, or the arguments ask for settings that this adapter does not have.
     """
+    folder = Path(str(arguments.adapter_name_or_path))
+    if (folder / "adapter_config.json").is_file() and not any((folder / name).is_file() for name in ADAPTER_FILES):
+        raise UsageError(f"the adapter {folder} has no weights, {ADAPTER_FILES[0]}: save it again, or name another.")
     with sought("the adapter", arguments.adapter_name_or_path):
         adapted = PeftModel.from_pretrained(model, arguments.adapter_name_or_path, is_trainable=True)
-    asked, has = arguments.lora_config(None), adapted.active_peft_config
-    for name in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora"):
-        flag = name if name.startswith(("lora_", "use_")) else f"lora_{name}"
-        default = type(arguments).__dataclass_fields__[flag].default
-        if getattr(asked, name) not in (default, getattr(has, name)):
-            raise UsageError(
-                f"the adapter {arguments.adapter_name_or_path} has {name}={getattr(has, name)}, which "
-                f"--{flag} {getattr(asked, name)} cannot change; leave the flag out, or train a new adapter."
-            )
+    _require_own_settings(arguments, adapted.active_peft_config)
     return adapted
+
+
+def _require_own_settings(arguments: AdapterArguments, has: Any) -> None:
+    asked, default = arguments.lora_config(None), AdapterArguments().lora_config(None)
+    for name, flag in _OF_NEW_ADAPTERS.items():
+        wanted, usual, own = (_plain(getattr(config, name, None)) for config in (asked, default, has))
+        if name == "modules_to_save":  # heads are among the adapter's own without being asked for
+            own = wanted if set(wanted or ()) <= set(own or ()) else own
+        if wanted not in (usual, own):
+            raise UsageError(
+                f"the adapter {arguments.adapter_name_or_path} has {name}={own!r}, which --{flag} "
+                f"{' '.join(wanted) if isinstance(wanted, list) else wanted} cannot change; leave {flag} out of flags "
+                "and recipe, or train a new adapter without --adapter_name_or_path."
+            )
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set | list | tuple) else value
 
 
 def _with_wide_heads(model: PeftModel, names: Collection[str | None]) -> PeftModel:

@@ -1,10 +1,15 @@
-"""Which lines of other libraries are of no use to anybody? Importing this drops them; programs do so first of all."""
+"""Which lines of other libraries are of no use to anybody? Importing this drops them; programs do so first of all.
+
+A traceback after Ctrl-C is among them: Python would print it while a program still imports those libraries.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import warnings
+
+from lorapro_hf.recipes.stopped import end_imports_in_one_line
 
 # by logger; each is said at an import, whatever the program is about to do
 _NOISE = {
@@ -22,3 +27,4 @@ for _name, _beginning in _NOISE.items():
         _drop(_name, _beginning)
 # newer versions of transformers call it by another name, which older ones do not know
 warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
+end_imports_in_one_line()

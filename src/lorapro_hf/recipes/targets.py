@@ -59,7 +59,7 @@ def described(wrong: Sequence[str], known: Sequence[str]) -> str:
     texts = []
     for name in wrong:
         near = difflib.get_close_matches(name, _ends(known, name.count(".") + 1))
-        texts.append(f"{name} (did you mean {' or '.join(near)}?)" if near else name)
+        texts.append(f"{name} (did you mean {' or '.join(near)}?)" if near else name or "''")
     return ", ".join(texts)
 
 

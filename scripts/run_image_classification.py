@@ -142,7 +142,9 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(model_args, **names)
     processor = load_processor(AutoImageProcessor, model_args.tokenizer_name or source, model_args)
     model, _ = load_with_head(
-        *(AutoModelForImageClassification, model_args, "classifier"),
+        AutoModelForImageClassification,
+        model_args,
+        head="classifier",
         config=config,
         ignore_mismatched_sizes=True,  # a head of other classes is made anew
     )

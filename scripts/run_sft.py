@@ -28,6 +28,7 @@ from datasets import Dataset
 
 from lorapro_hf.evaluation.prompts import ALPACA
 from lorapro_hf.options import UsageError
+from lorapro_hf.recipes.cells import holds_messages
 from lorapro_hf.recipes.data import load_splits
 from lorapro_hf.recipes.endings import one_line_errors
 from lorapro_hf.recipes.flow import as_program, run, start
@@ -63,7 +64,10 @@ def known(rows: Dataset, split: str, text_column: str, map_kwargs: dict[str, Any
     names, where = rows.column_names, f"the {split} set"
     ready = next((column for column in ("messages", "conversations", "input_ids") if column in names), None)
     if ready is not None:
-        return with_turns(rows, (ready,), where, map_kwargs)
+        rows = with_turns(rows, (ready,), where, map_kwargs)
+        if ready != "input_ids" and len(rows) and not holds_messages(rows, ready):
+            raise UsageError(f"the column {ready} of {where} must hold lists of messages with a role and a content.")
+        return rows
     columns = ("prompt", "completion") if {"prompt", "completion"} <= set(names) else (text_column,)
     if not set(columns) <= set(names):
         raise UsageError(

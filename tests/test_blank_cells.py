@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Image
 from transformers import TrainingArguments
 
 from lorapro_hf.comparison.settings import TaskSettings
@@ -253,6 +253,18 @@ def test_messages_of_other_kinds_are_refused_with_their_row(content: Any, kind: 
         script("run_sft.py").known(rows, "train", "text", {})
 
 
+def test_messages_without_a_role_are_refused() -> None:
+    pytest.importorskip("trl")
+    known = script("run_sft.py").known
+    Path("rows.jsonl").write_text(f"{json.dumps({'messages': SAID})}\n" + '{"messages": ["hi"]}\n')
+    # older versions of datasets refuse such a file themselves
+    with pytest.raises(UsageError, match=r"messages of the train set has .* in row 2 but a str: 'hi'|rows.jsonl"):
+        known(read_file("rows.jsonl", "--train_file"), "train", "text", {})
+    for cell in ("[]", ["hi"], [1, 2]):
+        with pytest.raises(UsageError, match="the column messages of the train set must hold lists of messages"):
+            known(Dataset.from_list([{"messages": cell}]), "train", "text", {})
+
+
 def test_recordings_and_images_without_labels_are_left_out() -> None:
     pytest.importorskip("soundfile")
     rows = [{"audio": "a.wav", "text": "x"}, {"audio": None, "text": "y"}, {"audio": "b.wav", "text": None}]
@@ -261,6 +273,11 @@ def test_recordings_and_images_without_labels_are_left_out() -> None:
     assert prepare("run_image_classification.py", "labelled", "ImageArguments", pictures) == [
         {"image": "a.png", "label": 0}
     ]
+
+
+def test_no_picture_is_read_to_see_whether_it_is_there() -> None:
+    rows = Dataset.from_list([{"image": "nowhere.png"}, {"image": None}]).cast_column("image", Image())
+    assert len(complete_rows(rows, ("image",), WHERE)) == 1
 
 
 def test_a_score_leaves_no_problem_out() -> None:

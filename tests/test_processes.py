@@ -18,19 +18,22 @@ LAUNCHER = """
 import subprocess, sys
 sys.exit(subprocess.Popen([sys.executable, "-c", sys.argv[1]]).wait())
 """
+# a blocked signal waits until it is asked for, so that none is lost between "ready" and the waiting
 WORKER = """
 import os, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
-try:
-    print("ready", os.getppid(), flush=True)
-    signal.pause()
-except KeyboardInterrupt:
-    sys.exit("interrupted")
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+print("ready", os.getppid(), flush=True)
+signal.sigwait({signal.SIGINT})
+sys.exit("interrupted")
 """
-STUBBORN = "import signal; [signal.signal(n, signal.SIG_IGN) for n in (1, 2, 15)];" + WORKER.replace(
-    "signal.signal(signal.SIGINT, signal.default_int_handler)", ""
-)
-FINISHING = "import os, signal; signal.signal(15, lambda *_: os._exit(0)); print('ready', flush=True); signal.pause()"
+STUBBORN = "import signal; [signal.signal(n, signal.SIG_IGN) for n in (1, 2, 15)];" + WORKER
+FINISHING = """
+import os, signal
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+print("ready", flush=True)
+signal.sigwait({signal.SIGTERM})
+os._exit(0)
+"""
 COMMAND = """
 import os, sys
 from lorapro_hf import processes

@@ -142,12 +142,12 @@ def require_contents(rows: Dataset, column: str, where: str) -> None:
     Raises:
         UsageError: with the row of that message.
     """
-    if not _holds_messages(rows, column):
+    if not holds_messages(rows, column):
         return
     for number, row in enumerate(rows.select_columns([column]), 1):
         for message in row[column] or ():
-            content = None if message is None else _said(message, *_CONTENTS)
-            if isinstance(content, dict | bool):
+            content = _said(message, *_CONTENTS) if isinstance(message, dict) else message
+            if isinstance(content, dict | bool) or not isinstance(message, dict | None):
                 raise UsageError(
                     f"the column {column} of {where} has a message without text in row {number} but a "
                     f"{type(content).__name__}: {content!r:.80}."
@@ -166,6 +166,16 @@ def holds_lists(rows: Dataset, column: str) -> bool:
     return isinstance(next((cell for cell in cells if cell is not None), None), list)
 
 
+def holds_messages(rows: Dataset, column: str) -> bool:
+    """Whether the first cell of a column that is not blank is a list with messages."""
+    kind = rows.features.arrow_schema.field(column).type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):  # images and recordings would be decoded below
+        return False
+    cells = (row[column] for row in rows.select_columns([column]))
+    first = next((cell for cell in cells if cell), None)
+    return isinstance(first, list) and any(isinstance(message, dict) for message in first)
+
+
 def is_blank(rows: Dataset, column: str) -> bool:
     """Whether a column is blank in every row, as the labels of a test set may be."""
     return bool(_blank(rows, column, False).all())
@@ -177,12 +187,6 @@ def _is_written(cell: Any) -> bool:
 
 def _is_text(feature: Any) -> bool:
     return isinstance(feature, Value) and feature.dtype.endswith("string")
-
-
-def _holds_messages(rows: Dataset, column: str) -> bool:
-    cells = (row[column] for row in rows.select_columns([column]))
-    first = next((cell for cell in cells if cell), None)
-    return isinstance(first, list) and any(isinstance(message, dict) for message in first)
 
 
 def _said(message: dict[str, Any], *keys: str) -> Any:
@@ -200,7 +204,7 @@ def _is_unsaid(message: dict[str, Any] | None) -> bool:
 
 
 def _blank(rows: Dataset, column: str, needs_text: bool) -> Any:
-    if _holds_messages(rows, column):
+    if holds_messages(rows, column):
         lists = (row[column] for row in rows.select_columns([column]))
         return np.array([not messages or any(map(_is_unsaid, messages)) for messages in lists])
     found = [np.zeros(0, dtype=bool)]

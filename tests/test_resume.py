@@ -314,7 +314,7 @@ def test_a_file_with_something_else_is_named(
         (
             {},
             {"target_modules": ["q_proj"]},
-            r"adapter_model.safetensors: .*v_proj.* is missing in the model.*another model",
+            r"adapter_model.safetensors: .*lora_A.weight has .* is missing in the model",
         ),
         (
             {},

@@ -99,7 +99,7 @@ def test_an_adapter_whose_name_has_a_slash(tmp_path: Path) -> None:
     assert_resumes(tmp_path, make)
     file = tmp_path / f"checkpoint-{SAVED}" / "me" / "mine" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="me/mine/adapter_model.safetensors is cut off or damaged"):
+    with pytest.raises(ValueError, match=r"me/mine/adapter_model.safetensors is cut off or damaged"):
         trainer_of(tmp_path, make()).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{SAVED}"))
 
 

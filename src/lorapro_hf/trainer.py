@@ -322,7 +322,7 @@ class LoRAProTrainerMixin(LoadingMixin, HubMixin):
         if self.lora_pro_config is not None and self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             (folder / STATE).unlink(missing_ok=True)
-            # under FSDP the parent looks for the best folder before a rank has made it, and only some ranks would find it
+            # FSDP writes nothing before the parent looks for the best folder, which only some ranks would find
             folder.mkdir(parents=True, exist_ok=True)
         super()._save_checkpoint(model, trial, *args, **kwargs)
 

@@ -72,8 +72,13 @@ def both_active() -> nn.Module:
     return model
 
 
-def named_mine() -> nn.Module:
-    return get_peft_model(tiny_base(), LoraConfig(r=4, target_modules=["q_proj"]), adapter_name="mine")
+def named_mine(name: str = "mine") -> nn.Module:
+    return get_peft_model(tiny_base(), LoraConfig(r=4, target_modules=["q_proj"]), adapter_name=name)
+
+
+def with_a_slash() -> nn.Module:
+    """As adapters of the Hub are often named, which PEFT saves in a folder within a folder."""
+    return named_mine("me/mine")
 
 
 def added() -> nn.Module:
@@ -82,7 +87,10 @@ def added() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("make", [other_active, other_shape_active, both_active, named_mine, added, tiny_lora])
+MODELS = [other_active, other_shape_active, both_active, named_mine, with_a_slash, added, tiny_lora]
+
+
+@pytest.mark.parametrize("make", MODELS)
 def test_best_weights_to_the_bit(make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer, kept = prepared(tmp_path, make())
     frozen = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
@@ -233,6 +241,25 @@ def test_a_parent_loads_its_own(tmp_path: Path) -> None:
     again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{BEST}"))
     assert_same(factors(again), kept.at[LAST])
     assert again.own == "resumed"
+
+
+class WritingLate(Trainer):
+    """Saves no weights before the best checkpoint is looked for, as under FSDP."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        pass
+
+
+class ProWritingLate(LoRAProTrainerMixin, WritingLate):
+    pass
+
+
+def test_the_newest_checkpoint_can_be_the_best_before_its_weights_are_written(tmp_path: Path) -> None:
+    """Else some ranks would know of it and others not, according to who has made the folder by then."""
+    trainer, _ = prepared(tmp_path, tiny_lora(), ProWritingLate, max_steps=BEST)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{BEST}")
+    assert trainer.loaded_best_checkpoint is None  # it holds no weights
 
 
 def test_without_lora_pro_it_is_the_parents(tmp_path: Path) -> None:

@@ -91,6 +91,18 @@ def test_one_of_two_adapters_at_once_is_not_there(tmp_path: Path) -> None:
     assert_same(factors(again), before)
 
 
+def test_an_adapter_whose_name_has_a_slash(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return get_peft_model(tiny_base(), LoraConfig(r=4, target_modules=["q_proj"]), adapter_name="me/mine")
+
+    assert_resumes(tmp_path, make)
+    file = tmp_path / f"checkpoint-{SAVED}" / "me" / "mine" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"me/mine/adapter_model.safetensors is cut off or damaged"):
+        trainer_of(tmp_path, make()).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{SAVED}"))
+
+
 def added(names: tuple[str, ...] = ("mine",), dtype: torch.dtype = torch.float32) -> nn.Module:
     model = tiny_base().to(dtype)
     for name in names:
@@ -113,9 +125,14 @@ def test_two_adapters_at_once_that_transformers_has_added(tmp_path: Path) -> Non
 
 
 def test_a_model_compiled_by_hand(tmp_path: Path) -> None:
-    """transformers saves an empty adapter for it."""
+    """transformers saves an empty adapter for it, and one with names of its own for a model with compiled layers."""
     with pytest.raises(ValueError, match="torch_compile=True"):
         trainer_of(tmp_path, torch.compile(tiny_lora(), backend="eager"))
+    parts = tiny_lora()
+    layers = parts.get_base_model().model.layers
+    layers[0] = torch.compile(layers[0], backend="eager")
+    with pytest.raises(ValueError, match=r"layer.compile\(\)"):
+        trainer_of(tmp_path, parts)
     models = iter([tiny_lora(), torch.compile(tiny_lora(), backend="eager")])  # the second is the one to train
     args = arguments(tmp_path, LoRAProTrainingArguments)
     trainer = build(LoRAProTrainer, args, model_init=lambda: next(models))

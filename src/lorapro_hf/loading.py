@@ -110,7 +110,7 @@ def adapter_files(folder: Path, model: nn.Module) -> dict[str, Path]:
 
 def holds_weights(folder: Path) -> bool:
     """Whether a checkpoint that no engine has written holds the weights of a model or of adapters."""
-    patterns = [pattern for name in WEIGHTS for pattern in (name, f"{name}.index.json", f"*/{name}")]
+    patterns = [pattern for name in WEIGHTS for pattern in (f"**/{name}", f"{name}.index.json")]
     return any(any(folder.glob(pattern)) for pattern in patterns)
 
 
@@ -133,12 +133,12 @@ def require_adapters(folder: Path, model: nn.Module) -> dict[str, Path]:
         _require_trained(folder, model, files)
     for adapter, file in files.items():
         shapes = tensor_shapes(file)
-        for name, tensor in _tensors(model, adapter, shapes.keys()).items():
-            if shapes.get(name) != list(tensor.shape):
-                there = f"has shape {shapes[name]}" if name in shapes else "is missing"
+        own = {name: list(tensor.shape) for name, tensor in _tensors(model, adapter, shapes.keys()).items()}
+        for name in (*own, *(name for name in shapes if "lora_" in name)):
+            if shapes.get(name) != own.get(name):
                 raise ValueError(
-                    f"{file}: {name} {there} in the checkpoint, but has shape {list(tensor.shape)} in the model. It is "
-                    "a checkpoint of another model or rank; resume with the model it was written for."
+                    f"{file}: {name} {_told(shapes.get(name))} in the checkpoint, but {_told(own.get(name))} in the "
+                    "model. It is a checkpoint of another model or rank; resume with the model it was written for."
                 )
     return files
 
@@ -166,12 +166,14 @@ def require_savable(model: nn.Module) -> None:
     """Raise if transformers would save nothing of the adapters that are trained, or fail at it.
 
     Raises:
-        ValueError: `torch.compile` is around the model, or several adapters of `model.add_adapter` are active.
+        ValueError: `torch.compile` is around the model or a part of it, or several adapters of `model.add_adapter` are
+            active.
     """
-    if "_orig_mod" in dict(model.named_children()):
+    if any(name.rpartition(".")[2] == "_orig_mod" for name, _ in model.named_modules()):
         raise ValueError(
-            "the model is wrapped by torch.compile, of which transformers saves an adapter that nobody can load. Give "
-            "the trainer the model itself, and torch_compile=True to its arguments."
+            "the model or a part of it is wrapped by torch.compile, of which transformers saves an adapter that nobody "
+            "can load. Give the trainer the model itself, and torch_compile=True to its arguments, or compile parts in "
+            "place: layer.compile()."
         )
     active = active_adapters(model)
     if not isinstance(model, PeftModel) and len(active) > 1:
@@ -235,11 +237,17 @@ def _tensors(model: nn.Module, adapter: str, names: Collection[str]) -> dict[str
     return found
 
 
+def _told(shape: list[int] | None) -> str:
+    return "is missing" if shape is None else f"has shape {shape}"
+
+
 def _require_trained(folder: Path, model: nn.Module, files: Collection[str]) -> None:
     """Raise if a checkpoint holds adapters, but not all that are trained."""
     missing = sorted({pair.adapter_name for pair in survey_lora_pairs(model)[0]} - set(files))
     if missing:
-        held = sorted("default" if place == folder else place.name for place in _places(folder))
+        held = sorted(
+            "default" if place == folder else place.relative_to(folder).as_posix() for place in _places(folder)
+        )
         raise ValueError(
             f"{folder}: the model trains the adapter {missing[0]!r}, but the checkpoint holds {held}. Give the adapter "
             f"the name that it had: get_peft_model(model, config, adapter_name={held[0]!r})."
@@ -248,7 +256,7 @@ def _require_trained(folder: Path, model: nn.Module, files: Collection[str]) -> 
 
 def _places(folder: Path) -> set[Path]:
     """The folders of the adapters that a checkpoint holds."""
-    return {file.parent for name in ADAPTER_FILES for file in (*folder.glob(name), *folder.glob(f"*/{name}"))}
+    return {file.parent for name in ADAPTER_FILES for file in folder.rglob(name)}  # names may hold slashes
 
 
 def _address(tensor: Tensor) -> int:

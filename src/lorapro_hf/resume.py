@@ -19,8 +19,8 @@ from lorapro_hf.optimizer import LoRAProAdamW
 
 STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.pt"
 _NAME = r"checkpoint-(\d+)"
-_WRITTEN_BY_TORCH = (OPTIMIZER, SCHEDULER, "scaler.pt", "rng_state*.pth", "adapter_model.bin", "*/adapter_model.bin")
-_WRITTEN_BY_SAFETENSORS = ("adapter_model.safetensors", "*/adapter_model.safetensors")
+_WRITTEN_BY_TORCH = (OPTIMIZER, SCHEDULER, "scaler.pt", "rng_state*.pth", "**/adapter_model.bin")
+_WRITTEN_BY_SAFETENSORS = "**/adapter_model.safetensors"
 
 
 def require_complete(folder: Path, by_engine: bool = False) -> None:
@@ -134,12 +134,11 @@ def _damages(folder: Path) -> Iterator[tuple[Path, str]]:
                     read_optimizer_state(file)
             except (zipfile.BadZipFile, ValueError) as error:
                 yield file, str(error)
-    for pattern in _WRITTEN_BY_SAFETENSORS:
-        for file in sorted(folder.glob(pattern)):
-            try:
-                tensor_shapes(file)
-            except SafetensorError as error:
-                yield file, str(error)
+    for file in sorted(folder.glob(_WRITTEN_BY_SAFETENSORS)):
+        try:
+            tensor_shapes(file)
+        except SafetensorError as error:
+            yield file, str(error)
 
 
 def read_optimizer_state(file: Path) -> dict[str, Any]:

@@ -325,6 +325,8 @@ class LoRAProTrainerMixin(LoadingMixin, HubMixin):
         if self.lora_pro_config is not None and self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             (folder / STATE).unlink(missing_ok=True)
+            # FSDP writes nothing before the parent looks for the best folder, which only some ranks would find
+            folder.mkdir(parents=True, exist_ok=True)
         super()._save_checkpoint(model, trial, *args, **kwargs)
 
     def _save_rng_state(self, *args: Any, **kwargs: Any) -> None:

@@ -143,7 +143,7 @@ def test_humaneval_from_the_command_line(
     ("options", "message"),
     [
         ([], "name a model by --model_name_or_path, or an adapter by --adapter"),
-        (["--model_name_or_path", "no/such_model"], "cannot load no/such_model"),
+        (["--model_name_or_path", "no/such_model"], "cannot load the model no/such_model"),
         (["--model_name_or_path", "{model}", "--adapter", "{tmp}"], "with the adapter"),
         (["--model_name_or_path", "{other}", "--adapter", "{adapter}"], "size mismatch"),
         (["--adapter", "no/such_adapter"], "cannot load the base model with the adapter no/such_adapter"),

@@ -78,7 +78,7 @@ def load(
         if isinstance(error, UsageError):
             raise
         raise UsageError(
-            f"cannot load {name or 'the base model'}{f' with the adapter {adapter}' if adapter else ''}: "
+            f"cannot load the {f'model {name}' if name else 'base model'}{f' with the adapter {adapter}' if adapter else ''}: "
             f"{str(error)[:800]}\n"
             "Give --model_name_or_path and --adapter names on the Hub or local folders."
         ) from error

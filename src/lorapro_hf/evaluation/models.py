@@ -77,9 +77,9 @@ def load(
     except (OSError, ImportError, ValueError, RuntimeError) as error:  # the last where an adapter is of another model
         if isinstance(error, UsageError):
             raise
+        sought = f"the {f'model {name}' if name else 'base model'}{f' with the adapter {adapter}' if adapter else ''}"
         raise UsageError(
-            f"cannot load the {f'model {name}' if name else 'base model'}{f' with the adapter {adapter}' if adapter else ''}: "
-            f"{str(error)[:800]}\n"
+            f"cannot load {sought}: {str(error)[:800]}\n"
             "Give --model_name_or_path and --adapter names on the Hub or local folders."
         ) from error
     return model.eval(), tokenizer

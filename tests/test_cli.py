@@ -91,6 +91,7 @@ def test_help_needs_no_library():
     [
         (("compare", "--list"), 0, "smoke.yaml "),
         (("compare", "smok"), 2, "did you mean smoke.yaml"),
+        (("compare", "nosuch"), 2, "see lorapro compare --list"),
         (("compare", "configs/compare/smokes.yaml"), 2, "did you mean smoke.yaml"),
         (("compare", "qqqqqq"), 2, "see lorapro compare --list"),
     ],

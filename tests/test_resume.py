@@ -285,7 +285,7 @@ def test_a_missing_file_is_named(complete: tuple[Path, dict[str, torch.Tensor]],
 
 
 def test_a_folder_that_is_not_there_is_named(complete: tuple[Path, dict[str, torch.Tensor]]):
-    with pytest.raises(ValueError, match=r"checkpoint-9: there is no such folder.*newest complete.*checkpoint-6"):
+    with pytest.raises(ValueError, match=r"checkpoint-9: there is no such folder.*newest complete.*checkpoint-6'\.$"):
         fresh(complete[0]).train(resume_from_checkpoint=str(complete[0] / "checkpoint-9"))
 
 

@@ -101,6 +101,7 @@ def test_bad_input_is_refused_with_the_remedy(
         ("extends: mine.yaml", "extends itself"),
         ("- a list", "must have lines of the form `flag: value`"),
         ("a: [", "is no YAML"),
+        ("seed: 1\n  lora_r: 2", "mine.yaml is no YAML: mapping values are not allowed here in line 2, column 9"),
         ("lora_r: 2\nseed: 1\nlora_r: 4", "mine.yaml: the key 'lora_r' is there twice, in lines 1 and 3"),
     ],
 )

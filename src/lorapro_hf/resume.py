@@ -161,8 +161,8 @@ def _way_out(folder: Path, by_engine: bool) -> str:
     if re.fullmatch(_NAME, folder.name):
         for other in checkpoints_in(folder.parent):
             if other != folder and find_flaw(other, by_engine) is None:
-                return (
-                    f"The newest complete checkpoint is {other}: resume with resume_from_checkpoint={str(other)!r}, or "
-                    f"delete {folder.name}, so that resume_from_checkpoint=True finds {other.name}."
-                )
+                newest = f"The newest complete checkpoint is {other}: resume with resume_from_checkpoint={str(other)!r}"
+                if not folder.is_dir():
+                    return f"{newest}."
+                return f"{newest}, or delete {folder.name}, so that resume_from_checkpoint=True finds {other.name}."
     return "There is no complete checkpoint beside it: start the training again without resume_from_checkpoint."

@@ -34,7 +34,11 @@ def find(name: str, folder: Path, known: Iterable[str], listing: str) -> Path:
         if path.is_file():
             return path
     names = list(known)
-    close = difflib.get_close_matches(str(asked), names) or difflib.get_close_matches(asked.name, names)
+    # without their suffixes, which would make all names alike
+    stems = {str(Path(each).with_suffix("")): each for each in names}
+    near = [asked.with_suffix(""), Path(asked.stem)]
+    close = next(filter(None, (difflib.get_close_matches(str(each), stems) for each in near)), [])
+    close = [stems[each] for each in close]
     hint = f"did you mean {' or '.join(close)}?" if close else f"see {listing}."
     raise UsageError(f"{name}: there is no such file, and nothing of that name in the package; {hint}")
 

@@ -40,6 +40,10 @@ def parse_yaml(text: str, where: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
+        raise UsageError(f"{where} is no YAML: {error.problem}{place}; look at the indentation and quotes.") from error
     except yaml.YAMLError as error:
         raise UsageError(f"{where} is no YAML: {error}") from error
     except UsageError as error:

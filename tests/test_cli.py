@@ -166,7 +166,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
         ),
         (RuntimeError("PytorchStreamWriter failed: x"), 1, "lorapro demo: error: PytorchStreamWriter failed: x\n"),
         (extras.MissingExtraError("no trl."), 2, "lorapro demo: error: no trl.\n"),
-        (KeyboardInterrupt(), 130, "\nAborted. Do it again.\n"),
+        (KeyboardInterrupt(), 130, "\nStopped by Ctrl-C. Do it again.\n"),
     ],
     ids=["usage", "disk", "disk, torch", "package", "Ctrl-C"],
 )

@@ -81,7 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":  # each of several processes gets it, one speaks
-            print(f"\nAborted. {getattr(arguments, 'way_on', '')}".rstrip(), file=sys.stderr)
+            print(f"\nStopped by Ctrl-C. {getattr(arguments, 'way_on', '')}".rstrip(), file=sys.stderr)
+        if arguments.is_program:  # at the interpreter's own end Triton prints sixty lines below the one that matters
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(130)
         return 130
     except Exception as error:
         if isinstance(error, OSError) or is_disk_full(error):

@@ -17,6 +17,7 @@ import pytest
 from lorapro_hf.evaluation import sandbox as module
 from lorapro_hf.evaluation.sandbox import Isolation, Limits, Sandbox
 from lorapro_hf.options import UsageError
+from signals import listen
 
 # For programs that come to their end, however busy the machine is, and for programs that never do. The latter is no
 # whole number, as the limit of the processor's time is rounded up and must not be reached first.
@@ -210,7 +211,7 @@ def test_a_program_ends_with_the_evaluation_however_that_ends(name: str, either:
         f"print(Sandbox(Limits(seconds=900), {either.isolation!r}).run({program!r}))\n"
     )
     heard = os.open(pipe, os.O_RDWR)
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], preexec_fn=listen)
     try:
         assert select.select([heard], [], [], HANG)[0], "the program has not begun"
         assert left_over(tmp_path)

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from signals import listen
+
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.skipif(sys.platform == "win32", reason="Windows has neither groups of processes nor these signals"),
@@ -45,8 +47,8 @@ sys.exit(processes.supervise([sys.executable, "-c", *sys.argv[2:]], os.environ))
 def start(*program: str, grace: float = 600.0, ignored: tuple[int, ...] = ()) -> subprocess.Popen[str]:
     """The command that supervises a program, as soon as that has begun."""
 
-    def prepare() -> None:  # a shell's background job would ignore Ctrl-C
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    def prepare() -> None:
+        listen()
         for number in ignored:
             signal.signal(number, signal.SIG_IGN)
 

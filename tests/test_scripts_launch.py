@@ -16,6 +16,7 @@ from lorapro_hf.cli import main
 from lorapro_hf.recipes import launch
 from lorapro_hf.recipes.parser import read_recipe
 from script_helpers import CONFIGS, INPUTS, SCRIPTS, TINY, check_adapter, factors, make_inputs, results, script
+from signals import listen
 
 STUB = """import json, os, signal, sys
 json.dump(sys.argv[1:], open("words.json", "w"))
@@ -143,7 +144,7 @@ def started(*options: str) -> tuple[subprocess.Popen[str], list[int]]:
         stderr=subprocess.PIPE,
         text=True,
         env=environment(Path.cwd()),
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=listen,
     )
     assert process.stdout is not None
     scripts = []

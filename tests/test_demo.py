@@ -187,6 +187,7 @@ def test_a_whole_run(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert 0 < row["heldout"]["loss"] < 20 and 0 <= row["heldout"]["exact_match"] <= 1
         assert (output / name / "adapter_model.safetensors").exists()
         card = (output / name / "README.md").read_text()
+        assert (output / name / "lorapro_config.json").is_file() == ("lorapro_config.json" in card)
         assert "More Information Needed" not in card and tiny not in card
         assert f"# {METHODS[name].title}\n" in card and "on word problems." in card
         assert ("LoRA-Pro" in card) == ("lora-pro" in card) == (name != "lora")

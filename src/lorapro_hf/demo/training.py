@@ -28,6 +28,8 @@ from lorapro_hf.hub.card import CARD, keep_edited, without_card_of_peft
 from lorapro_hf.hub.compose import Training, compose_card
 from lorapro_hf.hub.describe import name_on_hub
 from lorapro_hf.hub.failures import write_or_warn
+from lorapro_hf.hub.settings import Settings
+from lorapro_hf.optimizer import unwrap_optimizer
 from lorapro_hf.trainer import LoRAProTrainer
 
 MB = 1e6
@@ -187,6 +189,7 @@ def train_method(
             model.save_pretrained(str(folder), save_embedding_layers=False)
         tokenizer.save_pretrained(str(folder))
         if method.lora_pro_mode is not None:
+            Settings.of(unwrap_optimizer(trainer.optimizer) or trainer.lora_pro_config).save(folder)
             data = {"dataset": "word problems"} if settings.dataset is None else {"dataset_tags": settings.dataset}
             trainer.create_model_card(model_name=method.title, **data)
         else:

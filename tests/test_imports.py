@@ -33,7 +33,7 @@ FLOORS = (
     ("factory", "zero"),
     ("callback", "loading", "hub"),
     ("resume", "arguments"),
-    ("diagnostics",),
+    ("checkpointing", "diagnostics"),
     ("trainer",),
     ("trl_trainers", "options", "processes"),
     ("recipes", "progress"),

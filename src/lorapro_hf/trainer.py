@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn, optim
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
 from lorapro_hf.arguments import GAP_MAX_BYTES, LoRAProTrainingArguments
 from lorapro_hf.callback import LoRAProCallback, require_supported_engine
+from lorapro_hf.checkpointing import CheckpointMixin
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.diagnostics.callback import GradientGapCallback
 from lorapro_hf.factory import LoRAProOptimizerFactory, create_lorapro_optimizer, take_settings
 from lorapro_hf.hub.saving import HubMixin
-from lorapro_hf.loading import LoadingMixin, require_savable
+from lorapro_hf.loading import require_savable
 from lorapro_hf.memory import readable_bytes
 from lorapro_hf.optimizer import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.pairs import find_lora_pairs
 from lorapro_hf.parents import groups_beside, handed, require_adapter
-from lorapro_hf.resume import (
-    OPTIMIZER,
-    SCHEDULER,
-    STATE,
-    require_complete,
-    require_same_training,
-    require_without_lora_pro,
-)
 from lorapro_hf.zero import attach_deepspeed
 
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
@@ -50,7 +40,7 @@ def _make_visible(package: logging.Logger) -> None:
         package.addHandler(logging.StreamHandler())
 
 
-class LoRAProTrainerMixin(LoadingMixin, HubMixin):
+class LoRAProTrainerMixin(CheckpointMixin, HubMixin):
     """Makes any `Trainer` class train with LoRA-Pro; the trainer's class comes second.
 
     ```python
@@ -99,7 +89,6 @@ class LoRAProTrainerMixin(LoadingMixin, HubMixin):
     """The settings that LoRA-Pro runs with; `None` while it is off."""
     optimizer: Any
     _lora_pro_announced = False
-    _lora_pro_announces = True
     _lora_pro_first_step: int | None = None
 
     def __init__(
@@ -259,14 +248,9 @@ class LoRAProTrainerMixin(LoadingMixin, HubMixin):
         """
         self.loaded_best_checkpoint, self._lora_pro_first_step = None, None
         folder = handed(type(self), LoRAProTrainerMixin, "train", args, kwargs).get("resume_from_checkpoint")
-        if folder is True:
-            folder = get_last_checkpoint(self.args.output_dir)
         if folder:
             self._resolve_lora_pro()
-            if self.lora_pro_config is None:
-                require_without_lora_pro(Path(folder))
-            else:
-                self._check_checkpoint(Path(folder))
+            self._examine(folder)
         try:
             output = super().train(*args, **kwargs)
             optimizer = unwrap_optimizer(self.optimizer)
@@ -278,39 +262,6 @@ class LoRAProTrainerMixin(LoadingMixin, HubMixin):
                 if isinstance(callback, GradientGapCallback):
                     callback.stop()
 
-    def _check_checkpoint(self, folder: Path) -> None:
-        by_engine = self._is_by_engine
-        require_complete(folder, by_engine)
-        if by_engine:
-            return
-        # The parent builds the optimizer after it has loaded the weights; this one is thrown away.
-        before, self._lora_pro_announces = self.optimizer, False
-        try:
-            optimizer = unwrap_optimizer(self.create_optimizer())
-        finally:
-            self.optimizer, self._lora_pro_announces = before, True
-        if not isinstance(optimizer, LoRAProAdamW):  # the first log says so
-            optimizer = None
-        if not require_same_training(folder, optimizer, self.accelerator.unwrap_model(self.model)):
-            logger.warning(
-                "%s holds no optimizer state (save_only_model=True): moments and learning rate schedule start anew, so "
-                "that the training does not go on as it would have.",
-                folder,
-            )
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> None:
-        """As the parent, which would put the state of all ranks onto the device of each of them first."""
-        parents = super()._load_optimizer_and_scheduler
-        by_engine = self._is_by_engine
-        files = [Path(checkpoint, name) for name in (OPTIMIZER, SCHEDULER)] if checkpoint else []
-        is_ours = isinstance(unwrap_optimizer(self.optimizer), LoRAProAdamW) and all(file.is_file() for file in files)
-        # a parent that overrides it may load more than these two
-        if by_engine or not files or not is_ours or parents.__func__ is not Trainer._load_optimizer_and_scheduler:
-            parents(checkpoint, *args, **kwargs)
-            return
-        for target, file in zip((self.optimizer, self.lr_scheduler), files, strict=True):
-            target.load_state_dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
-
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent, in which a model whose adapter has been deleted meanwhile ends in a KeyError."""
         optimizer = unwrap_optimizer(self.optimizer)
@@ -319,28 +270,6 @@ class LoRAProTrainerMixin(LoadingMixin, HubMixin):
         if self._lora_pro_first_step is None:
             self._lora_pro_first_step = self.state.global_step
         return super().training_step(*args, **kwargs)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
-        """As the parent; an older checkpoint in the same folder counts as unfinished from the first file on."""
-        if self.lora_pro_config is not None and self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            (folder / STATE).unlink(missing_ok=True)
-            # FSDP writes nothing before the parent looks for the best folder, which only some ranks would find
-            folder.mkdir(parents=True, exist_ok=True)
-        super()._save_checkpoint(model, trial, *args, **kwargs)
-
-    def _save_rng_state(self, *args: Any, **kwargs: Any) -> None:
-        """As the parent; what marks a checkpoint as finished comes after the files of all ranks."""
-        super()._save_rng_state(*args, **kwargs)
-        if self.lora_pro_config is not None:
-            self.accelerator.wait_for_everyone()
-
-    def _save_optimizer_and_scheduler(self, *args: Any, **kwargs: Any) -> None:
-        """As the parent, which asks rank 0 alone for a state that the ranks may share out."""
-        optimizer = unwrap_optimizer(self.optimizer)
-        if isinstance(optimizer, LoRAProAdamW) and optimizer.engine_step is None:
-            optimizer.consolidate_state_dict()
-        super()._save_optimizer_and_scheduler(*args, **kwargs)
 
     def _announce(self) -> None:
         if self._lora_pro_announced or not self._lora_pro_announces or not self.is_world_process_zero():

@@ -11,16 +11,10 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
+from lorapro_hf.checkpoint_files import OPTIMIZER, SCHEDULER, STATE
 from lorapro_hf.loading import LoadingMixin
 from lorapro_hf.optimizer import LoRAProAdamW, unwrap_optimizer
-from lorapro_hf.resume import (
-    OPTIMIZER,
-    SCHEDULER,
-    STATE,
-    require_complete,
-    require_same_training,
-    require_without_lora_pro,
-)
+from lorapro_hf.resume import require_complete, require_same_training, require_without_lora_pro
 
 logger = logging.getLogger(__name__)
 

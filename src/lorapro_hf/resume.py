@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import pickle
 import re
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-
 from lorapro_hf.checkpoint import check_state_dict
-from lorapro_hf.loading import WEIGHTS, holds_weights, require_adapters, tensor_shapes
+from lorapro_hf.checkpoint_files import (
+    OPTIMIZER,
+    RNG,
+    SCHEDULER,
+    STATE,
+    find_damage,
+    find_missing_rng,
+    read_optimizer_state,
+)
+from lorapro_hf.loading import WEIGHTS, holds_weights, require_adapters
 from lorapro_hf.optimizer import LoRAProAdamW
 
-STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.pt"
 _NAME = r"checkpoint-(\d+)"
-_WRITTEN_BY_TORCH = (OPTIMIZER, SCHEDULER, "scaler.pt", "rng_state*.pth", "**/adapter_model.bin")
-_WRITTEN_BY_SAFETENSORS = "**/adapter_model.safetensors"
 
 
 def require_complete(folder: Path, by_engine: bool = False) -> None:
@@ -47,7 +46,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is a checkpoint, complete or not: its name or one of its files says so."""
-    files = (STATE, OPTIMIZER, SCHEDULER, "rng_state*.pth")
+    files = (STATE, OPTIMIZER, SCHEDULER, RNG)
     return re.fullmatch(_NAME, folder.resolve().name) is not None or any(any(folder.glob(name)) for name in files)
 
 
@@ -57,17 +56,22 @@ def find_flaw(folder: Path, by_engine: bool = False) -> str | None:
         return "there is no such folder"
     if not (folder / STATE).is_file():
         return f"{STATE} is missing, which is written last, so that the checkpoint was not finished"
-    for file, damage in _damages(folder):
-        return f"{file.relative_to(folder)} is cut off or damaged ({damage})"
-    if by_engine:
-        return None
+    flaw = find_damage(folder)
+    if flaw is None and not by_engine:
+        flaw = _find_missing(folder)
+    return flaw
+
+
+def _find_missing(folder: Path) -> str | None:
+    """The file that a checkpoint of one process or DDP lacks."""
     if not holds_weights(folder):
         return f"{WEIGHTS[0]} is missing"
-    needed = (OPTIMIZER, SCHEDULER, "rng_state*.pth")
+    needed = (OPTIMIZER, SCHEDULER, RNG)
     absent = [name for name in needed if not any(folder.glob(name))]
-    if absent and len(absent) < len(needed):  # save_only_model leaves out all of them
-        return f"{absent[0].replace('*', '')} is missing"
-    return None
+    if len(absent) == len(needed):  # save_only_model leaves out all of them
+        return None
+    missing = absent[0].replace("*", "") if absent else find_missing_rng(folder)
+    return None if missing is None else f"{missing} is missing"
 
 
 def require_same_training(folder: Path, optimizer: LoRAProAdamW | None, model: Any) -> bool:
@@ -116,44 +120,6 @@ def require_without_lora_pro(folder: Path) -> None:
             "LoRA-Pro is off (lora_pro=False or --no_lora_pro). Turn it on again, or start a new training from the "
             "saved adapter: PeftModel.from_pretrained(base, checkpoint, is_trainable=True)."
         )
-
-
-def _damages(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Files that cannot be read, and why."""
-    try:
-        if "global_step" not in json.loads((folder / STATE).read_text(encoding="utf-8")):
-            yield folder / STATE, "it has no global_step"
-    except (ValueError, TypeError) as error:
-        yield folder / STATE, str(error)
-    for pattern in _WRITTEN_BY_TORCH:
-        for file in sorted(folder.glob(pattern)):
-            try:
-                with zipfile.ZipFile(file):  # its directory stands at the end, which is what a cut takes away
-                    pass
-                if file.name == OPTIMIZER:
-                    read_optimizer_state(file)
-            except (zipfile.BadZipFile, ValueError) as error:
-                yield file, str(error)
-    for file in sorted(folder.glob(_WRITTEN_BY_SAFETENSORS)):
-        try:
-            tensor_shapes(file)
-        except SafetensorError as error:
-            yield file, str(error)
-
-
-def read_optimizer_state(file: Path) -> dict[str, Any]:
-    """What an `optimizer.pt` holds, its tensors left on the disk.
-
-    Raises:
-        ValueError: the file is cut off, or not of an optimizer.
-    """
-    try:
-        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(str(error).splitlines()[0]) from error
-    if not isinstance(state, dict) or not {"state", "param_groups"} <= state.keys():
-        raise ValueError("it holds no state of an optimizer")
-    return state
 
 
 def _way_out(folder: Path, by_engine: bool) -> str:

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lorapro_hf.checkpoint_files import OPTIMIZER, STATE, read_optimizer_state
 from lorapro_hf.inspection.report import ENGINE, Checkpoint
-from lorapro_hf.resume import OPTIMIZER, STATE, find_flaw, read_optimizer_state, require_same_training
+from lorapro_hf.resume import find_flaw, require_same_training
 
 _BY_ENGINE = ("pytorch_model_fsdp*", "optimizer_*", "global_step*", "zero_to_fp32.py")
 

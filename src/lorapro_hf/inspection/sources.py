@@ -12,6 +12,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers.utils import cached_file, find_adapter_config_file
 
+from lorapro_hf.checkpoint_files import STATE
 from lorapro_hf.hub.settings import SETTINGS_FILE, load_lora_pro_config
 from lorapro_hf.inspection.base_model import base_on_meta, head_of
 from lorapro_hf.inspection.checkpoints import compared, read_checkpoint
@@ -23,7 +24,7 @@ from lorapro_hf.loading import ADAPTER_FILES
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.model import AdapterArguments
 from lorapro_hf.recipes.targets import require_known_names
-from lorapro_hf.resume import STATE, checkpoints_in, is_checkpoint
+from lorapro_hf.resume import checkpoints_in, is_checkpoint
 
 _ADAPTER, _CONFIG, _ARGUMENTS = "adapter_config.json", "config.json", "training_args.bin"
 

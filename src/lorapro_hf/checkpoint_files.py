@@ -1,0 +1,96 @@
+"""What do the files of a `Trainer`'s checkpoint hold, and are they whole and of one step?"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from lorapro_hf.loading import tensor_shapes
+
+STATE, OPTIMIZER, SCHEDULER, SCALER = "trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt"
+RNG = "rng_state*.pth"
+_WRITTEN_BY_TORCH = (OPTIMIZER, SCHEDULER, SCALER, RNG, "**/adapter_model.bin")
+_WRITTEN_BY_SAFETENSORS = "**/adapter_model.safetensors"
+
+
+def find_damage(folder: Path) -> str | None:
+    """The first file of a checkpoint that cannot be read, and why; `None` if there is none."""
+    for file, damage in _damages(folder):
+        return f"{file.relative_to(folder)} is cut off or damaged ({damage})"
+    return None
+
+
+def _damages(folder: Path) -> Iterator[tuple[Path, str]]:
+    try:
+        read_global_step(folder)
+    except ValueError as error:
+        yield folder / STATE, str(error)
+    for pattern in _WRITTEN_BY_TORCH:
+        for file in sorted(folder.glob(pattern)):
+            try:
+                with zipfile.ZipFile(file):  # its directory stands at the end, which is what a cut takes away
+                    pass
+                if file.name == OPTIMIZER:
+                    read_optimizer_state(file)
+            except (zipfile.BadZipFile, ValueError) as error:
+                yield file, str(error)
+    for file in sorted(folder.glob(_WRITTEN_BY_SAFETENSORS)):
+        try:
+            tensor_shapes(file)
+        except SafetensorError as error:
+            yield file, str(error)
+
+
+def read_global_step(folder: Path) -> int:
+    """The number of steps that a checkpoint's `trainer_state.json` counts.
+
+    Raises:
+        ValueError: the file is cut off, or holds no such number.
+    """
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    step = state.get("global_step") if isinstance(state, dict) else None
+    if not isinstance(step, int):
+        raise ValueError("it has no global_step")
+    return step
+
+
+def read_optimizer_state(file: Path) -> dict[str, Any]:
+    """What an `optimizer.pt` holds, its tensors left on the disk.
+
+    Raises:
+        ValueError: the file is cut off, or not of an optimizer.
+    """
+    state = _read(file)
+    if not isinstance(state, dict) or not {"state", "param_groups"} <= state.keys():
+        raise ValueError("it holds no state of an optimizer")
+    return state
+
+
+def _read(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(str(error).splitlines()[0]) from error
+
+
+def find_missing_rng(folder: Path) -> str | None:
+    """The random state of a rank that is missing in a checkpoint, `None` if each rank's is there.
+
+    One process writes `rng_state.pth`, several write `rng_state_0.pth` and so on.
+    """
+    ranks = {int(match[1]) for file in folder.glob(RNG) if (match := re.fullmatch(r"rng_state_(\d+)\.pth", file.name))}
+    absent = sorted(set(range(max(ranks, default=0) + 1)) - ranks)
+    if (folder / "rng_state.pth").is_file() or not absent:
+        return None
+    return f"rng_state_{absent[0]}.pth" if ranks else "rng_state.pth"

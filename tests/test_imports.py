@@ -31,7 +31,7 @@ FLOORS = (
     ("ordinary", "pair_gradients", "pair_optimizer"),
     ("optimizer",),
     ("factory", "zero"),
-    ("callback", "loading", "hub", "manifest", "sharded_files"),
+    ("callback", "loading", "hub", "manifest", "sharded_files", "zero_files"),
     ("checkpoint_files",),
     ("engines",),
     ("resume", "arguments"),

@@ -171,7 +171,7 @@ def test_checkpoints_of_engines(
     remove(folder, "optimizer.pt", *([] if with_adapter else [ADAPTER, WEIGHTS]), *([] if is_finished else [STATE]))
     (folder / file).mkdir()
     code, screen, report = inspected(folder, capsys)
-    assert (code == 0) is is_finished is (find_flaw(folder, by_engine=True) is None)
+    assert (code == 0) is is_finished is (find_flaw(folder) is None)
     assert "FSDP or DeepSpeed (not read)" in screen and bool(report.pairs) is with_adapter
     assert with_adapter or "The files of FSDP or DeepSpeed hold the adapter" in screen
 

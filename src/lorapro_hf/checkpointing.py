@@ -12,6 +12,7 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from lorapro_hf.checkpoint_files import OPTIMIZER, SCHEDULER, STATE
+from lorapro_hf.engines import describe_engine, require_same_engine
 from lorapro_hf.loading import LoadingMixin
 from lorapro_hf.optimizer import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.resume import require_complete, require_same_training, require_without_lora_pro
@@ -37,9 +38,9 @@ class CheckpointMixin(LoadingMixin):
             self._check_checkpoint(Path(folder))
 
     def _check_checkpoint(self, folder: Path) -> None:
-        by_engine = self._is_by_engine
-        require_complete(folder, by_engine)
-        if by_engine:
+        require_complete(folder)
+        require_same_engine(folder, describe_engine(self.accelerator))
+        if self.is_deepspeed_enabled:  # which looks at mode and pairs before it loads anything
             return
         # The parent builds the optimizer after it has loaded the weights; this one is thrown away.
         before, self._lora_pro_announces = self.optimizer, False

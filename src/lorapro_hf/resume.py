@@ -7,34 +7,26 @@ from pathlib import Path
 from typing import Any
 
 from lorapro_hf.checkpoint import check_state_dict
-from lorapro_hf.checkpoint_files import (
-    OPTIMIZER,
-    RNG,
-    SCHEDULER,
-    STATE,
-    find_damage,
-    find_missing_rng,
-    read_optimizer_state,
-)
-from lorapro_hf.loading import WEIGHTS, holds_weights, require_adapters
+from lorapro_hf.checkpoint_files import OPTIMIZER, RNG, SCHEDULER, STATE, find_damage
+from lorapro_hf.engines import engine_flaw, saved_mode, saved_state
+from lorapro_hf.loading import require_adapters
 from lorapro_hf.optimizer import LoRAProAdamW
 
 _NAME = r"checkpoint-(\d+)"
 
 
-def require_complete(folder: Path, by_engine: bool = False) -> None:
+def require_complete(folder: Path) -> None:
     """Raise if a checkpoint has been written or copied in part only; the message names a complete one beside it.
 
     Args:
         folder: the checkpoint.
-        by_engine: FSDP or DeepSpeed has written weights and optimizer state, in files of its own that are not examined.
 
     Raises:
         ValueError: a file is missing, cut off or damaged.
     """
-    flaw = find_flaw(folder, by_engine)
+    flaw = find_flaw(folder)
     if flaw is not None:
-        raise ValueError(f"cannot resume from {folder}: {flaw}. {_way_out(folder, by_engine)}")
+        raise ValueError(f"cannot resume from {folder}: {flaw}. {_way_out(folder)}")
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -50,28 +42,13 @@ def is_checkpoint(folder: Path) -> bool:
     return re.fullmatch(_NAME, folder.resolve().name) is not None or any(any(folder.glob(name)) for name in files)
 
 
-def find_flaw(folder: Path, by_engine: bool = False) -> str | None:
-    """What is wrong with the files of a checkpoint, `None` for a complete one; arguments as in `require_complete`."""
+def find_flaw(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, `None` for a complete one."""
     if not folder.is_dir():
         return "there is no such folder"
     if not (folder / STATE).is_file():
         return f"{STATE} is missing, which is written last, so that the checkpoint was not finished"
-    flaw = find_damage(folder)
-    if flaw is None and not by_engine:
-        flaw = _find_missing(folder)
-    return flaw
-
-
-def _find_missing(folder: Path) -> str | None:
-    """The file that a checkpoint of one process or DDP lacks."""
-    if not holds_weights(folder):
-        return f"{WEIGHTS[0]} is missing"
-    needed = (OPTIMIZER, SCHEDULER, RNG)
-    absent = [name for name in needed if not any(folder.glob(name))]
-    if len(absent) == len(needed):  # save_only_model leaves out all of them
-        return None
-    missing = absent[0].replace("*", "") if absent else find_missing_rng(folder)
-    return None if missing is None else f"{missing} is missing"
+    return find_damage(folder) or engine_flaw(folder)
 
 
 def require_same_training(folder: Path, optimizer: LoRAProAdamW | None, model: Any) -> bool:
@@ -92,14 +69,14 @@ def require_same_training(folder: Path, optimizer: LoRAProAdamW | None, model: A
         require_adapters(folder, model)
     except ValueError as error:
         raise ValueError(f"cannot resume from {error}") from error
-    file = folder / OPTIMIZER
-    if not file.is_file():
+    saved = saved_state(folder)
+    if saved is None:
         return False
     if optimizer is not None:
         try:
-            check_state_dict(read_optimizer_state(file), optimizer.param_groups, optimizer.pairs, optimizer.config)
+            check_state_dict(saved[1], optimizer.param_groups, optimizer.pairs, optimizer.config)
         except ValueError as error:
-            raise ValueError(f"cannot resume from {file}: {error}") from error
+            raise ValueError(f"cannot resume from {saved[0]}: {error}") from error
     return True
 
 
@@ -110,23 +87,22 @@ def require_without_lora_pro(folder: Path) -> None:
         ValueError: it is; torch's own message would speak of parameter groups, after the weights have been loaded.
     """
     try:
-        groups = read_optimizer_state(folder / OPTIMIZER)["param_groups"]
+        saved = saved_mode(folder)
     except (OSError, ValueError):  # of another kind; the parent says what is wrong with it
         return
-    modes = {group["lora_pro_mode"] for group in groups if "lora_pro_mode" in group}
-    if modes:
+    if saved is not None:
         raise ValueError(
-            f"cannot resume from {folder / OPTIMIZER}: it was written with LoRA-Pro in mode {modes.pop()!r}, but "
+            f"cannot resume from {saved[0]}: it was written with LoRA-Pro in mode {saved[1]!r}, but "
             "LoRA-Pro is off (lora_pro=False or --no_lora_pro). Turn it on again, or start a new training from the "
             "saved adapter: PeftModel.from_pretrained(base, checkpoint, is_trainable=True)."
         )
 
 
-def _way_out(folder: Path, by_engine: bool) -> str:
+def _way_out(folder: Path) -> str:
     """What to do instead: the newest complete checkpoint beside this one, or a new start."""
     if re.fullmatch(_NAME, folder.name):
         for other in checkpoints_in(folder.parent):
-            if other != folder and find_flaw(other, by_engine) is None:
+            if other != folder and find_flaw(other) is None:
                 newest = f"The newest complete checkpoint is {other}: resume with resume_from_checkpoint={str(other)!r}"
                 if not folder.is_dir():
                     return f"{newest}."

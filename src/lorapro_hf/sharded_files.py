@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,26 +12,26 @@ import torch
 
 from lorapro_hf.unpickling import read_metadata, read_tensors
 
-METADATA = ".metadata"
+_METADATA = ".metadata"
 
 
-def shards_flaw(folder: Path) -> Iterator[str]:
+def shards_flaws(folder: Path) -> Iterator[str]:
     """What is wrong with the files of a folder: one is missing, cut off, outside of it, or could run code."""
-    if not (folder / METADATA).is_file():
-        yield f"{folder.name}/{METADATA} is missing"
+    if not (folder / _METADATA).is_file():
+        yield f"{folder.name}/{_METADATA} is missing"
         return
     try:
-        metadata = read_metadata(folder / METADATA)
+        metadata = read_metadata(folder / _METADATA)
         ends: dict[str, int] = {}
         for info in metadata.storage_data.values():
             ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
     except (ValueError, AttributeError, TypeError) as error:
-        yield f"{folder.name}/{METADATA} is cut off or damaged ({error})"
+        yield f"{folder.name}/{_METADATA} is cut off or damaged ({error})"
         return
     for name, end in sorted(ends.items()):
         file = folder / name
         if Path(name).name != name or file.resolve().parent != folder.resolve():
-            yield f"{folder.name}/{METADATA} names a file outside of the checkpoint"
+            yield f"{folder.name}/{_METADATA} names a file outside of the checkpoint"
         elif not file.is_file():
             yield f"{folder.name}/{name} is missing"
         elif file.stat().st_size < end:
@@ -39,6 +40,12 @@ def shards_flaw(folder: Path) -> Iterator[str]:
         read_values(folder, metadata)
     except (ValueError, AttributeError, TypeError) as error:
         yield f"{folder.name} is damaged ({error})"
+
+
+def ranks_of_shards(folder: Path) -> int:
+    """How many ranks at least have written into a folder, as the names of its files tell."""
+    found = [re.fullmatch(r"__(\d+)_\d+\.distcp", file.name) for file in folder.iterdir()]
+    return max((int(match[1]) + 1 for match in found if match), default=1)
 
 
 def read_values(folder: Path, metadata: Any) -> dict[str, Any]:
@@ -63,7 +70,7 @@ def read_sharded_state(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: the folder holds no state of an optimizer.
     """
-    metadata = read_metadata(folder / METADATA)
+    metadata = read_metadata(folder / _METADATA)
     values = read_values(folder, metadata)
     groups: dict[int, dict[str, Any]] = {}
     state: dict[str, dict[str, Any]] = {}

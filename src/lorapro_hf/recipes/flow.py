@@ -44,7 +44,7 @@ def start(arguments: TrainingArguments) -> None:
     if arguments.do_train:
         checkpoint = checkpoint_to_resume(arguments)  # what is wrong with it is said before anything is loaded
         if checkpoint is not None and getattr(arguments, "lora_pro", True):
-            require_complete(Path(checkpoint), by_engine=True)  # the trainer, which knows the engine, looks closer
+            require_complete(Path(checkpoint))
     level = arguments.get_process_log_level()
     speaks = arguments.log_level == "passive" and arguments.should_log
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%Y-%m-%d %H:%M:%S")

@@ -18,6 +18,7 @@ DEEPSPEED = "DeepSpeed ZeRO "
 # accelerate's names for the first model and the first optimizer of a training
 _SHARDED_MODEL, _SHARDED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
 _FULL_MODEL, _FULL_OPTIMIZER = "pytorch_model_fsdp.bin", "optimizer.bin"
+_INTERCHANGEABLE = ({ONE_PROCESS, DDP}, {f"{DEEPSPEED}1", f"{DEEPSPEED}2"})
 _ANEW = "start a new training from the saved adapter: PeftModel.from_pretrained(base, checkpoint, is_trainable=True)"
 
 
@@ -55,15 +56,16 @@ def require_same_engine(folder: Path, running: str) -> None:
         running: the engine that runs, from `describe_engine`.
 
     Raises:
-        ValueError: another engine has written it, or it holds weights alone and the running one cannot load them.
+        ValueError: another engine has written it, or it holds weights alone, which DeepSpeed does not load.
     """
     written = written_by(folder)
-    if not written and running not in (ONE_PROCESS, DDP):
+    if not written and running.startswith(DEEPSPEED):
         raise ValueError(
             f"cannot resume from {folder}: it holds no optimizer state (save_only_model=True), and {running} resumes "
             f"from its own files alone. To go on from these weights, {_ANEW}."
         )
-    if written and written != [running] and not {*written, running} <= {ONE_PROCESS, DDP}:
+    both = {*written, running}
+    if written and written != [running] and not any(both <= alike for alike in _INTERCHANGEABLE):
         raise ValueError(
             f"cannot resume from {folder}: it was written by {written[0]}, and the training runs with {running}, which "
             f"does not read these files. Resume with {written[0]}, or {_ANEW}."

@@ -1,4 +1,4 @@
-"""FSDP2 and DeepSpeed on two processes refuse checkpoints that are not theirs, all ranks alike, before they load any."""
+"""Two processes of FSDP2 or DeepSpeed refuse checkpoints that are not theirs, alike, and load nothing of them."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 SOURCE = Path(__file__).parent.parent / "src" / "lorapro_hf"
 VARIES = "…"
 WARNING = "Warning"
-_REASONS = ("refusals.py", "resume.py")
+_REASONS = ("refusals.py", "resume.py", "manifest.py", "step_counts.py")
 
 
 class Message(NamedTuple):

@@ -17,6 +17,8 @@ from lorapro_hf.loading import tensor_shapes
 
 STATE, OPTIMIZER, SCHEDULER, SCALER = "trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt"
 RNG = "rng_state*.pth"
+NAME = r"checkpoint-(\d+)"
+BY_ENGINE = ("pytorch_model_fsdp*", "optimizer.bin", "optimizer_*", "global_step*", "latest", "zero_to_fp32.py")
 _WRITTEN_BY_TORCH = (OPTIMIZER, SCHEDULER, SCALER, RNG, "**/adapter_model.bin")
 _WRITTEN_BY_SAFETENSORS = "**/adapter_model.safetensors"
 
@@ -38,8 +40,8 @@ def _damages(folder: Path) -> Iterator[tuple[Path, str]]:
             try:
                 with zipfile.ZipFile(file):  # its directory stands at the end, which is what a cut takes away
                     pass
-                if file.name == OPTIMIZER:
-                    read_optimizer_state(file)
+                if file.name in _READERS:
+                    _READERS[file.name](file)
             except (zipfile.BadZipFile, ValueError) as error:
                 yield file, str(error)
     for file in sorted(folder.glob(_WRITTEN_BY_SAFETENSORS)):
@@ -75,6 +77,21 @@ def read_optimizer_state(file: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not {"state", "param_groups"} <= state.keys():
         raise ValueError("it holds no state of an optimizer")
     return state
+
+
+def read_scheduler_state(file: Path) -> dict[str, Any]:
+    """What a `scheduler.pt` holds.
+
+    Raises:
+        ValueError: the file is cut off, or not of a learning rate schedule.
+    """
+    state = _read(file)
+    if not isinstance(state, dict):
+        raise ValueError("it holds no state of a schedule")
+    return state
+
+
+_READERS = {OPTIMIZER: read_optimizer_state, SCHEDULER: read_scheduler_state}
 
 
 def _read(file: Path) -> Any:

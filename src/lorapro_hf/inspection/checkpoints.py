@@ -8,16 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lorapro_hf.checkpoint_files import OPTIMIZER, STATE, read_optimizer_state
+from lorapro_hf.checkpoint_files import BY_ENGINE, OPTIMIZER, STATE, read_optimizer_state
 from lorapro_hf.inspection.report import ENGINE, Checkpoint
 from lorapro_hf.resume import find_flaw, require_same_training
-
-_BY_ENGINE = ("pytorch_model_fsdp*", "optimizer_*", "global_step*", "zero_to_fp32.py")
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """What a checkpoint folder of a `Trainer` holds, and whether all of it is there."""
-    by_engine = any(any(folder.glob(pattern)) for pattern in _BY_ENGINE)
+    by_engine = any(any(folder.glob(pattern)) for pattern in BY_ENGINE)
     known: dict[str, Any] = {"folder": str(folder), "flaw": find_flaw(folder, by_engine)}
     with suppress(OSError, ValueError, TypeError, KeyError):
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))

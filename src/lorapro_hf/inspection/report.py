@@ -173,9 +173,10 @@ class Report:
 
     @property
     def is_trainable(self) -> bool:
-        """Whether LoRA-Pro can train it as it is, and go on from it or from the newest checkpoint in it."""
-        newest = self.checkpoint or next(iter(self.checkpoints), None)
-        if self.unsupported or (newest is not None and newest.flaw is not None):
+        """Whether LoRA-Pro can train it as it is, and go on from it or from the newest complete checkpoint in it."""
+        found = self.checkpoints if self.checkpoint is None else [self.checkpoint]
+        newest = next((each for each in found if each.flaw is None), None)
+        if self.unsupported or (found and newest is None):
             return False
         in_files_of_engine = self.base is None and newest is not None and newest.optimizer == ENGINE
         return bool(self.pairs) or in_files_of_engine

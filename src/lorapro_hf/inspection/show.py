@@ -140,11 +140,12 @@ def _checkpoints(found: Sequence[Checkpoint]) -> Section:
     """Those of an output folder, the newest first, and the one that resuming takes."""
     rows = [(Path(each.folder).name, _step(each), _state(each), each.flaw or "complete") for each in found]
     whole = next((each for each in found if each.flaw is None), None)
-    if whole is found[0]:
-        line = f"resume_from_checkpoint=True goes on from {rows[0][0]}, the newest."
+    if whole is None:
+        line = "resume_from_checkpoint=True is refused, since none of them is complete: start again."
     else:
-        line = f"resume_from_checkpoint=True takes the newest, {rows[0][0]}, and is refused: delete it, "
-        line += "or start again." if whole is None else f"or resume from {whole.folder}, the newest complete one."
+        passed = "" if whole is found[0] else f"passes over {rows[0][0]} and "
+        kind = "" if whole is found[0] else " complete one"
+        line = f"resume_from_checkpoint=True {passed}goes on from {Path(whole.folder).name}, the newest{kind}."
     return Section("Checkpoints in it", ("name", "step>", "optimizer state", "files"), rows, [line])
 
 

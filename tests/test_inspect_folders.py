@@ -17,13 +17,14 @@ from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments, cli
 from lorapro_hf.inspection.report import Report
 from lorapro_hf.inspection.show import show
 from lorapro_hf.inspection.sources import Wish, inspect_source
+from lorapro_hf.manifest import MANIFEST
 from lorapro_hf.options import UsageError
 from lorapro_hf.resume import find_flaw
 from trainer_helpers import arguments, build, tiny_base
 
 ADAPTERS = {"plain": ["default"], "named": ["mine"], "two": ["default", "other"]}
 ADAPTER, WEIGHTS, STATE = "adapter_config.json", "adapter_model.safetensors", "trainer_state.json"
-OF_RESUME = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+OF_RESUME = ("optimizer.pt", "scheduler.pt", "rng_state.pth", MANIFEST)
 
 
 def adapted(kind: str, base: Path) -> PeftModel:
@@ -80,6 +81,7 @@ def keep_a_share(folder: Path) -> None:
     for group in state["param_groups"]:
         group["lora_pro_partial"] = (0, 2)
     torch.save(state, folder / "optimizer.pt")
+    remove(folder, MANIFEST)
 
 
 def change_rank(folder: Path) -> None:
@@ -168,7 +170,13 @@ def test_checkpoints_of_engines(
     capsys: pytest.CaptureFixture[str],
 ):
     folder = copied("plain") / "checkpoint-1"
-    remove(folder, "optimizer.pt", *([] if with_adapter else [ADAPTER, WEIGHTS]), *([] if is_finished else [STATE]))
+    remove(
+        folder,
+        "optimizer.pt",
+        MANIFEST,
+        *([] if with_adapter else [ADAPTER, WEIGHTS]),
+        *([] if is_finished else [STATE]),
+    )
     (folder / file).mkdir()
     code, screen, report = inspected(folder, capsys)
     assert (code == 0) is is_finished is (find_flaw(folder, by_engine=True) is None)

@@ -53,8 +53,6 @@ class CheckpointMixin(LoadingMixin):
         checkpoint = self._newest_complete() if asked is True else Path(asked)
         self._together(lambda: self._require_complete(checkpoint))
         self._together(lambda: self._require_same_training(checkpoint))
-        if self.is_world_process_zero() and (doubt := unverified(checkpoint)):
-            logger.warning(doubt)
         return str(checkpoint)
 
     def _newest_complete(self) -> Path:
@@ -74,8 +72,20 @@ class CheckpointMixin(LoadingMixin):
             require_complete(folder, self._is_by_engine)
 
     def _require_same_training(self, folder: Path) -> None:
-        if self._is_by_engine:
+        has_state = self._is_by_engine or self._has_fitting_state(folder)
+        if not self.is_world_process_zero():
             return
+        if not has_state:
+            logger.warning(
+                "%s holds no optimizer state (save_only_model=True): moments and learning rate schedule start anew, so "
+                "that the training does not go on as it would have.",
+                folder,
+            )
+        elif doubt := unverified(folder):
+            logger.warning(doubt)
+
+    def _has_fitting_state(self, folder: Path) -> bool:
+        """Whether a checkpoint has an optimizer's state; raise if that or the adapter is of another training."""
         # The parent builds the optimizer after it has loaded the weights; this one is thrown away.
         before, self._lora_pro_announces = self.optimizer, False
         try:
@@ -84,13 +94,7 @@ class CheckpointMixin(LoadingMixin):
             self.optimizer, self._lora_pro_announces = before, True
         if not isinstance(optimizer, LoRAProAdamW):  # the first log says so
             optimizer = None
-        has_state = require_same_training(folder, optimizer, self.accelerator.unwrap_model(self.model))
-        if not has_state and self.is_world_process_zero():
-            logger.warning(
-                "%s holds no optimizer state (save_only_model=True): moments and learning rate schedule start anew, so "
-                "that the training does not go on as it would have.",
-                folder,
-            )
+        return require_same_training(folder, optimizer, self.accelerator.unwrap_model(self.model))
 
     def _together(self, check: Callable[[], None]) -> None:
         """Run a check on all ranks; where it fails on one it fails on all, none of which then waits for another."""
@@ -146,7 +150,8 @@ class CheckpointMixin(LoadingMixin):
         super()._push_from_checkpoint(checkpoint_folder, *args, **kwargs)
 
     def _write_manifest(self, folder: Path) -> None:
-        if self.lora_pro_config is not None and self.args.should_save and not (folder / MANIFEST).exists():
+        is_due = self.args.should_save and folder.is_dir() and not (folder / MANIFEST).exists()
+        if self.lora_pro_config is not None and is_due:
             write_manifest(folder, self.state.global_step, self.accelerator.num_processes)
 
     def _save_rng_state(self, *args: Any, **kwargs: Any) -> None:

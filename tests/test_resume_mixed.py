@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, SequentialLR
 
+from killable import Nursery
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
 from lorapro_hf.manifest import MANIFEST, read_manifest, write_manifest
 from lorapro_hf.resume import checkpoints_in, find_flaw
@@ -299,20 +300,22 @@ def test_the_manifest_comes_last_and_is_pushed_with_the_rest(tmp_path: Path, mon
     assert seen == [False, True]
 
 
-@pytest.mark.parametrize("moment", ["before the manifest", "within it"])
-def test_a_save_that_ends_at_the_manifest_is_complete(copy: Path, monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+def test_a_save_that_ends_at_the_manifest_is_complete(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(copy / "checkpoint-6")
-    trainer = fresh(copy)
 
-    def end(*_: Any, **__: Any) -> None:
+    def end(file: Path, text: str) -> None:
+        file.with_name(f"_{file.name}.part").write_text(text[: len(text) // 2])
         raise KeyboardInterrupt
 
-    place = "lorapro_hf.checkpointing.write_manifest" if moment == "before the manifest" else "pathlib.Path.replace"
-    monkeypatch.setattr(place, end)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train(resume_from_checkpoint=str(copy / "checkpoint-4"))
+    trainer = fresh(copy)
+    with monkeypatch.context() as patch:
+        patch.setattr("lorapro_hf.manifest.write_text", end)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train(resume_from_checkpoint=str(copy / "checkpoint-4"))
     assert not (copy / "checkpoint-6" / MANIFEST).exists()
     assert find_flaw(copy / "checkpoint-6") is None
+    fresh(copy).train(resume_from_checkpoint=str(copy / "checkpoint-4"))  # which saves there again
+    assert read_manifest(copy / "checkpoint-6") is not None and find_flaw(copy / "checkpoint-6") is None
 
 
 def test_what_is_left_of_an_older_save_is_cleared(copy: Path) -> None:
@@ -339,3 +342,35 @@ def test_settings_of_saving(tmp_path: Path, setting: dict[str, Any]) -> None:
 def test_without_lora_pro_there_is_none(tmp_path: Path) -> None:
     fresh(tmp_path, lora_pro=False, max_steps=2).train()
     assert (tmp_path / "checkpoint-2").is_dir() and not (tmp_path / "checkpoint-2" / MANIFEST).exists()
+
+
+# On two ranks
+
+
+@pytest.mark.distributed
+def test_ranks_agree_on_what_they_take_and_refuse(tmp_path: Path) -> None:
+    """None of them goes on alone, where it would wait for the others for ever."""
+    nursery = Nursery()
+    try:
+        job = {"ranks": 2, "settings": {"lora_pro_mode": "efficient"}}
+        nursery.finish(tmp_path, **job)
+        first, second = tmp_path / "checkpoint-3", tmp_path / "checkpoint-6"
+        one = shutil.copytree(first, tmp_path / "of one rank")
+        (one / "rng_state_1.pth").unlink()
+        mixed = shutil.copytree(first, tmp_path / "mixed")
+        shutil.copy(second / OPTIMIZER, mixed)
+        manifest = read_manifest(second)
+        (second / STATE).unlink()
+        cases = {"newest": True, "mixed": str(mixed), "random state": str(one), "rank 1 alone": str(first)}
+        found = nursery.finish(tmp_path, do="examine", cases=cases, **job)
+    finally:
+        nursery.close()
+    assert found[0] == found[1]
+    assert manifest is not None and manifest.processes == 2
+    assert found[0].pop("newest") == str(first)
+    for name, said in {
+        "mixed": f"{mixed}: {OPTIMIZER} {CHANGED}",
+        "random state": f"{one}: rng_state_1.pth is missing",
+    }.items():
+        assert found[0].pop(name).startswith(f"refused: cannot resume from {said}")
+    assert found[0] == {"rank 1 alone": "refused: rank 1 has found something"}

@@ -118,6 +118,7 @@ class Checkpoint:
         optimizer: what the state is of: `"LoRA-Pro"`, `"another optimizer"`, `ENGINE` or `"none"`.
         settings: mode, dtype of the moments and master factors of LoRA-Pro, and the learning rate.
         stepped_tensors: parameters that have a state.
+        has_manifest: the sizes and checksums of its files are known.
         share: rank and number of ranks where the file has one rank's share of the state only.
     """
 
@@ -130,6 +131,7 @@ class Checkpoint:
     optimizer: str = "none"
     settings: dict[str, Any] = field(default_factory=dict)
     stepped_tensors: int | None = None
+    has_manifest: bool = False
     share: tuple[int, int] | None = None
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from lorapro_hf.inspection.model import PREFIX
 from lorapro_hf.inspection.report import Checkpoint, PairGroup, Report
+from lorapro_hf.manifest import MANIFEST
 from lorapro_hf.memory import readable_bytes
 
 _LISTED = 4  # so many layers are named, where there are more
@@ -127,7 +128,8 @@ def _overview(report: Report) -> Section:
 
 
 def _checkpoint(found: Checkpoint) -> Section:
-    rows = [("files", "complete" if found.flaw is None else found.flaw)]
+    complete = "complete" if found.has_manifest else f"complete, as far as can be told without {MANIFEST}"
+    rows = [("files", found.flaw or complete)]
     if found.step is not None:
         rows.append(("step", _step(found) + ("" if found.epoch is None else f", epoch {found.epoch:g}")))
     if found.processes is not None:

@@ -195,6 +195,14 @@ def half_untrained(content: dict[str, Any]) -> None:
             lambda content: [state.update(step=torch.tensor(float("nan"))) for state in content["state"].values()],
             f"{OPTIMIZER} is damaged (it counts steps by what is no number)",
         ),
+        (
+            lambda content: content["state"][0].update(step=torch.ones(2)),
+            f"{OPTIMIZER} is damaged (it counts steps by what is no number)",
+        ),
+        (
+            lambda content: content["state"].update({0: 3}),
+            f"{OPTIMIZER} is cut off or damaged (it holds no state of an optimizer)",
+        ),
     ],
 )
 def test_what_the_optimizer_counts(copy: Path, change: Callable[[dict[str, Any]], Any], said: str | None) -> None:

@@ -74,9 +74,11 @@ def read_optimizer_state(file: Path) -> dict[str, Any]:
         ValueError: the file is cut off, or not of an optimizer.
     """
     state = _read(file)
-    if not isinstance(state, dict) or not {"state", "param_groups"} <= state.keys():
+    content, groups = (state.get(key) if isinstance(state, dict) else None for key in ("state", "param_groups"))
+    is_mapped = isinstance(content, dict) and all(isinstance(each, dict) for each in content.values())
+    if not is_mapped or not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
         raise ValueError("it holds no state of an optimizer")
-    return state
+    return dict(state)
 
 
 def read_scheduler_state(file: Path) -> dict[str, Any]:

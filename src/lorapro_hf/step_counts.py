@@ -81,9 +81,12 @@ def _optimized(folder: Path) -> _Counted:
     groups = saved["param_groups"]
     if not any("lora_pro_mode" in group for group in groups):
         return _Counted(0, math.inf, True)
-    skipped = float(groups[0].get("skipped_steps", 0))
-    steps = [float(each["step"]) for each in saved["state"].values() if "step" in each]
-    if not all(math.isfinite(count) and count >= 0 for count in [skipped, *steps]):
+    counts = [groups[0].get("skipped_steps", 0), *(each["step"] for each in saved["state"].values() if "step" in each)]
+    try:
+        skipped, *steps = map(float, counts)
+    except (TypeError, RuntimeError) as error:  # the latter is torch's
+        raise ValueError("it counts steps by what is no number") from error
+    if not all(math.isfinite(count) and count >= 0 for count in (skipped, *steps)):
         raise ValueError("it counts steps by what is no number")
     # A pair counts the steps in which it had a gradient. Where all count the same, the adapters may have taken turns.
     taken = [count for count in steps if count]

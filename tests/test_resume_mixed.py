@@ -154,7 +154,7 @@ def test_a_training_that_started_from_weights_alone_goes_on(copy: Path, caplog: 
 def skip(content: dict[str, Any], steps: int) -> None:
     content["param_groups"][0]["skipped_steps"] = steps
     for state in content["state"].values():
-        state["step"] -= steps
+        state["step"] = state["step"] - steps
 
 
 def empty(content: dict[str, Any]) -> None:
@@ -163,7 +163,7 @@ def empty(content: dict[str, Any]) -> None:
 
 def in_turns(content: dict[str, Any]) -> None:
     for state in content["state"].values():
-        state["step"] -= 2
+        state["step"] = state["step"] - 2
     for group in content["param_groups"]:
         group["param_names"] = [
             name.replace("default", "default" if place % 4 < 2 else "other")
@@ -173,7 +173,7 @@ def in_turns(content: dict[str, Any]) -> None:
 
 def unevenly(content: dict[str, Any]) -> None:
     for place, state in enumerate(content["state"].values()):
-        state["step"] -= 1 + place % 2
+        state["step"] = state["step"] - 1 - place % 2
 
 
 def half_untrained(content: dict[str, Any]) -> None:
@@ -360,7 +360,7 @@ def test_ranks_agree_on_what_they_take_and_refuse(tmp_path: Path) -> None:
     """None of them goes on alone, where it would wait for the others for ever."""
     nursery = Nursery()
     try:
-        job = {"ranks": 2, "settings": {"lora_pro_mode": "efficient"}}
+        job = {"ranks": 2, "settings": {"lora_pro_mode": "efficient", "max_steps": 6}}
         nursery.finish(tmp_path, **job)
         first, second = tmp_path / "checkpoint-3", tmp_path / "checkpoint-6"
         one = shutil.copytree(first, tmp_path / "of one rank")

@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 from lorapro_hf.engines import FULL, SHARDED
+from lorapro_hf.manifest import MANIFEST
 from trainer_helpers import run
 
 ZERO2, ZERO3 = "DeepSpeed ZeRO 2", "DeepSpeed ZeRO 3"
@@ -36,7 +37,8 @@ def written(engine: str, source: Path, folder: Path) -> Path:
     state = torch.load(folder / "optimizer.pt", weights_only=True)
     shutil.copy(folder / "rng_state.pth", folder / "rng_state_1.pth")
     (folder / "rng_state.pth").rename(folder / "rng_state_0.pth")
-    (folder / "optimizer.pt").unlink()
+    for name in ("optimizer.pt", MANIFEST):
+        (folder / name).unlink(missing_ok=True)
     names = [name for group in state["param_groups"] for name in group["param_names"]]
     state["state"] = {name: state["state"][number] for number, name in enumerate(names)}
     for group in state["param_groups"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,9 @@ from lorapro_hf.unpickling import read_tensors
 
 STATE, OPTIMIZER, SCHEDULER, SCALER = "trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt"
 RNG = "rng_state*.pth"
+NAME = r"checkpoint-(\d+)"
+BY_ENGINE = ("pytorch_model_fsdp*", "optimizer.bin", "optimizer_*", "global_step*", "latest", "zero_to_fp32.py")
 _WRITTEN_BY_TORCH = (OPTIMIZER, SCHEDULER, SCALER, RNG, "**/adapter_model.bin")
-# Keys that tell what is in a file; a GradScaler that is off has an empty state.
-_KEYS = {
-    OPTIMIZER: ({"state", "param_groups"}, "an optimizer"),
-    SCHEDULER: ({"last_epoch"}, "a learning rate schedule"),
-    SCALER: ({"scale"}, "a gradient scaler"),
-    RNG: ({"python", "numpy", "cpu"}, "random number generators"),
-}
 _WRITTEN_BY_SAFETENSORS = "**/adapter_model.safetensors"
 
 
@@ -44,8 +39,8 @@ def _damages(folder: Path) -> Iterator[tuple[Path, str]]:
             try:
                 with zipfile.ZipFile(file):  # its directory stands at the end, which is what a cut takes away
                     pass
-                if pattern in _KEYS:
-                    read_state(file, *_KEYS[pattern])
+                if pattern in _READERS:
+                    _READERS[pattern](file)
             except (zipfile.BadZipFile, ValueError) as error:
                 yield file, str(error)
     for file in sorted(folder.glob(_WRITTEN_BY_SAFETENSORS)):
@@ -77,24 +72,45 @@ def read_optimizer_state(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is cut off, or not of an optimizer.
     """
-    return read_state(file, *_KEYS[OPTIMIZER])
+    state = read_tensors(file)
+    content, groups = (state.get(key) if isinstance(state, dict) else None for key in ("state", "param_groups"))
+    is_mapped = isinstance(content, dict) and all(isinstance(each, dict) for each in content.values())
+    if not is_mapped or not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        raise ValueError("it holds no state of an optimizer")
+    return dict(state)
 
 
-def read_state(file: Path, keys: set[str], kind: str) -> dict[str, Any]:
-    """The state that a file of torch holds, its tensors left on the disk.
-
-    Args:
-        file: the file.
-        keys: those that such a state has.
-        kind: what has such a state, for the message.
+def read_scheduler_state(file: Path) -> dict[str, Any]:
+    """What a `scheduler.pt` holds.
 
     Raises:
-        ValueError: the file is cut off, is of another kind or could run code. Nothing of it has been run.
+        ValueError: the file is cut off, or not of a learning rate schedule.
     """
+    return _read_state(file, {"last_epoch"}, "a schedule")
+
+
+def _read_scaler_state(file: Path) -> Any:
     state = read_tensors(file)
-    if not isinstance(state, dict) or not (keys <= state.keys() or (file.name == SCALER and not state)):
+    return state if state == {} else _read_state(file, {"scale"}, "a gradient scaler")  # empty while it is off
+
+
+def _read_random_state(file: Path) -> Any:
+    return _read_state(file, {"python", "numpy", "cpu"}, "random number generators")
+
+
+def _read_state(file: Path, keys: set[str], kind: str) -> dict[str, Any]:
+    state = read_tensors(file)
+    if not isinstance(state, dict) or not keys <= state.keys():
         raise ValueError(f"it holds no state of {kind}")
     return state
+
+
+_READERS: dict[str, Callable[[Path], Any]] = {
+    OPTIMIZER: read_optimizer_state,
+    SCHEDULER: read_scheduler_state,
+    SCALER: _read_scaler_state,
+    RNG: _read_random_state,
+}
 
 
 def find_missing_rng(folder: Path, known_ranks: int = 1) -> str | None:

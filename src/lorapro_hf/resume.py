@@ -3,52 +3,114 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lorapro_hf.checkpoint import check_state_dict
-from lorapro_hf.checkpoint_files import OPTIMIZER, RNG, SCHEDULER, STATE, find_damage
+from lorapro_hf.checkpoint_files import NAME, OPTIMIZER, RNG, SCHEDULER, STATE, find_damage
 from lorapro_hf.engines import engine_flaw, saved_mode, saved_state
 from lorapro_hf.loading import require_adapters
+from lorapro_hf.manifest import MANIFEST, find_change, read_manifest
 from lorapro_hf.optimizer import LoRAProAdamW
+from lorapro_hf.step_counts import find_disagreement, steps_behind
 
-_NAME = r"checkpoint-(\d+)"
 
-
-def require_complete(folder: Path) -> None:
-    """Raise if a checkpoint has been written or copied in part only; the message names a complete one beside it.
+def require_complete(folder: Path, checksums: bool = True) -> None:
+    """Raise if a checkpoint is not whole or not of one save; the message names a complete one beside it.
 
     Args:
         folder: the checkpoint.
+        checksums: read all files, as `find_flaw` does.
 
     Raises:
-        ValueError: a file is missing, cut off or damaged.
+        ValueError: a file is missing, cut off, damaged or of another save.
     """
-    flaw = find_flaw(folder)
+    flaw = find_flaw(folder, checksums)
     if flaw is not None:
         raise ValueError(f"cannot resume from {folder}: {flaw}. {_way_out(folder)}")
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints in the output folder of a training, the newest first."""
-    found = {path: re.fullmatch(_NAME, path.name) for path in folder.glob("checkpoint-*") if path.is_dir()}
+    found = {path: re.fullmatch(NAME, path.name) for path in folder.glob("checkpoint-*") if path.is_dir()}
     steps = {path: int(match[1]) for path, match in found.items() if match is not None}
     return sorted(steps, key=lambda path: -steps[path])
+
+
+def newest_complete(
+    output: Path, folders: Sequence[Path], find: Callable[[Path], str | None]
+) -> tuple[Path, dict[Path, str]]:
+    """The checkpoint that `resume_from_checkpoint=True` means, and the flaws of those that it passes over.
+
+    Args:
+        output: the output folder of the training.
+        folders: the checkpoints in it, the newest first.
+        find: gives the flaw of one, as `find_flaw` does.
+
+    Raises:
+        ValueError: none is complete, or there is none.
+    """
+    flaws: dict[Path, str] = {}
+    for folder in folders:
+        flaw = find(folder)
+        if flaw is None:
+            return folder, flaws
+        flaws[folder] = flaw
+    anew = "Start the training again without resume_from_checkpoint"
+    if not flaws:
+        raise ValueError(f"cannot resume from {output}: it holds no checkpoint. {anew}, or name the folder of one.")
+    raise ValueError(
+        f"cannot resume from {output}: none of its checkpoints is complete. In {folders[0].name}, the newest, "
+        f"{flaws[folders[0]]}. {anew}, with another output_dir or after deleting them."
+    )
+
+
+def unverified(folder: Path) -> str | None:
+    """What a complete checkpoint leaves unsaid of itself for want of a manifest; `None` if it has one."""
+    if (folder / MANIFEST).is_file():
+        return None
+    behind = steps_behind(folder)
+    return (
+        f"{folder} has no {MANIFEST}, in which later versions of lorapro_hf list the files of a save: only their kinds "
+        f"and counts of steps were compared{'' if behind is None else f', and {behind}'}."
+    )
 
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is a checkpoint, complete or not: its name or one of its files says so."""
     files = (STATE, OPTIMIZER, SCHEDULER, RNG)
-    return re.fullmatch(_NAME, folder.resolve().name) is not None or any(any(folder.glob(name)) for name in files)
+    return re.fullmatch(NAME, folder.resolve().name) is not None or any(any(folder.glob(name)) for name in files)
 
 
-def find_flaw(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, `None` for a complete one."""
+def find_flaw(folder: Path, checksums: bool = True) -> str | None:
+    """What is wrong with the files of a checkpoint, `None` for a complete one of one save.
+
+    Args:
+        folder: the checkpoint.
+        checksums: compare the content of each file with the manifest, for which all of them are read.
+    """
     if not folder.is_dir():
         return "there is no such folder"
     if not (folder / STATE).is_file():
         return f"{STATE} is missing, which is written last, so that the checkpoint was not finished"
-    return find_damage(folder) or engine_flaw(folder)
+    try:
+        return find_damage(folder) or engine_flaw(folder) or _find_mixture(folder, checksums)
+    except OSError as error:
+        return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
+
+
+def _find_mixture(folder: Path, checksums: bool) -> str | None:
+    """The file of a checkpoint that another save has written, or that has been lost since."""
+    name = MANIFEST
+    try:
+        manifest = read_manifest(folder)
+        if manifest is not None:
+            return find_change(folder, manifest, checksums)
+        name = OPTIMIZER
+        return find_disagreement(folder)
+    except ValueError as error:
+        return f"{name} is damaged ({error})"
 
 
 def require_same_training(folder: Path, optimizer: LoRAProAdamW | None, model: Any) -> bool:
@@ -100,11 +162,8 @@ def require_without_lora_pro(folder: Path) -> None:
 
 def _way_out(folder: Path) -> str:
     """What to do instead: the newest complete checkpoint beside this one, or a new start."""
-    if re.fullmatch(_NAME, folder.name):
+    if re.fullmatch(NAME, folder.name):
         for other in checkpoints_in(folder.parent):
             if other != folder and find_flaw(other) is None:
-                newest = f"The newest complete checkpoint is {other}: resume with resume_from_checkpoint={str(other)!r}"
-                if not folder.is_dir():
-                    return f"{newest}."
-                return f"{newest}, or delete {folder.name}, so that resume_from_checkpoint=True finds {other.name}."
+                return f"The newest complete checkpoint is {other}: resume with resume_from_checkpoint={str(other)!r}."
     return "There is no complete checkpoint beside it: start the training again without resume_from_checkpoint."

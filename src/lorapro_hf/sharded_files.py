@@ -31,7 +31,7 @@ def shards_flaws(folder: Path) -> Iterator[str]:
     for name, end in sorted(ends.items()):
         file = folder / name
         if Path(name).name != name or file.resolve().parent != folder.resolve():
-            yield f"{folder.name}/{_METADATA} names a file outside of the checkpoint"
+            yield f"{folder.name}/.metadata names a file outside of the checkpoint"
         elif not file.is_file():
             yield f"{folder.name}/{name} is missing"
         elif file.stat().st_size < end:

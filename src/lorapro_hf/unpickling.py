@@ -34,7 +34,6 @@ _STOOD_FOR = (
     ("numpy", "ndarray"),
     ("numpy", "dtype"),
 )
-_FOREIGN = "it holds objects that could run code, such as {}, which no training writes"
 
 
 class StandIn:
@@ -67,7 +66,9 @@ def read_tensors(file: Path | IO[bytes]) -> Any:
             return torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
-        raise ValueError(_FOREIGN.format(found[1]) if found else "it is no file of torch") from error
+        if found is None:
+            raise ValueError("it is no file of torch") from error
+        raise ValueError(_foreign(found[1])) from error
     except (RuntimeError, EOFError, TypeError, AttributeError, LookupError) as error:
         raise ValueError((str(error).splitlines() or ["it ends too early"])[0]) from error
 
@@ -91,5 +92,9 @@ class _Metadata(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and (module, name) not in _IN_METADATA:
-            raise pickle.UnpicklingError(_FOREIGN.format(f"{module}.{name}"))
+            raise pickle.UnpicklingError(_foreign(f"{module}.{name}"))
         return super().find_class(module, name)
+
+
+def _foreign(name: str) -> str:
+    return f"it holds objects that could run code, such as {name}, which no training writes"

@@ -54,8 +54,9 @@ def zero_flaws(folder: Path) -> Iterator[str]:
     """What is wrong with the files of DeepSpeed and with those of LoRA-Pro beside them."""
     states = _states(folder)
     if states is None:
-        absent = not (folder / LATEST).is_file()
-        yield f"{LATEST} is missing" if absent else f"{LATEST} names no folder of DeepSpeed inside the checkpoint"
+        if not (folder / LATEST).is_file():
+            yield f"{LATEST} is missing"
+        yield "latest names no folder of DeepSpeed inside the checkpoint"
         return
     for file in sorted(states.glob("*.pt")):
         try:

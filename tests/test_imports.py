@@ -25,7 +25,7 @@ FLOORS = (
     ("projection", "sequential"),
     ("linear",),
     ("factored", "pairs"),
-    ("stacks", "gradients", "parents"),
+    ("stacks", "gradients", "parents", "attendance", "uneven_inputs"),
     ("moments", "shares"),
     ("steps", "checkpoint", "memory", "consolidation", "first_steps"),
     ("ordinary", "pair_gradients", "pair_optimizer"),

@@ -118,7 +118,6 @@ class Checkpoint:
         optimizer: what the state is of: `"LoRA-Pro"`, `"another optimizer"`, `ENGINE` or `"none"`.
         settings: mode, dtype of the moments and master factors of LoRA-Pro, and the learning rate.
         stepped_tensors: parameters that have a state.
-        share: rank and number of ranks where the file has one rank's share of the state only.
     """
 
     folder: str
@@ -130,7 +129,6 @@ class Checkpoint:
     optimizer: str = "none"
     settings: dict[str, Any] = field(default_factory=dict)
     stepped_tensors: int | None = None
-    share: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

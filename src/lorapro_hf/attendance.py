@@ -40,7 +40,8 @@ class Attendance:
     """
 
     def __init__(self, group: dist.ProcessGroup, store: Any = None) -> None:
-        self._store: Any = dist.distributed_c10d._get_default_store() if store is None else store
+        of_run: Any = dist.distributed_c10d._get_default_store
+        self._store = of_run() if store is None else store
         self.limit: timedelta = self._store.timeout
         self._group, self._rank, self._size = group, group.rank(), group.size()
         self._name = f"lorapro_hf/{group.group_name}"

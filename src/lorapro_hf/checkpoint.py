@@ -12,8 +12,9 @@ from lorapro_hf.pairs import LoRAPair, unwrapped_name
 _ADVICE = "It is a checkpoint of another model or rank; resume with the model it was written for."
 # Where the moments of a pair are missing but its steps are not, they were with another rank.
 _PARTIAL = (
-    "the checkpoint was saved by a rank that has only part of the optimizer's state. Save and load the state_dict() of "
-    "rank 0, for which all ranks call state_dict() or consolidate_state_dict()."
+    "the checkpoint has only part of the optimizer's state, as the state_dict() of a rank other than 0 does. Save and "
+    "load that of rank 0, for which all ranks call state_dict() or consolidate_state_dict(). Under FSDP2 leave out "
+    "flatten_optimizer_state_dict."
 )
 
 
@@ -22,7 +23,7 @@ def check_state_dict(
     param_groups: list[dict[str, Any]],
     pairs: Sequence[LoRAPair],
     config: LoRAProConfig,
-    stepped: Sequence[LoRAPair] | None = None,
+    needed: Sequence[LoRAPair] | None = None,
 ) -> None:
     """Raise a `ValueError` that says what differs if `state_dict` is of another optimizer, mode, rank or model.
 
@@ -31,7 +32,7 @@ def check_state_dict(
         param_groups: of the optimizer that loads it.
         pairs: of that optimizer.
         config: of that optimizer.
-        stepped: the pairs that this rank steps, whose moments it needs; by default all.
+        needed: the pairs whose moments this rank loads; by default all.
     """
     saved_groups = state_dict["param_groups"]
     modes = {_kind(group) for group in saved_groups}
@@ -49,7 +50,7 @@ def check_state_dict(
         )
     for saved, own in zip(saved_groups, param_groups, strict=True):
         _check_group(saved, own)
-    needed = {id(factor) for pair in (pairs if stepped is None else stepped) for factor in (pair.A, pair.B)}
+    of_needed = {id(factor) for pair in (pairs if needed is None else needed) for factor in (pair.A, pair.B)}
     expected: dict[int, dict[str, tuple[int, ...]]] = {}
     for pair in pairs:
         for factor, shapes in zip(
@@ -63,7 +64,7 @@ def check_state_dict(
             if state and id(parameter) in expected and not shapes.keys() <= state.keys():
                 if state.keys() != {"step"}:
                     raise ValueError(f"the checkpoint lacks the moments of {name}; it is damaged. Use an earlier one.")
-                if id(parameter) in needed:
+                if id(parameter) in of_needed:
                     raise ValueError(_PARTIAL)
             _check_shapes(name, state, shapes)
 

@@ -50,7 +50,7 @@ def collect_states(shares: Shares, state: Mapping[Tensor, dict[str, Any]], confi
                 own = torch.empty(entry.shape, dtype=entry.dtype, device=pair.A.device)
                 dist.recv(own, src=dist.get_global_rank(shares.group, owner), group=shares.group)
             elif entry.name == "step":
-                own = torch.tensor(steps)
+                own = torch.tensor(steps, dtype=torch.float32)
             if own is not None:
                 found.setdefault(entry.parameter, {})[entry.name] = own.cpu() if shares.rank == to else own
     return found
@@ -211,5 +211,5 @@ def _steps(shares: Shares, state: Mapping[Tensor, dict[str, Any]]) -> list[float
     own = {id(pair) for pair in shares.own}
     known = [state.get(pair.A, {}) if id(pair) in own else {} for pair in shares.pairs]
     flags = [[float("exp_avg" in each) for each in known], [float(each.get("step", 0)) for each in known]]
-    together = shares.total(torch.tensor(flags, device=shares.pairs[0].A.device)).tolist()
+    together = shares.total(torch.tensor(flags, dtype=torch.float32, device=shares.pairs[0].A.device)).tolist()
     return [steps if has_begun else None for has_begun, steps in zip(*together, strict=True)]

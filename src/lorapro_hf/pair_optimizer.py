@@ -315,7 +315,8 @@ class PairOptimizer(torch.optim.Optimizer):
                 changed then.
         """
         shares = self._current_shares()
-        check_state_dict(state_dict, self.param_groups, self.pairs, self.config, shares.own)
+        needed = shares.own if shares.access.in_place else self.pairs  # what is sharded takes all ranks to put together
+        check_state_dict(state_dict, self.param_groups, self.pairs, self.config, needed)
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
         loaded = [parameter for group in self.param_groups for parameter in group["params"]]
         pair_of = {id(factor): pair for pair in self.pairs for factor in (pair.A, pair.B)}

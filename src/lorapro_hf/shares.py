@@ -47,7 +47,7 @@ class Shares:
         self.group = access.group if shared and access.group is not None and access.group.size() > 1 else None
         self._have_met = False
         self._progress = _NOT_BEGUN
-        self._device = self.pairs[0].A.device
+        self._device = self.pairs[0].A.device if self.pairs else torch.device("cpu")
         self._wrappers: list[Wrapper] = []
         self.rank = self.group.rank() if self.group else 0
         self.size = self.group.size() if self.group else 1

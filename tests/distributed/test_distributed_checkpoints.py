@@ -13,6 +13,7 @@ from training import assert_close, build, make_optimizer, result, train, whole
 pytestmark = pytest.mark.distributed
 
 MODES = ("full", "factored")  # without and with moments under B
+LAYOUTS = {"ddp": (False, True), "fsdp2": (False,)}  # by flatten_optimizer_state_dict
 
 
 def started(kind, mode):
@@ -36,7 +37,7 @@ def save(rank, ranks, kind, folder):
     for mode in MODES:
         model, optimizer = started(kind, mode)
         train(model, optimizer, rank, ranks, steps=range(3))
-        for flat in (False, True):
+        for flat in LAYOUTS[kind]:
             options = StateDictOptions(flatten_optimizer_state_dict=flat)
             of_model, of_optimizer = get_state_dict(model, optimizer, options=options)
             dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=f"{folder}/{mode}-{flat}")
@@ -45,10 +46,10 @@ def save(rank, ranks, kind, folder):
     return found
 
 
-def load(rank, ranks, kind, folder, raw):
+def load(rank, ranks, kind, folder, is_same):
     found = {}
     for mode in MODES:
-        for flat in (False, True):
+        for flat in LAYOUTS[kind] if is_same else (False,):
             torch.manual_seed(99)
             model, optimizer = started(kind, mode)
             options = StateDictOptions(flatten_optimizer_state_dict=flat)
@@ -64,7 +65,7 @@ def load(rank, ranks, kind, folder, raw):
             )
             found[f"{mode} {flat}"] = {"state": state_of(optimizer), "factors": result(model)}
             train(model, optimizer, rank, ranks, steps=range(3, 4))  # goes on
-        if raw:  # an optimizer that has stepped, as its state gives the names to load
+        if is_same:  # an optimizer that has stepped, as its state gives the names to load
             model, optimizer = started(kind, mode)
             train(model, optimizer, rank, ranks, steps=range(1))
             of_optimizer = {"optimizer": optimizer.state_dict()}
@@ -99,3 +100,20 @@ def test_any_number_of_ranks_loads_to_the_bit(saved, loaded, tmp_path):
             for name, read in each.items():
                 if "factors" in read:
                     assert_close(read["factors"], written[name.split()[0]]["factors"], 0)
+
+
+def flat(rank, ranks):
+    """PyTorch drops what it finds no name for in the optimizer's own state."""
+    model, optimizer = started("fsdp2", "full")
+    train(model, optimizer, rank, ranks, steps=range(1))
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    of_model, of_optimizer = get_state_dict(model, optimizer, options=options)
+    try:
+        set_state_dict(model, optimizer, model_state_dict=of_model, optim_state_dict=of_optimizer, options=options)
+    except ValueError as error:
+        return {"said": str(error)}
+
+
+def test_flat_states_of_fsdp2_are_refused(tmp_path):
+    for found in run(flat, 2, tmp_path):
+        assert "leave out flatten_optimizer_state_dict" in found["said"]

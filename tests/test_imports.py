@@ -19,7 +19,7 @@ ROOT = Path(lorapro_hf.__file__).parent
 
 # From the ground up. A module imports only from floors below its own; a sub-package counts as one module.
 FLOORS = (
-    ("extras",),
+    ("extras", "private_names"),
     ("config", "kernels"),
     ("bases", "reference", "trust_region"),
     ("projection", "sequential"),
@@ -30,7 +30,8 @@ FLOORS = (
     ("steps", "checkpoint", "memory", "consolidation", "first_steps"),
     ("ordinary", "pair_gradients", "pair_optimizer"),
     ("optimizer",),
-    ("factory", "zero"),
+    ("zero",),
+    ("factory",),
     ("callback", "loading", "hub"),
     ("resume", "arguments"),
     ("checkpointing", "diagnostics"),

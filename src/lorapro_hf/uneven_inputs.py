@@ -12,6 +12,8 @@ from weakref import ReferenceType, ref
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from lorapro_hf.private_names import private
+
 Wrapper = ReferenceType[DistributedDataParallel]
 
 
@@ -29,7 +31,7 @@ def require_even_inputs(wrappers: Iterable[Wrapper]) -> None:
     """
     for wrapper in wrappers:
         model = wrapper()
-        if model is not None and model._join_config.enable:
+        if model is not None and private(model, "_join_config").enable:
             raise RuntimeError(
                 "the model is trained within DistributedDataParallel.join(), where ranks that have run out of batches "
                 "take no more steps, while with shard_states=True each pair is stepped by one rank alone. Give all "

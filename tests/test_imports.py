@@ -19,18 +19,19 @@ ROOT = Path(lorapro_hf.__file__).parent
 
 # From the ground up. A module imports only from floors below its own; a sub-package counts as one module.
 FLOORS = (
-    ("extras", "unpickling"),
+    ("extras", "private_names", "unpickling"),
     ("config", "kernels"),
     ("bases", "reference", "trust_region"),
     ("projection", "sequential"),
     ("linear",),
     ("factored", "pairs"),
-    ("stacks", "gradients", "parents"),
+    ("stacks", "gradients", "parents", "attendance", "uneven_inputs"),
     ("moments", "shares"),
     ("steps", "checkpoint", "memory", "consolidation", "first_steps"),
     ("ordinary", "pair_gradients", "pair_optimizer"),
     ("optimizer",),
-    ("factory", "zero"),
+    ("zero",),
+    ("factory",),
     ("callback", "loading", "hub", "sharded_files", "zero_files"),
     ("checkpoint_files",),
     ("manifest", "step_counts", "engines"),

@@ -78,14 +78,6 @@ def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
-def keep_a_share(folder: Path) -> None:
-    state = torch.load(folder / "optimizer.pt", weights_only=True)
-    for group in state["param_groups"]:
-        group["lora_pro_partial"] = (0, 2)
-    torch.save(state, folder / "optimizer.pt")
-    remove(folder, MANIFEST)
-
-
 def change_rank(folder: Path) -> None:
     content = json.loads((folder / ADAPTER).read_text())
     (folder / ADAPTER).write_text(json.dumps({**content, "r": 3}))
@@ -130,7 +122,6 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "adapter cut off": ("plain", lambda f: cut(f / WEIGHTS), f"{WEIGHTS} is cut off or damaged"),
     "named adapter cut off": ("named", lambda f: cut(f / "mine" / WEIGHTS), f"{WEIGHTS} is cut off or damaged"),
     "optimizer cut off": ("plain", lambda f: cut(f / "optimizer.pt"), "optimizer.pt is cut off or damaged"),
-    "a share": ("plain", keep_a_share, "only what rank 0 of 2 stepped"),
 }
 
 

@@ -10,6 +10,12 @@ from lorapro_hf.moments import state_shapes
 from lorapro_hf.pairs import LoRAPair, unwrapped_name
 
 _ADVICE = "It is a checkpoint of another model or rank; resume with the model it was written for."
+# Where the moments of a pair are missing but its steps are not, they were with another rank.
+_PARTIAL = (
+    "the checkpoint has only part of the optimizer's state, as the state_dict() of a rank other than 0 does. Save and "
+    "load that of rank 0, for which all ranks call state_dict() or consolidate_state_dict(). Under FSDP2 leave out "
+    "flatten_optimizer_state_dict."
+)
 
 
 def check_state_dict(
@@ -17,7 +23,7 @@ def check_state_dict(
     param_groups: list[dict[str, Any]],
     pairs: Sequence[LoRAPair],
     config: LoRAProConfig,
-    share: Sequence[int] = (0, 1),
+    needed: Sequence[LoRAPair] | None = None,
 ) -> None:
     """Raise a `ValueError` that says what differs if `state_dict` is of another optimizer, mode, rank or model.
 
@@ -26,14 +32,11 @@ def check_state_dict(
         param_groups: of the optimizer that loads it.
         pairs: of that optimizer.
         config: of that optimizer.
-        share: the process's rank among those that share the state out, and their number.
+        needed: the pairs whose moments this rank loads; by default all.
     """
     saved_groups = state_dict["param_groups"]
-    if any(list(group.get("lora_pro_partial", share)) != list(share) for group in saved_groups):
-        raise ValueError(
-            "the checkpoint was saved by a rank that has only part of the optimizer's state. Save and load the "
-            "state_dict() of rank 0, for which all ranks call state_dict() or consolidate_state_dict()."
-        )
+    if any("lora_pro_partial" in group for group in saved_groups):  # how earlier versions marked it
+        raise ValueError(_PARTIAL)
     modes = {_kind(group) for group in saved_groups}
     own_mode = _kind(param_groups[0])
     if modes != {own_mode}:
@@ -49,6 +52,7 @@ def check_state_dict(
         )
     for saved, own in zip(saved_groups, param_groups, strict=True):
         _check_group(saved, own)
+    of_needed = {id(factor) for pair in (pairs if needed is None else needed) for factor in (pair.A, pair.B)}
     expected: dict[int, dict[str, tuple[int, ...]]] = {}
     for pair in pairs:
         for factor, shapes in zip(
@@ -60,7 +64,10 @@ def check_state_dict(
             state = state_dict["state"].get(key, {})
             shapes = expected.get(id(parameter), dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(parameter.shape)))
             if state and id(parameter) in expected and not shapes.keys() <= state.keys():
-                raise ValueError(f"the checkpoint lacks the moments of {name}; it is damaged. Use an earlier one.")
+                if state.keys() != {"step"}:
+                    raise ValueError(f"the checkpoint lacks the moments of {name}; it is damaged. Use an earlier one.")
+                if id(parameter) in of_needed:
+                    raise ValueError(_PARTIAL)
             _check_shapes(name, state, shapes)
 
 

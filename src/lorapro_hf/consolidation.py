@@ -6,15 +6,14 @@ is cut into rows as DTensors on the same mesh, as distributed checkpoints want i
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lorapro_hf.attendance import Absence, Attendance
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.gradients import ShardedAccess
 from lorapro_hf.moments import state_dtype, state_shapes
@@ -22,9 +21,6 @@ from lorapro_hf.pairs import LoRAPair, unwrapped_name
 from lorapro_hf.shares import Shares
 
 States = dict[Tensor, dict[str, Tensor]]
-
-# How long a rank that saves waits for the others to save too.
-PATIENCE = timedelta(minutes=5)
 
 
 class _Entry(NamedTuple):
@@ -35,18 +31,17 @@ class _Entry(NamedTuple):
 
 
 def collect_states(shares: Shares, state: Mapping[Tensor, dict[str, Any]], config: LoRAProConfig, to: int) -> States:
-    """The state of all pairs, on the CPU of the rank `to` of the group; nothing on the others.
+    """The state of all pairs, on the CPU of the rank `to` of the group.
 
-    Raises:
-        RuntimeError: the other ranks do not take part.
+    The other ranks get the state of their own pairs and the steps of the others', so that all ranks have an entry for
+    each pair that has been stepped. Distributed checkpoints take from a rank what it has, and put it together.
     """
     assert shares.group is not None
-    _await_all(shares.group)
     found: States = {}
-    begun = _begun(shares, state)
-    for index, pair in enumerate(shares.pairs):
+    for index, (pair, steps) in enumerate(zip(shares.pairs, _steps(shares, state), strict=True)):
         owner = shares.owner_of(index)
-        for entry in _entries(pair, config) if begun[index] else ():
+        for entry in [] if steps is None else _entries(pair, config):
+            own = None
             if shares.rank == owner:
                 own = state[entry.parameter][entry.name].contiguous()
                 if owner != to:
@@ -54,28 +49,69 @@ def collect_states(shares: Shares, state: Mapping[Tensor, dict[str, Any]], confi
             elif shares.rank == to:
                 own = torch.empty(entry.shape, dtype=entry.dtype, device=pair.A.device)
                 dist.recv(own, src=dist.get_global_rank(shares.group, owner), group=shares.group)
-            if shares.rank == to:
-                found.setdefault(entry.parameter, {})[entry.name] = own.cpu()
+            elif entry.name == "step":
+                own = torch.tensor(steps, dtype=torch.float32)
+            if own is not None:
+                found.setdefault(entry.parameter, {})[entry.name] = own.cpu() if shares.rank == to else own
     return found
 
 
 def shard_states(shares: Shares, state: Mapping[Tensor, dict[str, Any]], config: LoRAProConfig) -> States:
-    """The state of all pairs in rows: a DTensor on the mesh of the factors for each moment, steps on every rank.
-
-    Raises:
-        RuntimeError: the other ranks do not take part.
-    """
+    """The state of all pairs in rows: a DTensor on the mesh of the factors for each moment, steps on every rank."""
     access = shares.access
     assert isinstance(access, ShardedAccess)
-    _await_all(access.group)
     found: States = {}
-    begun = _begun(shares, state)
-    for index, pair in enumerate(shares.pairs):
-        for entry in _entries(pair, config) if begun[index] else ():
+    for index, (pair, steps) in enumerate(zip(shares.pairs, _steps(shares, state), strict=True)):
+        for entry in [] if steps is None else _entries(pair, config):
             owner = shares.owner_of(index) if shares.group else None
             own = state[entry.parameter][entry.name] if owner in (None, shares.rank) else None
             found.setdefault(entry.parameter, {})[entry.name] = _rows_of(access, entry, own, owner)
     return found
+
+
+def await_all(attendance: Attendance, saves: bool) -> None:
+    """Wait until all ranks have come to give their parts of the state.
+
+    Args:
+        attendance: of the ranks.
+        saves: whether it is known that all ranks save together; otherwise `state_dict()` may have been called on some.
+
+    Raises:
+        RuntimeError: a rank has ended, or has not come within the limit of the process group.
+    """
+    try:
+        absence = attendance.wait_for_all()
+    except dist.DistError as error:
+        raise RuntimeError(
+            "the store of the process group has gone with the process that kept it, rank 0 or its launcher, before "
+            f"the optimizer's state was collected. {_GO_ON}"
+        ) from error
+    if absence is not None:
+        raise RuntimeError(_reason(absence, attendance, saves))
+
+
+_GO_ON = "See its output for the reason, and go on from the last complete checkpoint."
+
+
+def _reason(absence: Absence, attendance: Attendance, saves: bool) -> str:
+    several = len(absence.ranks) > 1
+    who = f"rank{'s' if several else ''} {', '.join(map(str, absence.ranks))}"
+    if absence.ended:
+        return f"{who} ended before the optimizer's state was collected, of which each rank holds a part. {_GO_ON}"
+    limit = f"{attendance.limit.total_seconds():g} seconds"
+    if saves:
+        return (
+            f"saving takes all ranks: rank {dist.get_rank()} has waited {limit}, the limit of the process group, for "
+            f"{who} to come and give its part of the optimizer's state. It ended, or still writes other files. Raise "
+            "the limit where a disk is that slow: ddp_timeout in the arguments of a trainer, or "
+            "init_process_group(timeout=...)."
+        )
+    return (
+        f"state_dict() was called on rank {dist.get_rank()}, but not on all ranks that share the optimizer's state "
+        f"out among themselves: {who} did not call it within {limit}, the limit of the process group. Call it on all "
+        "ranks (under DDP optimizer.consolidate_state_dict() on all ranks first will do), or keep the whole state on "
+        "each with LoRAProConfig(shard_states=False)."
+    )
 
 
 def own_state(shares: Shares, state: Mapping[Tensor, dict[str, Any]], config: LoRAProConfig) -> dict[str, Tensor]:
@@ -170,29 +206,10 @@ def _entries(pair: LoRAPair, config: LoRAProConfig) -> list[_Entry]:
     return entries
 
 
-def _begun(shares: Shares, state: Mapping[Tensor, dict[str, Any]]) -> list[bool]:
-    """Which pairs have any state, as their owners know."""
+def _steps(shares: Shares, state: Mapping[Tensor, dict[str, Any]]) -> list[float | None]:
+    """How often each pair has been stepped, as its owner knows; `None` for a pair without any state."""
     own = {id(pair) for pair in shares.own}
-    flags = [float(id(pair) in own and "exp_avg" in state.get(pair.A, {})) for pair in shares.pairs]
-    together = shares.total(torch.tensor(flags, device=shares.pairs[0].A.device))
-    return [flag > 0 for flag in together.tolist()]
-
-
-def _await_all(group: dist.ProcessGroup) -> None:
-    """Raise unless all ranks of the group come here within `PATIENCE`."""
-    store = dist.distributed_c10d._get_default_store()
-    name = f"lorapro_hf/{getattr(group, 'group_name', 'world')}"
-    turn = store.add(f"{name}/{group.rank()}", 1)
-    store.add(f"{name}/turn{turn}", 1)
-    deadline = time.monotonic() + PATIENCE.total_seconds()
-    while store.add(f"{name}/turn{turn}", 0) < group.size():
-        if time.monotonic() > deadline:
-            store.add(f"{name}/{group.rank()}", -1)
-            store.add(f"{name}/turn{turn}", -1)
-            raise RuntimeError(
-                f"state_dict() was called on rank {group.rank()}, but not on all {group.size()} ranks that share the "
-                "optimizer's state out among themselves. Call it on all ranks (under DDP "
-                "optimizer.consolidate_state_dict() on all ranks first will do), or keep the whole state on each with "
-                "LoRAProConfig(shard_states=False)."
-            )
-        time.sleep(0.01)
+    known = [state.get(pair.A, {}) if id(pair) in own else {} for pair in shares.pairs]
+    flags = [[float("exp_avg" in each) for each in known], [float(each.get("step", 0)) for each in known]]
+    together = shares.total(torch.tensor(flags, dtype=torch.float32, device=shares.pairs[0].A.device)).tolist()
+    return [steps if has_begun else None for has_begun, steps in zip(*together, strict=True)]

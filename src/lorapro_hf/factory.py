@@ -13,6 +13,7 @@ from lorapro_hf.memory import require_state_fits
 from lorapro_hf.optimizer import LoRAProAdamW
 from lorapro_hf.pairs import find_lora_pairs
 from lorapro_hf.shares import Shares, everyone
+from lorapro_hf.zero import plugin_in_use, require_configuration
 
 
 def create_lorapro_optimizer(
@@ -52,8 +53,12 @@ def create_lorapro_optimizer(
     Raises:
         ValueError: the model has no trainable LoRA pair, or a setting is unknown, out of range or given twice.
         StateTooLargeError: the state cannot fit; a `ValueError` too. It names the modes that would.
+        RuntimeError: accelerate runs DeepSpeed in a configuration that LoRA-Pro does not support.
     """
     config = LoRAProConfig.of(config, **settings)
+    plugin = plugin_in_use()
+    if plugin is not None:
+        require_configuration(plugin.deepspeed_config, config.master_factors)
     pairs = find_lora_pairs(model)
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if decay_parameters is None:

@@ -19,10 +19,11 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.pairs import survey_lora_pairs
+from lorapro_hf.private_names import private
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -86,7 +87,8 @@ class LoadingMixin(_Base):
 
 def active_adapters(model: nn.Module) -> list[str]:
     """The names of the active adapters of a `PeftModel` or of `model.add_adapter`; none of any other model."""
-    if not (isinstance(model, PeftModel) or getattr(model, "_hf_peft_config_loaded", False)):
+    is_adapted = isinstance(model, PreTrainedModel) and private(model, "_hf_peft_config_loaded")
+    if not (isinstance(model, PeftModel) or is_adapted):
         return []
     active: Any = model.active_adapters  # a method where transformers has added the adapters
     return list(active() if callable(active) else active)

@@ -109,8 +109,9 @@ class LoRAProAdamW(PairOptimizer):
 
         Raises:
             ValueError: a scaling is 0, a factor is not finite or lost its place in `param_groups`.
-            RuntimeError: no pair has a gradient, or one is missing for one factor of a pair, or sparse; or a closure is
-                given under DeepSpeed. The step has changed nothing in any of these cases.
+            RuntimeError: no pair has a gradient, or one is missing for one factor of a pair, or sparse; another rank
+                has met an error (known at once on CPUs alone); or a closure is given under DeepSpeed. The step has
+                changed nothing in any of these cases, on any rank that shares the state.
         """
         if closure is not None and self.engine_step is not None:
             raise RuntimeError(
@@ -124,14 +125,15 @@ class LoRAProAdamW(PairOptimizer):
         if self.engine_step is not None:
             self.engine_step()
         else:
-            shares = self._current_shares()
-            self._step(shares, self._ordinary())
+            with self._together():
+                self._step(self._current_shares(), self._ordinary())
         return loss
 
     @torch.no_grad()
     def step_pairs(self) -> None:
         """Step the pairs and nothing else; for engines that step the other parameters at another time."""
-        self._step(self._current_shares(), [])
+        with self._together():
+            self._step(self._current_shares(), [])
 
     @torch.no_grad()
     def step_ordinary(self, groups: Iterable[dict[str, Any]]) -> None:
@@ -174,13 +176,14 @@ class LoRAProAdamW(PairOptimizer):
         gradients = [local(p.grad) for _, parameters in ordinary for p in parameters if p.grad is not None]
         if any(gradient.is_sparse for gradient in gradients):
             raise RuntimeError("a parameter has a sparse gradient, which AdamW does not take; use sparse=False.")
-        skip = self._measure(shares, read, [gradient for gradient in gradients if gradient.numel()])
-        self._pairs_skipped = skip
+        norm, skip = self._measure(read, [gradient for gradient in gradients if gradient.numel()])
         adjusted = []
         if self.config.mode == "efficient":
             adjusted = [adjusted_gradients_(each, self.config.x_mode) for each in read]
-        # Allocated before anything is stepped: where memory does not suffice, nothing has been changed.
+        # Allocated before anything is stepped: where memory does not suffice, no rank has changed anything.
         moments_of = [self._moments_of(each.stack) for each in read]
+        self.last_grad_norm, skip = shares.agree(norm, skip)
+        self._pairs_skipped = skip
         self._skipped = skip.clone() if self._skipped is None else self._skipped.add_(skip.to(self._skipped.device))
         for group, parameters in ordinary:
             step_ordinary(parameters, self.state, group, skip)
@@ -196,8 +199,8 @@ class LoRAProAdamW(PairOptimizer):
             else:
                 full_step(each, moments, groups, there, self.config)
 
-    def _measure(self, shares: Shares, read: list[StackGradient], gradients: list[Tensor]) -> Tensor:
-        """Set `last_grad_norm`; 1 if the step must be left out, else 0: float32 on the device of the first pair."""
+    def _measure(self, read: list[StackGradient], gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The norm of this rank's pairs, and 1 if it must skip the step, else 0: float32 on the first pair's device."""
         norm = global_norm(read).to(self.pairs[0].A.device)
         # A norm tells whether all that it was taken of is finite, without another pass over it.
         lengths = [norm]
@@ -208,9 +211,7 @@ class LoRAProAdamW(PairOptimizer):
         dtype = torch.float64 if any(length.dtype == torch.float64 for length in lengths) else torch.float32
         longest = torch.stack([length.to(norm.device, dtype) for length in lengths]).amax()
         limit = _LARGEST if self.config.mode == "factored" else float("inf")
-        skip = (~(longest.isfinite() & (longest <= limit))).float()
-        self.last_grad_norm, skip = shares.agree(norm, skip)
-        return skip
+        return norm, (~(longest.isfinite() & (longest <= limit))).float()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "last_grad_norm": None, "_pairs_skipped": None}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from lorapro_hf.checkpoint import check_state_dict
 from lorapro_hf.config import LoRAProConfig
-from lorapro_hf.consolidation import States, collect_states, own_state, read_own_state, shard_states, whole
+from lorapro_hf.consolidation import States, await_all, collect_states, own_state, read_own_state, shard_states, whole
 from lorapro_hf.first_steps import FirstSteps
 from lorapro_hf.gradients import Access, access_to, local
 from lorapro_hf.memory import state_bytes_by_device
@@ -153,6 +154,16 @@ class PairOptimizer(torch.optim.Optimizer):
             self._check_groups(stack.pairs[0].name, *stack.groups)
         return self._shares
 
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Have all ranks leave out a step that raises on one of them; the others would wait for it, or step alone."""
+        try:
+            yield
+        except Exception as error:
+            if self._shares is not None:
+                self._shares.fail(error)
+            raise
+
     def _moments_of(self, stack: Stack) -> StackMoments:
         """What is remembered of a stack; taken over from the state when that has been loaded or moved."""
         moments = self._moments.get(stack)
@@ -229,10 +240,11 @@ class PairOptimizer(torch.optim.Optimizer):
             to: the rank, in the group of those that share the state.
 
         Raises:
-            RuntimeError: the other ranks do not take part within five minutes.
+            RuntimeError: another rank has ended, or does not take part within the limit of the process group.
         """
         shares = self._current_shares()
         if shares.group is not None and shares.access.in_place:
+            await_all(shares.attendance, saves=True)
             self._consolidated = collect_states(shares, self.state, self.config, to)
 
     def state_dict(self) -> dict[str, Any]:
@@ -240,27 +252,25 @@ class PairOptimizer(torch.optim.Optimizer):
 
         Where ranks share the state out, this collects all of it on rank 0 and must be called on all ranks, unless
         `consolidate_state_dict` has been. The other ranks get the state of their own pairs, which only the same
-        rank of as many can load. State of DTensors comes as DTensors, for `torch.distributed.checkpoint`; for this all
-        ranks are needed, too.
+        rank of as many can load, and the steps of all others. Together that is a whole state for
+        `torch.distributed.checkpoint`, which any number of ranks can load. State of DTensors comes as DTensors; for
+        this all ranks are needed, too.
 
         Raises:
-            RuntimeError: the other ranks do not take part within five minutes.
+            RuntimeError: another rank has ended, or does not take part within the limit of the process group.
         """
         self._settle_skipped()
         shares = self._current_shares() if self.engine_step is None else None
         saved = super().state_dict()
         if shares is None or (shares.access.in_place and shares.group is None):
             return saved
-        if shares.access.in_place:
-            states = self._consolidated
-            if states is None:
+        states = self._consolidated
+        if states is None:
+            await_all(shares.attendance, self.saved_collectively)
+            if shares.access.in_place:
                 states = collect_states(shares, self.state, self.config, 0)
-            if not states and any(self.state.get(pair.A) for pair in self.pairs):
-                saved["param_groups"][0]["lora_pro_partial"] = [shares.rank, shares.size]
-                begun = [pair for pair in shares.own if "exp_avg" in self.state.get(pair.A, {})]
-                states = {p: self.state[p] for pair in begun for p in (pair.A, pair.B)}
-        else:
-            states = shard_states(shares, self.state, self.config)
+            else:
+                states = shard_states(shares, self.state, self.config)
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         keys = [key for group in saved["param_groups"] for key in group["params"]]
         for key, parameter in zip(keys, parameters, strict=True):
@@ -305,7 +315,8 @@ class PairOptimizer(torch.optim.Optimizer):
                 changed then.
         """
         shares = self._current_shares()
-        check_state_dict(state_dict, self.param_groups, self.pairs, self.config, [shares.rank, shares.size])
+        needed = shares.own if shares.access.in_place else self.pairs  # what is sharded takes all ranks to put together
+        check_state_dict(state_dict, self.param_groups, self.pairs, self.config, needed)
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
         loaded = [parameter for group in self.param_groups for parameter in group["params"]]
         pair_of = {id(factor): pair for pair in self.pairs for factor in (pair.A, pair.B)}
@@ -314,7 +325,6 @@ class PairOptimizer(torch.optim.Optimizer):
         # up to four times their size: it gets the others only.
         others = {key: value for key, value in state_dict["state"].items() if key not in of_factors}
         super().load_state_dict({**state_dict, "state": others})
-        self.param_groups[0].pop("lora_pro_partial", None)
         self._skipped, self._shares, self._consolidated = None, None, None
         self._begin_training()
         own_pairs = set(map(id, self._current_shares().own))

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lorapro_hf.private_names import private
+
 # Variants whose forward is still `scaling * B A` for trainable A, B alone, so that autograd's gradients are those the
 # projection expects: DoRA multiplies by a magnitude that it treats apart, aLoRA picks the tokens.
 _SUPPORTED_VARIANTS = ("Dora", "ALora")
@@ -235,7 +237,7 @@ def _factor(layer: Any, letter: str, adapter_name: str) -> nn.Parameter:
 
 def _whole_shape(parameter: Tensor) -> torch.Size:
     # DTensors show their whole shape; what DeepSpeed's stage 3 partitions looks empty and keeps it aside.
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+    return torch.Size(parameter.shape if parameter.numel() else private(parameter, "ds_shape"))
 
 
 def _is_trainable(name: str, layer: Any, adapter_name: str) -> bool:

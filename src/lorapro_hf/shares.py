@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lorapro_hf.attendance import Attendance
 from lorapro_hf.gradients import Access, all_gather
 from lorapro_hf.pairs import LoRAPair, unwrapped_name
+from lorapro_hf.uneven_inputs import Wrapper, require_even_inputs, wrappers_of
 
 # Factors are fetched a few at a time, so that no rank holds those of the whole model at once.
 _FETCHED_ELEMENTS = 2**25
+# What a rank whose step fails adds to the sum of the ranks' flags to skip a step, which are 0 or 1.
+_FAILED = 2.0**32
+# How far a step has got.
+_NOT_BEGUN, _FETCHED, _AGREED = range(3)
 
 
 class Shares:
@@ -38,7 +45,10 @@ class Shares:
         self.access = access
         self.pairs = list(pairs)
         self.group = access.group if shared and access.group is not None and access.group.size() > 1 else None
-        self._agreed = False
+        self._have_met = False
+        self._progress = _NOT_BEGUN
+        self._device = self.pairs[0].A.device if self.pairs else torch.device("cpu")
+        self._wrappers: list[Wrapper] = []
         self.rank = self.group.rank() if self.group else 0
         self.size = self.group.size() if self.group else 1
         self.alike = group_alike(self.pairs)
@@ -54,6 +64,12 @@ class Shares:
                 (_stand_in(pair.A, pair.shape_A, access), _stand_in(pair.B, pair.shape_B, access)) for pair in self.own
             ]
 
+    @cached_property
+    def attendance(self) -> Attendance:
+        """Of the ranks that hold the same factors, or shares of them."""
+        assert self.access.group is not None
+        return Attendance(self.access.group)
+
     def owner_of(self, index: int) -> int:
         """The rank in the group that steps the pair at this position."""
         return self._owner_of[index]
@@ -63,11 +79,18 @@ class Shares:
         """Bring values and gradients of own pairs here; which pairs have a gradient.
 
         Raises:
-            RuntimeError: the ranks do not train the same pairs.
+            RuntimeError: the ranks do not train the same pairs, or train within DDP's `join()`.
         """
-        self._require_same_pairs()
+        self._progress = _AGREED  # an error in the middle of a collective leaves the ranks apart
+        self._meet()
         if self.access.in_place:
+            self._progress = _FETCHED
             return [pair.has_gradient for pair in self.pairs]
+        found = self._fetch_all()
+        self._progress = _FETCHED
+        return found
+
+    def _fetch_all(self) -> list[bool]:
         found = [False] * len(self.pairs)
         own = dict(zip(self._own, self.factors, strict=True))
         for indices in self._portions():
@@ -82,24 +105,30 @@ class Shares:
                     stand_in.grad = None if gradient is None else gradient.to(stand_in)
         return found
 
-    def _require_same_pairs(self) -> None:
+    def _meet(self) -> None:
         """Once: with pairs of another model the collectives would mix up factors, or wait for ever."""
-        if self.group is None or self._agreed:
+        require_even_inputs(self._wrappers)
+        if self.group is None or self._have_met:
             return
+        if self.access.in_place:
+            self._wrappers = wrappers_of(self.pairs[0].A)
+            require_even_inputs(self._wrappers)
+        self.attendance.sign_in()
         described = [(unwrapped_name(pair.name), *pair.shape_A, *pair.shape_B) for pair in self.pairs]
         code = float(zlib.crc32(repr(described).encode()))
-        extremes = torch.tensor([code, -code], dtype=torch.float64, device=self.pairs[0].A.device)
+        extremes = torch.tensor([code, -code], dtype=torch.float64, device=self._device)
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group)
         if extremes.tolist() != [code, -code]:
             raise RuntimeError(
                 "the ranks train different pairs and cannot share them out among themselves. Give all ranks the same "
                 "adapter, or set LoRAProConfig(shard_states=False) where each trains a model of its own."
             )
-        self._agreed = True
+        self._have_met = True
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Store the new values of all pairs on all ranks."""
+        """Store the new values of all pairs on all ranks, at the end of a step."""
+        self._progress = _NOT_BEGUN
         new = dict(zip(self._own, self.factors, strict=True))
         if self.group is None:
             if not self.access.in_place:
@@ -147,14 +176,69 @@ class Shares:
             norm: that of this rank's pairs.
             skip: 1 if this rank has found something that is not finite, else 0; ranks differ in this also where all
                 step all pairs, as other parameters may be sharded.
+
+        Raises:
+            RuntimeError: another rank has met an error, see `fail`.
         """
-        group = self.group if self.access.in_place else self.access.group
-        if group is None or group.size() == 1:
+        if self._agreeing is None:
             return norm, skip
         share = norm.double().square() if self.group else torch.zeros_like(norm, dtype=torch.float64)
         both = torch.stack([share, skip.double()])
-        dist.all_reduce(both, group=group)
+        dist.all_reduce(both, group=self._agreeing)
+        self._progress = _AGREED
+        if self._can_read_flags and both[1] >= _FAILED:
+            raise RuntimeError(self._errors_of_others())
         return both[0].sqrt().to(norm.dtype) if self.group else norm, (both[1] > 0).to(skip.dtype)
+
+    def fail(self, error: Exception) -> None:
+        """Take this rank's part in a step that an error keeps it from, so that all ranks leave that step out.
+
+        On CPUs the other ranks raise an error that names this one. Elsewhere they would have to wait for the device in
+        each step to see the flag; there they leave out the step as one whose gradient is not finite.
+
+        Without effect where the ranks have agreed on the step already, or have no step in common.
+        """
+        progress, self._progress = self._progress, _NOT_BEGUN
+        if self._agreeing is None or progress == _AGREED:
+            return
+        if progress == _NOT_BEGUN:
+            self._meet()
+            if not self.access.in_place:
+                self._fetch_all()
+        nothing = torch.zeros((), dtype=torch.float64, device=self._device)
+        dist.all_reduce(torch.stack([nothing, nothing + _FAILED]), group=self._agreeing)
+        if self._can_read_flags:
+            self._tell(f"{type(error).__name__}: {error}")
+        else:
+            self.publish()
+        self._progress = _NOT_BEGUN
+
+    @property
+    def _agreeing(self) -> dist.ProcessGroup | None:
+        """The ranks that take a step together or not at all."""
+        group = self.group if self.access.in_place else self.access.group
+        return None if group is None or group.size() == 1 else group
+
+    @property
+    def _can_read_flags(self) -> bool:
+        """Whether looking at a tensor does not wait for its device."""
+        return self._device.type == "cpu"
+
+    def _tell(self, error: str | None) -> list[str | None]:
+        """Collective: the errors of all ranks."""
+        assert self._agreeing is not None
+        errors: list[str | None] = [None] * self._agreeing.size()
+        dist.all_gather_object(errors, error, group=self._agreeing)
+        return errors
+
+    def _errors_of_others(self) -> str:
+        assert self._agreeing is not None
+        found = [
+            f"rank {dist.get_global_rank(self._agreeing, rank)} raised {error}"
+            for rank, error in enumerate(self._tell(None))
+            if error is not None
+        ]
+        return f"all ranks leave out this step, and nothing has been changed: {'; '.join(found)}"
 
     def _portions(self) -> list[list[int]]:
         portions: list[list[int]] = [[]]

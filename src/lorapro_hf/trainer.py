@@ -21,7 +21,8 @@ from lorapro_hf.memory import readable_bytes
 from lorapro_hf.optimizer import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.pairs import find_lora_pairs
 from lorapro_hf.parents import groups_beside, handed, replaced, require_adapter
-from lorapro_hf.zero import attach_deepspeed
+from lorapro_hf.private_names import METHODS_OF_TRAINER, private
+from lorapro_hf.zero import attach_deepspeed, require_configuration, settle_clipping
 
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
 _TURN_OFF = "turn LoRA-Pro off with LoRAProTrainingArguments(lora_pro=False) or --no_lora_pro"
@@ -109,6 +110,7 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin):
                 self.args.lora_pro_gap_max_bytes or GAP_MAX_BYTES,
             ).attach(self)
         if self.lora_pro_config is not None and self.train_dataset is not None:  # evaluation needs no trainable pair
+            self._settle_deepspeed()
             require_savable(self.model)
             find_lora_pairs(self.model)
 
@@ -124,6 +126,13 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin):
         if engine is not None and self.lora_pro_config is not None and isinstance(optimizer, LoRAProAdamW):
             attach_deepspeed(engine, optimizer)
 
+    def _settle_deepspeed(self) -> None:
+        """Refuse a configuration of DeepSpeed before an engine is built from it; have it clip as the arguments say."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if plugin is not None and self.lora_pro_config is not None:
+            require_configuration(plugin.deepspeed_config, self.lora_pro_config.master_factors)
+            settle_clipping(plugin, self.args.max_grad_norm)
+
     def _resolve_lora_pro(self) -> None:
         """Set `lora_pro_config` from what the user stated, and refuse what contradicts it."""
         self.lora_pro_config = None
@@ -137,6 +146,8 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin):
             if not self.args.lora_pro:
                 return
             stated = self.args.lora_pro_config
+        for name in METHODS_OF_TRAINER:
+            private(Trainer, name)  # an override of a name that the parent has dropped is never called
         require_supported_engine(self.accelerator, _TURN_OFF)
         self._refuse_other_optimizers()
         if any(isinstance(callback, LoRAProCallback) for callback in self.callback_handler.callbacks):
@@ -205,6 +216,7 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin):
                     "training. Set trainer.optimizer = None first, or make a new trainer."
                 )
             return super().create_optimizer(*args, **kwargs)
+        self._settle_deepspeed()
         if not self._is_by_engine:
             require_savable(self.model)
         if self.optimizer is None:

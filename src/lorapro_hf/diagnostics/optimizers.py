@@ -10,6 +10,7 @@ from torch.amp.grad_scaler import OptState
 
 from lorapro_hf.optimizer import LoRAProAdamW
 from lorapro_hf.pairs import LoRAPair
+from lorapro_hf.private_names import private
 from lorapro_hf.sequential import Rates
 from lorapro_hf.steps import rates_of
 
@@ -25,7 +26,7 @@ def loss_scale(optimizer: Any) -> float:
     scaler = getattr(optimizer, "scaler", None)
     if scaler is None or not scaler.is_enabled():
         return 1.0
-    stage = scaler._per_optimizer_states[id(optimizer.optimizer)]["stage"]
+    stage = private(scaler, "_per_optimizer_states")[id(optimizer.optimizer)]["stage"]
     return 1.0 if stage is OptState.UNSCALED else float(scaler.get_scale())
 
 

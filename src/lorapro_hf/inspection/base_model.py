@@ -10,6 +10,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from lorapro_hf.inspection.tasks import TASKS
 from lorapro_hf.options import UsageError
+from lorapro_hf.private_names import private
 
 
 def base_on_meta(
@@ -50,7 +51,7 @@ def _task_of(config: PretrainedConfig, name: str) -> str:
     named = [*(getattr(config, "architectures", None) or [])]
     for task, (auto_class, _) in TASKS.items():
         # public names for these mappings come and go between versions of transformers
-        mapping: Any = getattr(transformers, auto_class)._model_mapping
+        mapping: Any = private(getattr(transformers, auto_class), "_model_mapping")
         classes = mapping.get(type(config), ())
         classes = classes if isinstance(classes, tuple | list) else (classes,)
         if any(each.__name__ in named for each in classes):

@@ -38,9 +38,6 @@ def read_checkpoint(folder: Path, checksums: bool = True) -> Checkpoint:
         known["optimizer"] = ENGINE
     with suppress(OSError, ValueError):  # there is none, or the flaw says what is wrong with it
         known |= _optimizer(folder / OPTIMIZER)
-    share = known.get("share")
-    if share is not None and known["flaw"] is None:
-        known["flaw"] = f"{OPTIMIZER} has only what rank {share[0]} of {share[1]} stepped"
     return Checkpoint(**known)
 
 
@@ -58,7 +55,6 @@ def compared(checkpoint: Checkpoint, model: Any) -> Checkpoint:
 def _optimizer(file: Path) -> dict[str, Any]:
     state = read_optimizer_state(file)
     group = state["param_groups"][0]
-    share = group.get("lora_pro_partial")
     settings = {"learning_rate": float(group["lr"])}
     kind = "another optimizer"
     if "lora_pro_mode" in group:
@@ -72,5 +68,4 @@ def _optimizer(file: Path) -> dict[str, Any]:
         "optimizer": kind,
         "settings": settings,
         "stepped_tensors": len(state["state"]),
-        "share": None if share is None else (int(share[0]), int(share[1])),
     }

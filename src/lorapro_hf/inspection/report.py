@@ -119,7 +119,6 @@ class Checkpoint:
         settings: mode, dtype of the moments and master factors of LoRA-Pro, and the learning rate.
         stepped_tensors: parameters that have a state.
         has_manifest: the sizes and checksums of its files are known.
-        share: rank and number of ranks where the file has one rank's share of the state only.
     """
 
     folder: str
@@ -132,7 +131,6 @@ class Checkpoint:
     settings: dict[str, Any] = field(default_factory=dict)
     stepped_tensors: int | None = None
     has_manifest: bool = False
-    share: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lorapro_hf.private_names import private
+
+# The classes of DeepSpeed's optimizers: their modules, and where they keep parameters and masters.
+ZERO_OPTIMIZERS = {
+    "DeepSpeedZeroOptimizer": (
+        "deepspeed.runtime.zero.stage_1_and_2",
+        "bit16_groups",
+        "single_partition_of_fp32_groups",
+    ),
+    "DeepSpeedZeroOptimizer_Stage3": ("deepspeed.runtime.zero.stage3", "fp16_groups", "fp32_partitioned_groups_flat"),
+    "BF16_Optimizer": ("deepspeed.runtime.bf16_optimizer", "bf16_groups", "fp32_groups_flat_partition"),
+}
+
 
 class ZeroAccess:
     """The trainable parameters of an engine; see `lorapro_hf.gradients.Access`.
@@ -33,8 +46,11 @@ class ZeroAccess:
     def __init__(self, zero: Any, stage: int, names: Mapping[Tensor, str]) -> None:
         self.zero = zero
         self.partitions_parameters = stage == 3
-        self.group: dist.ProcessGroup = zero.dp_process_group
+        self.group: dist.ProcessGroup = private(zero, "dp_process_group")
         self.scale: Callable[[], float | Tensor] = lambda: 1.0
+        _, groups, masters = ZERO_OPTIMIZERS[type(zero).__name__]
+        self._groups: list[list[Any]] = private(zero, groups)
+        self._masters: list[Tensor] = private(zero, masters)
         self._names = names
         self._held: dict[int, Tensor] = {}
 
@@ -44,7 +60,7 @@ class ZeroAccess:
 
     def shape(self, parameter: Any) -> torch.Size:
         """The shape of a whole parameter."""
-        return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+        return torch.Size(private(parameter, "ds_shape") if self.partitions_parameters else parameter.shape)
 
     @torch.no_grad()
     def hold_gradients(self, parameters: Sequence[Any]) -> None:
@@ -93,9 +109,8 @@ class ZeroAccess:
 
     def trained(self) -> Iterator[tuple[str, Any]]:
         """Names and parameters of all that DeepSpeed trains, in the same order on all ranks."""
-        for name in ("bit16_groups", "bf16_groups", "fp16_groups"):  # as the classes of the stages call them
-            for group in getattr(self.zero, name, ()):
-                yield from ((self._names[parameter], parameter) for parameter in group)
+        for group in self._groups:
+            yield from ((self._names[parameter], parameter) for parameter in group)
 
     def moments(self, parameter: Any) -> dict[str, Tensor]:
         """This rank's parts of AdamW's moments and the step of a parameter of no pair; nothing before its first."""
@@ -127,25 +142,31 @@ class ZeroAccess:
     def _own_range(self, parameter: Any) -> tuple[int, int]:
         """Where this rank's part of a parameter begins, and its length."""
         if self.partitions_parameters:
-            size = parameter.partition_numel()  # the last ranks' parts are padded to it
+            size = private(parameter, "partition_numel")()  # the last ranks' parts are padded to it
             start = self.group.rank() * size
-            return start, max(0, min(size, parameter.ds_numel - start))
-        mapping = parameter._hp_mapping
-        return (0, 0) if mapping is None else (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
+            return start, max(0, min(size, private(parameter, "ds_numel") - start))
+        mapping = private(parameter, "_hp_mapping")
+        if mapping is None:
+            return 0, 0
+        fragment = private(mapping, "lp_fragment_address")
+        return fragment.start, fragment.numel
 
     def _place(self, parameter: Any) -> tuple[Tensor, int, int]:
         """The flat master that this rank's part lies in, and where there."""
         length = self._own_range(parameter)[1]
         if self.partitions_parameters:
-            sub_group, start, _ = self.zero.grad_position[self.zero.get_param_id(parameter)]
-            return self.zero.fp32_partitioned_groups_flat[sub_group], start, length
-        mapping = parameter._hp_mapping
-        masters = getattr(self.zero, "single_partition_of_fp32_groups", None) or self.zero.fp32_groups_flat_partition
+            number = private(self.zero, "get_param_id")(parameter)
+            sub_group, start, _ = private(self.zero, "grad_position")[number]
+            return self._masters[sub_group], start, length
+        mapping = private(parameter, "_hp_mapping")
         if mapping is not None:
-            return masters[mapping.param_group_index], mapping.hp_fragment_address.start, length
-        groups = getattr(self.zero, "bit16_groups", None) or self.zero.bf16_groups
-        index = next(index for index, group in enumerate(groups) if any(p is parameter for p in group))
-        return masters[index], 0, 0
+            return (
+                self._masters[private(mapping, "param_group_index")],
+                private(mapping, "hp_fragment_address").start,
+                length,
+            )
+        index = next(index for index, group in enumerate(self._groups) if any(p is parameter for p in group))
+        return self._masters[index], 0, 0
 
     def _own_master(self, parameter: Any) -> Tensor:
         flat, start, length = self._place(parameter)
@@ -159,6 +180,7 @@ class ZeroAccess:
             return safe_get_local_grad(parameter).reshape(-1)[:length]
         if not length:
             return torch.zeros(0, device=parameter.device)
-        part = parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).reshape(-1)
+        read = private(private(parameter, "_hp_mapping"), "get_lp_grad_fragment")
+        part = read(private(parameter, "_index_in_param_group")).reshape(-1)
         # BF16_Optimizer keeps the whole gradient on every rank.
         return self._own_part(parameter, part) if len(part) == parameter.numel() else part

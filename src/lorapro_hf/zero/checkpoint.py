@@ -49,18 +49,23 @@ def load_with_moments(engine: Any, optimizer: LoRAProAdamW, access: ZeroAccess) 
     """The engine's `load_checkpoint`, which checks the moments' files before and reads them after DeepSpeed's own."""
     original = engine.load_checkpoint
 
+    def load(**given: Any) -> Any:
+        loaded = original(**given)
+        engine.optimizer.clip_grad = engine.gradient_clipping()  # DeepSpeed takes that of the checkpoint
+        return loaded
+
     @wraps(original)
     def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
         given = _arguments(original, args, kwargs)
         tag = _latest(given["load_dir"]) if given["tag"] is None else str(given["tag"])
         if tag is None or given["load_module_only"] or not given["load_optimizer_states"]:
-            return original(*args, **kwargs)
+            return load(**given)
         with _opened(Path(given["load_dir"], tag), optimizer) as saved:
             is_same_size = saved.about["ranks"] == access.group.size()
             if not is_same_size:
                 _require_readable(saved, access, tag, given["load_dir"])
                 given["load_optimizer_states"] = False
-            loaded = original(**given)
+            loaded = load(**given)
             if loaded[0] is None:
                 return loaded
             if engine.global_steps != saved.about["global_steps"]:

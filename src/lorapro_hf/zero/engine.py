@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lorapro_hf.optimizer import LoRAProAdamW
+from lorapro_hf.private_names import private, tested_with, warn_if_newer
 from lorapro_hf.zero.access import ZeroAccess
 from lorapro_hf.zero.checkpoint import (
     load_partitions_state_dict,
@@ -65,7 +66,7 @@ def attach_deepspeed(engine: Any, optimizer: Any) -> None:
     if getattr(engine, "__dict__", {}).get(_ATTACHED) is optimizer is not None:
         return
     require_supported(engine, optimizer)
-    access = ZeroAccess(engine.optimizer, engine.zero_optimization_stage(), engine.param_names)
+    access = ZeroAccess(engine.optimizer, engine.zero_optimization_stage(), private(engine, "param_names"))
     step = _EngineStep(engine.optimizer, optimizer, access)
     optimizer.access, optimizer.engine_step = access, step.on_groups
     # DeepSpeed asks for the state of what it has put into the groups: flat partitions in the factors' places.
@@ -75,6 +76,8 @@ def attach_deepspeed(engine: Any, optimizer: Any) -> None:
     engine.save_checkpoint = save_with_moments(engine, optimizer, access)
     engine.load_checkpoint = load_with_moments(engine, optimizer, access)
     engine.__dict__[_ATTACHED] = optimizer
+    if access.group.rank() == 0:
+        warn_if_newer("deepspeed")
 
 
 def _innermost(optimizer: Any) -> Any:
@@ -96,7 +99,11 @@ class _EngineStep:
             factor.register_post_accumulate_grad_hook(partial(self._note, index))
         self._groups: list[dict[str, Any]] = []
         self._pairs_are_due = False
-        self._loss_scale = 1.0
+        # Stage 3 never clears the sums of its gradients, so that a parameter which the next step does not reach would
+        # get this step's gradient once more.
+        self._sums = private(zero, "grad_partitions_flat_buffer") if access.partitions_parameters else None
+        self._scales_the_loss = type(zero).__name__ != "BF16_Optimizer"
+        self._loss_scale = self._present_loss_scale()
         access.scale = self._scale
 
     def _note(self, index: int, factor: Tensor) -> None:
@@ -128,27 +135,34 @@ class _EngineStep:
         self.access.hold_gradients(live)
         self.optimizer.begin_engine_step()
         self._groups = self.optimizer.param_groups  # while DeepSpeed steps, these are cut down to one
-        self._loss_scale = float(getattr(self.zero, "loss_scale", 1.0))
+        self._loss_scale = self._present_loss_scale()
+        self.zero._global_grad_norm = None  # not that of an earlier step
         self._pairs_are_due = True
 
     def _end(self) -> None:
         self._pairs_are_due = False
         self._reached = [False] * len(self._factors)
         self.access.release_gradients()
-        # Stage 3 never clears what it accumulates into, so that a parameter which the next step does not reach would
-        # get this step's gradient once more.
-        accumulated = getattr(self.zero, "grad_partitions_flat_buffer", None)
-        if accumulated is not None:
-            accumulated.zero_()
+        if self._sums is not None:
+            self._sums.zero_()
+
+    def _present_loss_scale(self) -> float:
+        return float(private(self.zero, "loss_scale")) if self._scales_the_loss else 1.0
 
     def _scale(self) -> float | Tensor:
         """Take the loss scale out of the gradients and cut their norm to `gradient_clipping`."""
-        if not self.zero.clip_grad:
+        limit = private(self.zero, "clip_grad")
+        if not limit:
             return 1 / self._loss_scale
-        norm = self.zero._global_grad_norm
+        norm = private(self.zero, "_global_grad_norm")
+        if norm is None:
+            raise RuntimeError(
+                "DeepSpeed steps its optimizer before it has taken the norm of the gradients, by which LoRA-Pro clips "
+                f"them. {tested_with('deepspeed')}"
+            )
         if self.access.partitions_parameters:  # divided by a loss scale that may have grown since the backward pass
-            norm = norm * (self.zero.loss_scale / self._loss_scale)
-        excess = torch.as_tensor((norm + 1e-6) / self.zero.clip_grad)
+            norm = norm * (self._present_loss_scale() / self._loss_scale)
+        excess = torch.as_tensor((norm + 1e-6) / limit)
         return 1 / (self._loss_scale * excess.clamp(min=1.0))
 
     def on_groups(self) -> None:

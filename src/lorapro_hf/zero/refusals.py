@@ -1,14 +1,13 @@
-"""Which settings of a DeepSpeed engine would make LoRA-Pro wrong, or are not known to be right?"""
+"""Which engines of DeepSpeed would make LoRA-Pro wrong, or are not known to be right?"""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from lorapro_hf.optimizer import LoRAProAdamW
-
-_BEFORE = "DeepSpeed would train without LoRA-Pro or wrongly: "
+from lorapro_hf.private_names import private
+from lorapro_hf.zero.access import ZERO_OPTIMIZERS
+from lorapro_hf.zero.configuration import BEFORE, PARALLEL, plugin_in_use, require_configuration, stated_clipping
 
 
 def require_supported(engine: Any, optimizer: Any) -> None:
@@ -18,115 +17,68 @@ def require_supported(engine: Any, optimizer: Any) -> None:
         TypeError: `engine` is no DeepSpeed engine.
         RuntimeError: the engine steps another optimizer or has a setting that is not supported; with the remedy.
     """
-    from deepspeed.runtime.engine import DeepSpeedEngine
-
-    if not isinstance(engine, DeepSpeedEngine):
+    if not isinstance(engine, private("deepspeed.runtime.engine", "DeepSpeedEngine")):
         raise TypeError(
             f"attach_deepspeed needs the DeepSpeed engine, got a {type(engine).__name__}: pass what "
             "deepspeed.initialize(...) or accelerator.prepare(...) returned in the model's place."
         )
-    for reason in (_other_optimizer(engine, optimizer), _layout(engine), _settings(engine)):
+    config = getattr(optimizer, "config", None)
+    require_configuration(_settings(engine), master_factors=getattr(config, "master_factors", False))
+    for reason in (_other_optimizer(engine, optimizer), _layout(engine), _clipping(engine)):
         if reason:
-            raise RuntimeError(_BEFORE + reason)
-    for reason in (_precision(engine, optimizer), _groups(optimizer), _factors(optimizer)):
+            raise RuntimeError(BEFORE + reason)
+    for reason in (_groups(optimizer), _factors(engine, optimizer)):
         if reason:
-            raise RuntimeError(_BEFORE + reason)
+            raise RuntimeError(BEFORE + reason)
+
+
+def _settings(engine: Any) -> dict[str, Any]:
+    """The configuration of an engine, in whose sections DeepSpeed has filled in its defaults."""
+    config = private(engine, "_config")
+    return {
+        **private(config, "_param_dict"),
+        "zero_optimization": private(config, "zero_config"),
+        "fp16": private(config, "float16_config"),
+        "bf16": private(config, "bfloat16_config"),
+        "compile": private(config, "compile_config"),
+        "tensor_parallel": private(config, "tensor_parallel_config"),
+    }
 
 
 def _other_optimizer(engine: Any, optimizer: Any) -> str | None:
-    named = engine._config.optimizer_name  # the engine's own answer is the class that it was given
-    if named:
-        return (
-            f"the configuration's section 'optimizer' names {named!r}. Remove that section and pass "
-            "the LoRAProAdamW to deepspeed.initialize or accelerator.prepare."
-        )
-    zero = engine.optimizer
-    if any(getattr(zero, name, False) for name in ("cpu_offload", "offload_optimizer", "offload_param")):
-        return (
-            "the optimizer or the parameters are offloaded, for which DeepSpeed or accelerate replace the optimizer. "
-            "Remove 'offload_optimizer' and 'offload_param' from 'zero_optimization'; mode 'factored' or 'efficient' "
-            "needs little memory."
-        )
-    if not isinstance(optimizer, LoRAProAdamW) or engine.basic_optimizer is not optimizer:
-        stepped = type(engine.basic_optimizer or engine.optimizer).__name__
-        given = "another one" if stepped == type(optimizer).__name__ else f"a {type(optimizer).__name__}"
-        return (
-            f"the engine steps a {stepped}, and attach_deepspeed was given {given}. Pass one and the same LoRAProAdamW "
-            "to deepspeed.initialize (or accelerator.prepare) and to attach_deepspeed, and remove 'optimizer' and "
-            "'offload_optimizer' from the configuration."
-        )
-    return None
+    basic = private(engine, "basic_optimizer")
+    if isinstance(optimizer, LoRAProAdamW) and basic is optimizer:
+        return None
+    stepped = type(basic or engine.optimizer).__name__
+    given = "another one" if stepped == type(optimizer).__name__ else f"a {type(optimizer).__name__}"
+    return (
+        f"the engine steps a {stepped}, and attach_deepspeed was given {given}. Pass one and the same LoRAProAdamW to "
+        "deepspeed.initialize (or accelerator.prepare) and to attach_deepspeed, and remove 'optimizer' and "
+        "'offload_optimizer' from the configuration."
+    )
 
 
 def _layout(engine: Any) -> str | None:
-    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
-    stage = int(engine.zero_optimization_stage())
-    if stage not in (1, 2, 3):
-        return (
-            f"its ZeRO stage is {stage}. Set 'stage' in 'zero_optimization' to 1, 2 or 3, or train with DDP without "
-            "DeepSpeed, which needs no attach_deepspeed."
-        )
-    if type(engine.optimizer) not in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3, BF16_Optimizer):
+    known = tuple(private(module, name) for name, (module, _, _) in ZERO_OPTIMIZERS.items())
+    if type(engine.optimizer) not in known:
         return (
             f"its ZeRO optimizer is a {type(engine.optimizer).__name__} (ZenFlow, MiCS, SuperOffload or the like). "
             "Leave such sections out of 'zero_optimization'."
         )
-    parallel = engine.pipeline_parallelism or engine.has_moe_layers or engine.mpu is not None
-    if parallel or (_value(engine, "autotp_size") or 0) > 1:
-        return (
-            "it combines ZeRO with pipeline, tensor, sequence or expert parallelism (mpu), which is not supported. Use "
-            "ZeRO alone, with all processes data-parallel."
-        )
-    return None
+    has_experts, pipeline, mpu = (private(engine, name) for name in ("has_moe_layers", "pipeline_parallelism", "mpu"))
+    return PARALLEL if has_experts or pipeline or mpu is not None else None
 
 
-def _settings(engine: Any) -> str | None:
-    remedies = {
-        # DeepSpeed's mapping from parameters to partitions ignores the other order that this gives them.
-        "zero_round_robin_gradients": "'round_robin_gradients' from 'zero_optimization'",
-        "zero_elastic_checkpoint": "'elastic_checkpoint' from 'zero_optimization'",
-        "load_universal_checkpoint": "'load_universal' from 'checkpoint': the moments of the pairs are not in "
-        "universal checkpoints, and ordinary ones load on any number of processes",
-        "zero_quantized_weights": "'zero_quantized_weights' from 'zero_optimization'",
-        "zero_quantized_gradients": "'zero_quantized_gradients' from 'zero_optimization'",
-        "is_deepcompile_enabled": "'compile': {'deepcompile': ...}",
-    }
-    for name, remedy in remedies.items():
-        if _value(engine, name):
-            return f"the configuration has a setting that LoRA-Pro cannot follow. Remove {remedy}."
-    if (_value(engine, "zero_hpz_partition_size") or 1) > 1:
-        return "its parameters are partitioned twice. Remove 'zero_hpz_partition_size' from 'zero_optimization'."
-    if _value(engine, "zero_compute_grad_norm") is False:
-        return "no norm of the gradients is taken. Remove 'compute_grad_norm' from 'zero_optimization'."
-    return None
-
-
-def _precision(engine: Any, optimizer: LoRAProAdamW) -> str | None:
-    zero = engine.optimizer
-    if optimizer.config.master_factors and (engine.bfloat16_enabled() or engine.fp16_enabled()):
-        return (
-            "it keeps float32 masters of all parameters itself, so that master_factors=True would keep them twice. "
-            "Leave master_factors out."
-        )
-    if getattr(zero, "master_weights_and_grads_dtype", torch.float32) != torch.float32:
-        return (
-            "its master weights are not float32. Remove 'fp16_master_weights_and_grads' and "
-            "'bf16_master_weights_and_grads'."
-        )
-    if engine.bfloat16_enabled() and not getattr(engine._config.bfloat16_config, "check_grad_overflow", True):
-        return (
-            "gradients that are not finite would be stepped. Remove 'check_grad_overflow' from the section 'bf16', "
-            "which is true by default."
-        )
-    if getattr(zero, "torch_autocast_gradscaler", None) is not None:
-        return (
-            "'torch_autocast' in float16 scales the loss inside the optimizer's step. Use bfloat16 there, or the "
-            "section 'fp16'."
-        )
-    return None
+def _clipping(engine: Any) -> str | None:
+    plugin, used = plugin_in_use(), private(engine.optimizer, "clip_grad") or 0.0
+    stated = None if plugin is None else stated_clipping(plugin)
+    if stated is None or stated == used:
+        return None
+    return (
+        f"gradient_clipping={stated:g} was handed to accelerate, which has left it out, so that DeepSpeed clips at "
+        f'{used:g}. Write "gradient_clipping": {stated:g} into a DeepSpeed configuration file and hand that to '
+        "accelerate (deepspeed_config_file)."
+    )
 
 
 def _groups(optimizer: LoRAProAdamW) -> str | None:
@@ -145,23 +97,18 @@ def _groups(optimizer: LoRAProAdamW) -> str | None:
     return None
 
 
-def _factors(optimizer: LoRAProAdamW) -> str | None:
+def _factors(engine: Any, optimizer: LoRAProAdamW) -> str | None:
+    _, groups, _ = ZERO_OPTIMIZERS[type(engine.optimizer).__name__]
+    trained = {id(parameter) for group in private(engine.optimizer, groups) for parameter in group}
     for pair in optimizer.pairs:
         if pair.tied_parameters:
             return (
                 f"{pair.name} shares its factors in memory with another layer, which ZeRO parts. Train with DDP, or "
                 "leave one of the layers out of target_modules."
             )
-        for factor in (pair.A, pair.B):
-            if not (hasattr(factor, "_hp_mapping") or hasattr(factor, "ds_id")) or not factor.requires_grad:
-                return (
-                    f"the factors of {pair.name} are not among the parameters that the engine trains. Build the "
-                    "optimizer and the engine again after changing requires_grad or the active adapter."
-                )
+        if any(id(factor) not in trained or not factor.requires_grad for factor in (pair.A, pair.B)):
+            return (
+                f"the factors of {pair.name} are not among the parameters that the engine trains. Build the optimizer "
+                "and the engine again after changing requires_grad or the active adapter."
+            )
     return None
-
-
-def _value(engine: Any, name: str) -> Any:
-    """What a method of the engine says about its configuration; None where this DeepSpeed knows nothing of the kind."""
-    method = getattr(type(engine), name, None)
-    return None if method is None else method(engine)

@@ -1,0 +1,129 @@
+"""Which names that other libraries do not promise does LoRA-Pro use, and with which releases has it been tested?
+
+A private name may change with any release. Each is read through `private`, which raises an error that names the release
+and the name where it is gone. No default takes its place: it could stand for an older gradient or another scale.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from types import ModuleType
+from typing import Any
+
+# The oldest and the newest release that the tests have run with; a test compares them with requirements/.
+TESTED = {
+    "deepspeed": ("0.19.8", "0.19.8"),
+    "torch": ("2.6", "2.13.0"),
+    "transformers": ("4.57.1", "5.23.0"),
+}
+_TITLES = {"deepspeed": "DeepSpeed", "torch": "PyTorch"}
+
+logger = logging.getLogger(__name__)
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True)
+class PrivateName:
+    """A name, the library that has it, and its use as a clause that begins with "which"."""
+
+    library: str
+    name: str
+    use: str
+
+
+def _named(library: str, use: str, *names: str) -> Iterable[tuple[str, PrivateName]]:
+    return ((name, PrivateName(library, name, use)) for name in names)
+
+
+_CLASSES = ("DeepSpeedEngine", "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer")
+_ENGINE = ("basic_optimizer", "has_moe_layers", "mpu", "param_names", "pipeline_parallelism")
+_SECTIONS = ("zero_config", "float16_config", "bfloat16_config", "compile_config", "tensor_parallel_config")
+_MASTERS = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat")
+_FRAGMENT = ("_hp_mapping", "lp_fragment_address", "hp_fragment_address", "param_group_index")
+_PARTITION = ("ds_shape", "ds_numel", "partition_numel", "grad_position", "get_param_id")
+METHODS_OF_TRAINER = (
+    *("_save", "_save_checkpoint", "_save_rng_state", "_save_optimizer_and_scheduler", "_get_output_dir"),
+    *("_load_optimizer_and_scheduler", "_load_from_checkpoint", "_load_best_model"),
+    *("_push_from_checkpoint", "_finish_current_push"),
+)
+_GRADIENTS = ("get_lp_grad_fragment", "_index_in_param_group", "grad_partitions_flat_buffer")
+_SCALES = ("loss_scale", "clip_grad", "_global_grad_norm")
+
+PRIVATE = dict(
+    (
+        *_named("deepspeed", "by which LoRA-Pro tells engines and optimizers apart", *_CLASSES),
+        *_named("deepspeed", "by which LoRA-Pro checks the engine", *_ENGINE),
+        *_named("deepspeed", "from which LoRA-Pro reads the settings", "_config", "_param_dict", *_SECTIONS),
+        *_named("deepspeed", "in which LoRA-Pro finds the parameters", "bit16_groups", "bf16_groups", "fp16_groups"),
+        *_named("deepspeed", "in which LoRA-Pro steps the float32 masters", *_MASTERS),
+        *_named("deepspeed", "by which LoRA-Pro finds a rank's part of a parameter", *_FRAGMENT, *_PARTITION),
+        *_named("deepspeed", "by which LoRA-Pro reads the gradients", *_GRADIENTS),
+        *_named("deepspeed", "by which LoRA-Pro scales and clips the gradients", *_SCALES),
+        *_named("deepspeed", "over which LoRA-Pro gathers the gradients", "dp_process_group"),
+        *_named("torch", "by which LoRA-Pro knows whether gradients are scaled", "_per_optimizer_states"),
+        *_named("torch", "by which LoRA-Pro knows whether ranks train within join()", "_join_config"),
+        *_named("transformers", "by which LoRA-Pro saves, loads and pushes its part", *METHODS_OF_TRAINER),
+        *_named("transformers", "by which LoRA-Pro sees the adapters of add_adapter", "_hf_peft_config_loaded"),
+        *_named("transformers", "by which LoRA-Pro tells the task of a model", "_model_mapping"),
+    )
+)
+
+
+def private(holder: object, name: str) -> Any:
+    """An attribute that a library does not promise.
+
+    Args:
+        holder: the object that has it, or the whole name of the module that has it.
+        name: one of `PRIVATE`.
+
+    Raises:
+        RuntimeError: the installed release has no such name. The message says which releases have been tested.
+    """
+    row = PRIVATE[name]
+    try:
+        return getattr(import_module(holder) if isinstance(holder, str) else holder, name)
+    except (AttributeError, ModuleNotFoundError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == row.library:
+            raise  # the library is not installed at all
+        raise RuntimeError(
+            f"{_installed(row.library)} has no {_name_of(holder)}.{name}, {row.use}. {tested_with(row.library)}"
+        ) from error
+
+
+def tested_with(library: str) -> str:
+    """A sentence on the releases that have been tested, and the remedy."""
+    return f"It was tested with {_tested(library)}: install such a release, or report it."
+
+
+def warn_if_newer(library: str) -> None:
+    """Warn, once in a process, that a library is newer than the newest release that has been tested."""
+    if library in _warned or _numbers(metadata.version(library)) <= _numbers(TESTED[library][1]):
+        return
+    _warned.add(library)
+    logger.warning(
+        "LoRA-Pro relies on private names of %s, and was tested with %s.", _installed(library), _tested(library)
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+
+
+def _installed(library: str) -> str:
+    return f"{_TITLES.get(library, library)} {metadata.version(library)}"
+
+
+def _tested(library: str) -> str:
+    oldest, newest = TESTED[library]
+    releases = oldest if oldest == newest else f"{oldest} to {newest}"
+    return f"{_TITLES.get(library, library)} {releases}"
+
+
+def _name_of(holder: object) -> str:
+    if isinstance(holder, str):
+        return holder
+    return str(holder.__name__) if isinstance(holder, type | ModuleType) else type(holder).__name__

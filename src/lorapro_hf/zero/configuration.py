@@ -1,0 +1,171 @@
+"""Which configurations of DeepSpeed would make LoRA-Pro wrong, or are not known to be right?
+
+The same list is read twice: from the configuration, before DeepSpeed builds an engine or compiles anything, and from
+the settings of the engine, which has filled in DeepSpeed's own defaults.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import Any, NamedTuple
+
+BEFORE = "DeepSpeed would train without LoRA-Pro or wrongly: "
+
+
+class _Refusal(NamedTuple):
+    """A setting, the values of it that are refused, and the reason with the remedy."""
+
+    setting: str
+    is_wrong: Callable[[Any], bool]
+    reason: str
+
+
+def _more_than_one(value: Any) -> bool:
+    return int(value) > 1
+
+
+def _is_on_device(value: Any) -> bool:
+    return value != "none"
+
+
+def _refused(place: str, *settings: str) -> list[_Refusal]:
+    """Settings that are off by default and must stay so."""
+    reason = "the configuration has a setting that LoRA-Pro cannot follow. Remove {name} from {place}."
+    return [_Refusal(f"{place}.{name}", bool, reason.format(name=repr(name), place=repr(place))) for name in settings]
+
+
+_OFFLOADED = (
+    "the optimizer or the parameters are offloaded, for which DeepSpeed or accelerate replace the optimizer. Remove "
+    "'offload_optimizer' and 'offload_param' from 'zero_optimization'; mode 'factored' or 'efficient' needs little "
+    "memory."
+)
+PARALLEL = (
+    "it combines ZeRO with pipeline, tensor, sequence or expert parallelism (mpu), which is not supported. Use ZeRO "
+    "alone, with all processes data-parallel."
+)
+_NARROW = (
+    "its master weights are not float32. Remove 'fp16_master_weights_and_grads' and 'bf16_master_weights_and_grads'."
+)
+_REFUSALS = (
+    _Refusal(
+        "optimizer.type",
+        bool,
+        "the configuration's section 'optimizer' names {value!r}. Remove that section and pass the LoRAProAdamW to "
+        "deepspeed.initialize or accelerator.prepare.",
+    ),
+    _Refusal("zero_optimization.offload_optimizer.device", _is_on_device, _OFFLOADED),
+    _Refusal("zero_optimization.offload_param.device", _is_on_device, _OFFLOADED),
+    _Refusal("zero_optimization.cpu_offload", bool, _OFFLOADED),
+    _Refusal("zero_optimization.cpu_offload_param", bool, _OFFLOADED),
+    _Refusal(
+        "zero_optimization.stage",
+        lambda value: value not in (1, 2, 3),
+        "its ZeRO stage is {value}. Set 'stage' in 'zero_optimization' to 1, 2 or 3, or train with DDP without "
+        "DeepSpeed, which needs no attach_deepspeed.",
+    ),
+    _Refusal("tensor_parallel.autotp_size", _more_than_one, PARALLEL),
+    _Refusal("sequence_parallel_size", _more_than_one, PARALLEL),
+    # DeepSpeed's mapping from parameters to partitions ignores the other order that round_robin_gradients gives them.
+    *_refused("zero_optimization", "round_robin_gradients", "elastic_checkpoint", "zenflow"),
+    *_refused("zero_optimization", "zero_quantized_weights", "zero_quantized_gradients"),
+    *_refused("compile", "deepcompile"),
+    _Refusal(
+        "checkpoint.load_universal",
+        bool,
+        "the configuration has a setting that LoRA-Pro cannot follow. Remove 'load_universal' from 'checkpoint': the "
+        "moments of the pairs are not in universal checkpoints, and ordinary ones load on any number of processes.",
+    ),
+    _Refusal(
+        "zero_optimization.zero_hpz_partition_size",
+        _more_than_one,
+        "its parameters are partitioned twice. Remove 'zero_hpz_partition_size' from 'zero_optimization'.",
+    ),
+    _Refusal(
+        "zero_optimization.compute_grad_norm",
+        lambda value: not value,
+        "no norm of the gradients is taken. Remove 'compute_grad_norm' from 'zero_optimization'.",
+    ),
+    _Refusal("fp16.fp16_master_weights_and_grads", bool, _NARROW),
+    _Refusal("bf16.bf16_master_weights_and_grads", bool, _NARROW),
+)
+
+
+def require_configuration(config: Any, master_factors: bool) -> None:
+    """Raise unless LoRA-Pro is known to be right under a configuration of DeepSpeed.
+
+    Args:
+        config: the configuration as a dictionary; sections may be objects that have the settings as attributes.
+        master_factors: the setting of LoRA-Pro.
+
+    Raises:
+        RuntimeError: a setting is not supported. The message names the remedy.
+    """
+    for refusal in _REFUSALS:
+        value = _setting(config, refusal.setting)
+        if value is not None and refusal.is_wrong(value):
+            raise RuntimeError(BEFORE + refusal.reason.format(value=value))
+    is_bfloat16, is_float16 = (_setting(config, f"{section}.enabled") for section in ("bf16", "fp16"))
+    if master_factors and (is_bfloat16 or is_float16):
+        raise RuntimeError(
+            f"{BEFORE}it keeps float32 masters of all parameters itself, so that master_factors=True would keep them "
+            "twice. Leave master_factors out."
+        )
+    if is_bfloat16 and _setting(config, "bf16.check_grad_overflow") is False:
+        raise RuntimeError(
+            f"{BEFORE}gradients that are not finite would be stepped. Remove 'check_grad_overflow' from the section "
+            "'bf16', which is true by default."
+        )
+    dtype = str(_setting(config, "torch_autocast.dtype")).removeprefix("torch.")
+    if _setting(config, "torch_autocast.enabled") and dtype in ("fp16", "float16", "half"):
+        raise RuntimeError(
+            f"{BEFORE}'torch_autocast' in float16 scales the loss inside the optimizer's step. Use bfloat16 there, or "
+            "the section 'fp16'."
+        )
+
+
+def plugin_in_use() -> Any:
+    """The DeepSpeed plugin of accelerate, if this process has an `Accelerator` that runs DeepSpeed; else `None`."""
+    state = sys.modules.get("accelerate.state")  # an Accelerator has imported it
+    return state.AcceleratorState().deepspeed_plugin if state is not None and state.is_initialized() else None
+
+
+def settle_clipping(plugin: Any, max_grad_norm: float | None) -> None:
+    """Make DeepSpeed clip at `max_grad_norm`; without `gradient_clipping` it would clip at a default of its own.
+
+    Args:
+        plugin: accelerate's DeepSpeed plugin, before an engine is built from its configuration.
+        max_grad_norm: that of the training arguments.
+
+    Raises:
+        ValueError: the configuration states another value.
+    """
+    config, clipping = plugin.deepspeed_config, max_grad_norm or 0.0
+    stated = stated_clipping(plugin)
+    if stated is not None and stated != clipping:
+        raise ValueError(
+            f"DeepSpeed's configuration has gradient_clipping={stated:g}, and max_grad_norm is {clipping:g}. Write "
+            f'"gradient_clipping": "auto" there, so that max_grad_norm counts, or set max_grad_norm={stated:g}.'
+        )
+    config["gradient_clipping"] = clipping
+
+
+def stated_clipping(plugin: Any) -> float | None:
+    """The `gradient_clipping` that the user has stated; `None` if there is none.
+
+    accelerate leaves its own value out of the configuration if that is 0, or if a file has no such entry.
+    """
+    for stated in (plugin.deepspeed_config.get("gradient_clipping"), plugin.gradient_clipping):
+        if stated is not None and stated != "auto":
+            return float(stated)
+    return None
+
+
+def _setting(config: Any, path: str) -> Any:
+    """A setting by its path; `None` where it is not stated, or is left to others to fill in."""
+    value = config
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+    value = value.value if isinstance(value, Enum) else value
+    return None if value == "auto" else value

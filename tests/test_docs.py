@@ -20,10 +20,11 @@ from transformers import HfArgumentParser, Trainer
 from docs_messages import VARIES, WARNING, messages
 from docs_names import Names
 from docs_pages import DOCS, ROOT, Block, blocks, loaded, name_of, pages
-from lorapro_hf import LoRAProAdamW, LoRAProTrainingArguments
+from lorapro_hf import LoRAProAdamW, LoRAProTrainingArguments, create_lorapro_optimizer
 from lorapro_hf.cli import build_parser
 from lorapro_hf.optimizer import unwrap_optimizer
 from lorapro_hf.recipes.parser import RecipeParser, read_recipe
+from optimizer_helpers import backward, small_model
 
 # What a page's reader is told to have, or has from another library; each block gets it afresh.
 ASSUMED = {
@@ -208,6 +209,17 @@ def test_every_message_has_an_entry():
     assert len(ours) > 80
     lacking = [m for m in ours if re.search(r"\w", m.text) and not any(matches(entry, m.text) for entry in listed)]
     assert not lacking, "\n".join(f"{m.where}: {m.text}" for m in lacking)
+
+
+def test_the_entry_of_a_broken_factor_names_the_rates_that_break_one():
+    model = small_model()
+    optimizer = create_lorapro_optimizer(model, lr=1e38, config={"mode": "efficient"})
+    backward(model)
+    optimizer.step()
+    assert not all(factor.isfinite().all() for pair in optimizer.pairs for factor in (pair.A, pair.B))
+    lines = (DOCS / "troubleshooting.md").read_text(encoding="utf-8").splitlines()
+    (entry,) = [line for line in lines if line.startswith("| `a LoRA factor holds NaN")]
+    assert "learning rate" in entry
 
 
 def test_every_entry_is_of_a_message():

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from engine_checkpoints import DATA, ENGINES, META, STATES, STEP, ZERO2, ZERO3, plant, train, written
 from lorapro_hf import create_lorapro_optimizer
 from lorapro_hf.engines import DDP, FULL, ONE_PROCESS, SHARDED, describe_engine, require_same_engine, written_by
+from lorapro_hf.manifest import MANIFEST
 from lorapro_hf.resume import find_flaw, require_complete, require_same_training, require_without_lora_pro
 from trainer_helpers import tiny_lora
 
@@ -240,7 +241,7 @@ def test_stages_1_and_2_of_zero_read_each_others_files(root: Path):
 
 def test_weights_alone_are_for_engines_that_can_load_them(made: Made):
     folder = made(ONE_PROCESS)
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", MANIFEST):
         (folder / name).unlink()
     assert find_flaw(folder) is None and written_by(folder) == []
     for engine in (ONE_PROCESS, DDP, SHARDED, FULL):

@@ -13,10 +13,12 @@ import engine_script
 from engine_checkpoints import DATA, STATES, STEP, ZERO2, ZERO3, plant, train, written
 from engine_script import resume
 from lorapro_hf.engines import FULL, SHARDED, written_by
+from lorapro_hf.manifest import MANIFEST
 from lorapro_hf.resume import find_flaw
 from test_launch import launch
 from training import assert_close
 
+OF_RESUME = ("optimizer.pt", "scheduler.pt", "rng_state*", MANIFEST)
 ENGINE = {"fsdp2": SHARDED, "zero2": ZERO2}
 HOSTILE = {"fsdp2": DATA, "zero2": f"{STATES}/zero_pp_rank_0_mp_rank_00_optim_states.pt"}
 REFUSALS = {
@@ -36,7 +38,7 @@ def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp(recipe)
     source, refused = train(folder / "training"), folder / "refused"
     weights = (refused if recipe == "zero2" else folder) / "weights"
-    shutil.copytree(source, weights, ignore=shutil.ignore_patterns("optimizer.pt", "scheduler.pt", "rng_state*"))
+    shutil.copytree(source, weights, ignore=shutil.ignore_patterns(*OF_RESUME))
     shutil.copytree(source, refused / "one process")
     written(ZERO3 if recipe == "zero2" else FULL, source, refused / "another engine")
     for name in ("damaged", "hostile", *(OF_FSDP2 if recipe == "fsdp2" else ())):

@@ -169,7 +169,6 @@ def test_arguments_are_found_by_the_parents_names():
 
     assert asked(Trainer, True, None) == (("there", None), {})
     assert asked(First, 3, resume_from_checkpoint=True) == ((3,), {"resume_from_checkpoint": "there"})
-    assert asked(First, 3, True, trial=None) == ((3, "there"), {"trial": None})
 
 
 def test_a_push_during_training_asks_the_parent_for_no_more_than_it_takes(tmp_path: Path):

@@ -108,6 +108,28 @@ def test_an_unfinished_checkpoint_is_refused_before_anything_is_loaded(
     assert "The newest complete checkpoint is out/checkpoint-2" in line
 
 
+def test_true_passes_over_an_unfinished_checkpoint(folder: Path) -> None:
+    (folder / "out" / "checkpoint-3" / "trainer_state.json").unlink()
+    before = factors(folder / "out")
+    with logged() as lines:
+        script("run_clm.py").main([*SETTINGS, "--output_dir", "out", "--resume_from_checkpoint", "true"])
+    (said,) = (line for line in lines if "passed over" in line)
+    assert said.startswith("out/checkpoint-3 is passed over: trainer_state.json is missing")
+    assert said.endswith("The training goes on from out/checkpoint-2.")
+    for name, values in before.items():
+        assert values.equal(factors(folder / "out")[name]), name
+    assert find_flaw(folder / "out" / "checkpoint-3") is None
+
+
+def test_without_a_complete_checkpoint_it_is_said_before_anything_is_loaded(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in folder.glob("out/checkpoint-*/trainer_state.json"):
+        file.unlink()
+    code, line = ending(capsys, "--resume_from_checkpoint", "true", "--model_name_or_path", "nowhere")
+    assert code == 2 and "cannot resume from out: none of its checkpoints is complete" in line
+
+
 @pytest.mark.parametrize("options", [["--lora_r", "3"], ["--lora_pro_mode", "efficient"]], ids=" ".join)
 def test_a_checkpoint_of_another_training_is_refused_in_one_line(
     options: list[str], folder: Path, capsys: pytest.CaptureFixture[str]

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from lorapro_hf import LoRAProAdamW, LoRAProTrainer, LoRAProTrainerMixin, LoRAProTrainingArguments
 from lorapro_hf.optimizer import unwrap_optimizer
-from lorapro_hf.parents import handed
+from lorapro_hf.parents import handed, replaced
 from trainer_helpers import arguments, assert_same, build, factors
 
 TIMINGS = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
@@ -163,6 +163,12 @@ def test_arguments_are_found_by_the_parents_names():
     assert given(Trainer, "here", None, ["loss"])["ignore_keys_for_eval"] == ["loss"]
     assert given(First, 3, resume_from_checkpoint=True) == {"epochs": 3, "resume_from_checkpoint": True}
     assert given(Bare, "too much") == {}
+
+    def asked(parent: type, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return replaced(given(parent, *args, **kwargs), args, kwargs, resume_from_checkpoint="there")
+
+    assert asked(Trainer, True, None) == (("there", None), {})
+    assert asked(First, 3, resume_from_checkpoint=True) == ((3,), {"resume_from_checkpoint": "there"})
 
 
 def test_a_push_during_training_asks_the_parent_for_no_more_than_it_takes(tmp_path: Path):

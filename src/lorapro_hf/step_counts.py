@@ -84,7 +84,7 @@ def _optimized(folder: Path) -> _Counted:
     counts = [groups[0].get("skipped_steps", 0), *(each["step"] for each in saved["state"].values() if "step" in each)]
     try:
         skipped, *steps = map(float, counts)
-    except (TypeError, RuntimeError) as error:  # the latter is torch's
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError("it counts steps by what is no number") from error
     if not all(math.isfinite(count) and count >= 0 for count in (skipped, *steps)):
         raise ValueError("it counts steps by what is no number")

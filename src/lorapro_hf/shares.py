@@ -187,7 +187,9 @@ class Shares:
         dist.all_reduce(both, group=self._agreeing)
         self._progress = _AGREED
         if self._can_read_flags and both[1] >= _FAILED:
-            raise RuntimeError(self._errors_of_others())
+            raise RuntimeError(
+                f"all ranks leave out this step, and nothing has been changed: {self._errors_of_others()}"
+            )
         return both[0].sqrt().to(norm.dtype) if self.group else norm, (both[1] > 0).to(skip.dtype)
 
     def fail(self, error: Exception) -> None:
@@ -238,7 +240,7 @@ class Shares:
             for rank, error in enumerate(self._tell(None))
             if error is not None
         ]
-        return f"all ranks leave out this step, and nothing has been changed: {'; '.join(found)}"
+        return "; ".join(found)
 
     def _portions(self) -> list[list[int]]:
         portions: list[list[int]] = [[]]

@@ -14,6 +14,7 @@ VARIES = "…"
 WARNING = "Warning"
 _REASONS = (
     "refusals.py",
+    "configuration.py",
     "resume.py",
     "manifest.py",
     "step_counts.py",
@@ -33,7 +34,7 @@ class Message(NamedTuple):
 
 @cache
 def messages() -> list[Message]:
-    """Of every exception that is built anywhere in the package, the reasons that functions give, and all warnings."""
+    """Of every exception that is built anywhere in the package, the reasons of functions and tables, all warnings."""
     found = []
     for path in sorted(SOURCE.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -42,6 +43,8 @@ def messages() -> list[Message]:
             given, name = list[ast.expr](), ""
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and _is_exception(node.func.id):
                 given, name = node.args[:1], node.func.id
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "_Refusal":
+                given, name = node.args[2:], "RuntimeError"
             elif isinstance(node, ast.FunctionDef) and path.name in _REASONS and _says_why(node):
                 given, name = list(_returned(node)), "ValueError"
             elif isinstance(node, ast.Call) and ast.unparse(node.func) == "logger.warning":
@@ -49,6 +52,7 @@ def messages() -> list[Message]:
             where = f"{path.relative_to(SOURCE).as_posix()}:{getattr(node, 'lineno', 0)}"
             texts = [text for each in given for text in _texts(each, names)]
             texts = [re.sub("%[sd]", VARIES, text) for text in texts] if name == WARNING else texts
+            texts = [re.sub(r"\{\w+(![rs])?\}", VARIES, text) for text in texts]
             found += [Message(name, text, where) for text in texts]
     return found
 

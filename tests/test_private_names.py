@@ -136,16 +136,22 @@ def test_the_search_sees_private_names() -> None:
 
 
 @pytest.fixture(scope="module")
-def overridden(sources: dict[str, ast.AST]) -> set[str]:
-    """What the mixins call their parent for."""
-    trees = [sources[name] for name in ("trainer.py", "checkpointing.py", "loading.py", "hub/saving.py")]
-    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
-    return {node.attr for node in nodes if ast.unparse(node.value) == "super()" and not node.attr.startswith("__")}
+def overridden(sources: dict[str, ast.AST]) -> set[tuple[type, str]]:
+    """The mixins and the methods for which they call their parent."""
+    found = set()
+    for mixin in LoRAProTrainerMixin.__mro__:
+        if mixin.__module__.startswith("lorapro_hf."):
+            tree = sources["/".join(mixin.__module__.split(".")[1:]) + ".py"]
+            nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+            names = {node.attr for node in nodes if ast.unparse(node.value) == "super()"}
+            found |= {(mixin, name) for name in names & vars(mixin).keys() if not name.startswith("__")}
+    return found
 
 
-def test_overridden_methods_are_the_parents(overridden: set[str]) -> None:
-    assert {name for name in overridden if not hasattr(Trainer, name)} == set()
-    assert {name for name in overridden if name.startswith("_")} == set(METHODS_OF_TRAINER) - {"_get_output_dir"}
+def test_overridden_methods_are_the_parents(overridden: set[tuple[type, str]]) -> None:
+    names = {name for _, name in overridden}
+    assert {name for name in names if not hasattr(Trainer, name)} == set()
+    assert {name for name in names if name.startswith("_")} == set(METHODS_OF_TRAINER) - {"_get_output_dir"}
 
 
 def test_a_trainer_that_lacks_a_method_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -165,24 +171,26 @@ def finished_upload(*_: Any, **__: Any) -> Any:
     return job
 
 
-def test_every_override_is_called(overridden: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_override_is_called(
+    overridden: set[tuple[type, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """By the parent, in a training that saves, pushes, is resumed and loads its best checkpoint."""
     for name, answer in (("create_repo", repository), ("upload_folder", finished_upload)):
         monkeypatch.setattr(HfApi, name, answer)
         monkeypatch.setattr(f"transformers.trainer.{name}", answer, raising=False)  # transformers 4 has its own
-    called: set[str] = set()
+    called = set()
 
-    def recorded(name: str, method: Any) -> Any:
+    def recorded(mixin: type, name: str) -> Any:
+        method = vars(mixin)[name]
+
         def call(*args: Any, **kwargs: Any) -> Any:
-            called.add(name)
+            called.add((mixin, name))
             return method(*args, **kwargs)
 
         return call
 
-    for name in overridden:
-        owner = next(cls for cls in LoRAProTrainerMixin.__mro__ if name in vars(cls))
-        assert owner is not Trainer
-        monkeypatch.setattr(owner, name, recorded(name, vars(owner)[name]))
+    for mixin, name in overridden:
+        monkeypatch.setattr(mixin, name, recorded(mixin, name))
     settings = {"max_steps": 2, "save_steps": 1, "eval_steps": 1, "eval_strategy": "steps", "save_strategy": "steps"}
     settings |= {"load_best_model_at_end": True, "push_to_hub": True, "hub_token": "none"}
     args = arguments(tmp_path, LoRAProTrainingArguments, **settings)

@@ -90,13 +90,16 @@ def private(holder: object, name: str) -> Any:
         if isinstance(error, ModuleNotFoundError) and error.name == row.library:
             raise  # the library is not installed at all
         raise RuntimeError(
-            f"{_installed(row.library)} has no {_name_of(holder)}.{name}, {row.use}. {tested_with(row.library)}"
+            f"{_installed(row.library)} has no {_name_of(holder)}.{name}, {row.use}. It was tested with "
+            f"{tested(row.library)}: install such a release, or report it."
         ) from error
 
 
-def tested_with(library: str) -> str:
-    """A sentence on the releases that have been tested, and the remedy."""
-    return f"It was tested with {_tested(library)}: install such a release, or report it."
+def tested(library: str) -> str:
+    """A library and its releases that have been tested."""
+    oldest, newest = TESTED[library]
+    releases = oldest if oldest == newest else f"{oldest} to {newest}"
+    return f"{_TITLES.get(library, library)} {releases}"
 
 
 def warn_if_newer(library: str) -> None:
@@ -105,7 +108,7 @@ def warn_if_newer(library: str) -> None:
         return
     _warned.add(library)
     logger.warning(
-        "LoRA-Pro relies on private names of %s, and was tested with %s.", _installed(library), _tested(library)
+        "LoRA-Pro relies on private names of %s, and was tested with %s.", _installed(library), tested(library)
     )
 
 
@@ -115,12 +118,6 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def _installed(library: str) -> str:
     return f"{_TITLES.get(library, library)} {metadata.version(library)}"
-
-
-def _tested(library: str) -> str:
-    oldest, newest = TESTED[library]
-    releases = oldest if oldest == newest else f"{oldest} to {newest}"
-    return f"{_TITLES.get(library, library)} {releases}"
 
 
 def _name_of(holder: object) -> str:

@@ -102,27 +102,35 @@ def require_configuration(config: Any, master_factors: bool) -> None:
     Raises:
         RuntimeError: a setting is not supported. The message names the remedy.
     """
-    for refusal in _REFUSALS:
-        value = _setting(config, refusal.setting)
-        if value is not None and refusal.is_wrong(value):
-            raise RuntimeError(BEFORE + refusal.reason.format(value=value))
+    reasons = [
+        refusal.reason.format(value=value)
+        for refusal in _REFUSALS
+        if (value := _setting(config, refusal.setting)) is not None and refusal.is_wrong(value)
+    ]
+    for reason in (*reasons, _precision(config, master_factors)):
+        if reason:
+            raise RuntimeError(BEFORE + reason)
+
+
+def _precision(config: Any, master_factors: bool) -> str | None:
     is_bfloat16, is_float16 = (_setting(config, f"{section}.enabled") for section in ("bf16", "fp16"))
     if master_factors and (is_bfloat16 or is_float16):
-        raise RuntimeError(
-            f"{BEFORE}it keeps float32 masters of all parameters itself, so that master_factors=True would keep them "
-            "twice. Leave master_factors out."
+        return (
+            "it keeps float32 masters of all parameters itself, so that master_factors=True would keep them twice. "
+            "Leave master_factors out."
         )
     if is_bfloat16 and _setting(config, "bf16.check_grad_overflow") is False:
-        raise RuntimeError(
-            f"{BEFORE}gradients that are not finite would be stepped. Remove 'check_grad_overflow' from the section "
-            "'bf16', which is true by default."
+        return (
+            "gradients that are not finite would be stepped. Remove 'check_grad_overflow' from the section 'bf16', "
+            "which is true by default."
         )
     dtype = str(_setting(config, "torch_autocast.dtype")).removeprefix("torch.")
     if _setting(config, "torch_autocast.enabled") and dtype in ("fp16", "float16", "half"):
-        raise RuntimeError(
-            f"{BEFORE}'torch_autocast' in float16 scales the loss inside the optimizer's step. Use bfloat16 there, or "
-            "the section 'fp16'."
+        return (
+            "'torch_autocast' in float16 scales the loss inside the optimizer's step. Use bfloat16 there, or the "
+            "section 'fp16'."
         )
+    return None
 
 
 def plugin_in_use() -> Any:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lorapro_hf.optimizer import LoRAProAdamW
-from lorapro_hf.private_names import private, tested_with, warn_if_newer
+from lorapro_hf.private_names import private, tested, warn_if_newer
 from lorapro_hf.zero.access import ZeroAccess
 from lorapro_hf.zero.checkpoint import (
     load_partitions_state_dict,
@@ -158,7 +158,7 @@ class _EngineStep:
         if norm is None:
             raise RuntimeError(
                 "DeepSpeed steps its optimizer before it has taken the norm of the gradients, by which LoRA-Pro clips "
-                f"them. {tested_with('deepspeed')}"
+                f"them. It was tested with {tested('deepspeed')}: install such a release, or report it."
             )
         if self.access.partitions_parameters:  # divided by a loss scale that may have grown since the backward pass
             norm = norm * (self._present_loss_scale() / self._loss_scale)

@@ -76,7 +76,14 @@ class CheckpointMixin(LoadingMixin):
             target.load_state_dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
-        """As the parent; an older checkpoint in the same folder counts as unfinished from the first file on."""
+        """As the parent; an older checkpoint in the same folder counts as unfinished from the first file on.
+
+        Raises:
+            ValueError: a parameter or its state holds NaN or Inf. Nothing has been written then.
+        """
+        optimizer = unwrap_optimizer(self.optimizer)
+        if isinstance(optimizer, LoRAProAdamW):
+            optimizer.require_finite()
         if self.lora_pro_config is not None and self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             (folder / STATE).unlink(missing_ok=True)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lorapro_hf.gradients import Access, local
-from lorapro_hf.pairs import LoRAPair
+from lorapro_hf.pairs import LoRAPair, unwrapped_name
 
 Named = tuple[str, Tensor]  # a tensor and how a message calls it
 
@@ -114,4 +114,4 @@ def can_be_read(tensor: Tensor) -> bool:
 
 
 def _name(pair: LoRAPair, factor: str) -> str:
-    return f"lora_{factor} of {pair.name} (adapter {pair.adapter_name!r})"
+    return f"lora_{factor} of {unwrapped_name(pair.name)} (adapter {pair.adapter_name!r})"

@@ -167,10 +167,10 @@ def test_moments_of_a_checkpoint_are_named_before_anything_is_loaded(config):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"lr": float("nan")}, "param group 1 of the checkpoint: lr=nan must be a finite number"),
-        ({"lr": torch.tensor(float("inf"))}, r"param group 1 of the checkpoint: lr=tensor\(inf\) must be a finite"),
-        ({"weight_decay": float("nan")}, "param group 1 of the checkpoint: weight_decay=nan must be"),
-        ({"betas": (0.9, float("nan"))}, r"param group 1 of the checkpoint: betas=\(0.9, nan\) must be"),
+        ({"lr": float("nan")}, "lr=nan in param group 1 of the checkpoint must be a finite number"),
+        ({"lr": torch.tensor(float("inf"))}, r"lr=tensor\(inf\) in param group 1 of the checkpoint must be a finite"),
+        ({"weight_decay": float("nan")}, "weight_decay=nan in param group 1 of the checkpoint must be"),
+        ({"betas": (0.9, float("nan"))}, r"betas=\(0.9, nan\) in param group 1 of the checkpoint must be"),
     ],
 )
 def test_settings_of_a_checkpoint_are_named(setting, message):

@@ -40,20 +40,20 @@ def check_hyperparameters(group: Mapping[str, Any], where: str = "") -> None:
 
     Args:
         group: lr, betas, eps and weight_decay.
-        where: what a message begins with.
+        where: what a message says behind the setting.
 
     Raises:
         ValueError: one is out of range.
     """
     lr, betas, eps, weight_decay = (group[name] for name in ("lr", "betas", "eps", "weight_decay"))
     if not isinstance(lr, int | float | Tensor) or not 0 <= lr < float("inf"):
-        raise ValueError(f"{where}lr={lr!r} must be a finite number of at least 0.")
+        raise ValueError(f"lr={lr!r}{where} must be a finite number of at least 0.")
     if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
-        raise ValueError(f"{where}betas={betas!r} must be two numbers in [0, 1).")
+        raise ValueError(f"betas={betas!r}{where} must be two numbers in [0, 1).")
     if not eps >= 0:
-        raise ValueError(f"{where}eps={eps!r} must be at least 0.")
+        raise ValueError(f"eps={eps!r}{where} must be at least 0.")
     if not weight_decay >= 0:
-        raise ValueError(f"{where}weight_decay={weight_decay!r} must be at least 0.")
+        raise ValueError(f"weight_decay={weight_decay!r}{where} must be at least 0.")
 
 
 def _with_names(params: Iterable[Any], position: int, of_factors: Mapping[int, str]) -> list[tuple[str, Any]]:

@@ -345,7 +345,7 @@ class PairOptimizer(torch.optim.Optimizer):
         shares = self._current_shares()
         check_state_dict(state_dict, self.param_groups, self.pairs, self.config, [shares.rank, shares.size])
         for index, group in enumerate(state_dict["param_groups"]):
-            check_hyperparameters({**self.defaults, **group}, f"param group {index} of the checkpoint: ")
+            check_hyperparameters({**self.defaults, **group}, f" in param group {index} of the checkpoint")
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
         loaded = [parameter for group in self.param_groups for parameter in group["params"]]
         pair_of = {id(factor): pair for pair in self.pairs for factor in (pair.A, pair.B)}

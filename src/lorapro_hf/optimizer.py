@@ -26,7 +26,7 @@ from lorapro_hf.steps import (
     longest_adjusted,
 )
 
-# Mode factored sums fourth powers of what it reads over a row; beyond this they overflow in float32.
+# Mode factored sums squares of what it reads; beyond this they overflow in float32.
 _LARGEST = 1e15
 
 

@@ -26,7 +26,7 @@ FLOORS = (
     ("linear",),
     ("factored", "pairs"),
     ("stacks", "gradients", "parents", "attendance", "uneven_inputs"),
-    ("moments", "shares"),
+    ("moments", "shares", "finite", "groups"),
     ("steps", "checkpoint", "memory", "consolidation", "first_steps"),
     ("ordinary", "pair_gradients", "pair_optimizer"),
     ("optimizer",),

@@ -235,7 +235,7 @@ def test_no_tensor_larger_than_the_factors_is_made():
         ({"B": torch.ones(4, 2)}, "no factor pair"),
         ({"grad_A": torch.ones(3, 4)}, "must be shaped like A"),
         ({"scaling": torch.ones(2)}, r"scaling \(2,\) must have the batch dimensions of the factors, \(\)"),
-        ({"A": torch.full((3, 5), float("nan"))}, "a LoRA factor holds NaN, Inf"),
+        ({"A": torch.full((3, 5), float("nan"))}, "the factor A holds NaN or Inf"),
     ],
 )
 def test_bad_input(change, message):

@@ -45,9 +45,8 @@ def row_bases(factors: Sequence[Tensor], rtol: float | None = None) -> list[RowB
         rtol: directions whose squared singular value is at most `rtol` times the largest count as absent. Default:
             `max(r * eps(dtype), max(r, k) * eps(Gram dtype))`.
 
-    Raises:
-        ValueError: a factor holds NaN or Inf (on the CPU; elsewhere the result is NaN, as finding out would wait for
-            the device).
+    Returns:
+        The bases; all NaN for a factor that holds NaN or Inf, since to find out would be to wait for the device.
     """
     grams = [_gram(factor) for factor in factors]
     alike: dict[tuple[object, ...], list[int]] = {}
@@ -75,7 +74,7 @@ def _basis(factor: Tensor, eigenvalues: Tensor, vectors: Tensor, rtol: float | N
     if rtol is None:
         rtol = max(r * torch.finfo(factor.dtype).eps, max(r, k) * torch.finfo(eigenvalues.dtype).eps)
     smallest = (1 / torch.finfo(factor.dtype).max) ** 2  # below it the inverse is infinite
-    present = eigenvalues > (rtol * eigenvalues[..., -1:]).clamp_min(smallest)
+    present = ~(eigenvalues <= (rtol * eigenvalues[..., -1:]).clamp_min(smallest))  # NaN is no absent direction
     singular = torch.where(present, eigenvalues, 0).sqrt()
     inverse = torch.where(present, 1 / singular, 0).to(factor.dtype)
     vectors = vectors.to(factor.dtype)

@@ -11,7 +11,9 @@ from accelerate.state import AcceleratorState, is_initialized
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.finite import of_factors, require_finite
 from lorapro_hf.first_steps import FirstSteps
+from lorapro_hf.gradients import access_to
 from lorapro_hf.optimizer import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.pair_gradients import project_pair_gradients_
 from lorapro_hf.pairs import LoRAPair, find_lora_pairs
@@ -49,9 +51,9 @@ class LoRAProCallback(TrainerCallback):
     The optimizer then sees the adjusted gradients, its moments included: with AdamW this is LoRA-Pro's efficient mode.
     `Trainer` has clipped the raw gradients to `max_grad_norm` before the callback sees them; the adjusted gradients
     are not clipped again. Gradients that are not finite reach the optimizer as such: whether to skip the step is its
-    affair, or the gradient scaler's. A warning names the pairs that had no gradient in the first ten steps.
-    Optimizers that step during the backward pass (LOMO, layer-wise GaLore) leave no gradients to rewrite and are
-    refused at the first step.
+    affair, or the gradient scaler's. A factor that is not finite is an error, at the step, the log or the save that
+    finds it. A warning names the pairs that had no gradient in the first ten steps. Optimizers that step during the
+    backward pass (LOMO, layer-wise GaLore) leave no gradients to rewrite and are refused at the first step.
 
     In a loop of your own, call `project_pair_gradients_(pairs, config)` between `backward()` and `optimizer.step()`
     instead, from `lorapro_hf.pair_gradients`, with `pairs = find_lora_pairs(model)`.
@@ -141,6 +143,20 @@ class LoRAProCallback(TrainerCallback):
         self.last_grad_norm = project_pair_gradients_(self._pairs, self.config)
         if self._first_steps.count(has_gradient, self.last_grad_norm):
             self._first_steps.warn()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Raise if it is a factor that keeps the gradients from being finite."""
+        if self.last_grad_norm is not None and not self.last_grad_norm.isfinite():
+            self._require_finite_factors()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Raise if the checkpoint that has just been written holds a factor that is not finite."""
+        self._require_finite_factors()
+
+    def _require_finite_factors(self) -> None:
+        if self._pairs:
+            access = access_to(self._pairs)
+            require_finite(of_factors(self._pairs, access), access.group)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

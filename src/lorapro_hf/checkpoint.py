@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.finite import find_broken
+from lorapro_hf.gradients import local
 from lorapro_hf.moments import state_shapes
 from lorapro_hf.pairs import LoRAPair, unwrapped_name
 
@@ -25,7 +29,9 @@ def check_state_dict(
     config: LoRAProConfig,
     needed: Sequence[LoRAPair] | None = None,
 ) -> None:
-    """Raise a `ValueError` that says what differs if `state_dict` is of another optimizer, mode, rank or model.
+    """Raise a `ValueError` that says what is wrong if `state_dict` is of another optimizer, mode, rank or model.
+
+    So it does where the state holds NaN or Inf: of a training that could only leave out each step.
 
     Args:
         state_dict: what is to be loaded.
@@ -59,6 +65,7 @@ def check_state_dict(
             (pair.A, pair.B), state_shapes(pair, config.mode, config.master_factors), strict=True
         ):
             expected[id(factor)] = shapes
+    held = []
     for saved, own in zip(saved_groups, param_groups, strict=True):
         for key, name, parameter in zip(saved["params"], _names(own), own["params"], strict=True):
             state = state_dict["state"].get(key, {})
@@ -69,6 +76,9 @@ def check_state_dict(
                 if id(parameter) in of_needed:
                     raise ValueError(_PARTIAL)
             _check_shapes(name, state, shapes)
+            held += [(f"{kind!r} of {name}", local(x)) for kind, x in state.items() if isinstance(x, Tensor)]
+    if broken := find_broken(held):
+        raise ValueError(f"the checkpoint holds NaN or Inf in {broken}. Resume from an earlier one.")
 
 
 def _check_shapes(name: str, state: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:

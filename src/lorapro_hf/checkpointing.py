@@ -134,10 +134,17 @@ class CheckpointMixin(LoadingMixin):
             target.load_state_dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
-        """As the parent, with a manifest; an older checkpoint in the same folder counts as unfinished from now on."""
+        """As the parent, with a manifest; an older checkpoint in the same folder counts as unfinished from now on.
+
+        Raises:
+            ValueError: a parameter or its state holds NaN or Inf. Nothing has been written then.
+        """
         if self.lora_pro_config is None:
             super()._save_checkpoint(model, trial, *args, **kwargs)
             return
+        optimizer = unwrap_optimizer(self.optimizer)
+        if isinstance(optimizer, LoRAProAdamW):
+            optimizer.require_finite()
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             clear(folder)

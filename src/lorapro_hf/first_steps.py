@@ -73,7 +73,8 @@ class FirstSteps:
         self._norms = []
         if self._skipped_before is not None and 2 * (skipped - self._skipped_before) >= self.steps:
             logger.warning(
-                "%d of the first %d steps were left out, because a gradient held NaN or Inf. %s",
+                "%d of the first %d steps were left out, because a gradient held NaN or Inf, or was too long to be "
+                "squared (1e19 in float32, 1e15 in mode 'factored'). %s",
                 skipped - self._skipped_before,
                 self.steps,
                 _REMEDIES,

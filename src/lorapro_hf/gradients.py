@@ -31,6 +31,10 @@ class Access(Protocol):
         """The precision in which the engine keeps a parameter."""
         ...
 
+    def held(self, parameter: Tensor) -> Tensor:
+        """What this rank holds of a value; not collective."""
+        ...
+
     def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         """The whole gradients, averaged over the ranks; `None` where no backward pass has reached a parameter."""
         ...
@@ -55,6 +59,10 @@ class PlainAccess:
     def dtype(self, parameter: Tensor) -> torch.dtype:
         """Its own."""
         return parameter.dtype
+
+    def held(self, parameter: Tensor) -> Tensor:
+        """All."""
+        return parameter.detach()
 
     def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         """As they are."""
@@ -105,6 +113,10 @@ class ShardedAccess:
     def dtype(self, parameter: Tensor) -> torch.dtype:
         """Its own."""
         return parameter.dtype
+
+    def held(self, parameter: Any) -> Tensor:
+        """Its own shard."""
+        return local(parameter.detach())
 
     def gradients(self, parameters: Sequence[Any]) -> list[Tensor | None]:
         """All shards in one collective for each dtype."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.finite import can_be_read, require_finite_rates
 from lorapro_hf.gradients import local
 from lorapro_hf.kernels.dense import require_backend
 from lorapro_hf.moments import state_dtype
@@ -47,17 +48,21 @@ class LoRAProAdamW(PairOptimizer):
 
     Parameters of no pair (biases, `modules_to_save`, DoRA magnitudes) get what `torch.optim.AdamW(fused=True)` gives
     them, to the bit. Moments of a pair are kept in float32 (float64 for float64 factors) unless the mode says
-    otherwise, also for bf16 factors and through `load_state_dict`. If any gradient holds NaN or Inf (in mode factored
-    also beyond 1e15) the whole step is left out and counted in `skipped_steps`; no parameter and no state changes.
-    (Steps that a `GradScaler` leaves out do not reach the optimizer, nor its count.) A pair that no backward reached is
-    left out of the step.
+    otherwise, also for bf16 factors and through `load_state_dict`. If any gradient holds NaN or Inf, or is so long that
+    second moments would overflow (1e19 in float32, 1e15 in mode factored), the whole step is left out and counted in
+    `skipped_steps`; no parameter and no state changes. (Steps that a `GradScaler` leaves out do not reach the
+    optimizer, nor its count.) A pair that no backward reached is left out of the step.
+
+    NaN or Inf in a factor, another parameter, a moment or a learning rate is an error that names it: before the first
+    step, at saves, and where steps have been left out (on the CPU at once; on CUDA where their number is read: at the
+    tenth step and, in `LoRAProTrainer`, with each log).
 
     After the first ten steps one warning names the pairs that had no gradient in any of them, and one the number of
     steps left out if that is half or more. A training that goes on from a checkpoint counts anew.
 
-    Pairs of one shape are stepped together, and on CUDA no step waits for the device but the tenth, for that warning
-    (with r beyond what the Triton kernel of `lorapro_hf.kernels.triton_eigh` takes, or without Triton, each step waits
-    once).
+    Pairs of one shape are stepped together, and on CUDA no step waits for the device but the first and the tenth, for
+    these checks (with r beyond what the Triton kernel of `lorapro_hf.kernels.triton_eigh` takes, or without Triton,
+    each step waits once).
 
     Args:
         params: as for any optimizer, best as named parameters: `model.named_parameters()` or groups of them. It must
@@ -108,7 +113,8 @@ class LoRAProAdamW(PairOptimizer):
             The closure's result, `None` without one.
 
         Raises:
-            ValueError: a scaling is 0, a factor is not finite or lost its place in `param_groups`.
+            ValueError: a scaling is 0, a factor or learning rate is not finite, or a factor lost its place in
+                `param_groups`.
             RuntimeError: no pair has a gradient, or one is missing for one factor of a pair, or sparse; another rank
                 has met an error (known at once on CPUs alone); or a closure is given under DeepSpeed. The step has
                 changed nothing in any of these cases, on any rank that shares the state.
@@ -147,7 +153,8 @@ class LoRAProAdamW(PairOptimizer):
             step_ordinary(parameters, self.state, group, skip)
 
     def begin_engine_step(self) -> None:
-        """Forget whether the pairs' last step has been left out."""
+        """Forget whether the pairs' last step has been left out; see that the training starts from finite values."""
+        self._require_finite_start(together=True)  # an engine may leave out each step before it gets here
         self._pairs_skipped = None
 
     def _step(self, shares: Shares, ordinary: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
@@ -157,6 +164,9 @@ class LoRAProAdamW(PairOptimizer):
                 f"none of the {len(self.pairs)} LoRA pairs has a gradient. Call loss.backward() before step(), and "
                 "build the optimizer from the model that is trained, with the adapter active that it was built for."
             )
+        require_finite_rates(self.param_groups)
+        if not self._is_being_captured():
+            self._require_finite_start(together=False)  # the others hear of it where all agree on the step
         self._consolidated = None
         with exact_arithmetic(self._stacks):
             self._step_all(shares, read_stacks(self._stacks, self.config), ordinary)
@@ -166,8 +176,8 @@ class LoRAProAdamW(PairOptimizer):
                 self.state[pair.A].setdefault("step", torch.zeros((), dtype=torch.float32))
         assert self.last_grad_norm is not None
         is_time = self.first_steps.count(has_gradient, self.last_grad_norm)
-        if is_time and not (self.pairs[0].A.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self.first_steps.warn(self.skipped_steps)
+        if is_time and not self._is_being_captured():
+            self.first_steps.warn(self.checked_skipped_steps())
 
     def _step_all(
         self, shares: Shares, read: list[StackGradient], ordinary: list[tuple[dict[str, Any], list[Tensor]]]
@@ -183,6 +193,8 @@ class LoRAProAdamW(PairOptimizer):
         # Allocated before anything is stepped: where memory does not suffice, no rank has changed anything.
         moments_of = [self._moments_of(each.stack) for each in read]
         self.last_grad_norm, skip = shares.agree(norm, skip)
+        if can_be_read(skip) and skip:
+            self.require_finite(state=False)
         self._pairs_skipped = skip
         self._skipped = skip.clone() if self._skipped is None else self._skipped.add_(skip.to(self._skipped.device))
         for group, parameters in ordinary:
@@ -210,8 +222,11 @@ class LoRAProAdamW(PairOptimizer):
             lengths.append(_largest(gradients))
         dtype = torch.float64 if any(length.dtype == torch.float64 for length in lengths) else torch.float32
         longest = torch.stack([length.to(norm.device, dtype) for length in lengths]).amax()
-        limit = _LARGEST if self.config.mode == "factored" else float("inf")
-        return norm, (~(longest.isfinite() & (longest <= limit))).float()
+        exact = {each.stack.dtype for each in read} or {torch.float32}
+        limit = min(torch.finfo(dtype).max ** 0.5 for dtype in exact)  # beyond it second moments overflow
+        if self.config.mode == "factored":
+            limit = _LARGEST
+        return norm, (~(longest <= limit)).float()  # NaN is not less than anything
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "last_grad_norm": None, "_pairs_skipped": None}

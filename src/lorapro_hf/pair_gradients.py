@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.finite import can_be_read, of_factors, require_finite
 from lorapro_hf.gradients import Access, access_to
 from lorapro_hf.pairs import LoRAPair
 from lorapro_hf.shares import Shares
@@ -29,7 +30,8 @@ def project_pair_gradients_(pairs: Sequence[LoRAPair], config: LoRAProConfig) ->
         The global 2-norm of the equivalent gradients, a scalar on their device.
 
     Raises:
-        ValueError: a scaling is 0, or a factor is not finite.
+        ValueError: a scaling is 0, or a factor is not finite (on the CPU; elsewhere the norm is NaN then). Nothing has
+            been changed.
         RuntimeError: a gradient is missing for one factor of a pair, sparse, or sharded in a way that is not supported.
     """
     access = access_to(pairs)
@@ -39,6 +41,8 @@ def project_pair_gradients_(pairs: Sequence[LoRAPair], config: LoRAProConfig) ->
     with exact_arithmetic(stacks):
         read = read_stacks(stacks, config)
         norm = global_norm(read)
+        if can_be_read(norm) and not norm.isfinite():
+            require_finite(of_factors(pairs, access), access.group)
         for each in read:
             h = adjusted_gradients_(each, config.x_mode)
             for factor, values in (("A", each.stack.layers_A(h.A)), ("B", each.stack.layers_B(h.B))):

@@ -12,8 +12,10 @@ from torch import Tensor
 from lorapro_hf.checkpoint import check_state_dict
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.consolidation import States, await_all, collect_states, own_state, read_own_state, shard_states, whole
+from lorapro_hf.finite import of_factors, of_groups, of_others, of_states, require_finite
 from lorapro_hf.first_steps import FirstSteps
 from lorapro_hf.gradients import Access, access_to, local
+from lorapro_hf.groups import check_hyperparameters, name_parameters
 from lorapro_hf.memory import state_bytes_by_device
 from lorapro_hf.moments import StackMoments, state_dtype
 from lorapro_hf.pairs import LoRAPair
@@ -45,7 +47,7 @@ class PairOptimizer(torch.optim.Optimizer):
     ) -> None:
         if not pairs:
             raise ValueError("no LoRA pairs to optimize; pass find_lora_pairs(model), or use torch.optim.AdamW.")
-        _check_hyperparameters(**defaults)
+        check_hyperparameters(defaults)
         self.config = config
         self.pairs = list(pairs)
         self.access: Access | None = None
@@ -60,6 +62,7 @@ class PairOptimizer(torch.optim.Optimizer):
         self._skipped: Tensor | None = None
         self._consolidated: States | None = None
         self.first_steps = FirstSteps(self.pairs)
+        self._starts_finite, self._seen = False, (0, 0)
         super().__init__(params, {**defaults, "betas": tuple(defaults["betas"])})
         self.param_groups[0].setdefault("skipped_steps", 0)
         self._positions = self._groups_of_pairs()
@@ -71,13 +74,13 @@ class PairOptimizer(torch.optim.Optimizer):
         its place, such as `"param_group_4.0"` for the first of the fifth group.
         """
         merged = {**self.defaults, **param_group}
-        _check_hyperparameters(merged["lr"], merged["betas"], merged["eps"], merged["weight_decay"])
+        check_hyperparameters(merged)
         if self.config.mode != "factored" and merged["eps"] < torch.finfo(torch.float32).tiny:
             raise ValueError(
                 f"eps={merged['eps']!r} is 0 in float32: in mode {self.config.mode!r} elements that have had no "
                 "gradient yet would become NaN. Use 1e-8, or mode 'factored'."
             )
-        self._name_parameters(param_group)
+        name_parameters(param_group, self.param_groups, self.pairs)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         # What a checkpoint must agree in: kept in the group because that is what state_dict saves.
@@ -85,24 +88,6 @@ class PairOptimizer(torch.optim.Optimizer):
         group["moments_dtype"] = self.config.moments_dtype
         group["master_factors"] = self.config.master_factors
         group["param_shapes"] = [list(parameter.shape) for parameter in group["params"]]
-
-    def _name_parameters(self, param_group: dict[str, Any]) -> None:
-        """Give names to a new group where others have some, and to the others where it has: torch wants all or none."""
-        given = param_group["params"]
-        if isinstance(given, set):  # for torch to refuse
-            return
-        given = param_group["params"] = [given] if isinstance(given, Tensor) else list(given)
-        has_names = "param_names" in param_group or any(isinstance(each, tuple) for each in given)
-        if not has_names and not any("param_names" in group for group in self.param_groups):
-            return
-        of_factors = _names_of_factors(self.pairs)
-        for position, group in enumerate(self.param_groups):
-            if "param_names" not in group:
-                group["param_names"] = [name for name, _ in _with_names(group["params"], position, of_factors)]
-        if "param_names" not in param_group:
-            param_group["params"] = _with_names(given, len(self.param_groups), of_factors)
-        if not given:  # torch takes an empty group for one without names
-            param_group["param_names"] = []
 
     @property
     def skipped_steps(self) -> int:
@@ -115,12 +100,55 @@ class PairOptimizer(torch.optim.Optimizer):
 
         For trainings of fewer steps. `LoRAProTrainer` calls it.
         """
+        self.require_finite(state=False)
         self.first_steps.warn(self.skipped_steps)
         self._begin_training()
 
     def _begin_training(self) -> None:
         self._settle_skipped()
         self.first_steps = FirstSteps(self.pairs, self.skipped_steps)
+        self._seen = (self.skipped_steps, 0)
+
+    def checked_skipped_steps(self) -> int:
+        """`skipped_steps`, once it is clear that it is gradients that were not finite; call it on all ranks.
+
+        Raises:
+            ValueError: a parameter holds NaN or Inf, so that every further step would be left out.
+        """
+        seen = skipped, steps = self.skipped_steps, self.first_steps.steps
+        if skipped > self._seen[0] or steps == self._seen[1]:  # a gradient scaler or an engine may leave out steps too
+            self.require_finite(state=False)
+        self._seen = seen
+        return skipped
+
+    def require_finite(self, state: bool = True, together: bool = True) -> None:
+        """Raise if a parameter, its state or a learning rate holds NaN or Inf; this waits for the device.
+
+        Args:
+            state: whether to look at moments, too.
+            together: all ranks that shard parameters or share the state out call this, and all raise if one has to.
+
+        Raises:
+            ValueError: the message names the parameter.
+        """
+        shares = self._current_shares()
+        named = [*of_factors(self.pairs, shares.access), *of_groups(self.param_groups)]
+        if self.engine_step is None:
+            named += of_others(self._ordinary(), self.state if state else None)
+        if state:
+            named += of_states(shares.own, self.state)
+        # whole factors are the same on all ranks
+        alone = not together or (shares.access.in_place and not (state and shares.group))
+        require_finite(named, None if alone else shares.access.group)
+
+    def _require_finite_start(self, together: bool) -> None:
+        if not self._starts_finite:
+            self.require_finite(together=together)
+            self._starts_finite = True
+
+    def _is_being_captured(self) -> bool:
+        """Whether a CUDA graph is being recorded, which forbids to wait for the device."""
+        return self.pairs[0].A.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def estimated_state_bytes(self) -> int:
         """Bytes of optimizer state on this rank once every parameter has been stepped, the pairs' and the others'."""
@@ -241,11 +269,13 @@ class PairOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: another rank has ended, or does not take part within the limit of the process group.
+            ValueError: a parameter or its state holds NaN or Inf.
         """
         shares = self._current_shares()
         if shares.group is not None and shares.access.in_place:
             await_all(shares.attendance, saves=True)
             self._consolidated = collect_states(shares, self.state, self.config, to)
+            self.require_finite()
 
     def state_dict(self) -> dict[str, Any]:
         """As in `torch.optim.Optimizer`: tensors by parameter, and the groups.
@@ -258,11 +288,15 @@ class PairOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: another rank has ended, or does not take part within the limit of the process group.
+            ValueError: a parameter or its state holds NaN or Inf.
         """
         self._settle_skipped()
         shares = self._current_shares() if self.engine_step is None else None
         saved = super().state_dict()
-        if shares is None or (shares.access.in_place and shares.group is None):
+        if shares is None:
+            return saved
+        if shares.access.in_place and shares.group is None:
+            self.require_finite()
             return saved
         states = self._consolidated
         if states is None:
@@ -271,6 +305,7 @@ class PairOptimizer(torch.optim.Optimizer):
                 states = collect_states(shares, self.state, self.config, 0)
             else:
                 states = shard_states(shares, self.state, self.config)
+            self.require_finite()
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         keys = [key for group in saved["param_groups"] for key in group["params"]]
         for key, parameter in zip(keys, parameters, strict=True):
@@ -291,11 +326,14 @@ class PairOptimizer(torch.optim.Optimizer):
             read: gives the tensor of a name, `None` where there is none.
 
         Raises:
-            ValueError: a pair has part of its state only, or of another shape. Nothing has been changed then.
+            ValueError: a pair has part of its state only, or of another shape, or one of any rank holds NaN or Inf.
+                Nothing has been changed then.
         """
-        states = read_own_state(self._current_shares(), read, self.config)
-        self._moments = {}
-        for pair in self._current_shares().own:  # what the checkpoint lacks had not begun when it was saved
+        shares = self._current_shares()
+        states = read_own_state(shares, read, self.config)
+        require_finite(of_states(shares.own, states), shares.access.group)
+        self._moments, self._starts_finite = {}, False
+        for pair in shares.own:  # what the checkpoint lacks had not begun when it was saved
             for parameter in (pair.A, pair.B):
                 self.state.pop(parameter, None)
                 if parameter in states:
@@ -311,12 +349,14 @@ class PairOptimizer(torch.optim.Optimizer):
         The number of ranks may be another than when it was saved. With DTensors all ranks must call it.
 
         Raises:
-            ValueError: the checkpoint is of another mode, rank or model, or of another optimizer. Nothing has been
-                changed then.
+            ValueError: the checkpoint is of another mode, rank or model, or of another optimizer, or holds NaN or Inf.
+                Nothing has been changed then.
         """
         shares = self._current_shares()
         needed = shares.own if shares.access.in_place else self.pairs  # what is sharded takes all ranks to put together
         check_state_dict(state_dict, self.param_groups, self.pairs, self.config, needed)
+        for index, group in enumerate(state_dict["param_groups"]):
+            check_hyperparameters({**self.defaults, **group}, f" in param group {index} of the checkpoint")
         saved = [key for group in state_dict["param_groups"] for key in group["params"]]
         loaded = [parameter for group in self.param_groups for parameter in group["params"]]
         pair_of = {id(factor): pair for pair in self.pairs for factor in (pair.A, pair.B)}
@@ -325,7 +365,7 @@ class PairOptimizer(torch.optim.Optimizer):
         # up to four times their size: it gets the others only.
         others = {key: value for key, value in state_dict["state"].items() if key not in of_factors}
         super().load_state_dict({**state_dict, "state": others})
-        self._skipped, self._shares, self._consolidated = None, None, None
+        self._skipped, self._shares, self._consolidated, self._starts_finite = None, None, None, False
         self._begin_training()
         own_pairs = set(map(id, self._current_shares().own))
         for key, parameter in zip(saved, loaded, strict=True):
@@ -362,28 +402,5 @@ class PairOptimizer(torch.optim.Optimizer):
         of_this_run |= {"_positions": {}, "_of_pairs": set(), "_consolidated": None, "access": None}
         of_this_run |= {"_skipped": None, "engine_step": None, "saved_collectively": False}
         of_this_run["first_steps"] = FirstSteps(self.pairs, self.skipped_steps)
+        of_this_run |= {"_starts_finite": False, "_seen": (self.skipped_steps, 0)}
         return {**super().__getstate__(), "pairs": self.pairs, "config": self.config, **of_this_run}
-
-
-def _names_of_factors(pairs: Sequence[LoRAPair]) -> dict[int, str]:
-    """The names in the model of all factors, by id."""
-    return {id(p): f"{pair.name}.{name}" for pair in pairs for name, p in pair.layer.named_parameters()}
-
-
-def _with_names(params: Iterable[Any], position: int, of_factors: Mapping[int, str]) -> list[tuple[str, Any]]:
-    """Parameters of the group at a position with their names; those that have one keep it."""
-    return [
-        each if isinstance(each, tuple) else (of_factors.get(id(each), f"param_group_{position}.{index}"), each)
-        for index, each in enumerate(params)
-    ]
-
-
-def _check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    if not isinstance(lr, int | float | Tensor) or not 0 <= lr < float("inf"):
-        raise ValueError(f"lr={lr!r} must be a finite number of at least 0.")
-    if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
-        raise ValueError(f"betas={betas!r} must be two numbers in [0, 1).")
-    if not eps >= 0:
-        raise ValueError(f"eps={eps!r} must be at least 0.")
-    if not weight_decay >= 0:
-        raise ValueError(f"weight_decay={weight_decay!r} must be at least 0.")

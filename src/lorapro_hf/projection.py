@@ -67,7 +67,8 @@ def project_lora_gradients(
         `(h_A, h_B)`, in shape and dtype like `grad_A` and `grad_B`.
 
     Raises:
-        ValueError: shapes that do not fit together, an unknown `x_mode`, a scaling of 0, or NaN or Inf in a factor.
+        ValueError: shapes that do not fit together, an unknown `x_mode`, a scaling of 0, or NaN or Inf in a factor (on
+            the CPU; elsewhere the results are NaN, as finding out would wait for the device).
     """
     check_choice("x_mode", x_mode, X_MODES)
     _check_inputs(A, B, grad_A, grad_B, scaling)
@@ -78,6 +79,11 @@ def project_lora_gradients(
     # Under autocast the products would silently run in bf16.
     with torch.autocast(A.device.type, enabled=False):
         basis_A, basis_B = row_bases([one_A, one_B.mT], rtol)
+        for name, basis in (("A", basis_A), ("B", basis_B)):
+            if A.device.type == "cpu" and basis.inverse.isnan().any():
+                raise ValueError(
+                    f"the factor {name} holds NaN or Inf; go back to a checkpoint whose adapter is finite."
+                )
         coordinates = gradient_coordinates(basis_A, basis_B, one_grad_A, one_grad_B.mT, s)
         h_A, h_B = factor_gradients_(basis_A, basis_B, coordinates, s, x_mode)
     return h_A.reshape(A.shape).to(grad_A.dtype), h_B.mT.reshape(B.shape).to(grad_B.dtype)

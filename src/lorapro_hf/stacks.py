@@ -167,7 +167,7 @@ def read_stacks(stacks: Iterable[Stack], config: LoRAProConfig) -> list[StackGra
     """The equivalent gradients of all stacks that have gradients; nothing is changed.
 
     Raises:
-        ValueError: a scaling is 0, or a factor is not finite (found on the CPU only).
+        ValueError: a scaling is 0.
         RuntimeError: a gradient is missing for one factor of a pair, or sparse.
     """
     found = [(stack, *found) for stack in stacks if (found := stack.read_gradients()) is not None]

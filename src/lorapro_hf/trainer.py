@@ -309,7 +309,7 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin):
             if isinstance(optimizer, LoRAProAdamW):
                 if optimizer.last_grad_norm is not None:
                     logs["lora_pro_grad_norm"] = float(optimizer.last_grad_norm)
-                logs["lora_pro_skipped_steps"] = optimizer.skipped_steps
+                logs["lora_pro_skipped_steps"] = optimizer.checked_skipped_steps()
                 optimizer.first_steps.warn_if_none(self.state.global_step, self._lora_pro_first_step or 0)
             elif optimizer is not None:
                 raise RuntimeError(

@@ -26,10 +26,7 @@ def symmetric_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
         matrices: `(K, r, r)`, float32 or float64.
 
     Returns:
-        `(K, r)` and `(K, r, r)`, as `torch.linalg.eigh` gives them.
-
-    Raises:
-        ValueError: a matrix holds NaN or Inf (the Triton kernel returns NaN instead).
+        `(K, r)` and `(K, r, r)`, as `torch.linalg.eigh` gives them; NaN for a matrix that holds NaN or Inf.
     """
     if matrices.device.type == "cuda" and has_triton():
         from lorapro_hf.kernels.triton_eigh import MAX_RANK
@@ -37,10 +34,8 @@ def symmetric_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
         if matrices.shape[-1] <= MAX_RANK:
             return triton_eigh(matrices)
-    try:
-        eigenvalues, vectors = torch.linalg.eigh(matrices)
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise ValueError(
-            "a LoRA factor holds NaN, Inf or values out of range; go back to a checkpoint whose adapter is finite."
-        ) from error
-    return eigenvalues, vectors
+    # Left to itself LAPACK fails for all matrices of a batch, or returns anything, depending on r.
+    is_finite = matrices.isfinite().flatten(1).all(-1)
+    values, vectors = torch.linalg.eigh(torch.where(is_finite[:, None, None], matrices, 0))
+    nan = float("nan")
+    return torch.where(is_finite[:, None], values, nan), torch.where(is_finite[:, None, None], vectors, nan)

@@ -62,6 +62,10 @@ class ZeroAccess:
         """The shape of a whole parameter."""
         return torch.Size(private(parameter, "ds_shape") if self.partitions_parameters else parameter.shape)
 
+    def held(self, parameter: Any) -> Tensor:
+        """This rank's part of the master."""
+        return self._own_master(parameter)
+
     @torch.no_grad()
     def hold_gradients(self, parameters: Sequence[Any]) -> None:
         """Keep this rank's parts of the raw gradients, which DeepSpeed frees or scales as it steps.

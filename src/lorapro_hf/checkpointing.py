@@ -11,6 +11,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
+from lorapro_hf.adapter_files import require_pairs_in_checkpoint
 from lorapro_hf.loading import LoadingMixin
 from lorapro_hf.optimizer import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.resume import (
@@ -46,6 +47,7 @@ class CheckpointMixin(LoadingMixin):
         by_engine = self._is_by_engine
         require_complete(folder, by_engine)
         if by_engine:
+            require_pairs_in_checkpoint(folder, self.accelerator.unwrap_model(self.model))
             return
         # The parent builds the optimizer after it has loaded the weights; this one is thrown away.
         before, self._lora_pro_announces = self.optimizer, False

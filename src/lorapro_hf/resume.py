@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from lorapro_hf.adapter_files import tensor_shapes
 from lorapro_hf.checkpoint import check_state_dict
-from lorapro_hf.loading import WEIGHTS, holds_weights, require_adapters, tensor_shapes
+from lorapro_hf.loading import WEIGHTS, holds_weights, require_adapters
 from lorapro_hf.optimizer import LoRAProAdamW
 
 STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.pt"

@@ -12,6 +12,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers.utils import cached_file, find_adapter_config_file
 
+from lorapro_hf.adapter_files import ADAPTER_FILES
 from lorapro_hf.hub.settings import SETTINGS_FILE, load_lora_pro_config
 from lorapro_hf.inspection.base_model import base_on_meta, head_of
 from lorapro_hf.inspection.checkpoints import compared, read_checkpoint
@@ -19,7 +20,6 @@ from lorapro_hf.inspection.files import WEIGHTS, Shapes, differences, skeleton, 
 from lorapro_hf.inspection.model import adapters_of, inspect_model
 from lorapro_hf.inspection.report import ENGINE, Base, Checkpoint, Report, Unsupported
 from lorapro_hf.inspection.tasks import TASKS
-from lorapro_hf.loading import ADAPTER_FILES
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.model import AdapterArguments
 from lorapro_hf.recipes.targets import require_known_names

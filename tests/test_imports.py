@@ -19,7 +19,7 @@ ROOT = Path(lorapro_hf.__file__).parent
 
 # From the ground up. A module imports only from floors below its own; a sub-package counts as one module.
 FLOORS = (
-    ("extras",),
+    ("extras", "text_files"),
     ("config", "kernels"),
     ("bases", "reference", "trust_region"),
     ("projection", "sequential"),

@@ -30,6 +30,7 @@ from lorapro_hf.adapter_files import (
 )
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.pairs import survey_lora_pairs
+from lorapro_hf.text_files import shortened
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -118,8 +119,9 @@ def require_adapters(folder: Path, model: nn.Module) -> dict[str, Path]:
         for name in (*own, *(name for name in shapes if "lora_" in name)):
             if shapes.get(name) != own.get(name):
                 raise ValueError(
-                    f"{file}: {name} {told(shapes.get(name))} in the checkpoint, but {told(own.get(name))} in the "
-                    "model. It is a checkpoint of another model or rank; resume with the model it was written for."
+                    f"{file}: {shortened(name)} {told(shapes.get(name))} in the checkpoint, but "
+                    f"{told(own.get(name))} in the model. It is a checkpoint of another model or rank; resume with the "
+                    "model it was written for."
                 )
     return files
 

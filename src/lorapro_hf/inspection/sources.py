@@ -24,6 +24,7 @@ from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.model import AdapterArguments
 from lorapro_hf.recipes.targets import require_known_names
 from lorapro_hf.resume import STATE, checkpoints_in, is_checkpoint
+from lorapro_hf.text_files import shortened
 
 _ADAPTER, _CONFIG, _ARGUMENTS = "adapter_config.json", "config.json", "training_args.bin"
 
@@ -206,8 +207,8 @@ def _adapters_in(name: str) -> dict[str, str]:
 def _config(folder: str) -> PeftConfig:
     try:
         return PeftConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"cannot read {_ADAPTER} of {folder}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(f"cannot read {_ADAPTER} of {folder}: {shortened(str(error), 500)}") from error
 
 
 def _weights(name: str) -> Path | None:

@@ -176,16 +176,42 @@ def test_off_is_the_parent(losing: None, tmp_path: Path) -> None:
 # ---- on resuming under an engine ----
 
 
-def test_files_of_engines_are_examined(tmp_path: Path) -> None:
+def write_whole(state: dict[str, torch.Tensor], folder: Path) -> Path:
+    torch.save(state, folder / "pytorch_model_fsdp.bin")
+    return folder / "pytorch_model_fsdp.bin"
+
+
+def write_shards(state: dict[str, torch.Tensor], folder: Path) -> Path:
+    place = folder / "pytorch_model_fsdp_0"
+    torch.distributed.checkpoint.save({"model": state}, checkpoint_id=place, no_dist=True)
+    return place
+
+
+def write_shards_as_peft(state: dict[str, torch.Tensor], folder: Path) -> Path:
+    return write_shards({name.replace(".default.", "."): tensor for name, tensor in state.items()}, folder)
+
+
+@pytest.mark.parametrize("write", [write_whole, write_shards, write_shards_as_peft])
+def test_files_of_fsdp_are_examined(write: Any, tmp_path: Path) -> None:
     model = tiny_lora()
-    whole = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    file = tmp_path / "pytorch_model_fsdp.bin"
-    torch.save(whole, file)
+    state = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    file = write(state, tmp_path)
     require_pairs_in_checkpoint(tmp_path, model)
-    lost = next(name for name in whole if "lora_B" in name)
-    torch.save({name: tensor for name, tensor in whole.items() if name != lost}, file)
-    with pytest.raises(ValueError, match=f"cannot resume from {file}: {lost} is missing.*without resume_from"):
+    lost = next(name for name in state if "lora_B" in name)
+    write({name: tensor for name, tensor in state.items() if name != lost}, tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"cannot resume from {file}: \S+q_proj\.lora_B\S+ is missing.*without resume"
+    ):
         require_pairs_in_checkpoint(tmp_path, model)
-    torch.save({**whole, lost: whole[lost][:1]}, file)
+    write({**state, lost: state[lost][:1].clone()}, tmp_path)
     with pytest.raises(ValueError, match=r"has shape \[1, 4\] there, but has shape \[32, 4\] in the model"):
+        require_pairs_in_checkpoint(tmp_path, model)
+
+
+def test_several_adapters_that_fsdp_saves_one_of(tmp_path: Path) -> None:
+    """accelerate has PEFT save the active adapter of the model alone."""
+    model = CASES["several"]()
+    state = peft.get_peft_model_state_dict(model, adapter_name="third")
+    write_shards({name: tensor.detach() for name, tensor in state.items()}, tmp_path)
+    with pytest.raises(ValueError, match="lora_A.* is missing there"):
         require_pairs_in_checkpoint(tmp_path, model)

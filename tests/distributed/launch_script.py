@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from accelerate import DistributedType, PartialState
 from accelerate.commands import launch
+from peft import get_peft_model_state_dict
+from transformers import Trainer
 
-from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
+from lorapro_hf import LoRAProOptimizerFactory, LoRAProTrainer, LoRAProTrainingArguments
 from trainer_helpers import arguments, build, tiny_lora
 from trainer_script import BATCH, LOGGED, SETTINGS
 
@@ -43,8 +47,6 @@ def train(folder: Path, ranks: int = 1, resume: Path | None = None, **settings: 
     trainer = build(LoRAProTrainer, args, model=tiny_lora(modules_to_save=["lm_head"]))
     trainer.train(resume_from_checkpoint=resume and str(resume))
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    if plugin is not None:
-        plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
@@ -61,6 +63,42 @@ def train_and_resume(folder: Path, **engine: Any) -> dict[str, Any]:
     resume = folder / "full" / "checkpoint-3"
     found["resumed"] = train(folder / "resumed", 2, resume=resume, **engine, **TRAININGS["full"])
     return found
+
+
+def refuse(folder: Path, **engine: Any) -> dict[str, list[str]]:
+    """The errors on all ranks of trainings under FSDP2 that would save no adapter, or not all of it."""
+    settings = {**SETTINGS, **TRAININGS["full"], **engine, "save_steps": 1, "per_device_train_batch_size": BATCH // 2}
+
+    def own() -> None:
+        build(LoRAProTrainer, arguments(folder, LoRAProTrainingArguments, **settings)).train()
+
+    def plain() -> None:
+        factory = (LoRAProOptimizerFactory, {"lr": 1e-2})
+        build(Trainer, arguments(folder, **settings), optimizer_cls_and_kwargs=factory).train()
+
+    def without_last(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        state = get_peft_model_state_dict(*args, **kwargs)
+        return {name: tensor for name, tensor in state.items() if "1.mlp.down_proj.lora_B" not in name}
+
+    def error_of(train: Callable[[], None]) -> str:
+        try:
+            train()
+        except (RuntimeError, ValueError) as error:
+            return str(error)
+        return ""
+
+    with mock.patch.dict(os.environ, {"FSDP_ACTIVATION_CHECKPOINTING": "true"}):
+        found = {"own": error_of(own), "plain": error_of(plain)}
+    with mock.patch("peft.get_peft_model_state_dict", without_last):
+        found["sharded"] = error_of(own)
+    with (
+        mock.patch("peft.peft_model.get_peft_model_state_dict", without_last),
+        mock.patch.dict(os.environ, {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}),
+    ):
+        found["full"] = error_of(own)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, found)
+    return {name: [each[name] for each in gathered] for name in found}
 
 
 def prepare(recipe: str) -> dict[str, Any]:
@@ -100,6 +138,10 @@ def main(recipe: str, folder: Path) -> None:
     engine = prepare(recipe)
     found = {recipe: train_and_resume(folder / recipe, **engine)}
     found[recipe]["off"] = train(folder / recipe / "off", 2, **engine, **TRAININGS["off"])
+    if recipe == "fsdp2":
+        checkpointed = {**TRAININGS["full"], "gradient_checkpointing": True, "save_strategy": "no"}
+        found[recipe]["checkpointed"] = train(folder / recipe / "checkpointed", 2, **engine, **checkpointed)
+        found[recipe]["refused"] = refuse(folder / recipe / "refused", **engine)
     if recipe == "zero3":  # which then stands for the others: starting takes longer than all trainings
         for other in ("zero1", "zero2"):
             set_environment(environment_of(other))

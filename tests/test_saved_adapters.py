@@ -213,5 +213,5 @@ def test_several_adapters_that_fsdp_saves_one_of(tmp_path: Path) -> None:
     model = CASES["several"]()
     state = peft.get_peft_model_state_dict(model, adapter_name="third")
     write_shards({name: tensor.detach() for name, tensor in state.items()}, tmp_path)
-    with pytest.raises(ValueError, match="lora_A.* is missing there"):
+    with pytest.raises(ValueError, match=r"lora_A.* is missing there"):
         require_pairs_in_checkpoint(tmp_path, model)

@@ -17,6 +17,7 @@ from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.parser import RecipeParser
 from lorapro_hf.recipes.yaml_files import parse_yaml, read_yaml
 from lorapro_hf.text_files import MAX_BYTES, parse_json, replace_file, shown
+from lorapro_hf.zero.checkpoint import moments_files
 
 LONG = "x" * 10**6
 DEEP = "[" * 10**5
@@ -101,6 +102,12 @@ def test_recipes_are_bounded(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     recipe.write_text(f"a: {LONG}{LONG}\n")
     with pytest.raises(UsageError, match=r"cannot read the recipe .*larger than 1 MiB"):
         read_yaml(recipe, "the recipe")
+
+
+def test_files_of_other_names_beside_the_moments(tmp_path: Path) -> None:
+    for name in ("0", "1", "12", "X", "", "1.old", "-1", "\u0661"):
+        (tmp_path / f"lora_pro_rank{name}.safetensors").touch()
+    assert sorted(moments_files(tmp_path).values()) == [0, 1, 12]
 
 
 # ---- writing ----

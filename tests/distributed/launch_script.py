@@ -12,12 +12,14 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+import transformers
 from accelerate import DistributedType, PartialState
 from accelerate.commands import launch
+from packaging.version import Version
 from peft import get_peft_model_state_dict
 from transformers import Trainer
 
-from lorapro_hf import LoRAProOptimizerFactory, LoRAProTrainer, LoRAProTrainingArguments
+from lorapro_hf import LoRAProCallback, LoRAProOptimizerFactory, LoRAProTrainer, LoRAProTrainingArguments
 from trainer_helpers import arguments, build, tiny_lora
 from trainer_script import BATCH, LOGGED, SETTINGS
 
@@ -73,8 +75,11 @@ def refuse(folder: Path, **engine: Any) -> dict[str, list[str]]:
         build(LoRAProTrainer, arguments(folder, LoRAProTrainingArguments, **settings)).train()
 
     def plain() -> None:
-        factory = (LoRAProOptimizerFactory, {"lr": 1e-2})
-        build(Trainer, arguments(folder, **settings), optimizer_cls_and_kwargs=factory).train()
+        if Version(transformers.__version__) < Version("5"):  # which knows no optimizer factories
+            with_plain: dict[str, Any] = {"callbacks": [LoRAProCallback()]}
+        else:
+            with_plain = {"optimizer_cls_and_kwargs": (LoRAProOptimizerFactory, {"lr": 1e-2})}
+        build(Trainer, arguments(folder, **settings), **with_plain).train()
 
     def without_last(*args: Any, **kwargs: Any) -> dict[str, Any]:
         state = get_peft_model_state_dict(*args, **kwargs)

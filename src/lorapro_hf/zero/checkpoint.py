@@ -139,12 +139,12 @@ def _write(folder: Path, optimizer: LoRAProAdamW, access: ZeroAccess, about: dic
     save_file(on_cpu, partial, metadata={_ABOUT: json.dumps(about)})
     os.replace(partial, path)
     if rank == 0:  # of an earlier save by more ranks under the same tag
-        for old, its_rank in _moments_files(folder).items():
+        for old, its_rank in moments_files(folder).items():
             if its_rank >= ranks:
                 old.unlink()
 
 
-def _moments_files(folder: Path) -> dict[Path, int]:
+def moments_files(folder: Path) -> dict[Path, int]:
     """The files of the ranks in a folder, with their ranks; a file of another name is not LoRA-Pro's."""
     pattern = re.compile(_NAME.format("([0-9]+)"))
     named = {path: pattern.fullmatch(path.name) for path in sorted(folder.glob(_NAME.format("*")))}
@@ -161,7 +161,7 @@ def _opened(folder: Path, optimizer: LoRAProAdamW) -> Iterator[_Saved]:
     """
     from safetensors import SafetensorError, safe_open
 
-    paths = list(_moments_files(folder))
+    paths = list(moments_files(folder))
     if not paths:
         raise FileNotFoundError(
             f"{folder} has no {_NAME.format('<n>')}: the checkpoint was written without LoRA-Pro, or before "

@@ -23,7 +23,7 @@ from lorapro_hf import (
     create_lorapro_optimizer,
     find_lora_pairs,
 )
-from lorapro_hf.adapter_files import find_unsaved, require_pairs_in_checkpoint
+from lorapro_hf.adapter_files import find_unsaved, require_pairs_in_checkpoint, saving_error
 from lorapro_hf.callback import require_supported_engine
 from lorapro_hf.hub import push_adapter, save_adapter
 from test_loading import CASES
@@ -157,6 +157,14 @@ def test_save_and_push_of_a_loop(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=LOST):
             save()
+
+
+def test_a_file_that_is_cut_off(tmp_path: Path) -> None:
+    model = tiny_lora()
+    model.save_pretrained(tmp_path)
+    assert saving_error(tmp_path, model) is None
+    (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:-1])
+    assert "was saved, but cannot be read" in str(saving_error(tmp_path, model))
 
 
 def test_message_names_the_wrapper(tmp_path: Path) -> None:

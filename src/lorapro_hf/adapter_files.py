@@ -111,11 +111,13 @@ def require_pairs_saved(folder: Path, model: nn.Module) -> None:
 
 
 def saving_error(folder: Path, model: nn.Module) -> ValueError | None:
-    """The error of `require_pairs_saved`; `None` if the adapter that is trained is in the folder."""
+    """The error of `require_pairs_saved`, or of reading the files; `None` if the adapter is in the folder."""
     try:
         require_pairs_saved(folder, model)
     except ValueError as error:
         return error
+    except Exception as error:  # of any kind: the other ranks must hear of it
+        return ValueError(f"{folder} was saved, but cannot be read ({error}). Look at the disk, and save again.")
     return None
 
 

@@ -19,11 +19,11 @@ ROOT = Path(lorapro_hf.__file__).parent
 
 # From the ground up. A module imports only from floors below its own; a sub-package counts as one module.
 FLOORS = (
-    ("extras", "private_names", "unpickling"),
+    ("extras", "private_names", "text_files", "unpickling"),
     ("config", "kernels"),
     ("bases", "reference", "trust_region"),
     ("projection", "sequential"),
-    ("linear",),
+    ("linear", "wrappers"),
     ("factored", "pairs"),
     ("stacks", "gradients", "parents", "attendance", "uneven_inputs"),
     ("moments", "shares", "finite", "groups"),
@@ -32,7 +32,8 @@ FLOORS = (
     ("optimizer",),
     ("zero",),
     ("factory",),
-    ("callback", "loading", "hub", "sharded_files", "zero_files"),
+    ("adapter_files",),
+    ("callback", "loading", "saving", "hub", "sharded_files", "zero_files"),
     ("checkpoint_files",),
     ("manifest", "step_counts", "engines"),
     ("resume", "arguments"),
@@ -50,7 +51,7 @@ FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in mod
 
 # transformers may be imported only from this floor upwards, not even inside functions. PEFT and accelerate may be used
 # lower down inside functions (importing PEFT imports transformers).
-TRAINER_SIDE = FLOOR["callback"]
+TRAINER_SIDE = FLOOR["adapter_files"]
 TRAINER_SIDE_ONLY = {"transformers"}
 TRAINER_SIDE_AT_TOP = {"transformers", "peft", "accelerate", "datasets", "evaluate"}
 # Behind extras: imported where they are used.

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from lorapro_hf.adapter_files import raise_on_all_ranks, saving_error
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.finite import of_factors, require_finite
 from lorapro_hf.first_steps import FirstSteps
@@ -17,6 +22,7 @@ from lorapro_hf.gradients import access_to
 from lorapro_hf.optimizer import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.pair_gradients import project_pair_gradients_
 from lorapro_hf.pairs import LoRAPair, find_lora_pairs
+from lorapro_hf.wrappers import require_no_checkpoint_wrapper, require_plain_modules
 
 
 def require_supported_engine(state: Any, remedy: str) -> None:
@@ -38,6 +44,7 @@ def require_supported_engine(state: Any, remedy: str) -> None:
             "LoRA-Pro does not support FSDP1, which flattens the factors and cuts them at any place. Set "
             f"fsdp_version: 2 in accelerate's configuration (FSDP2), or {remedy}."
         )
+    require_no_checkpoint_wrapper(plugin)
 
 
 class LoRAProCallback(TrainerCallback):
@@ -66,10 +73,10 @@ class LoRAProCallback(TrainerCallback):
         last_grad_norm: Global norm of the adjusted gradients of the last step, a 0-dim tensor; `None` before it.
 
     Raises:
-        ValueError: for settings other than the linear update of mode efficient, and at the start of training for a
-            model without trainable LoRA pairs.
+        ValueError: for settings other than the linear update of mode efficient; at the start of training for a model
+            without trainable LoRA pairs, or with wrappers around parts of it; at a checkpoint that lacks the adapter.
         RuntimeError: at the start of training, if the optimizer is a `LoRAProAdamW` or the run is under DeepSpeed,
-            FSDP1 or Megatron-LM; at a step, if no pair has a gradient.
+            FSDP1, FSDP's activation checkpointing or Megatron-LM; at a step, if no pair has a gradient.
     """
 
     def __init__(self, config: LoRAProConfig | Mapping[str, Any] | None = None) -> None:
@@ -119,6 +126,7 @@ class LoRAProCallback(TrainerCallback):
                     "gradients. Use LoRAProTrainer, or create_lorapro_optimizer with attach_deepspeed."
                 )
             require_supported_engine(engine, "drop LoRAProCallback")
+        require_plain_modules(_unwrapped(kwargs["model"]))
         self._pairs = find_lora_pairs(kwargs["model"])
         self._first_steps = FirstSteps(self._pairs)
         self.last_grad_norm = None
@@ -150,7 +158,14 @@ class LoRAProCallback(TrainerCallback):
             self._require_finite_factors()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Raise if the checkpoint that has just been written holds a factor that is not finite."""
+        """Raise a `ValueError` on all ranks if the checkpoint lacks the adapter, or a factor is not finite."""
+        folder, error = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"), None
+        if state.is_world_process_zero and "model" in kwargs:
+            error = saving_error(folder, _unwrapped(kwargs["model"]))
+        if is_initialized():
+            raise_on_all_ranks(error)
+        elif error is not None:
+            raise error
         self._require_finite_factors()
 
     def _require_finite_factors(self) -> None:
@@ -163,3 +178,7 @@ class LoRAProCallback(TrainerCallback):
     ) -> None:
         """Warn of pairs without gradients, if the training was too short for a warning before."""
         self._first_steps.warn()
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return extract_model_from_parallel(model, keep_torch_compile=False)

@@ -12,6 +12,7 @@ from lorapro_hf.finite import find_broken
 from lorapro_hf.gradients import local
 from lorapro_hf.moments import state_shapes
 from lorapro_hf.pairs import LoRAPair, unwrapped_name
+from lorapro_hf.text_files import shown
 
 _ADVICE = "It is a checkpoint of another model or rank; resume with the model it was written for."
 # Where the moments of a pair are missing but its steps are not, they were with another rank.
@@ -93,7 +94,7 @@ def _kind(group: dict[str, Any]) -> str | None:
     mode, moments_dtype = group.get("lora_pro_mode"), group.get("moments_dtype", "float32")
     if mode is None:
         return None
-    name = f"'full' in {moments_dtype}" if moments_dtype != "float32" else repr(mode)
+    name = f"'full' in {shown(moments_dtype)}" if moments_dtype != "float32" else shown(mode)
     return f"{name} with master factors" if group.get("master_factors") else name
 
 
@@ -106,10 +107,12 @@ def _check_group(saved: dict[str, Any], own: dict[str, Any]) -> None:
     names = _names(own)
     for name, before in zip(names, saved.get("param_names") or names, strict=True):
         if unwrapped_name(before) != unwrapped_name(name):
-            raise ValueError(f"the checkpoint has the state of {before!r} where this optimizer has {name!r}. {_ADVICE}")
+            raise ValueError(
+                f"the checkpoint has the state of {shown(before)} where this optimizer has {name!r}. {_ADVICE}"
+            )
     for name, before, now in zip(names, saved["param_shapes"], own["param_shapes"], strict=True):
         if list(before) != list(now):
-            raise ValueError(f"{name} has shape {list(now)}, but {list(before)} in the checkpoint. {_ADVICE}")
+            raise ValueError(f"{name} has shape {list(now)}, but {shown(list(before))} in the checkpoint. {_ADVICE}")
 
 
 def _names(group: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from lorapro_hf.loading import tensor_shapes
+from lorapro_hf.adapter_files import tensor_shapes
 from lorapro_hf.unpickling import read_tensors
 
 STATE, OPTIMIZER, SCHEDULER, SCALER = "trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt"

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
+from lorapro_hf.adapter_files import require_pairs_in_checkpoint
 from lorapro_hf.checkpoint_files import OPTIMIZER, SCHEDULER
 from lorapro_hf.engines import describe_engine, require_same_engine
 from lorapro_hf.loading import LoadingMixin
@@ -72,6 +73,8 @@ class CheckpointMixin(LoadingMixin):
         if self.args.should_save:  # as when it was written: other ranks may not see all files
             require_complete(folder)
             require_same_engine(folder, describe_engine(self.accelerator))
+            if self._is_by_engine:
+                require_pairs_in_checkpoint(folder, self.accelerator.unwrap_model(self.model))
 
     def _require_same_training(self, folder: Path) -> None:
         # DeepSpeed's engine looks at mode and pairs before it loads anything

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
+from lorapro_hf.text_files import shortened, shown
+
 MODES = ("full", "full_8bit", "factored", "efficient")
 X_MODES = ("sylvester", "zero", "symmetric")
 UPDATES = ("linear", "sequential")
@@ -21,7 +23,7 @@ def check_choice(name: str, value: object, valid: tuple[object, ...]) -> None:
     """Raise a `ValueError` that lists the valid values if `value` is not one of them."""
     if value not in valid:
         listed = ", ".join(repr(choice) for choice in valid)
-        raise ValueError(f"{name}={value!r} is unknown; valid values are {listed}.")
+        raise ValueError(f"{name}={shown(value)} is unknown; valid values are {listed}.")
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class LoRAProConfig:
         check_choice("master_factors", self.master_factors, (True, False))
         if self.rtol is not None and not (isinstance(self.rtol, int | float) and 0.0 <= self.rtol < 1.0):
             raise ValueError(
-                f"rtol={self.rtol!r} must be a number in [0, 1), or None for a value chosen from the dtype."
+                f"rtol={shown(self.rtol)} must be a number in [0, 1), or None for a value chosen from the dtype."
             )
         if self.trust_region is not None:
             self._check_trust_region()
@@ -109,7 +111,7 @@ class LoRAProConfig:
         limit = self.trust_region
         if isinstance(limit, bool) or not (isinstance(limit, int | float) and 0.0 <= limit < 1.0):
             raise ValueError(
-                f"trust_region={self.trust_region!r} must be a share below 1 such as 0.1, 0 for no limit, or None for "
+                f"trust_region={shown(limit)} must be a share below 1 such as 0.1, 0 for no limit, or None for "
                 f"{TRUST_REGION:g}: from 1 on, the product of both changes may undo the rest of the step."
             )
         if self.trust_region and self.mode == "efficient":
@@ -163,7 +165,7 @@ class LoRAProConfig:
         if not isinstance(settings, cls):
             raise TypeError(
                 f"the settings of LoRA-Pro must be a LoRAProConfig or a dictionary of its settings such as "
-                f'{{"mode": "efficient"}}, got {settings!r}.'
+                f'{{"mode": "efficient"}}, got {shown(settings)}.'
             )
         return settings
 
@@ -184,8 +186,8 @@ class LoRAProConfig:
 
 def _require_known(names: Iterable[str], known: Sequence[str], beside: Sequence[str] = ()) -> None:
     """Raise a `ValueError` for a name that is not known; it names the nearest, also of those beside the settings."""
-    unknown = sorted(set(names) - set(known))
+    unknown = sorted(set(names) - set(known), key=str)
     if unknown:
-        close = get_close_matches(unknown[0], (*known, *beside), n=1)
+        close = get_close_matches(shortened(str(unknown[0])), (*known, *beside), n=1)
         nearest = f" (did you mean {close[0]!r}?)" if close and close[0] not in unknown else ""
-        raise ValueError(f"{unknown} are no LoRA-Pro settings{nearest}; the settings are {list(known)}.")
+        raise ValueError(f"{shown(unknown)} are no LoRA-Pro settings{nearest}; the settings are {list(known)}.")

@@ -13,6 +13,7 @@ from lorapro_hf.memory import require_state_fits
 from lorapro_hf.optimizer import LoRAProAdamW
 from lorapro_hf.pairs import find_lora_pairs
 from lorapro_hf.shares import Shares, everyone
+from lorapro_hf.wrappers import require_plain_modules
 from lorapro_hf.zero import plugin_in_use, require_configuration
 
 
@@ -105,14 +106,15 @@ class LoRAProOptimizerFactory:
         """Build the optimizer; `kwargs` as in `create_lorapro_optimizer`.
 
         Raises:
-            ValueError: `lr` is missing, ranks would share a state that nobody collects for a checkpoint, or as in
-                `create_lorapro_optimizer`.
+            ValueError: `lr` is missing, ranks would share a state that nobody collects for a checkpoint, a wrapper is
+                around a part of the model, or as in `create_lorapro_optimizer`.
         """
         if "lr" not in kwargs:
             raise ValueError(
                 "LoRAProOptimizerFactory needs the learning rate: Trainer passes none on to an optimizer factory. Use "
                 'optimizer_cls_and_kwargs=(LoRAProOptimizerFactory, {"lr": args.learning_rate}).'
             )
+        require_plain_modules(model)
         config, others = take_settings(kwargs)
         collected = others.get("saved_collectively", False)
         if config is not None and config.shard_states and not collected and everyone() is not None:

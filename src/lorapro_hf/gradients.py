@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lorapro_hf.pairs import LoRAPair
+from lorapro_hf.wrappers import fsdp_plugin_in_use, require_no_checkpoint_wrapper
 
 
 class Access(Protocol):
@@ -198,12 +199,14 @@ def access_to(pairs: Sequence[LoRAPair], group: dist.ProcessGroup | None = None)
         group: ranks with the same factors, where these lie whole on each of them.
 
     Raises:
-        RuntimeError: some factors are sharded and others not, or in a way that is not supported.
+        RuntimeError: some factors are sharded and others not, or in a way that is not supported, or accelerate has
+            wrapped the layers for activation checkpointing.
     """
     factors = [factor for pair in pairs for factor in (pair.A, pair.B)]
     sharded = [is_sharded(factor) for factor in factors]
     if not any(sharded):
         return PlainAccess(group)
+    require_no_checkpoint_wrapper(fsdp_plugin_in_use())
     if not all(sharded):
         odd = pairs[sharded.index(False) // 2].name
         raise RuntimeError(

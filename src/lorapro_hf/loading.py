@@ -16,23 +16,28 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 
+from lorapro_hf.adapter_files import (
+    ADAPTER_FILES,
+    PREFIX,
+    active_adapters,
+    adapter_files,
+    read_adapter,
+    tensor_shapes,
+    told,
+)
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.pairs import survey_lora_pairs
-from lorapro_hf.private_names import private
+from lorapro_hf.text_files import shortened
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
 else:
     _Base = object
 
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 WEIGHTS = (*ADAPTER_FILES, "model.safetensors", "pytorch_model.bin")
-_PREFIX = "base_model.model."  # PEFT's; transformers puts it before the names in the files that it writes itself
 
 logger = logging.getLogger(__name__)
 
@@ -85,31 +90,6 @@ class LoadingMixin(_Base):
         return is_ours and holds_adapters(Path(folder), self.model)
 
 
-def active_adapters(model: nn.Module) -> list[str]:
-    """The names of the active adapters of a `PeftModel` or of `model.add_adapter`; none of any other model."""
-    is_adapted = isinstance(model, PreTrainedModel) and private(model, "_hf_peft_config_loaded")
-    if not (isinstance(model, PeftModel) or is_adapted):
-        return []
-    active: Any = model.active_adapters  # a method where transformers has added the adapters
-    return list(active() if callable(active) else active)
-
-
-def adapter_files(folder: Path, model: nn.Module) -> dict[str, Path]:
-    """The files of a model's adapters in a checkpoint, by the adapters' names; those that are not there are left out.
-
-    PEFT keeps the adapter named default at the top and each other one in a folder of its name. transformers keeps the
-    active one of `model.add_adapter` at the top, whatever its name.
-    """
-    if isinstance(model, PeftModel):
-        places = {name: folder if name == "default" else folder / name for name in model.peft_config}
-    else:
-        places = dict.fromkeys(active_adapters(model)[:1], folder)
-    found = {
-        name: [place / file for file in ADAPTER_FILES if (place / file).is_file()] for name, place in places.items()
-    }
-    return {name: files[0] for name, files in found.items() if files}
-
-
 def holds_weights(folder: Path) -> bool:
     """Whether a checkpoint that no engine has written holds the weights of a model or of adapters."""
     patterns = [pattern for name in WEIGHTS for pattern in (f"**/{name}", f"{name}.index.json")]
@@ -139,8 +119,9 @@ def require_adapters(folder: Path, model: nn.Module) -> dict[str, Path]:
         for name in (*own, *(name for name in shapes if "lora_" in name)):
             if shapes.get(name) != own.get(name):
                 raise ValueError(
-                    f"{file}: {name} {_told(shapes.get(name))} in the checkpoint, but {_told(own.get(name))} in the "
-                    "model. It is a checkpoint of another model or rank; resume with the model it was written for."
+                    f"{file}: {shortened(name)} {told(shapes.get(name))} in the checkpoint, but "
+                    f"{told(own.get(name))} in the model. It is a checkpoint of another model or rank; resume with the "
+                    "model it was written for."
                 )
     return files
 
@@ -152,7 +133,7 @@ def load_adapters(folder: Path, model: nn.Module) -> None:
     Raises:
         ValueError: the adapters do not fit. Nothing has been changed then.
     """
-    contents = {adapter: _read(file) for adapter, file in require_adapters(folder, model).items()}
+    contents = {adapter: read_adapter(file) for adapter, file in require_adapters(folder, model).items()}
     owned = {_address(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())}
     copies: list[tuple[Tensor, Tensor]] = []
     for adapter, content in contents.items():
@@ -162,28 +143,6 @@ def load_adapters(folder: Path, model: nn.Module) -> None:
             copies.append((tensor, content[name]))
     for tensor, value in copies:
         tensor.copy_(value)
-
-
-def require_savable(model: nn.Module) -> None:
-    """Raise if transformers would save nothing of the adapters that are trained, or fail at it.
-
-    Raises:
-        ValueError: `torch.compile` is around the model or a part of it, or several adapters of `model.add_adapter` are
-            active.
-    """
-    if any(name.rpartition(".")[2] == "_orig_mod" for name, _ in model.named_modules()):
-        raise ValueError(
-            "the model or a part of it is wrapped by torch.compile, of which transformers saves an adapter that nobody "
-            "can load. Give the trainer the model itself, and torch_compile=True to its arguments, or compile parts in "
-            "place: layer.compile()."
-        )
-    active = active_adapters(model)
-    if not isinstance(model, PeftModel) and len(active) > 1:
-        raise ValueError(
-            f"the adapters {active} of model.add_adapter are active at once, which transformers cannot save. Wrap the "
-            "model by peft.get_peft_model instead, add the others to that, and activate them by "
-            f"model.base_model.set_adapter({active})."
-        )
 
 
 @contextlib.contextmanager
@@ -196,27 +155,9 @@ def left_alone(model: Any) -> Iterator[None]:
         del model.load_adapter, model.set_adapter
 
 
-def tensor_shapes(file: Path) -> dict[str, list[int]]:
-    """The shapes of the tensors in the file of an adapter, by name.
-
-    Raises:
-        SafetensorError: a file of that kind is cut off or damaged.
-    """
-    if file.suffix == ".bin":
-        return {name: list(tensor.shape) for name, tensor in _read(file).items()}
-    with safe_open(file, framework="pt") as tensors:  # reads the header and compares it with the length
-        return {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-
-
 def _is_overridden(method: Any) -> bool:
     """Whether a bound method of a trainer is not transformers' own."""
     return getattr(method, "__func__", None) is not getattr(Trainer, method.__name__)
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    if file.suffix == ".bin":
-        return dict(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
-    return load_file(file)
 
 
 def _tensors(model: nn.Module, adapter: str, names: Collection[str]) -> dict[str, Tensor]:
@@ -227,7 +168,7 @@ def _tensors(model: nn.Module, adapter: str, names: Collection[str]) -> dict[str
         adapter: the adapter's name.
         names: the names in the file. Embeddings are among them when the vocabulary has grown.
     """
-    prefix = "" if isinstance(model, PeftModel) else _PREFIX
+    prefix = "" if isinstance(model, PeftModel) else PREFIX
 
     def saved(embeddings: bool) -> dict[str, Tensor]:  # never "auto", which may ask the hub
         state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=embeddings)
@@ -237,10 +178,6 @@ def _tensors(model: nn.Module, adapter: str, names: Collection[str]) -> dict[str
     if not set(names) <= found.keys():
         found |= {name: tensor for name, tensor in saved(embeddings=True).items() if name in names}
     return found
-
-
-def _told(shape: list[int] | None) -> str:
-    return "is missing" if shape is None else f"has shape {shape}"
 
 
 def _require_trained(folder: Path, model: nn.Module, files: Collection[str]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from lorapro_hf import __version__
 from lorapro_hf.checkpoint_files import BY_ENGINE, OPTIMIZER, RNG, SCALER, SCHEDULER, STATE
-from lorapro_hf.hub.settings import write_text
+from lorapro_hf.text_files import write_text
 
 MANIFEST = "lorapro_manifest.json"
 _FORMAT = 1

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorapro_hf.private_names import private
+from lorapro_hf.wrappers import require_plain_name
 
 # Variants whose forward is still `scaling * B A` for trainable A, B alone, so that autograd's gradients are those the
 # projection expects: DoRA multiplies by a magnitude that it treats apart, aLoRA picks the tokens.
@@ -144,7 +145,8 @@ def find_lora_pairs(model: nn.Module) -> list[LoRAPair]:
     Raises:
         TypeError: `model` is no module.
         ValueError: there is no LoRA layer, all are frozen or merged, only one factor of a layer is trainable, a scaling
-            is 0, or a layer is of a kind on which the projection would not be right. The message names the layer.
+            is 0, or a layer is of a kind on which the projection would not be right, or in a wrapper under which PEFT
+            would not save it. The message names the layer.
     """
     pairs, refusals = survey_lora_pairs(model)
     if refusals:
@@ -191,6 +193,7 @@ def survey_lora_pairs(model: nn.Module) -> tuple[list[LoRAPair], list[Refusal]]:
             _refuse_no_pair(model, layers)
     for pair in found:
         with noting(pair.name):
+            require_plain_name(pair.name)
             check_scaling(pair)
     with noting():
         _refuse_scaling_beside_the_layers(model)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn, optim
 from transformers import Trainer
 
+from lorapro_hf.adapter_files import require_savable
 from lorapro_hf.arguments import GAP_MAX_BYTES, LoRAProTrainingArguments
 from lorapro_hf.callback import LoRAProCallback, require_supported_engine
 from lorapro_hf.checkpointing import CheckpointMixin
@@ -16,12 +17,12 @@ from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.diagnostics.callback import GradientGapCallback
 from lorapro_hf.factory import LoRAProOptimizerFactory, create_lorapro_optimizer, take_settings
 from lorapro_hf.hub.saving import HubMixin
-from lorapro_hf.loading import require_savable
 from lorapro_hf.memory import readable_bytes
 from lorapro_hf.optimizer import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.pairs import find_lora_pairs
 from lorapro_hf.parents import groups_beside, handed, replaced, require_adapter
 from lorapro_hf.private_names import METHODS_OF_TRAINER, private
+from lorapro_hf.saving import SavingMixin
 from lorapro_hf.zero import attach_deepspeed, require_configuration, settle_clipping
 
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
@@ -41,7 +42,7 @@ def _make_visible(package: logging.Logger) -> None:
         package.addHandler(logging.StreamHandler())
 
 
-class LoRAProTrainerMixin(CheckpointMixin, HubMixin):
+class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
     """Makes any `Trainer` class train with LoRA-Pro; the trainer's class comes second.
 
     ```python

@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+import transformers
 from accelerate import DistributedType, PartialState
 from accelerate.commands import launch
+from packaging.version import Version
+from peft import get_peft_model_state_dict
+from transformers import Trainer
 
-from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
+from lorapro_hf import LoRAProCallback, LoRAProOptimizerFactory, LoRAProTrainer, LoRAProTrainingArguments
 from trainer_helpers import arguments, build, tiny_lora
 from trainer_script import BATCH, LOGGED, SETTINGS
 
@@ -22,6 +28,9 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "full": {"max_grad_norm": MAX_GRAD_NORM, "save_strategy": "steps", "save_steps": 3},
     "off": {"max_grad_norm": MAX_GRAD_NORM, "lora_pro": False},
 }
+# The loss falls, so that the highest is the first, of step 3.
+BEST = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, "greater_is_better": True}
+TRAININGS["best"] = {**TRAININGS["full"], **BEST, "metric_for_best_model": "loss"}
 # The file that users of DeepSpeed have; stage 3 is to hand the adapter over when it is saved.
 CONFIGURATION = {
     "train_micro_batch_size_per_gpu": "auto",
@@ -43,8 +52,6 @@ def train(folder: Path, ranks: int = 1, resume: Path | None = None, **settings: 
     trainer = build(LoRAProTrainer, args, model=tiny_lora(modules_to_save=["lm_head"]))
     trainer.train(resume_from_checkpoint=resume and str(resume))
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    if plugin is not None:
-        plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
@@ -61,6 +68,45 @@ def train_and_resume(folder: Path, **engine: Any) -> dict[str, Any]:
     resume = folder / "full" / "checkpoint-3"
     found["resumed"] = train(folder / "resumed", 2, resume=resume, **engine, **TRAININGS["full"])
     return found
+
+
+def refuse(folder: Path, **engine: Any) -> dict[str, list[str]]:
+    """The errors on all ranks of trainings under FSDP2 that would save no adapter, or not all of it."""
+    settings = {**SETTINGS, **TRAININGS["full"], **engine, "save_steps": 1, "per_device_train_batch_size": BATCH // 2}
+
+    def own() -> None:
+        build(LoRAProTrainer, arguments(folder, LoRAProTrainingArguments, **settings)).train()
+
+    def plain() -> None:
+        if Version(transformers.__version__) < Version("5"):  # which knows no optimizer factories
+            with_plain: dict[str, Any] = {"callbacks": [LoRAProCallback()]}
+        else:
+            with_plain = {"optimizer_cls_and_kwargs": (LoRAProOptimizerFactory, {"lr": 1e-2})}
+        build(Trainer, arguments(folder, **settings), **with_plain).train()
+
+    def without_last(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        state = get_peft_model_state_dict(*args, **kwargs)
+        return {name: tensor for name, tensor in state.items() if "1.mlp.down_proj.lora_B" not in name}
+
+    def error_of(train: Callable[[], None]) -> str:
+        try:
+            train()
+        except (RuntimeError, ValueError) as error:
+            return str(error)
+        return ""
+
+    with mock.patch.dict(os.environ, {"FSDP_ACTIVATION_CHECKPOINTING": "true"}):
+        found = {"own": error_of(own), "plain": error_of(plain)}
+    with mock.patch("peft.get_peft_model_state_dict", without_last):
+        found["sharded"] = error_of(own)
+    with (
+        mock.patch("peft.peft_model.get_peft_model_state_dict", without_last),
+        mock.patch.dict(os.environ, {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}),
+    ):
+        found["full"] = error_of(own)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, found)
+    return {name: [each[name] for each in gathered] for name in found}
 
 
 def prepare(recipe: str) -> dict[str, Any]:
@@ -100,6 +146,13 @@ def main(recipe: str, folder: Path) -> None:
     engine = prepare(recipe)
     found = {recipe: train_and_resume(folder / recipe, **engine)}
     found[recipe]["off"] = train(folder / recipe / "off", 2, **engine, **TRAININGS["off"])
+    if recipe == "fsdp2":
+        checkpointed = {**TRAININGS["full"], "gradient_checkpointing": True, "save_strategy": "no"}
+        found[recipe]["checkpointed"] = train(folder / recipe / "checkpointed", 2, **engine, **checkpointed)
+        train(folder / recipe / "first", 2, **engine, **TRAININGS["best"])
+        resume = folder / recipe / "first" / "checkpoint-3"
+        found[recipe]["best"] = train(folder / recipe / "best", 2, resume=resume, **engine, **TRAININGS["best"])
+        found[recipe]["refused"] = refuse(folder / recipe / "refused", **engine)
     if recipe == "zero3":  # which then stands for the others: starting takes longer than all trainings
         for other in ("zero1", "zero2"):
             set_environment(environment_of(other))

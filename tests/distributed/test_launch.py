@@ -130,6 +130,25 @@ def test_resumed_equals_uninterrupted_to_the_bit(launched: tuple[Path, dict[str,
         assert of_way["resumed"]["history"] == of_way["full"]["history"]
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("launched", ["fsdp2"], indirect=True)
+def test_adapters_that_would_not_be_saved(launched: tuple[Path, dict[str, Any]], single: tuple[Path, dict[str, Any]]):
+    """Under FSDP2: refused on all ranks, and saved with the remedy that the messages name."""
+    folder, found = launched
+    messages = found["fsdp2"]["refused"]
+    assert_close(adapter(folder / "fsdp2" / "checkpointed"), adapter(single[0] / "full"), 1e-5)
+    for of_ranks in messages.values():
+        assert len(of_ranks) == 2 and of_ranks[0] == of_ranks[1]
+    for kind in ("own", "plain"):
+        assert "fsdp_activation_checkpointing: true" in messages[kind][0]
+        assert "gradient_checkpointing=True" in messages[kind][0]
+    for kind, file in (("sharded", "pytorch_model_fsdp_0"), ("full", "adapter_model.safetensors")):
+        assert f"checkpoint-1/{file}: " in messages[kind][0]
+        assert "1.mlp.down_proj.lora_B.weight is missing there" in messages[kind][0]
+    assert not list((folder / "fsdp2" / "refused").glob("checkpoint-*/trainer_state.json"))
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipes_open_with_how_to_launch_them(recipe: str):
     text = file_of(recipe).read_text(encoding="utf-8")

@@ -13,9 +13,10 @@ from lorapro_hf.comparison.document import Block, Heading, Picture, Table, Text,
 from lorapro_hf.comparison.figures import draw
 from lorapro_hf.comparison.provenance import remarks, step_remark
 from lorapro_hf.comparison.significance import has_scipy, smallest_p
-from lorapro_hf.comparison.store import DIVERGED, FAILED, Store, keys_of, replace_text
+from lorapro_hf.comparison.store import DIVERGED, FAILED, Store, keys_of
 from lorapro_hf.comparison.summary import MISSING, Comparison, Rate, Row, summarize
 from lorapro_hf.memory import readable_bytes
+from lorapro_hf.text_files import write_text
 
 FIGURES, MARKDOWN, HTML, SUMMARY = "figures", "report.md", "report.html", "summary.json"
 _NONE = "–"
@@ -48,10 +49,10 @@ def write_report(store: Store, folder: Path) -> dict[str, Any]:
     (folder / FIGURES).mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
         (folder / FIGURES / f"{name}.png").write_bytes(picture)
-    replace_text(folder / MARKDOWN, as_markdown(blocks, FIGURES))
-    replace_text(folder / HTML, as_html(blocks, pictures))
+    write_text(folder / MARKDOWN, as_markdown(blocks, FIGURES))
+    write_text(folder / HTML, as_html(blocks, pictures))
     content = content_of(sweep, records, comparisons)
-    replace_text(folder / SUMMARY, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_text(folder / SUMMARY, json.dumps(content, indent=1, allow_nan=False) + "\n")
     if folder.resolve() != store.folder.resolve():
         store.copy_to(folder)
     return content

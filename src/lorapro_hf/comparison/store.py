@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from lorapro_hf.comparison.plan import Run, source_hash
 from lorapro_hf.comparison.settings import CompareSettings
 from lorapro_hf.demo.report import environment, without_nan
 from lorapro_hf.options import UsageError
+from lorapro_hf.text_files import parse_json, write_text
 
 RECORDS, SWEEP = "runs.jsonl", "sweep.json"
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
@@ -53,7 +53,7 @@ class Store:
         found = {}
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                record = json.loads(line)
+                record = parse_json(line)
             except json.JSONDecodeError:
                 continue
             if isinstance(record, dict) and isinstance(record.get("key"), str) and "status" in record:
@@ -70,8 +70,8 @@ class Store:
         entries = {run["key"]: run for run in reversed(self.sweep()["runs"])}
         keys = [key for key in keys_of(self.sweep()) if key in records]
         lines = [json.dumps({**records[key], **entries[key]}) for key in keys]
-        replace_text(folder / RECORDS, "".join(f"{line}\n" for line in lines))
-        replace_text(folder / SWEEP, (self.folder / SWEEP).read_text(encoding="utf-8"))
+        write_text(folder / RECORDS, "".join(f"{line}\n" for line in lines))
+        write_text(folder / SWEEP, (self.folder / SWEEP).read_text(encoding="utf-8"))
 
     def write_sweep(
         self, settings: CompareSettings, runs: Sequence[Run], levels: Mapping[str, Any] | None = None
@@ -92,7 +92,7 @@ class Store:
             "levels": dict(levels or {}),
             "runs": [run.entry() for run in runs],
         }
-        replace_text(self.folder / SWEEP, json.dumps(without_nan(content), indent=1, allow_nan=False) + "\n")
+        write_text(self.folder / SWEEP, json.dumps(without_nan(content), indent=1, allow_nan=False) + "\n")
 
     def sweep(self) -> dict[str, Any]:
         """What `write_sweep` noted.
@@ -102,7 +102,7 @@ class Store:
         """
         path = self.folder / SWEEP
         try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UsageError(
                 f"There is no comparison to report on in {str(self.folder)!r}: {error}. Give the --output_dir of one."
@@ -113,11 +113,3 @@ class Store:
 def keys_of(sweep: Mapping[str, Any]) -> list[str]:
     """The keys of its runs, those that several methods share once."""
     return list(dict.fromkeys(run["key"] for run in sweep["runs"]))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file as a whole: readers see the old or the new one."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lorapro_hf.text_files import parse_json, write_text
 
 if TYPE_CHECKING:
     from lorapro_hf.diagnostics.meter import LayerGap
@@ -53,9 +54,7 @@ def keep_until(file: Path, step: int) -> None:
             f"{file} is not text, so that no measurement can be added to it. Move it away, or choose another "
             "output_dir."
         ) from error
-    unfinished = file.with_suffix(".tmp")
-    unfinished.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(unfinished, file)
+    write_text(file, "".join(f"{line}\n" for line in kept))
 
 
 def read(file: Path) -> list[dict[str, Any]]:
@@ -77,7 +76,7 @@ def _parsed(file: Path) -> list[tuple[str, dict[str, Any]]]:
     found = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except json.JSONDecodeError:
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int) and "layer" in record:

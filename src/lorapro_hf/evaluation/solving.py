@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lorapro_hf.evaluation.generation import Completion, check_room, complete
 from lorapro_hf.evaluation.models import this_process
 from lorapro_hf.options import UsageError
+from lorapro_hf.text_files import parse_json
 
 Sample = dict[str, Any]
 
@@ -164,7 +165,7 @@ def _found(solving: Solving, problems: Sequence[Problem], mark: str) -> dict[str
     text = path.read_bytes().decode(errors="replace")
     whole, _, broken = text.rpartition("\n")
     for line in filter(None, whole.split("\n")):  # a text may hold what splitlines() takes for a line's end
-        sample = json.loads(line)
+        sample = parse_json(line)
         same = asked.get(sample["id"])
         if same is None:
             continue  # of a larger evaluation

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from lorapro_hf.hub.settings import replace_file
+from lorapro_hf.text_files import replace_file, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def write_or_warn(file: Path, write: Callable[[], object], reported: set[str]) -
             _restore(file, before)
             raise
     except Exception as error:  # of any kind: a training is worth more than its card
-        reason = f"{type(error).__name__}: {error}"
+        reason = shortened(f"{type(error).__name__}: {error}", 1000)
         logger.debug("%s could not be written", file, exc_info=True)
         if reason not in reported:
             reported.add(reason)

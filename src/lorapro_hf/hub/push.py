@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, ModelCard, create_branch, create_repo, upload_folder
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
+from lorapro_hf.adapter_files import require_pairs_saved
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.hub.card import CARD, is_ours, is_replaceable, keep_edited, without_card_of_peft
 from lorapro_hf.hub.compose import Training, compose_card
@@ -42,6 +43,7 @@ def save_adapter(
 
     Raises:
         TypeError: the model is no PEFT model.
+        ValueError: the adapter is not in the file that was written, since a wrapper has renamed parts of the model.
     """
     folder = Path(folder)
     _save_without_card(model, settings, folder, processing_class)
@@ -57,6 +59,7 @@ def _save_without_card(model: Any, settings: Any, folder: Path, processing_class
     _require_peft(model)
     with without_card_of_peft(model):
         model.save_pretrained(str(folder))
+    require_pairs_saved(folder, model)
     if processing_class is not None:
         processing_class.save_pretrained(str(folder))
     Settings.of(settings).save(folder)
@@ -162,6 +165,7 @@ def push_adapter(
 
     Raises:
         TypeError: the model is no PEFT model.
+        ValueError: the adapter is not in the file that was written. Nothing has been pushed.
         huggingface_hub.errors.HfHubHTTPError: the Hub refused; the message says what to do. The folder is
             complete then.
     """

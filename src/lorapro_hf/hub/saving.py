@@ -30,6 +30,7 @@ from lorapro_hf.hub.push import explained, make_branch, remedy
 from lorapro_hf.hub.settings import Settings
 from lorapro_hf.optimizer import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.parents import accepted, handed
+from lorapro_hf.text_files import replace_file
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -81,7 +82,7 @@ class HubMixin(_Base):
             super()._save(*args, **kwargs)
         is_new = content_of(card) != before
         if is_new and not replaceable and before is not None:
-            card.write_bytes(before)
+            replace_file(card, before)
         self._lora_pro_settings().save(folder)
 
         def write() -> None:

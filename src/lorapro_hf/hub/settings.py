@@ -11,6 +11,7 @@ from typing import Any
 from lorapro_hf import __version__
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.optimizer import LoRAProAdamW
+from lorapro_hf.text_files import parse_json, read_settings_text, shown, write_text
 
 SETTINGS_FILE = "lorapro_config.json"
 _VERSION = "lorapro_hf_version"
@@ -69,34 +70,19 @@ def load_lora_pro_config(
             "save_adapter or push_adapter."
         )
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(read_settings_text(file))
         version = content.pop(_VERSION)
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{file} is damaged, or not written by lorapro_hf ({error!r}). Save the adapter anew."
+            f"{file} is damaged, or not written by lorapro_hf ({shown(error)}). Save the adapter anew."
         ) from error
     known = {each.name for each in fields(LoRAProConfig)}
     try:
         return LoRAProConfig.from_dict({k: v for k, v in content.items() if k in known or k not in _OF_OPTIMIZER})
     except ValueError as error:
         raise ValueError(
-            f"{file}, written by lorapro_hf {version}, cannot be read by {__version__}: {error}"
+            f"{file}, written by lorapro_hf {shown(version)}, cannot be read by {__version__}: {error}"
         ) from error
-
-
-def write_text(file: Path, text: str) -> None:
-    """Replace a file as `replace_file` does, in UTF-8."""
-    replace_file(file, text.encode())
-
-
-def replace_file(file: Path, content: bytes) -> None:
-    """Replace a file as a whole: an upload that runs beside it sees the old one or the new one."""
-    draft = file.with_name(f"_{file.name}.part")  # by Trainer's rule names with _ are never pushed
-    try:
-        draft.write_bytes(content)
-        draft.replace(file)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:

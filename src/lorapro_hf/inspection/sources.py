@@ -12,6 +12,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers.utils import cached_file, find_adapter_config_file
 
+from lorapro_hf.adapter_files import ADAPTER_FILES
 from lorapro_hf.checkpoint_files import STATE
 from lorapro_hf.hub.settings import SETTINGS_FILE, load_lora_pro_config
 from lorapro_hf.inspection.base_model import base_on_meta, head_of
@@ -20,11 +21,11 @@ from lorapro_hf.inspection.files import WEIGHTS, Shapes, differences, skeleton, 
 from lorapro_hf.inspection.model import adapters_of, inspect_model
 from lorapro_hf.inspection.report import ENGINE, Base, Checkpoint, Report, Unsupported
 from lorapro_hf.inspection.tasks import TASKS
-from lorapro_hf.loading import ADAPTER_FILES
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.model import AdapterArguments
 from lorapro_hf.recipes.targets import require_known_names
 from lorapro_hf.resume import checkpoints_in, is_checkpoint
+from lorapro_hf.text_files import shortened
 
 _ADAPTER, _CONFIG, _ARGUMENTS = "adapter_config.json", "config.json", "training_args.bin"
 
@@ -207,8 +208,8 @@ def _adapters_in(name: str) -> dict[str, str]:
 def _config(folder: str) -> PeftConfig:
     try:
         return PeftConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"cannot read {_ADAPTER} of {folder}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(f"cannot read {_ADAPTER} of {folder}: {shortened(str(error), 500)}") from error
 
 
 def _weights(name: str) -> Path | None:

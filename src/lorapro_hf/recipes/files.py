@@ -23,6 +23,7 @@ from datasets.data_files import DataFilesDict, DataFilesList, get_data_patterns
 from datasets.exceptions import DatasetsError
 
 from lorapro_hf.options import UsageError, is_disk_full
+from lorapro_hf.text_files import parse_json
 
 KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 _GZIPPED = ".gz"
@@ -228,7 +229,7 @@ def _bad_line(file: Path, kind: str) -> str | None:
             for number, line in enumerate(lines, 1):
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                    if kind == "json" and text and not isinstance(json.loads(text), dict):
+                    if kind == "json" and text and not isinstance(parse_json(text), dict):
                         return None if number == 1 else f"line {number} is no JSON object. Mend it or take it out."
                 except UnicodeDecodeError as error:
                     return f"line {number} is no UTF-8 ({error.reason}); save the file as UTF-8."
@@ -246,7 +247,7 @@ def _bad_place(file: Path) -> str | None:
     with _opened(file) as opened:
         text = opened.read().decode("utf-8-sig", errors="replace")
     try:
-        json.loads(text)
+        parse_json(text)
     except json.JSONDecodeError as error:
         return f"line {error.lineno} is no JSON: {error.msg} at column {error.colno}."
     return None

@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 from lorapro_hf.options import HelpFormatter, UsageError
 from lorapro_hf.recipes import folder_of
 from lorapro_hf.recipes.yaml_files import read_yaml
+from lorapro_hf.text_files import shortened
 
 SCRIPT, EXTENDS = "script", "extends"
 _SUFFIXES = (".yaml", ".yml")
@@ -64,13 +65,14 @@ class RecipeParser(HfArgumentParser):
         settings = read_recipe(recipe)
         script = settings.pop(SCRIPT, self.prog)
         if script != self.prog:
-            raise UsageError(f"{recipe} is a recipe for {script}, not for {self.prog}.")
+            raise UsageError(f"{recipe} is a recipe for {shortened(str(script))}, not for {self.prog}.")
         share = settings.get("warmup_steps")
         if isinstance(share, float) and share < 1 and "--warmup_ratio" in self._option_string_actions:
             settings["warmup_ratio"] = settings.pop("warmup_steps")  # its name in transformers 4
         for name in settings:
             if f"--{name}" not in self._option_string_actions:
-                raise UsageError(f"{recipe}: {name} is no option of {self.prog}{self._alike(f'--{name}')}")
+                given = shortened(str(name))
+                raise UsageError(f"{recipe}: {given} is no option of {self.prog}{self._alike(f'--{given}')}")
         return as_flags(settings)
 
     def _alike(self, option: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from lorapro_hf.options import UsageError
+from lorapro_hf.text_files import read_settings_text, shortened, shown
 
 _MERGE = "tag:yaml.org,2002:merge"
 
@@ -23,7 +24,7 @@ class _Loader(yaml.SafeLoader):
                 continue
             line = key.start_mark.line + 1
             if key.value in lines:
-                raise UsageError(f"the key {key.value!r} is there twice, in lines {lines[key.value]} and {line}.")
+                raise UsageError(f"the key {shown(key.value)} is there twice, in lines {lines[key.value]} and {line}.")
             lines[key.value] = line
         return node
 
@@ -43,9 +44,12 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
-        raise UsageError(f"{where} is no YAML: {error.problem}{place}; look at the indentation and quotes.") from error
+        problem = shortened(str(error.problem))
+        raise UsageError(f"{where} is no YAML: {problem}{place}; look at the indentation and quotes.") from error
     except yaml.YAMLError as error:
-        raise UsageError(f"{where} is no YAML: {error}") from error
+        raise UsageError(f"{where} is no YAML: {shortened(str(error))}") from error
+    except RecursionError:
+        raise UsageError(f"{where} is nested too deeply.") from None
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from error
 
@@ -61,9 +65,11 @@ def read_yaml(path: Path, what: str) -> Any:
         UsageError: it cannot be read, is no YAML, or a mapping has a key twice.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_settings_text(path)
     except OSError as error:
         raise UsageError(f"cannot read {what} {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is no YAML: it is not UTF-8 ({error.reason}).") from error
+    except ValueError as error:
+        raise UsageError(f"cannot read {what} {path}: {error}.") from error
     return parse_yaml(text, str(path))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -138,14 +139,22 @@ def _write(folder: Path, optimizer: LoRAProAdamW, access: ZeroAccess, about: dic
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _NAME.format(rank)
     partial = path.with_suffix(".partial")
+    partial.unlink(missing_ok=True)  # a link that lies there would be followed
     # Scalars are views of one tensor, which the format does not allow.
     on_cpu = {name: t.detach().cpu().clone() if t.dim() == 0 else t.detach().cpu() for name, t in tensors.items()}
     save_file(on_cpu, partial, metadata={_ABOUT: json.dumps(about)})
     os.replace(partial, path)
     if rank == 0:  # of an earlier save by more ranks under the same tag
-        for old in folder.glob(_NAME.format("*")):
-            if int(old.stem.removeprefix(_NAME.partition("{")[0])) >= ranks:
+        for old, its_rank in moments_files(folder).items():
+            if its_rank >= ranks:
                 old.unlink()
+
+
+def moments_files(folder: Path) -> dict[Path, int]:
+    """The files of the ranks in a folder, with their ranks; a file of another name is not LoRA-Pro's."""
+    pattern = re.compile(_NAME.format("([0-9]+)"))
+    named = {path: pattern.fullmatch(path.name) for path in sorted(folder.glob(_NAME.format("*")))}
+    return {path: int(match[1]) for path, match in named.items() if match}
 
 
 @contextmanager
@@ -158,7 +167,7 @@ def _opened(folder: Path, optimizer: LoRAProAdamW) -> Iterator[_Saved]:
     """
     from safetensors import SafetensorError, safe_open
 
-    paths = sorted(folder.glob(_NAME.format("*")))
+    paths = list(moments_files(folder))
     if not paths:
         raise FileNotFoundError(
             f"{folder} has no {_NAME.format('<n>')}: the checkpoint was written without LoRA-Pro, or before "

@@ -14,12 +14,9 @@ from random import Random
 
 from rich.console import Console
 
+from killable import Nursery
 from lorapro_hf.options import HelpFormatter, UsageError, at_least_one
 from lorapro_hf.progress import progress_bars
-
-os.environ.update(DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1", MPLBACKEND="Agg")
-
-from killable import Nursery
 
 from .cases import ON_REQUEST, TRICKS, Lab, Result, try_case
 from .jobs import RANKS
@@ -80,6 +77,7 @@ def run(options: argparse.Namespace, seed: int, console: Console) -> list[Result
     spent: dict[str, float] = {}
     results: list[Result] = []
     end = time.monotonic() + 60 * options.minutes
+    os.environ.update(DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1", MPLBACKEND="Agg")
     lab, bars = Lab(Nursery("chaos.jobs"), options.output_dir.resolve() / TRAININGS), progress_bars(console)
     bar = bars.add_task("chaos", total=options.cases, note="")
     try:

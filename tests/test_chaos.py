@@ -96,7 +96,7 @@ def test_a_silent_difference_is_the_exit_code_and_can_be_repeated(
     results = [Result("ddp:torn:0", SAME, "a", "", 1.0), Result("ddp:torn:1", SILENT, "a bit flipped", "1e-1", 1.0)]
     command = 'make chaos ARGS="--seed 5 --only ddp:torn:1"'
     for found, code in ((results, 1), (results[:1], 0)):
-        monkeypatch.setattr(program, "run", lambda *_, found=found: found)
+        monkeypatch.setattr(program, "run", lambda *given, found=found: given[-1].extend(found))
         assert program.main(["--seed", "5", "--output_dir", str(tmp_path)]) == code
         assert (command in capsys.readouterr().err) == bool(code)
     assert [case["name"] for case in json.loads((tmp_path / "results.json").read_text())["cases"]] == ["ddp:torn:0"]

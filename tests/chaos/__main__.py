@@ -72,10 +72,9 @@ def _rounds(tricks: list[str], random: Random) -> Iterator[str]:
             yield f"{trick}:{number}"
 
 
-def run(options: argparse.Namespace, seed: int, console: Console) -> list[Result]:
-    """Run cases until the time is used; an interrupted run keeps its results."""
+def run(options: argparse.Namespace, seed: int, console: Console, results: list[Result]) -> None:
+    """Run cases until the time is used, and add each result to `results`."""
     spent: dict[str, float] = {}
-    results: list[Result] = []
     end = time.monotonic() + 60 * options.minutes
     os.environ.update(DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1", MPLBACKEND="Agg")
     lab, bars = Lab(Nursery("chaos.jobs"), options.output_dir.resolve() / TRAININGS), progress_bars(console)
@@ -100,7 +99,6 @@ def run(options: argparse.Namespace, seed: int, console: Console) -> list[Result
         console.print("stopped; the report has the cases until now")
     finally:
         lab.nursery.close()
-    return results
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -115,8 +113,11 @@ def main(arguments: list[str] | None = None) -> int:
     shutil.rmtree(options.output_dir / TRAININGS, ignore_errors=True)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     console.print(f"seed {seed}")
-    results = run(options, seed, console)
-    report = write_report(options.output_dir, results, seed, _versions())
+    results: list[Result] = []
+    try:
+        run(options, seed, console, results)
+    finally:
+        report = write_report(options.output_dir, results, seed, _versions())
     failed = [result for result in results if result.verdict in FAILURES]
     for result in failed:
         console.print(f"{result.verdict}: {result.detail}\n  {repeat(result, seed)}", style="red", markup=False)

@@ -18,7 +18,8 @@ from .verdicts import REFUSED, SAME, SAME_SAID, STUCK, Outcome, judge, outcome_o
 
 DROPOUT = 0.1
 LIMIT = 20  # times the uninterrupted training, after which one counts as hanging
-NO_COMPLETE_ONE = "There is no complete checkpoint"
+NONE_COMPLETE = "none of its checkpoints is complete"
+MANIFEST = "lorapro_manifest.json"
 LAST, OTHER = 2 * SAVED_EVERY, STEPS - SAVED_EVERY  # the steps of the checkpoints that are mixed
 
 
@@ -125,7 +126,7 @@ def torn(lab: Lab, engine: str, folder: Path, random: Random) -> tuple[str, str,
 
 
 def mixed(lab: Lab, engine: str, folder: Path, random: Random) -> tuple[str, str, str]:
-    """Mix two checkpoints in one folder, or take a part of one away."""
+    """Mix two checkpoints in one folder, or take a part of one away; at times as if written without a manifest."""
     lab.whole(engine)
     lab.copy(engine, folder, SAVED_EVERY, LAST)
     checkpoint, kind = folder / f"checkpoint-{LAST}", random.choice(["mix", "mix", "mix", "lose", "lose", "empty"])
@@ -135,6 +136,9 @@ def mixed(lab: Lab, engine: str, folder: Path, random: Random) -> tuple[str, str
         tried = damage.lose(checkpoint, random)
     else:
         tried = damage.empty(checkpoint, random)
+    if random.random() < 0.25 and (checkpoint / MANIFEST).exists():
+        (checkpoint / MANIFEST).unlink()
+        tried += ", without its manifest"
     return _resumed(lab, engine, folder, checkpoint, tried, random)
 
 
@@ -151,8 +155,8 @@ def engine(lab: Lab, engine: str, folder: Path, random: Random) -> tuple[str, st
 def full(lab: Lab, engine: str, folder: Path, random: Random) -> tuple[str, str, str]:
     """Let the disk of one or all ranks be full from an instant on; then the same command with room."""
     whole = lab.whole(engine)
-    room, instant = random.choice([4096, random.randint(4096, 200_000)]), random.randint(1, min(whole.instants))
     ranks = random.choice([[rank] for rank in range(RANKS[engine])] + [list(range(RANKS[engine]))])
+    room, instant = random.choice([4096, random.randint(4096, 200_000)]), random.choice(_writes(whole, ranks[0]))
     plan = [{"rank": rank, "instant": instant, "do": "full", "room": room} for rank in ranks]
     lab.run(engine, folder, plan=plan)
     tried = f"files of at most {room} bytes on rank {' and '.join(map(str, ranks))} from instant {instant} on"
@@ -162,7 +166,8 @@ def full(lab: Lab, engine: str, folder: Path, random: Random) -> tuple[str, str,
 def slow(lab: Lab, engine: str, folder: Path, random: Random) -> tuple[str, str, str]:
     """Let a rank stand still for seconds while it saves, and perhaps kill another meanwhile; then the same command."""
     whole = lab.whole(engine)
-    rank, instants = random.randrange(RANKS[engine]), random.sample(range(1, min(whole.instants)), 3)
+    rank = random.randrange(RANKS[engine])
+    instants = random.sample(_writes(whole, rank), 3)
     plan = [{"rank": rank, "instant": i, "do": "sleep", "seconds": random.uniform(0.5, 3)} for i in instants]
     tried = f"rank {rank} stands still at {', '.join(map(str, sorted(instants)))}"
     if RANKS[engine] > 1 and random.random() < 0.5:
@@ -177,7 +182,7 @@ def slow(lab: Lab, engine: str, folder: Path, random: Random) -> tuple[str, str,
 def long(lab: Lab, engine: str, folder: Path, random: Random) -> tuple[str, str, str]:
     """Let rank 0 stand still for more than five minutes while it saves. Only on request."""
     whole = lab.whole(engine)
-    instant = random.randint(1, min(whole.instants))
+    instant = random.choice(_writes(whole, 0))
     plan = [{"rank": 0, "instant": instant, "do": "sleep", "seconds": 320}]
     return f"rank 0 stands still for 320 s at {instant}", *judge(lab.run(engine, folder, plan=plan), whole)
 
@@ -199,10 +204,14 @@ def try_case(lab: Lab, name: str, seed: int) -> Result:
     return Result(name, verdict, tried, detail.replace(f"{lab.folder}/", ""), time.monotonic() - started)
 
 
+def _writes(whole: Outcome, rank: int) -> list[int]:
+    return [number for number, kind in enumerate(whole.instants[rank], 1) if kind == "w"]
+
+
 def _death(whole: Outcome, random: Random) -> dict[str, Any]:
     rank = random.randrange(len(whole.instants))
     share = random.random() if random.random() < 0.5 else None
-    return {"rank": rank, "instant": random.randint(1, whole.instants[rank]), "do": "die", "share": share}
+    return {"rank": rank, "instant": random.randint(1, len(whole.instants[rank])), "do": "die", "share": share}
 
 
 def _again(lab: Lab, engine: str, folder: Path, **job: Any) -> Outcome:
@@ -214,9 +223,13 @@ def _ending(lab: Lab, engine: str, folder: Path) -> tuple[str, str]:
     """The last start, after which a training must have gone on wherever one can."""
     found, whole = _again(lab, engine, folder), lab.whole(engine)
     verdict, detail = judge(found, whole)
-    if verdict == REFUSED and NO_COMPLETE_ONE in str(found.errors):
-        return judge(lab.run(engine, folder), whole)
-    return (STUCK if verdict == REFUSED else verdict), detail
+    if verdict != REFUSED:
+        return verdict, detail
+    checkpoints = list(folder.glob("checkpoint-*"))
+    if len(checkpoints) > 1 or NONE_COMPLETE not in str(found.errors):  # an earlier one has been finished
+        return STUCK, detail
+    shutil.rmtree(checkpoints[0])  # as the message says
+    return judge(lab.run(engine, folder), whole)
 
 
 def _resumed(lab: Lab, engine: str, folder: Path, checkpoint: Path, tried: str, random: Random) -> tuple[str, str, str]:

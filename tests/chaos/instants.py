@@ -31,7 +31,7 @@ class Instants(TrainerCallback):
 
     def __init__(self, plan: list[dict[str, Any]], rank: int) -> None:
         self.plan = {entry["instant"]: entry for entry in plan if entry["rank"] == rank}
-        self.count = 0
+        self.kinds = ""  # a letter for each instant that has passed: s of a step, w of a write
         self._written: str | None = None
         self._limit = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -71,9 +71,9 @@ class Instants(TrainerCallback):
 
         return writing
 
-    def _pass(self) -> None:
-        self.count += 1
-        entry = self.plan.get(self.count)
+    def _pass(self, kind: str = "w") -> None:
+        self.kinds += kind
+        entry = self.plan.get(len(self.kinds))
         if entry is None:
             return
         if entry["do"] == "sleep":
@@ -87,7 +87,7 @@ class Instants(TrainerCallback):
 
     def _step(self, *_: Any, **__: Any) -> None:
         self._written = None
-        self._pass()
+        self._pass("s")
 
     on_step_begin = on_pre_optimizer_step = on_optimizer_step = on_step_end = on_save = _step
 

@@ -57,7 +57,7 @@ def train(job: dict[str, Any], rank: int) -> dict[str, Any]:
         raise
     finally:
         instants.lift()
-        report = {"instants": instants.count, "warnings": said.messages, "error": error}
+        report = {"instants": instants.kinds, "warnings": said.messages, "error": error}
         Path(job["folder"], f"said-{rank}.json").write_text(json.dumps(report), encoding="utf-8")
     return {}
 

@@ -39,13 +39,16 @@ NEARNESS = 1e-4
 
 @dataclass
 class Outcome:
-    """A training that has ended: the ranks' exit codes, what they have said, and the adapter of exit code 0."""
+    """A training that has ended: the ranks' exit codes, what they have said, and the adapter of exit code 0.
+
+    `instants` has a letter for each instant of each rank: `s` of a step, `w` of a write.
+    """
 
     codes: list[int]
     warnings: list[str] = field(default_factory=list)
     errors: list[dict[str, Any]] = field(default_factory=list)
     adapter: dict[str, torch.Tensor] | None = None
-    instants: list[int] = field(default_factory=list)
+    instants: list[str] = field(default_factory=list)
 
 
 def outcome_of(folder: Path, codes: list[int]) -> Outcome:

@@ -12,7 +12,15 @@ from typing import NamedTuple
 SOURCE = Path(__file__).parent.parent / "src" / "lorapro_hf"
 VARIES = "…"
 WARNING = "Warning"
-_REASONS = ("refusals.py", "resume.py")
+_REASONS = (
+    "refusals.py",
+    "resume.py",
+    "manifest.py",
+    "step_counts.py",
+    "engines.py",
+    "sharded_files.py",
+    "zero_files.py",
+)
 
 
 class Message(NamedTuple):
@@ -55,7 +63,7 @@ class _Names:
 
 
 def _says_why(function: ast.FunctionDef) -> bool:
-    return function.returns is not None and ast.unparse(function.returns) == "str | None"
+    return function.returns is not None and ast.unparse(function.returns) in ("str | None", "Iterator[str]")
 
 
 def _is_exception(name: str) -> bool:
@@ -79,5 +87,5 @@ def _texts(node: ast.expr, names: _Names) -> list[str]:
 
 def _returned(function: ast.FunctionDef) -> Iterator[ast.expr]:
     for node in ast.walk(function):
-        if isinstance(node, ast.Return) and node.value is not None:
+        if isinstance(node, ast.Return | ast.Yield) and node.value is not None:
             yield node.value

@@ -77,6 +77,24 @@ def train(job: dict[str, Any], rank: int) -> dict[str, Any]:
     }
 
 
+def examine(job: dict[str, Any], rank: int) -> dict[str, str]:
+    """What this rank would resume from in each case, or why it would not."""
+
+    def fail(_: Any) -> bool:
+        raise ValueError(f"rank {rank} has found something")
+
+    found = {}
+    for name, resume in job["cases"].items():
+        trainer = trainer_of(job)
+        if name == f"rank {rank} alone":
+            trainer._has_fitting_state = fail
+        try:
+            found[name] = str(trainer._examine(resume))
+        except ValueError as error:
+            found[name] = f"refused: {error}"
+    return found
+
+
 class Fatal(TrainerCallback):
     """Kills its own process at a chosen moment of a training."""
 

@@ -19,7 +19,7 @@ ROOT = Path(lorapro_hf.__file__).parent
 
 # From the ground up. A module imports only from floors below its own; a sub-package counts as one module.
 FLOORS = (
-    ("extras",),
+    ("extras", "unpickling"),
     ("config", "kernels"),
     ("bases", "reference", "trust_region"),
     ("projection", "sequential"),
@@ -31,7 +31,9 @@ FLOORS = (
     ("ordinary", "pair_gradients", "pair_optimizer"),
     ("optimizer",),
     ("factory", "zero"),
-    ("callback", "loading", "hub"),
+    ("callback", "loading", "hub", "sharded_files", "zero_files"),
+    ("checkpoint_files",),
+    ("manifest", "step_counts", "engines"),
     ("resume", "arguments"),
     ("checkpointing", "diagnostics"),
     ("trainer",),

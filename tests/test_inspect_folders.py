@@ -13,17 +13,20 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from engine_checkpoints import ZERO2, ZERO3, written
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments, cli
+from lorapro_hf.engines import FULL, SHARDED
 from lorapro_hf.inspection.report import Report
 from lorapro_hf.inspection.show import show
 from lorapro_hf.inspection.sources import Wish, inspect_source
+from lorapro_hf.manifest import MANIFEST
 from lorapro_hf.options import UsageError
 from lorapro_hf.resume import find_flaw
 from trainer_helpers import arguments, build, tiny_base
 
 ADAPTERS = {"plain": ["default"], "named": ["mine"], "two": ["default", "other"]}
 ADAPTER, WEIGHTS, STATE = "adapter_config.json", "adapter_model.safetensors", "trainer_state.json"
-OF_RESUME = ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+OF_RESUME = ("optimizer.pt", "scheduler.pt", "rng_state.pth", MANIFEST)
 
 
 def adapted(kind: str, base: Path) -> PeftModel:
@@ -80,6 +83,7 @@ def keep_a_share(folder: Path) -> None:
     for group in state["param_groups"]:
         group["lora_pro_partial"] = (0, 2)
     torch.save(state, folder / "optimizer.pt")
+    remove(folder, MANIFEST)
 
 
 def change_rank(folder: Path) -> None:
@@ -157,23 +161,19 @@ def test_an_adapter_that_does_not_fit_its_settings_is_refused_as_by_resume(
 
 
 @pytest.mark.parametrize(
-    ("file", "with_adapter", "is_finished"),
-    [("global_step1", True, True), ("pytorch_model_fsdp_0", False, True), ("optimizer_0", True, False)],
+    ("engine", "missing"),
+    [(ZERO2, ()), (SHARDED, (ADAPTER, WEIGHTS)), (FULL, (STATE,)), (ZERO3, ("latest",)), (SHARDED, ("scheduler.pt",))],
 )
 def test_checkpoints_of_engines(
-    file: str,
-    with_adapter: bool,
-    is_finished: bool,
-    copied: Callable[[str], Path],
-    capsys: pytest.CaptureFixture[str],
+    engine: str, missing: tuple[str, ...], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    folder = copied("plain") / "checkpoint-1"
-    remove(folder, "optimizer.pt", *([] if with_adapter else [ADAPTER, WEIGHTS]), *([] if is_finished else [STATE]))
-    (folder / file).mkdir()
+    folder = written(engine, root / "plain" / "checkpoint-2", tmp_path / "checkpoint-2")
+    remove(folder, *missing)
     code, screen, report = inspected(folder, capsys)
-    assert (code == 0) is is_finished is (find_flaw(folder, by_engine=True) is None)
-    assert "FSDP or DeepSpeed (not read)" in screen and bool(report.pairs) is with_adapter
-    assert with_adapter or "The files of FSDP or DeepSpeed hold the adapter" in screen
+    assert (code == 0) is (missing in [(), (ADAPTER, WEIGHTS)]) is (find_flaw(folder) is None)
+    assert code == 0 or f"{missing[0]} is missing" in screen
+    assert "FSDP or DeepSpeed (not read)" in screen and bool(report.pairs) is (ADAPTER not in missing)
+    assert report.pairs or "The files of FSDP or DeepSpeed hold the adapter" in screen
 
 
 def test_what_a_checkpoint_holds(root: Path, capsys: pytest.CaptureFixture[str]):
@@ -208,7 +208,10 @@ def test_json_of_a_checkpoint_in_part(copied: Callable[[str], Path], capsys: pyt
 # Output folders
 
 GOES_ON = "resume_from_checkpoint=True goes on from checkpoint-2, the newest"
-REFUSED = "resume_from_checkpoint=True takes the newest, checkpoint-2, and is refused: delete it, or "
+PASSES_OVER = (
+    "resume_from_checkpoint=True passes over checkpoint-2 and goes on from checkpoint-1, the newest complete one"
+)
+REFUSED = "resume_from_checkpoint=True is refused, since none of them is complete: start again"
 SAVED_AT_END = (ADAPTER, WEIGHTS, "mine", "training_args.bin", STATE)
 OUTPUTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "finished": ("plain", nothing, GOES_ON),
@@ -218,13 +221,13 @@ OUTPUTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "stopped": ("plain", lambda f: remove(f, *SAVED_AT_END), GOES_ON),
     "stopped, with a name": ("named", lambda f: remove(f, *SAVED_AT_END), GOES_ON),
     "older one unfinished": ("plain", lambda f: remove(f, f"checkpoint-1/{STATE}"), GOES_ON),
-    "newest unfinished": ("plain", lambda f: remove(f, f"checkpoint-2/{STATE}"), f"{REFUSED}resume from"),
+    "newest unfinished": ("plain", lambda f: remove(f, f"checkpoint-2/{STATE}"), PASSES_OVER),
     "stopped while saving": (
         "plain",
         lambda f: remove(f, *SAVED_AT_END, f"checkpoint-2/{STATE}", "checkpoint-2/optimizer.pt"),
-        f"{REFUSED}resume from",
+        PASSES_OVER,
     ),
-    "none complete": ("plain", lambda f: remove(f, *SAVED_AT_END, f"*/{STATE}"), f"{REFUSED}start again"),
+    "none complete": ("plain", lambda f: remove(f, *SAVED_AT_END, f"*/{STATE}"), REFUSED),
 }
 
 
@@ -242,10 +245,8 @@ def test_an_output_folder_says_which_checkpoints_it_holds(
     assert report.checkpoint is None and report.source == str(folder)
     if any(each.flaw is None for each in report.checkpoints):
         assert [each.name for each in report.adapters] == ADAPTERS[kind]
-    if "resume from" in said:
-        assert f"resume from {folder / 'checkpoint-1'}, the newest complete one" in screen
     if case.startswith("stopped"):
-        assert f"this is checkpoint-{2 if code == 0 else 1}." in screen
+        assert f"this is checkpoint-{1 if said == PASSES_OVER else 2}." in screen
     assert (code == 0) is resumes(kind, root, True, folder)
 
 

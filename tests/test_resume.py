@@ -18,6 +18,7 @@ from peft import PeftModel
 from killable import Nursery
 from killable_jobs import SAVED_EVERY, STEPS, trainer_of
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
+from lorapro_hf.manifest import read_manifest
 from lorapro_hf.resume import find_flaw
 from trainer_helpers import arguments, assert_same, build, differ, factors, run, tiny_base, tiny_lora
 
@@ -130,14 +131,17 @@ def test_killed_again_and_again_it_ends_to_the_bit_where_it_would_have(
     trainer = trainer_of({**job, "ranks": 1, "folder": str(folder)})
     before = factors(trainer)
     with pytest.raises(ValueError, match=f"cannot resume from {second}: trainer_state.json") as caught:
-        trainer.train(resume_from_checkpoint=True)
-    assert f"resume_from_checkpoint='{first}'" in str(caught.value) and "delete checkpoint-6" in str(caught.value)
+        trainer.train(resume_from_checkpoint=str(second))
+    assert f"resume_from_checkpoint='{first}'" in str(caught.value)
     assert_same(before, factors(trainer))
 
     # after the checkpoint, which is written anew over what was left of it
     kill = {"when": "step_end", "step": 7, "rank": rank}
-    assert nursery.run(folder, kill=kill, resume=str(first), **job)[rank] == -9
-    assert find_flaw(second) is None
+    assert nursery.run(folder, kill=kill, resume=True, **job)[rank] == -9
+    logs = [(folder / f"log-{each}").read_text() for each in range(ranks)]
+    assert [log.count(f"{second} is passed over") for log in logs] == [1, *[0] * (ranks - 1)]
+    found = read_manifest(second)
+    assert found is not None and found.processes == ranks and find_flaw(second) is None
     assert_equal_ends(nursery.finish(folder, resume=True, **job), expected)
 
 
@@ -148,8 +152,7 @@ def test_killed_at_random_moments(nursery: Nursery, tmp_path: Path):
     expected = nursery.finish(tmp_path / "whole", **job)
     folder, moments, kills = tmp_path / "killed", random.Random(3), 0
     for attempt in range(12):
-        complete = [path for path in folder.glob("checkpoint-*") if find_flaw(path) is None]
-        resume = str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+        resume = any(find_flaw(path) is None for path in folder.glob("checkpoint-*"))
         after = moments.uniform(0.2, 0.8) if attempt else 0.0  # at first before it can end, however fast it is
         after = after if attempt < 11 else None
         (code,) = nursery.run(folder, resume=resume, kill_after=after, **job)
@@ -265,7 +268,7 @@ def test_a_file_cut_off_is_named_and_nothing_loaded(
     trainer = fresh(folder)
     before = factors(trainer)
     with pytest.raises(ValueError, match=rf"checkpoint-6: {name} is cut off or damaged \(.*checkpoint-3'") as caught:
-        trainer.train(resume_from_checkpoint=True)
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-6"))
     assert str(folder / "checkpoint-3") in str(caught.value)
     assert_same(before, factors(trainer))
     if keep == 0.5:  # the same trainer goes on from the one that it has named
@@ -281,7 +284,7 @@ def test_a_missing_file_is_named(complete: tuple[Path, dict[str, torch.Tensor]],
     for step in (3, 6):
         (tmp_path / "copy" / f"checkpoint-{step}" / name).unlink()
     with pytest.raises(ValueError, match=rf"checkpoint-6: {name} is missing.*start the training again"):
-        fresh(tmp_path / "copy").train(resume_from_checkpoint=True)
+        fresh(tmp_path / "copy").train(resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-6"))
 
 
 def test_a_folder_that_is_not_there_is_named(complete: tuple[Path, dict[str, torch.Tensor]]):
@@ -303,7 +306,7 @@ def test_a_file_with_something_else_is_named(
     shutil.copytree(complete[0], tmp_path / "copy")
     torch.save(content, tmp_path / "copy" / "checkpoint-6" / "optimizer.pt")
     with pytest.raises(ValueError, match=r"optimizer.pt is cut off or damaged.*newest complete.*checkpoint-3"):
-        fresh(tmp_path / "copy").train(resume_from_checkpoint=True)
+        fresh(tmp_path / "copy").train(resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-6"))
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_an_unfinished_checkpoint_is_refused_before_anything_is_loaded(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "out" / "checkpoint-3" / "trainer_state.json").unlink()
-    code, line = ending(capsys, "--resume_from_checkpoint", "true", "--model_name_or_path", "nowhere")
+    code, line = ending(capsys, "--resume_from_checkpoint", "out/checkpoint-3", "--model_name_or_path", "nowhere")
     assert code == 2
     assert line.startswith("run_clm.py: error: cannot resume from out/checkpoint-3: trainer_state.json is missing")
     assert "The newest complete checkpoint is out/checkpoint-2" in line

@@ -140,7 +140,7 @@ def test_an_optimizer_of_the_parents_init_is_the_one_that_steps(tmp_path: Path):
 def test_arguments_that_the_parent_does_not_take_are_its_own_error(call: dict, lora_pro: bool, tmp_path: Path):
     (tmp_path / "somewhere").mkdir()
     trainer = trainer_of(mixed(Bare), tmp_path, lora_pro=lora_pro)
-    trainer._check_checkpoint = lambda folder: None
+    trainer._examine = lambda asked: asked
     with pytest.raises(TypeError, match=f"got an unexpected keyword argument '{next(iter(call))}'"):
         trainer.train(**call)
 

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
+from lorapro_hf.checkpoint_files import OPTIMIZER, SCHEDULER
+from lorapro_hf.engines import describe_engine, require_same_engine
 from lorapro_hf.loading import LoadingMixin
+from lorapro_hf.manifest import MANIFEST, clear, write_manifest
 from lorapro_hf.optimizer import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.resume import (
-    OPTIMIZER,
-    SCHEDULER,
-    STATE,
+    checkpoints_in,
+    find_flaw,
+    newest_complete,
     require_complete,
     require_same_training,
     require_without_lora_pro,
+    unverified,
 )
 
 logger = logging.getLogger(__name__)
@@ -31,22 +37,58 @@ class CheckpointMixin(LoadingMixin):
     optimizer: Any
     _lora_pro_announces = True
 
-    def _examine(self, resume_from_checkpoint: str | bool) -> None:
-        """Raise if the checkpoint that `train` is to resume from is not complete, or of another training."""
-        given = resume_from_checkpoint
-        folder = get_last_checkpoint(self.args.output_dir) if given is True else given
-        if not folder:
-            return
-        if self.lora_pro_config is None:
-            require_without_lora_pro(Path(folder))
-        else:
-            self._check_checkpoint(Path(folder))
+    def _examine(self, asked: str | Literal[True]) -> str | bool:
+        """Examine the checkpoint that `train` is to resume from, on all ranks together.
 
-    def _check_checkpoint(self, folder: Path) -> None:
-        by_engine = self._is_by_engine
-        require_complete(folder, by_engine)
-        if by_engine:
+        Returns:
+            What the parent is to resume from.
+
+        Raises:
+            ValueError: the checkpoint is not complete, or of another training.
+        """
+        if self.lora_pro_config is None:
+            folder = get_last_checkpoint(self.args.output_dir) if asked is True else asked
+            if folder:
+                require_without_lora_pro(Path(folder))
+            return asked
+        checkpoint = self._newest_complete() if asked is True else Path(asked)
+        self._together(lambda: self._require_complete(checkpoint))
+        self._together(lambda: self._require_same_training(checkpoint))
+        return str(checkpoint)
+
+    def _newest_complete(self) -> Path:
+        output = Path(self.args.output_dir)
+
+        def find(folder: Path) -> str | None:
+            return self._agreed(find_flaw(folder) if self.args.should_save else None)
+
+        found, flaws = newest_complete(output, self._gathered(checkpoints_in(output))[0], find)
+        if self.is_world_process_zero():
+            for folder, flaw in flaws.items():
+                logger.warning("%s is passed over: %s. The training goes on from %s.", folder, flaw, found)
+        return found
+
+    def _require_complete(self, folder: Path) -> None:
+        if self.args.should_save:  # as when it was written: other ranks may not see all files
+            require_complete(folder)
+            require_same_engine(folder, describe_engine(self.accelerator))
+
+    def _require_same_training(self, folder: Path) -> None:
+        # DeepSpeed's engine looks at mode and pairs before it loads anything
+        has_state = self.is_deepspeed_enabled or self._has_fitting_state(folder)
+        if not self.is_world_process_zero():
             return
+        if not has_state:
+            logger.warning(
+                "%s holds no optimizer state (save_only_model=True): moments and learning rate schedule start anew, so "
+                "that the training does not go on as it would have.",
+                folder,
+            )
+        elif doubt := unverified(folder):
+            logger.warning(doubt)
+
+    def _has_fitting_state(self, folder: Path) -> bool:
+        """Whether a checkpoint has an optimizer's state; raise if that or the adapter is of another training."""
         # The parent builds the optimizer after it has loaded the weights; this one is thrown away.
         before, self._lora_pro_announces = self.optimizer, False
         try:
@@ -55,12 +97,28 @@ class CheckpointMixin(LoadingMixin):
             self.optimizer, self._lora_pro_announces = before, True
         if not isinstance(optimizer, LoRAProAdamW):  # the first log says so
             optimizer = None
-        if not require_same_training(folder, optimizer, self.accelerator.unwrap_model(self.model)):
-            logger.warning(
-                "%s holds no optimizer state (save_only_model=True): moments and learning rate schedule start anew, so "
-                "that the training does not go on as it would have.",
-                folder,
-            )
+        return require_same_training(folder, optimizer, self.accelerator.unwrap_model(self.model))
+
+    def _together(self, check: Callable[[], None]) -> None:
+        """Run a check on all ranks; where it fails on one it fails on all, none of which then waits for another."""
+        own: Exception | None = None
+        try:
+            check()
+        except Exception as error:  # each has to be told
+            own = error
+        said = self._agreed(None if own is None else str(own))
+        if own is not None:
+            raise own
+        if said is not None:
+            raise ValueError(said)
+
+    def _agreed(self, said: str | None) -> str | None:
+        """What the first rank says that says anything."""
+        return next((each for each in self._gathered(said) if each is not None), None)
+
+    def _gathered(self, own: Any) -> list[Any]:
+        """What each rank has, in their order."""
+        return list(gather_object([own])) if self.accelerator.num_processes > 1 else [own]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> None:
         """As the parent, which would put the state of all ranks onto the device of each of them first."""
@@ -76,13 +134,28 @@ class CheckpointMixin(LoadingMixin):
             target.load_state_dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
-        """As the parent; an older checkpoint in the same folder counts as unfinished from the first file on."""
-        if self.lora_pro_config is not None and self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            (folder / STATE).unlink(missing_ok=True)
+        """As the parent, with a manifest; an older checkpoint in the same folder counts as unfinished from now on."""
+        if self.lora_pro_config is None:
+            super()._save_checkpoint(model, trial, *args, **kwargs)
+            return
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            clear(folder)
             # FSDP writes nothing before the parent looks for the best folder, which only some ranks would find
             folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator.wait_for_everyone()  # or a rank's new file might be cleared
         super()._save_checkpoint(model, trial, *args, **kwargs)
+        self._write_manifest(folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str, *args: Any, **kwargs: Any) -> None:
+        """As the parent, which is called once all files are written, and pushes the manifest with them."""
+        self._write_manifest(Path(checkpoint_folder))
+        super()._push_from_checkpoint(checkpoint_folder, *args, **kwargs)
+
+    def _write_manifest(self, folder: Path) -> None:
+        is_due = self.args.should_save and folder.is_dir() and not (folder / MANIFEST).exists()
+        if self.lora_pro_config is not None and is_due:
+            write_manifest(folder, self.state.global_step, self.accelerator.num_processes)
 
     def _save_rng_state(self, *args: Any, **kwargs: Any) -> None:
         """As the parent; what marks a checkpoint as finished comes after the files of all ranks."""

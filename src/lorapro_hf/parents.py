@@ -33,6 +33,24 @@ def handed(trainer: type, mixin: type, method: str, args: Sequence[Any], kwargs:
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
+def replaced(
+    given: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any], **new: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and the named arguments of a call, with others in the place of some.
+
+    Args:
+        given: from `handed`.
+        args: of the call, without `self`.
+        kwargs: of the call.
+        **new: arguments of the call, by the parent's names.
+    """
+    places = {name: place for place, name in enumerate(given) if name in new and name not in kwargs}
+    changed = list(args)
+    for name, place in places.items():
+        changed[place] = new[name]
+    return tuple(changed), {name: new.get(name, value) for name, value in kwargs.items()}
+
+
 def accepted(method: Callable[..., Any], **offered: Any) -> dict[str, Any]:
     """Those of the keywords that a method takes."""
     parameters = inspect.signature(method).parameters

@@ -20,7 +20,7 @@ from lorapro_hf.loading import require_savable
 from lorapro_hf.memory import readable_bytes
 from lorapro_hf.optimizer import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.pairs import find_lora_pairs
-from lorapro_hf.parents import groups_beside, handed, require_adapter
+from lorapro_hf.parents import groups_beside, handed, replaced, require_adapter
 from lorapro_hf.zero import attach_deepspeed
 
 _ADAMW = ("adamw_torch", "adamw_torch_fused")
@@ -243,14 +243,17 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the parent, which would load what fits of a checkpoint that is not complete or of another training.
 
+        `resume_from_checkpoint=True` means the newest complete one.
+
         Raises:
             ValueError: the checkpoint is not complete, or of another training. Nothing has been loaded then.
         """
         self.loaded_best_checkpoint, self._lora_pro_first_step = None, None
-        folder = handed(type(self), LoRAProTrainerMixin, "train", args, kwargs).get("resume_from_checkpoint")
-        if folder:
+        given = handed(type(self), LoRAProTrainerMixin, "train", args, kwargs)
+        if given.get("resume_from_checkpoint"):
             self._resolve_lora_pro()
-            self._examine(folder)
+            checkpoint = self._examine(given["resume_from_checkpoint"])
+            args, kwargs = replaced(given, args, kwargs, resume_from_checkpoint=checkpoint)
         try:
             output = super().train(*args, **kwargs)
             optimizer = unwrap_optimizer(self.optimizer)

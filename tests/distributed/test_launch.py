@@ -44,30 +44,35 @@ def launch_lines(recipe: str) -> list[list[str]]:
     return [shlex.split(line.lstrip("# ")) for line in lines if line.startswith("#   accelerate launch")]
 
 
-def command(recipe: str, folder: Path) -> list[str]:
-    """The second command in the head of a recipe, with our script on two processes, in float32."""
+def command(recipe: str, folder: Path, script: str) -> list[str]:
+    """The second command in the head of a recipe, with a script of ours on two processes, in float32."""
     words = launch_lines(recipe)[1]
     words[words.index("--num_processes") + 1] = "2"
     options = [*words[1 : words.index("train.py")], "--mixed_precision", "no", "--main_process_port", "0"]
     module = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
-    return [*module, *options, launch_script.__file__, recipe, str(folder)]
+    return [*module, *options, script, recipe, str(folder)]
+
+
+def launch(recipe: str, folder: Path, script: str) -> dict[str, Any]:
+    """What a script has found on two processes that run a recipe."""
+    if recipe.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    path = [os.environ.get("PYTHONPATH"), str(ROOT / "tests")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    done = subprocess.run(
+        command(recipe, folder, script), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return json.loads((folder / "found.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module", params=LAUNCHED)
 def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """Where the trainings under a recipe have saved, and what they have logged."""
     recipe = request.param
-    if recipe.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("DeepSpeed is not installed")
     folder = tmp_path_factory.mktemp(recipe)
-    path = [os.environ.get("PYTHONPATH"), str(ROOT / "tests")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-    done = subprocess.run(
-        command(recipe, folder), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    found = json.loads((folder / "found.json").read_text(encoding="utf-8"))
+    found = launch(recipe, folder, launch_script.__file__)
     assert set(found) == LAUNCHED[recipe]
     return folder, found
 

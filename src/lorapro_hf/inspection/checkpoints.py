@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lorapro_hf.checkpoint_files import OPTIMIZER, STATE, read_optimizer_state
+from lorapro_hf.engines import DDP, ONE_PROCESS, written_by
 from lorapro_hf.inspection.report import ENGINE, Checkpoint
-from lorapro_hf.resume import OPTIMIZER, STATE, find_flaw, read_optimizer_state, require_same_training
+from lorapro_hf.manifest import MANIFEST
+from lorapro_hf.resume import find_flaw, require_same_training
 
-_BY_ENGINE = ("pytorch_model_fsdp*", "optimizer_*", "global_step*", "zero_to_fp32.py")
+
+def read_checkpoints(folders: Sequence[Path]) -> list[Checkpoint]:
+    """Several, the newest first; as resuming does, it reads whole files as far as the first complete one."""
+    found: list[Checkpoint] = []
+    for folder in folders:
+        found.append(read_checkpoint(folder, checksums=all(each.flaw is not None for each in found)))
+    return found
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """What a checkpoint folder of a `Trainer` holds, and whether all of it is there."""
-    by_engine = any(any(folder.glob(pattern)) for pattern in _BY_ENGINE)
-    known: dict[str, Any] = {"folder": str(folder), "flaw": find_flaw(folder, by_engine)}
+def read_checkpoint(folder: Path, checksums: bool = True) -> Checkpoint:
+    """What a checkpoint folder of a `Trainer` holds, and whether all of it is there and of one save."""
+    by_engine = not {ONE_PROCESS, DDP}.issuperset(written_by(folder))
+    known: dict[str, Any] = {"folder": str(folder), "flaw": find_flaw(folder, checksums)}
     with suppress(OSError, ValueError, TypeError, KeyError):
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         known |= {"step": state["global_step"], "max_steps": state.get("max_steps"), "epoch": state.get("epoch")}
+    known["has_manifest"] = (folder / MANIFEST).is_file()
     states = len(list(folder.glob("rng_state*.pth")))
     known["processes"] = states or None
     if by_engine:

@@ -118,6 +118,7 @@ class Checkpoint:
         optimizer: what the state is of: `"LoRA-Pro"`, `"another optimizer"`, `ENGINE` or `"none"`.
         settings: mode, dtype of the moments and master factors of LoRA-Pro, and the learning rate.
         stepped_tensors: parameters that have a state.
+        has_manifest: the sizes and checksums of its files are known.
         share: rank and number of ranks where the file has one rank's share of the state only.
     """
 
@@ -130,6 +131,7 @@ class Checkpoint:
     optimizer: str = "none"
     settings: dict[str, Any] = field(default_factory=dict)
     stepped_tensors: int | None = None
+    has_manifest: bool = False
     share: tuple[int, int] | None = None
 
 
@@ -173,9 +175,10 @@ class Report:
 
     @property
     def is_trainable(self) -> bool:
-        """Whether LoRA-Pro can train it as it is, and go on from it or from the newest checkpoint in it."""
-        newest = self.checkpoint or next(iter(self.checkpoints), None)
-        if self.unsupported or (newest is not None and newest.flaw is not None):
+        """Whether LoRA-Pro can train it as it is, and go on from it or from the newest complete checkpoint in it."""
+        found = self.checkpoints if self.checkpoint is None else [self.checkpoint]
+        newest = next((each for each in found if each.flaw is None), None)
+        if self.unsupported or (found and newest is None):
             return False
         in_files_of_engine = self.base is None and newest is not None and newest.optimizer == ENGINE
         return bool(self.pairs) or in_files_of_engine

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from lorapro_hf.inspection.model import PREFIX
 from lorapro_hf.inspection.report import Checkpoint, PairGroup, Report
+from lorapro_hf.manifest import MANIFEST
 from lorapro_hf.memory import readable_bytes
 
 _LISTED = 4  # so many layers are named, where there are more
@@ -127,7 +128,8 @@ def _overview(report: Report) -> Section:
 
 
 def _checkpoint(found: Checkpoint) -> Section:
-    rows = [("files", "complete" if found.flaw is None else found.flaw)]
+    complete = "complete" if found.has_manifest else f"complete, as far as can be told without {MANIFEST}"
+    rows = [("files", found.flaw or complete)]
     if found.step is not None:
         rows.append(("step", _step(found) + ("" if found.epoch is None else f", epoch {found.epoch:g}")))
     if found.processes is not None:
@@ -140,11 +142,12 @@ def _checkpoints(found: Sequence[Checkpoint]) -> Section:
     """Those of an output folder, the newest first, and the one that resuming takes."""
     rows = [(Path(each.folder).name, _step(each), _state(each), each.flaw or "complete") for each in found]
     whole = next((each for each in found if each.flaw is None), None)
-    if whole is found[0]:
-        line = f"resume_from_checkpoint=True goes on from {rows[0][0]}, the newest."
+    if whole is None:
+        line = "resume_from_checkpoint=True is refused, since none of them is complete: start again."
     else:
-        line = f"resume_from_checkpoint=True takes the newest, {rows[0][0]}, and is refused: delete it, "
-        line += "or start again." if whole is None else f"or resume from {whole.folder}, the newest complete one."
+        passed = "" if whole is found[0] else f"passes over {rows[0][0]} and "
+        kind = "" if whole is found[0] else " complete one"
+        line = f"resume_from_checkpoint=True {passed}goes on from {Path(whole.folder).name}, the newest{kind}."
     return Section("Checkpoints in it", ("name", "step>", "optimizer state", "files"), rows, [line])
 
 

@@ -12,9 +12,10 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers.utils import cached_file, find_adapter_config_file
 
+from lorapro_hf.checkpoint_files import STATE
 from lorapro_hf.hub.settings import SETTINGS_FILE, load_lora_pro_config
 from lorapro_hf.inspection.base_model import base_on_meta, head_of
-from lorapro_hf.inspection.checkpoints import compared, read_checkpoint
+from lorapro_hf.inspection.checkpoints import compared, read_checkpoint, read_checkpoints
 from lorapro_hf.inspection.files import WEIGHTS, Shapes, differences, skeleton, tensor_shapes
 from lorapro_hf.inspection.model import adapters_of, inspect_model
 from lorapro_hf.inspection.report import ENGINE, Base, Checkpoint, Report, Unsupported
@@ -23,7 +24,7 @@ from lorapro_hf.loading import ADAPTER_FILES
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.model import AdapterArguments
 from lorapro_hf.recipes.targets import require_known_names
-from lorapro_hf.resume import STATE, checkpoints_in, is_checkpoint
+from lorapro_hf.resume import checkpoints_in, is_checkpoint
 
 _ADAPTER, _CONFIG, _ARGUMENTS = "adapter_config.json", "config.json", "training_args.bin"
 
@@ -60,7 +61,7 @@ def inspect_source(wish: Wish) -> Report:
         raise UsageError(f"{wish.name} is a file: name the folder it is in, {folder.parent}.")
     if not folder.is_dir():
         return _of_adapter(wish, _adapters_in(wish.name)) if _adapter_file(wish.name) is not None else _of_base(wish)
-    if checkpoints := [read_checkpoint(path) for path in checkpoints_in(folder)]:
+    if checkpoints := read_checkpoints(checkpoints_in(folder)):
         return replace(_of_output(wish, checkpoints), checkpoints=checkpoints)
     if is_checkpoint(folder):
         return _of_checkpoint(wish, read_checkpoint(folder))

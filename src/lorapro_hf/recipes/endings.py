@@ -62,10 +62,10 @@ def with_a_way_on(trainer: Trainer) -> Iterator[None]:
 
 
 def _way_on(trainer: Trainer) -> str:
-    output, by_engine = Path(trainer.args.output_dir), trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    output = Path(trainer.args.output_dir)
     broken: list[str] = []
     for checkpoint in checkpoints_in(output):
-        if find_flaw(checkpoint, by_engine) is None:
+        if find_flaw(checkpoint) is None:
             named = "true" if not broken else str(checkpoint)
             way = f"To go on from {checkpoint}, give the same command with --resume_from_checkpoint {named}."
             break

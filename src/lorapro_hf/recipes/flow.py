@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import transformers
@@ -16,7 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.endings import one_line_errors, with_a_way_on
-from lorapro_hf.resume import require_complete
+from lorapro_hf.resume import checkpoints_in, find_flaw, newest_complete, require_complete
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def as_program(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
     """Let the `main` of a script end with one line on stderr where it cannot go on, see `one_line_errors`."""
 
-    @functools.wraps(main)
+    @wraps(main)
     def program(argv: list[str] | None = None) -> None:
         with one_line_errors():
             main(argv)
@@ -42,9 +42,7 @@ def start(arguments: TrainingArguments) -> None:
     if not (arguments.do_train or arguments.do_eval or arguments.do_predict):
         raise UsageError("there is nothing to do: set --do_train, --do_eval or --do_predict.")
     if arguments.do_train:
-        checkpoint = checkpoint_to_resume(arguments)  # what is wrong with it is said before anything is loaded
-        if checkpoint is not None and getattr(arguments, "lora_pro", True):
-            require_complete(Path(checkpoint), by_engine=True)  # the trainer, which knows the engine, looks closer
+        _require_resumable(arguments)  # what is wrong with it is said before anything is loaded
     level = arguments.get_process_log_level()
     speaks = arguments.log_level == "passive" and arguments.should_log
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
@@ -54,8 +52,19 @@ def start(arguments: TrainingArguments) -> None:
     set_seed(arguments.seed)
 
 
-def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
-    """The checkpoint that `--resume_from_checkpoint` means: a folder, or the last of `output_dir` for `true`.
+def _require_resumable(arguments: TrainingArguments) -> None:
+    """Raise if there is nothing to go on from; the trainer, which knows the engine, looks closer."""
+    asked, output = checkpoint_to_resume(arguments), Path(arguments.output_dir)
+    if asked is None or not getattr(arguments, "lora_pro", True):
+        return
+    if asked is True:
+        newest_complete(output, checkpoints_in(output), partial(find_flaw, checksums=False))
+    else:
+        require_complete(Path(asked), checksums=False)
+
+
+def checkpoint_to_resume(arguments: TrainingArguments) -> str | Literal[True] | None:
+    """What `--resume_from_checkpoint` means to a trainer: a folder, or `True` for the newest complete checkpoint.
 
     Raises:
         UsageError: there is none, or the folder holds checkpoints and nobody said whether to go on from them.
@@ -69,7 +78,7 @@ def checkpoint_to_resume(arguments: TrainingArguments) -> str | None:
             raise UsageError(
                 f"--resume_from_checkpoint: {output} has no checkpoint. Leave it out to start anew, or name a folder."
             )
-        return last
+        return True
     if asked is None and last is not None:
         raise UsageError(
             f"{output} holds checkpoints of an earlier training, the last {Path(last).name}. Go on with it by "

@@ -1,0 +1,100 @@
+"""How are pickled files of torch and of the engines read without running code that they bring along?"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_IN_METADATA = {
+    *((_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
+    *((_METADATA, name) for name in ("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata")),
+    (_METADATA, "TensorProperties"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    *(("pathlib", name) for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
+    *(("pathlib._local", name) for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
+}
+# What DeepSpeed and Trainer pickle beside tensors. A class that does nothing stands for each.
+_STOOD_FOR = (
+    ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
+    ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
+    ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
+    ("deepspeed.utils.tensor_fragment", "fragment_address"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy.dtypes", "UInt32DType"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+)
+
+
+class StandIn:
+    """In the place of an object of another library; `given` is what it was built from."""
+
+    def __init__(self, *given: Any) -> None:
+        self.given = given
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+_STAND_INS = [type(name, (StandIn,), {"__module__": module}) for module, name in _STOOD_FOR]
+
+
+def read_tensors(file: Path | IO[bytes]) -> Any:
+    """What a file of `torch.save` holds, its tensors left on the disk where its format allows it.
+
+    A `StandIn` takes the place of DeepSpeed's and numpy's objects.
+
+    Args:
+        file: the file, or its content.
+
+    Raises:
+        ValueError: the file is cut off, or holds objects that could run code. Nothing of it has been run.
+    """
+    mapped = isinstance(file, Path) and zipfile.is_zipfile(file)
+    try:
+        with torch.serialization.safe_globals(_STAND_INS):  # type: ignore[arg-type]
+            return torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        if found is None:
+            raise ValueError("it is no file of torch") from error
+        raise ValueError(_foreign(found[1])) from error
+    except (RuntimeError, EOFError, TypeError, AttributeError, LookupError) as error:
+        raise ValueError((str(error).splitlines() or ["it ends too early"])[0]) from error
+
+
+def read_metadata(file: Path) -> Any:
+    """What the file `.metadata` of a distributed checkpoint holds.
+
+    Raises:
+        ValueError: the file is cut off, or holds anything else. Nothing of it has been run.
+    """
+    try:
+        found = _Metadata(io.BytesIO(file.read_bytes())).load()
+        if not {"state_dict_metadata", "storage_data", "planner_data"} <= vars(found).keys():
+            raise ValueError("it is no metadata of a distributed checkpoint")
+    except (pickle.UnpicklingError, EOFError, TypeError, AttributeError, LookupError, ImportError) as error:
+        raise ValueError(str(error) or "it ends too early") from error
+    return found
+
+
+class _Metadata(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and (module, name) not in _IN_METADATA:
+            raise pickle.UnpicklingError(_foreign(f"{module}.{name}"))
+        return super().find_class(module, name)
+
+
+def _foreign(name: str) -> str:
+    return f"it holds objects that could run code, such as {name}, which no training writes"

@@ -1,0 +1,79 @@
+"""Two processes of FSDP2 or DeepSpeed refuse checkpoints that are not theirs, alike, and load nothing of them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import engine_script
+from engine_checkpoints import DATA, STATES, STEP, ZERO2, ZERO3, plant, train, written
+from engine_script import resume
+from lorapro_hf.engines import FULL, SHARDED, written_by
+from lorapro_hf.resume import find_flaw
+from test_launch import launch
+from training import assert_close
+
+ENGINE = {"fsdp2": SHARDED, "zero2": ZERO2}
+HOSTILE = {"fsdp2": DATA, "zero2": f"{STATES}/zero_pp_rank_0_mp_rank_00_optim_states.pt"}
+REFUSALS = {
+    "another engine": "it was written by {other}, and the training runs with {engine}, which does not read these files",
+    "one process": "it was written by one process, and the training runs with {engine}",
+    "damaged": "rng_state_0.pth is missing",
+    "hostile": "objects that could run code, such as posix.mkdir",
+}
+OF_FSDP2 = {"mode": "optimizer_0: the checkpoint is of LoRA-Pro mode 'full', but this optimizer has LoRA-Pro mode"}
+OF_ZERO = {"weights": "it holds no optimizer state (save_only_model=True), and {engine} resumes from its own files"}
+
+
+@pytest.fixture(scope="module", params=["fsdp2", pytest.param("zero2", marks=pytest.mark.slow)])
+def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
+    """A recipe, where it ran, and the messages of both ranks by the names of the checkpoints."""
+    recipe = request.param
+    folder = tmp_path_factory.mktemp(recipe)
+    source, refused = train(folder / "training"), folder / "refused"
+    weights = (refused if recipe == "zero2" else folder) / "weights"
+    shutil.copytree(source, weights, ignore=shutil.ignore_patterns("optimizer.pt", "scheduler.pt", "rng_state*"))
+    shutil.copytree(source, refused / "one process")
+    written(ZERO3 if recipe == "zero2" else FULL, source, refused / "another engine")
+    for name in ("damaged", "hostile", *(OF_FSDP2 if recipe == "fsdp2" else ())):
+        written(ENGINE[recipe], source, refused / name)
+    (refused / "damaged" / "rng_state_0.pth").unlink()
+    plant(refused / "hostile" / HOSTILE[recipe], folder / "executed")
+    return recipe, folder, launch(recipe, folder, engine_script.__file__)
+
+
+@pytest.mark.distributed
+def test_every_rank_refuses_by_name_and_loads_nothing(launched: tuple[str, Path, Any]):
+    recipe, folder, found = launched
+    expected = {**REFUSALS, **(OF_FSDP2 if recipe == "fsdp2" else OF_ZERO)}
+    assert found.keys() == expected.keys()
+    other = ZERO3 if recipe == "zero2" else FULL
+    for name, messages in found.items():
+        assert messages[0].startswith(f"cannot resume from {folder / 'refused' / name}")
+        assert expected[name].format(engine=ENGINE[recipe], other=other) in messages[0]
+        assert messages == [messages[0]] * 2
+    assert not (folder / "executed").exists()
+
+
+@pytest.mark.distributed
+def test_what_the_engine_itself_writes_has_no_flaw(launched: tuple[str, Path, Any]):
+    recipe, folder, _ = launched
+    own = folder / "own" / f"checkpoint-{STEP}"
+    assert written_by(own) == [ENGINE[recipe]] and find_flaw(own) is None
+    (own / "rng_state_1.pth").unlink()
+    assert find_flaw(own) == "rng_state_1.pth is missing"
+
+
+@pytest.mark.distributed
+def test_what_can_be_read_goes_on_as_it_does_elsewhere(launched: tuple[str, Path, Any], tmp_path: Path):
+    recipe, folder, _ = launched
+    if recipe == "fsdp2":
+        resume(tmp_path, folder / "weights", batch=4)
+        one, other, tolerance = tmp_path, folder / "from weights", 1e-5
+    else:
+        one, other, tolerance = folder / "zero1", folder / "zero2", 0.0
+    assert_close(*(load_file(place / "adapter_model.safetensors") for place in (one, other)), tolerance)

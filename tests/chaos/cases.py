@@ -77,6 +77,7 @@ class Lab:
 
     def copy(self, engine: str, folder: Path, *steps: int, dropout: float = DROPOUT) -> None:
         """Checkpoints of the uninterrupted training in a folder of their own."""
+        self.whole(engine, dropout)
         for step in steps:
             name = f"checkpoint-{step}"
             shutil.copytree(self.folder_of(engine, dropout) / name, folder / name)
@@ -118,7 +119,6 @@ def clock(lab: Lab, engine: str, folder: Path, random: Random) -> tuple[str, str
 
 def torn(lab: Lab, engine: str, folder: Path, random: Random) -> tuple[str, str, str]:
     """Cut, zero or flip a part of a file of the newest checkpoint."""
-    lab.whole(engine)
     lab.copy(engine, folder, LAST, OTHER)
     checkpoint = folder / f"checkpoint-{OTHER}"
     tried = damage.tear(random.choice(damage.files_of(checkpoint)), random)
@@ -127,7 +127,6 @@ def torn(lab: Lab, engine: str, folder: Path, random: Random) -> tuple[str, str,
 
 def mixed(lab: Lab, engine: str, folder: Path, random: Random) -> tuple[str, str, str]:
     """Mix two checkpoints in one folder, or take a part of one away; at times as if written without a manifest."""
-    lab.whole(engine)
     lab.copy(engine, folder, SAVED_EVERY, LAST)
     checkpoint, kind = folder / f"checkpoint-{LAST}", random.choice(["mix", "mix", "mix", "lose", "lose", "empty"])
     if kind == "mix":
@@ -146,7 +145,6 @@ def engine(lab: Lab, engine: str, folder: Path, random: Random) -> tuple[str, st
     """Resume from a checkpoint of another engine, without dropout, which draws other numbers on another rank."""
     written = random.choice([name for name in RANKS if name != engine])
     whole = lab.whole(engine, dropout=0.0)
-    lab.whole(written, dropout=0.0)
     lab.copy(written, folder, LAST, dropout=0.0)
     found = lab.run(engine, folder, resume=str(folder / f"checkpoint-{LAST}"), dropout=0.0)
     return f"checkpoint of {written}", *judge(found, whole, is_converted=True)

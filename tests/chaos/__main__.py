@@ -19,8 +19,8 @@ from lorapro_hf.options import HelpFormatter, UsageError, at_least_one
 from lorapro_hf.progress import progress_bars
 
 from .cases import ON_REQUEST, TRICKS, Lab, Result, try_case
-from .jobs import RANKS
 from .report import repeat, summary, write_report
+from .settings import RANKS
 from .verdicts import FAILURES
 
 TRAININGS = "trainings"  # the folder of what has been tried; cases that have held are deleted

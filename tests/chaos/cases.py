@@ -13,7 +13,7 @@ from typing import Any
 from killable import Nursery
 
 from . import damage
-from .jobs import RANKS, SAVED_EVERY, STEPS
+from .settings import END, RANKS, SAVED_EVERY, STEPS
 from .verdicts import REFUSED, SAME, SAME_SAID, STUCK, Outcome, judge, outcome_of
 
 DROPOUT = 0.1
@@ -64,7 +64,7 @@ class Lab:
 
     def run(self, engine: str, folder: Path, kill_after: float | None = None, **job: Any) -> Outcome:
         """One training in the folder, from whatever it holds."""
-        for stale in [folder / "end", *folder.glob("said-*.json"), *folder.glob("result-*.pt")]:
+        for stale in [folder / END, *folder.glob("said-*.json"), *folder.glob("result-*.pt")]:
             if stale.is_dir():
                 shutil.rmtree(stale)
             else:

@@ -18,13 +18,10 @@ from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
 from trainer_helpers import arguments, build
 
 from .instants import Instants
+from .settings import END, SAVED_EVERY, STEPS
 
 sys.path.append(str(Path(__file__).parents[1] / "distributed"))
 from launch_script import environment_of, prepare, set_environment
-
-RANKS = {"one": 1, "ddp": 2, "fsdp2": 2, "zero2": 2, "zero3": 2}
-STEPS, SAVED_EVERY = 8, 2
-END = "end"  # the folder of the adapter after the training
 
 
 class Said(logging.Handler):

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from .settings import END
+
 SAME = "to the bit"
 SAME_SAID = "to the bit, with a warning"
 NEAR = "within rounding"
@@ -62,7 +64,7 @@ def outcome_of(folder: Path, codes: list[int]) -> Outcome:
         found.warnings += said["warnings"]
         found.errors += [said["error"]] if said["error"] else []
         found.instants.append(said["instants"])
-    adapter = folder / "end" / "adapter_model.safetensors"
+    adapter = folder / END / "adapter_model.safetensors"
     if not any(codes):
         found.adapter = load_file(adapter) if adapter.is_file() else {}
     return found

@@ -25,7 +25,7 @@ export PIP_QUIET := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench test test-all test-distributed test-oldest test-newest support-table command-tables smoke docs scaling lint format clean distclean
+.PHONY: help install demo bench test test-all test-distributed test-oldest test-newest support-table command-tables smoke chaos docs scaling lint format clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-25s %s\n", $$1, $$2 }'
@@ -69,6 +69,9 @@ command-tables: $(STAMP) ## write the options of the commands into docs/command_
 
 smoke: $(STAMP) ## run every recipe on a tiny model and tiny data
 	$(BIN)/python -m pytest $(PARALLEL) tests/test_recipes.py $(ARGS)
+
+chaos: $(STAMP) ## kill, damage and mix trainings at random and report how each goes on, twenty minutes on two idle cores
+	PYTHONPATH=tests $(BIN)/python -m chaos $(ARGS)
 
 compare-small: ## compare methods on three tasks that need no download and write docs/results.md, two hours on two cores
 compare-whole: ## compare on a whole small model and write docs/results.md, an hour and a half on two cores

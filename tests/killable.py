@@ -25,11 +25,11 @@ IMPORTED_LATER = ("deepspeed", "transformers.models.llama.modeling_llama", "peft
 
 
 class Nursery:
-    """The process that forks trainings."""
+    """The process that forks trainings; `jobs` is the module that has them."""
 
-    def __init__(self) -> None:
+    def __init__(self, jobs: str = "killable_jobs") -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, __file__]
+        command = [sys.executable, __file__, jobs]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -57,14 +57,13 @@ class Nursery:
         return [torch.load(folder / f"result-{rank}.pt", weights_only=True) for rank in ranks]
 
 
-def serve() -> None:
+def serve(jobs: str) -> None:
     """Fork what is asked for until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # where libraries print what they think of themselves
     import torch
 
-    import killable_jobs  # noqa: F401
-
+    importlib.import_module(jobs)
     for module in IMPORTED_LATER:
         with contextlib.suppress(ImportError):
             importlib.import_module(module)
@@ -75,11 +74,11 @@ def serve() -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        children = [_fork(job, rank, port) for rank in range(job["ranks"])]
+        children = [_fork(jobs, job, rank, port) for rank in range(job["ranks"])]
         print(json.dumps(_wait(children, job.get("kill_after"))), file=answers, flush=True)
 
 
-def _fork(job: dict[str, Any], rank: int, port: int) -> int:
+def _fork(jobs: str, job: dict[str, Any], rank: int, port: int) -> int:
     child = os.fork()
     if child:
         return child
@@ -94,9 +93,7 @@ def _fork(job: dict[str, Any], rank: int, port: int) -> int:
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         import torch
 
-        import killable_jobs
-
-        found = getattr(killable_jobs, job.get("do", "train"))(job, rank)
+        found = getattr(importlib.import_module(jobs), job.get("do", "train"))(job, rank)
         torch.save(found, f"{job['folder']}/result-{rank}.pt")
         if job["ranks"] > 1:  # rank 0 holds the store that the others still need
             torch.distributed.barrier()
@@ -112,8 +109,7 @@ def _fork(job: dict[str, Any], rank: int, port: int) -> int:
 def _wait(children: list[int], kill_after: float | None) -> list[int]:
     """Exit codes; as torchrun does, the others are ended when one fails, here after a second."""
     codes: dict[int, int] = {}
-    started = time.monotonic()
-    end = started + (PATIENCE if kill_after is None else kill_after)
+    end = time.monotonic() + (PATIENCE if kill_after is None else kill_after)
     while len(codes) < len(children):
         for child in set(children) - set(codes):
             done, status = os.waitpid(child, os.WNOHANG)
@@ -130,5 +126,5 @@ def _wait(children: list[int], kill_after: float | None) -> list[int]:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1])
     os._exit(0)  # some libraries complain when they are unloaded

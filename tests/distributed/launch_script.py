@@ -125,13 +125,17 @@ def prepare(recipe: str) -> dict[str, Any]:
 
 
 def environment_of(recipe: str) -> dict[str, str]:
-    """What the launcher of accelerate hands to the processes that it starts with a DeepSpeed recipe."""
+    """What the launcher of accelerate hands to the processes that it starts with a recipe for FSDP2 or DeepSpeed."""
     file = Path(__file__).parents[2] / "configs" / "accelerate" / f"{recipe}.yaml"
     options = ["--config_file", str(file), "--num_processes", "2", "--mixed_precision", "no", "train.py"]
     args, defaults, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(options))
-    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
-    of_accelerate = launch.prepare_deepspeed_cmd_env(args)[1]
-    return {name: value for name, value in of_accelerate.items() if name.startswith("ACCELERATE_")}
+    if recipe == "fsdp2":
+        args.main_process_port = 0
+        of_accelerate = launch.prepare_multi_gpu_env(args)
+    else:
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        of_accelerate = launch.prepare_deepspeed_cmd_env(args)[1]
+    return {name: value for name, value in of_accelerate.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
 
 
 def set_environment(of_accelerate: dict[str, str]) -> None:

@@ -124,7 +124,7 @@ def test_true_passes_over_an_unfinished_checkpoint(folder: Path) -> None:
 def test_without_a_complete_checkpoint_it_is_said_before_anything_is_loaded(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for file in folder.glob("out/checkpoint-*/trainer_state.json"):
+    for file in folder.glob("out/checkpoint-*/optimizer.pt"):
         file.unlink()
     code, line = ending(capsys, "--resume_from_checkpoint", "true", "--model_name_or_path", "nowhere")
     assert code == 2 and "cannot resume from out: none of its checkpoints is complete" in line

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from lorapro_hf.private_names import private
+
 _LONGEST_PAUSE = 0.25  # seconds between two looks at the store
 
 
@@ -40,8 +42,7 @@ class Attendance:
     """
 
     def __init__(self, group: dist.ProcessGroup, store: Any = None) -> None:
-        of_run: Any = dist.distributed_c10d._get_default_store
-        self._store = of_run() if store is None else store
+        self._store = private("torch.distributed.distributed_c10d", "_get_default_store")() if store is None else store
         self.limit: timedelta = self._store.timeout
         self._group, self._rank, self._size = group, group.rank(), group.size()
         self._name = f"lorapro_hf/{group.group_name}"

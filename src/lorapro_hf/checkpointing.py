@@ -42,7 +42,7 @@ class CheckpointMixin(LoadingMixin):
         """Examine the checkpoint that `train` is to resume from, on all ranks together.
 
         Returns:
-            What the parent is to resume from.
+            What the parent is to resume from; `False` to start anew.
 
         Raises:
             ValueError: the checkpoint is not complete, or of another training.
@@ -53,20 +53,23 @@ class CheckpointMixin(LoadingMixin):
                 require_without_lora_pro(Path(folder))
             return asked
         checkpoint = self._newest_complete() if asked is True else Path(asked)
+        if checkpoint is None:
+            return False
         self._together(lambda: self._require_complete(checkpoint))
         self._together(lambda: self._require_same_training(checkpoint))
         return str(checkpoint)
 
-    def _newest_complete(self) -> Path:
+    def _newest_complete(self) -> Path | None:
         output = Path(self.args.output_dir)
 
         def find(folder: Path) -> str | None:
             return self._agreed(find_flaw(folder) if self.args.should_save else None)
 
         found, flaws = newest_complete(output, self._gathered(checkpoints_in(output))[0], find)
+        way_on = "starts anew" if found is None else f"goes on from {found}"
         if self.is_world_process_zero():
             for folder, flaw in flaws.items():
-                logger.warning("%s is passed over: %s. The training goes on from %s.", folder, flaw, found)
+                logger.warning("%s is passed over: %s. The training %s.", folder, flaw, way_on)
         return found
 
     def _require_complete(self, folder: Path) -> None:

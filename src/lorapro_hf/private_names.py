@@ -66,6 +66,7 @@ PRIVATE = dict(
         *_named("deepspeed", "over which LoRA-Pro gathers the gradients", "dp_process_group"),
         *_named("torch", "by which LoRA-Pro knows whether gradients are scaled", "_per_optimizer_states"),
         *_named("torch", "by which LoRA-Pro knows whether ranks train within join()", "_join_config"),
+        *_named("torch", "through which LoRA-Pro waits for other ranks", "_get_default_store"),
         *_named("transformers", "by which LoRA-Pro saves, loads and pushes its part", *METHODS_OF_TRAINER),
         *_named("transformers", "by which LoRA-Pro sees the adapters of add_adapter", "_hf_peft_config_loaded"),
         *_named("transformers", "by which LoRA-Pro tells the task of a model", "_model_mapping"),

@@ -40,8 +40,11 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 def newest_complete(
     output: Path, folders: Sequence[Path], find: Callable[[Path], str | None]
-) -> tuple[Path, dict[Path, str]]:
+) -> tuple[Path | None, dict[Path, str]]:
     """The checkpoint that `resume_from_checkpoint=True` means, and the flaws of those that it passes over.
+
+    It is `None`, and the training starts anew, where not one save was finished: a job that is started again whenever it
+    dies would be refused for ever after it had died in its first save.
 
     Args:
         output: the output folder of the training.
@@ -60,6 +63,8 @@ def newest_complete(
     anew = "Start the training again without resume_from_checkpoint"
     if not flaws:
         raise ValueError(f"cannot resume from {output}: it holds no checkpoint. {anew}, or name the folder of one.")
+    if not any(_is_finished(folder) for folder in flaws):
+        return None, flaws
     raise ValueError(
         f"cannot resume from {output}: none of its checkpoints is complete. In {folders[0].name}, the newest, "
         f"{flaws[folders[0]]}. {anew}, with another output_dir or after deleting them."
@@ -92,12 +97,16 @@ def find_flaw(folder: Path, checksums: bool = True) -> str | None:
     """
     if not folder.is_dir():
         return "there is no such folder"
-    if not (folder / STATE).is_file():
+    if not _is_finished(folder):
         return f"{STATE} is missing, which is written last, so that the checkpoint was not finished"
     try:
         return find_damage(folder) or engine_flaw(folder) or _find_mixture(folder, checksums)
     except OSError as error:
         return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / STATE).is_file()
 
 
 def _find_mixture(folder: Path, checksums: bool) -> str | None:

@@ -18,7 +18,6 @@ from .verdicts import REFUSED, SAME, SAME_SAID, STUCK, Outcome, judge, outcome_o
 
 DROPOUT = 0.1
 LIMIT = 20  # times the uninterrupted training, after which one counts as hanging
-NONE_COMPLETE = "none of its checkpoints is complete"
 MANIFEST = "lorapro_manifest.json"
 LAST, OTHER = 2 * SAVED_EVERY, STEPS - SAVED_EVERY  # the steps of the checkpoints that are mixed
 
@@ -219,15 +218,8 @@ def _again(lab: Lab, engine: str, folder: Path, **job: Any) -> Outcome:
 
 def _ending(lab: Lab, engine: str, folder: Path) -> tuple[str, str]:
     """The last start, after which a training must have gone on wherever one can."""
-    found, whole = _again(lab, engine, folder), lab.whole(engine)
-    verdict, detail = judge(found, whole)
-    if verdict != REFUSED:
-        return verdict, detail
-    checkpoints = list(folder.glob("checkpoint-*"))
-    if len(checkpoints) > 1 or NONE_COMPLETE not in str(found.errors):  # an earlier one has been finished
-        return STUCK, detail
-    shutil.rmtree(checkpoints[0])  # as the message says
-    return judge(lab.run(engine, folder), whole)
+    verdict, detail = judge(_again(lab, engine, folder), lab.whole(engine))
+    return STUCK if verdict == REFUSED else verdict, detail
 
 
 def _resumed(lab: Lab, engine: str, folder: Path, checkpoint: Path, tried: str, random: Random) -> tuple[str, str, str]:

@@ -154,7 +154,7 @@ class LoRAProAdamW(PairOptimizer):
 
     def begin_engine_step(self) -> None:
         """Forget whether the pairs' last step has been left out; see that the training starts from finite values."""
-        self._require_finite_start(together=True)  # an engine may leave out each step before it gets here
+        self._require_finite_start()  # an engine may leave out each step before it gets here
         self._pairs_skipped = None
 
     def _step(self, shares: Shares, ordinary: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
@@ -165,8 +165,6 @@ class LoRAProAdamW(PairOptimizer):
                 "build the optimizer from the model that is trained, with the adapter active that it was built for."
             )
         require_finite_rates(self.param_groups)
-        if not self._is_being_captured():
-            self._require_finite_start(together=False)  # the others hear of it where all agree on the step
         self._consolidated = None
         with exact_arithmetic(self._stacks):
             self._step_all(shares, read_stacks(self._stacks, self.config), ordinary)
@@ -193,6 +191,8 @@ class LoRAProAdamW(PairOptimizer):
         # Allocated before anything is stepped: where memory does not suffice, no rank has changed anything.
         moments_of = [self._moments_of(each.stack) for each in read]
         self.last_grad_norm, skip = shares.agree(norm, skip)
+        if not self._is_being_captured():
+            self._require_finite_start()
         if can_be_read(skip) and skip:
             self.require_finite(state=False)
         self._pairs_skipped = skip

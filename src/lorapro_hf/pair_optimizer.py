@@ -121,12 +121,13 @@ class PairOptimizer(torch.optim.Optimizer):
         self._seen = seen
         return skipped
 
-    def require_finite(self, state: bool = True, together: bool = True) -> None:
+    def require_finite(self, state: bool = True) -> None:
         """Raise if a parameter, its state or a learning rate holds NaN or Inf; this waits for the device.
+
+        Call it on all ranks that shard parameters or share the state out: all of them raise if one has to.
 
         Args:
             state: whether to look at moments, too.
-            together: all ranks that shard parameters or share the state out call this, and all raise if one has to.
 
         Raises:
             ValueError: the message names the parameter.
@@ -138,12 +139,12 @@ class PairOptimizer(torch.optim.Optimizer):
         if state:
             named += of_states(shares.own, self.state)
         # whole factors are the same on all ranks
-        alone = not together or (shares.access.in_place and not (state and shares.group))
+        alone = shares.access.in_place and not (state and shares.group)
         require_finite(named, None if alone else shares.access.group)
 
-    def _require_finite_start(self, together: bool) -> None:
+    def _require_finite_start(self) -> None:
         if not self._starts_finite:
-            self.require_finite(together=together)
+            self.require_finite()
             self._starts_finite = True
 
     def _is_being_captured(self) -> bool:

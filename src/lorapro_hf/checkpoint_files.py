@@ -19,6 +19,8 @@ RNG = "rng_state*.pth"
 NAME = r"checkpoint-(\d+)"
 BY_ENGINE = ("pytorch_model_fsdp*", "optimizer.bin", "optimizer_*", "global_step*", "latest", "zero_to_fp32.py")
 _WRITTEN_BY_TORCH = (OPTIMIZER, SCHEDULER, SCALER, RNG, "**/adapter_model.bin")
+# torch's schedulers save one of these at least, ChainedScheduler the second alone.
+_OF_SCHEDULES = {"last_epoch", "_schedulers", "_last_lr", "base_lrs"}
 _WRITTEN_BY_SAFETENSORS = "**/adapter_model.safetensors"
 
 
@@ -86,7 +88,10 @@ def read_scheduler_state(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is cut off, or not of a learning rate schedule.
     """
-    return _read_state(file, {"last_epoch"}, "a schedule")
+    state = read_tensors(file)
+    if not isinstance(state, dict) or not _OF_SCHEDULES & state.keys():
+        raise ValueError("it holds no state of a schedule")
+    return state
 
 
 def _read_scaler_state(file: Path) -> Any:

@@ -168,7 +168,8 @@ class CheckpointMixin(LoadingMixin):
     def _write_manifest(self, folder: Path) -> None:
         is_due = self.args.should_save and folder.is_dir() and not (folder / MANIFEST).exists()
         if self.lora_pro_config is not None and is_due:
-            write_manifest(folder, self.state.global_step, self.accelerator.num_processes)
+            processes, engine = self.accelerator.num_processes, describe_engine(self.accelerator)
+            write_manifest(folder, self.state.global_step, processes, engine)
 
     def _save_rng_state(self, *args: Any, **kwargs: Any) -> None:
         """As the parent; what marks a checkpoint as finished comes after the files of all ranks."""

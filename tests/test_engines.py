@@ -135,11 +135,17 @@ def test_a_file_that_is_cut_off_is_named(cut: str, engine: str, file: str, made:
 
 
 @pytest.mark.parametrize("name", ["scheduler.pt", "rng_state_0.pth", "scaler.pt", "optimizer.bin"])
-@pytest.mark.parametrize("content", [{"cpu": 1}, [1, 2], torch.ones(2)], ids=["dict", "list", "tensor"])
+@pytest.mark.parametrize("content", [{"cpu": 1}, [1, 2], torch.ones(2)], ids=["numbers", "list", "tensor"])
 def test_foreign_content_is_named(content: Any, name: str, made: Made):
     folder = made(FULL)
     torch.save(content, folder / name)
     assert (find_flaw(folder) or "").startswith(f"{name} is cut off or damaged (it holds no state of ")
+
+
+def test_a_schedule_that_is_not_torchs_is_accepted(made: Made):
+    folder = made(FULL)
+    torch.save({"base_values": [1e-2], "warmup_steps": [], "metric": None}, folder / "scheduler.pt")
+    assert find_flaw(folder) is None
 
 
 def test_the_empty_state_of_a_gradient_scaler_that_is_off_is_accepted(made: Made):

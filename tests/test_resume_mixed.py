@@ -266,17 +266,6 @@ def test_a_schedule_that_counts_in_its_own_way_is_not_judged(copy: Path, name: s
     assert find_flaw(older(folder)) is None
 
 
-def test_a_schedule_that_is_not_torchs_is_accepted(copy: Path) -> None:
-    torch.save({"base_values": [1e-2], "warmup_steps": [], "metric": None}, copy / "checkpoint-4" / SCHEDULER)
-    assert find_flaw(older(copy / "checkpoint-4")) is None
-
-
-@pytest.mark.parametrize("name", [OPTIMIZER, RNG])
-def test_nor_is_the_state_of_anything_else_a_schedule(copy: Path, name: str) -> None:
-    shutil.copy(copy / "checkpoint-4" / name, copy / "checkpoint-4" / SCHEDULER)
-    assert f"{SCHEDULER} is cut off or damaged (it holds no state of a schedule)" == find_flaw(copy / "checkpoint-4")
-
-
 @pytest.mark.parametrize(
     ("ranks", "missing"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -21,6 +23,7 @@ from lorapro_hf import create_lorapro_optimizer
 from lorapro_hf.engines import DDP, FULL, ONE_PROCESS, SHARDED, describe_engine, require_same_engine, written_by
 from lorapro_hf.manifest import MANIFEST
 from lorapro_hf.resume import find_flaw, require_complete, require_same_training, require_without_lora_pro
+from lorapro_hf.unpickling import StandIn, read_tensors
 from trainer_helpers import tiny_lora
 
 MODEL2, MODEL3 = f"{STATES}/mp_rank_00_model_states.pt", f"{STATES}/zero_pp_rank_1_mp_rank_00_model_states.pt"
@@ -58,16 +61,15 @@ def test_a_complete_checkpoint_has_no_flaw_and_tells_its_engine(engine: str, roo
         (SHARDED, DATA),
         (SHARDED, "pytorch_model_fsdp_0/.metadata"),
         (SHARDED, "scheduler.pt"),
-        (SHARDED, "rng_state_0.pth"),
         (FULL, "optimizer.bin"),
         (FULL, "pytorch_model_fsdp.bin"),
         (FULL, "scheduler.pt"),
-        (FULL, "rng_state_0.pth"),
         (ZERO2, "latest"),
         (ZERO2, MODEL2),
         (ZERO2, OPTIMIZER),
         (ZERO2, MOMENTS),
         (ZERO2, "scheduler.pt"),
+        (ZERO2, "rng_state_0.pth"),
         (ZERO2, "rng_state_1.pth"),
         (ZERO3, MODEL3),
     ],
@@ -133,11 +135,17 @@ def test_a_file_that_is_cut_off_is_named(cut: str, engine: str, file: str, made:
 
 
 @pytest.mark.parametrize("name", ["scheduler.pt", "rng_state_0.pth", "scaler.pt", "optimizer.bin"])
-@pytest.mark.parametrize("content", [{"foreign": 1}, [1, 2], torch.ones(2)], ids=["dict", "list", "tensor"])
+@pytest.mark.parametrize("content", [{"cpu": 1}, [1, 2], torch.ones(2)], ids=["numbers", "list", "tensor"])
 def test_foreign_content_is_named(content: Any, name: str, made: Made):
     folder = made(FULL)
     torch.save(content, folder / name)
     assert (find_flaw(folder) or "").startswith(f"{name} is cut off or damaged (it holds no state of ")
+
+
+def test_a_schedule_that_is_not_torchs_is_accepted(made: Made):
+    folder = made(FULL)
+    torch.save({"base_values": [1e-2], "warmup_steps": [], "metric": None}, folder / "scheduler.pt")
+    assert find_flaw(folder) is None
 
 
 def test_the_empty_state_of_a_gradient_scaler_that_is_off_is_accepted(made: Made):
@@ -178,9 +186,25 @@ def test_nor_by_a_link(made: Made):
 
 def test_shards_outside_of_the_checkpoint_are_refused(made: Made):
     folder = made(SHARDED)
-    shutil.move(folder / DATA, folder.parent / "outside")
-    (folder / DATA).symlink_to(folder.parent / "outside")
+    shutil.move(folder / DATA, folder / "outside")
+    metadata = pickle.loads((folder / META).read_bytes())
+    for info in metadata.storage_data.values():
+        info.relative_path = "../outside"
+    (folder / META).write_bytes(pickle.dumps(metadata))
     assert find_flaw(folder) == "optimizer_0/.metadata names a file outside of the checkpoint"
+
+
+def test_shards_may_be_links_as_in_a_cache(made: Made):
+    folder = made(SHARDED)
+    shutil.move(folder / DATA, folder.parent / "blob")
+    (folder / DATA).symlink_to(folder.parent / "blob")
+    assert find_flaw(folder) is None
+
+
+def test_the_number_of_a_rank_may_be_anything(made: Made):
+    folder = made(SHARDED)
+    shutil.copy(folder / DATA, folder / "optimizer_0" / "__999999999999_0.distcp")
+    assert find_flaw(folder) == "rng_state_2.pth is missing"
 
 
 @pytest.mark.parametrize(
@@ -237,6 +261,37 @@ def test_a_checkpoint_of_another_engine_is_refused(engine: str, running: str, ro
 
 def test_stages_1_and_2_of_zero_read_each_others_files(root: Path):
     require_same_engine(root / ZERO2, "DeepSpeed ZeRO 1")
+
+
+def test_the_stage_of_an_optimizer_in_bfloat16_is_read_from_the_settings(made: Made):
+    folder = made(ZERO2)
+    state = {"optimizer_state_dict": {"clip_grad": 1.0}, "ds_config": {"zero_optimization": {"stage": 1}}}
+    for rank in range(2):
+        file = folder / STATES / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        file.unlink()
+        torch.save(state, file.with_name(f"bf16_{file.name}"))
+    assert written_by(folder) == ["DeepSpeed ZeRO 1"] and find_flaw(folder) is None
+    require_same_engine(folder, "DeepSpeed ZeRO 1")
+
+
+def test_a_stage_that_is_not_known_is_left_to_deepspeed(made: Made):
+    folder = made(ZERO2)
+    torch.save({"optimizer_state_dict": {}}, folder / STATES / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    require_same_engine(folder, "DeepSpeed ZeRO 1")
+    with pytest.raises(ValueError, match=r"written by DeepSpeed ZeRO \?, and the training runs with DDP"):
+        require_same_engine(folder, DDP)
+
+
+NUMPYS = [numpy.ndarray, numpy.dtype, type(numpy.dtype(numpy.uint32)), numpy.zeros(1).__reduce__()[0]]
+
+
+@pytest.mark.parametrize("allowed", [NUMPYS, *([each] for each in NUMPYS)], ids=str)
+def test_classes_that_a_script_has_allowed_do_not_mix_with_stand_ins(allowed: list[Any], root: Path):
+    with torch.serialization.safe_globals(allowed):
+        before = set(torch.serialization.get_safe_globals())
+        state = read_tensors(root / FULL / "rng_state_0.pth")
+        assert isinstance(state["numpy"][1], StandIn)
+        assert set(torch.serialization.get_safe_globals()) == before
 
 
 def test_weights_alone_are_for_engines_that_can_load_them(made: Made):

@@ -203,6 +203,7 @@ PASSES_OVER = (
     "resume_from_checkpoint=True passes over checkpoint-2 and goes on from checkpoint-1, the newest complete one"
 )
 REFUSED = "resume_from_checkpoint=True is refused, since none of them is complete: start again"
+STARTS_ANEW = "resume_from_checkpoint=True starts the training anew, since no save was finished"
 SAVED_AT_END = (ADAPTER, WEIGHTS, "mine", "training_args.bin", STATE)
 OUTPUTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "finished": ("plain", nothing, GOES_ON),
@@ -218,7 +219,8 @@ OUTPUTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
         lambda f: remove(f, *SAVED_AT_END, f"checkpoint-2/{STATE}", "checkpoint-2/optimizer.pt"),
         PASSES_OVER,
     ),
-    "none complete": ("plain", lambda f: remove(f, *SAVED_AT_END, f"*/{STATE}"), REFUSED),
+    "none complete": ("plain", lambda f: remove(f, *SAVED_AT_END, "*/optimizer.pt"), REFUSED),
+    "none finished": ("plain", lambda f: remove(f, *SAVED_AT_END, f"*/{STATE}"), STARTS_ANEW),
 }
 
 
@@ -238,7 +240,7 @@ def test_an_output_folder_says_which_checkpoints_it_holds(
         assert [each.name for each in report.adapters] == ADAPTERS[kind]
     if case.startswith("stopped"):
         assert f"this is checkpoint-{1 if said == PASSES_OVER else 2}." in screen
-    assert (code == 0) is resumes(kind, root, True, folder)
+    assert (code == 0 or said == STARTS_ANEW) is resumes(kind, root, True, folder)
 
 
 def test_a_finished_training_without_checkpoints(copied: Callable[[str], Path], capsys: pytest.CaptureFixture[str]):

@@ -21,9 +21,22 @@ FILES = {
     "pytorch_model_fsdp_0/.metadata": b"pickled",
     "pytorch_model_fsdp_0/__1_0.distcp": b"rows",
     "latest": b"global_step6",
+    "global_step6/mp_rank_00_model_states.pt": b"states",
+    "rng_state_1.pth": b"numbers",
+    "model-00001-of-00002.safetensors": b"a shard",
     "model.safetensors.index.json": b"{}",
 }
-EDITABLE = {"README.md": b"card", "adapter_config.json": b"{}", "tokenizer/vocab.txt": b"words"}
+EDITABLE = {
+    "README.md": b"card",
+    "adapter_config.json": b"{}",
+    "tokenizer/vocab.txt": b"words",
+    "tokenizer.model": b"words",
+    "training_args.bin": b"arguments",
+    "zero_to_fp32.py": b"program",
+    ".nfs0001": b"passing",
+    "global_step6/.nfs0002": b"passing",
+    "optimizer.pt.tmp": b"passing",
+}
 
 
 @pytest.fixture
@@ -77,6 +90,20 @@ def test_files_that_people_edit_or_add_are_no_change(folder: Path, name: str) ->
     assert change_in(folder) is None
 
 
+@pytest.mark.parametrize(
+    "name", ["scheduler.pt", "rng_state.pth", "optimizer_0/.metadata", "mine/adapter_model.bin", "pytorch_model.bin"]
+)
+def test_a_file_that_the_save_did_not_write_is_of_another_one(folder: Path, name: str) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_bytes(b"added")
+    assert change_in(folder) == f"{name} is of another save (it is not listed in {MANIFEST})"
+
+
+def test_random_states_of_other_nodes_may_be_added(folder: Path) -> None:
+    (folder / "rng_state_8.pth").write_bytes(b"added")
+    assert change_in(folder) is None
+
+
 def test_pieces_of_a_large_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest, "_PIECE", 512)
     monkeypatch.setattr(manifest, "_READ", 128)
@@ -117,6 +144,7 @@ def test_a_folder_without_one(tmp_path: Path) -> None:
         ({"files": {"../optimizer.pt": {"size": 3, "crc32": [1]}}}, "which is not in the checkpoint"),
         ({"files": {"/etc/passwd": {"size": 3, "crc32": [1]}}}, "which is not in the checkpoint"),
         ({"files": {"x" * 10_000: {}}}, "KeyError"),
+        ({"global_step": float("inf")}, "OverflowError"),
     ],
 )
 def test_a_damaged_one_is_refused_in_a_short_message(folder: Path, content: Any, said: str) -> None:
@@ -149,5 +177,6 @@ def test_clearing_leaves_no_state_and_what_is_not_the_trainers(folder: Path) -> 
     (folder / "optimizer_0").symlink_to(shutil.copytree(folder / "other", folder / "mine"))
     clear(folder)
     left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    adapters = {name for name in FILES if "adapter_model" in name}
-    assert left == {*adapters, *EDITABLE, "model.safetensors.index.json", "mine/adapter_model.safetensors"}
+    of_state = ("trainer_state.json", "optimizer", "rng_state", "pytorch_model_fsdp", "latest", "global_step", "zero_")
+    stay = {name for name in (*FILES, *EDITABLE) if not name.startswith(of_state)}
+    assert left == {*stay, "optimizer.pt.tmp", "mine/adapter_model.safetensors"}

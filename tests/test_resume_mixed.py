@@ -103,13 +103,33 @@ def test_a_manifest_that_is_damaged_is_named(copy: Path) -> None:
 def test_the_manifest_says_who_wrote_the_checkpoint(complete: tuple[Path, Any]) -> None:
     found = read_manifest(complete[0] / "checkpoint-4")
     assert found is not None and (found.global_step, found.processes) == (4, 1)
-    assert {ADAPTER, OPTIMIZER, SCHEDULER, STATE, RNG, "training_args.bin"} == set(found.files)
+    assert {ADAPTER, OPTIMIZER, SCHEDULER, STATE, RNG} == set(found.files)
 
 
 def test_files_that_cannot_be_read_are_a_flaw(copy: Path) -> None:
     (copy / "checkpoint-4" / OPTIMIZER).unlink()
     (copy / "checkpoint-4" / OPTIMIZER).mkdir()
     assert find_flaw(copy / "checkpoint-4") == f"{OPTIMIZER} cannot be read (Is a directory)"
+
+
+def test_without_its_state_a_checkpoint_is_one_of_weights_once_the_manifest_is_deleted(copy: Path) -> None:
+    folder = copy / "checkpoint-4"
+    for name in (OPTIMIZER, SCHEDULER, RNG):
+        assert "weights alone" not in str(find_flaw(folder))
+        (folder / name).unlink()
+    said = f"{OPTIMIZER} is missing: copy it anew, or delete {MANIFEST} to go on from the weights alone"
+    assert find_flaw(folder) == said
+    assert find_flaw(older(folder)) is None
+
+
+def test_state_that_is_added_to_weights_alone_is_of_another_save(copy: Path) -> None:
+    folder = copy / "checkpoint-4"
+    for name in (OPTIMIZER, SCHEDULER, RNG):
+        (folder / name).unlink()
+    write_manifest(folder, 4, 1)
+    assert find_flaw(folder) is None
+    mix(copy, OPTIMIZER, SCHEDULER, RNG)
+    assert find_flaw(folder) == f"{OPTIMIZER} is of another save (it is not listed in {MANIFEST})"
 
 
 # Refused by the counts of steps, where an older version has written no manifest
@@ -200,6 +220,14 @@ def half_untrained(content: dict[str, Any]) -> None:
             f"{OPTIMIZER} is damaged (it counts steps by what is no number)",
         ),
         (
+            lambda content: content["state"][0].update(step=10**400),
+            f"{OPTIMIZER} is damaged (it counts steps by what is no number)",
+        ),
+        (
+            lambda content: content["param_groups"][0].update(param_names=[3]),
+            f"{OPTIMIZER} is damaged (it names parameters by what is no name)",
+        ),
+        (
             lambda content: content["state"].update({0: 3}),
             f"{OPTIMIZER} is cut off or damaged (it holds no state of an optimizer)",
         ),
@@ -240,7 +268,14 @@ def test_a_schedule_that_counts_in_its_own_way_is_not_judged(copy: Path, name: s
 
 @pytest.mark.parametrize(
     ("ranks", "missing"),
-    [((0, 1, 2), None), ((0, 2), "rng_state_1.pth"), ((1,), "rng_state_0.pth"), ((), "rng_state.pth")],
+    [
+        ((0, 1, 2), None),
+        ((0, 2), "rng_state_1.pth"),
+        ((8, 9), None),  # those of a second node
+        ((8, 10), "rng_state_9.pth"),
+        ((0, 999_999_999_999), "rng_state_1.pth"),
+        ((), "rng_state.pth"),
+    ],
 )
 def test_a_gap_among_the_random_states_is_a_flaw(copy: Path, ranks: tuple[int, ...], missing: str | None) -> None:
     folder = older(copy / "checkpoint-4")
@@ -266,6 +301,19 @@ def test_the_newest_complete_one_is_taken_with_a_warning(
     assert first.startswith(f"{copy / 'checkpoint-6'} is passed over: {STATE} is missing, which is written last")
     assert second.startswith(f"{copy / 'checkpoint-4'} is passed over: {OPTIMIZER} {CHANGED}")
     assert first.endswith(f". The training goes on from {copy / 'checkpoint-2'}.")
+
+
+def test_one_that_cannot_be_examined_is_passed_over(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def find(folder: Path) -> str | None:
+        if folder.name == "checkpoint-6":
+            raise OverflowError("too large")
+        return find_flaw(folder)
+
+    monkeypatch.setattr("lorapro_hf.checkpointing.find_flaw", find)
+    assert fresh(copy)._newest_complete() == copy / "checkpoint-4"
+    assert "checkpoint-6 is passed over: its files cannot be examined (OverflowError: too large)." in caplog.text
 
 
 def test_a_complete_one_of_another_training_is_not_passed_over(copy: Path) -> None:
@@ -336,6 +384,19 @@ def test_a_save_that_ends_at_the_manifest_is_complete(copy: Path, monkeypatch: p
     assert find_flaw(copy / "checkpoint-6") is None
     fresh(copy).train(resume_from_checkpoint=str(copy / "checkpoint-4"))  # which saves there again
     assert read_manifest(copy / "checkpoint-6") is not None and find_flaw(copy / "checkpoint-6") is None
+
+
+def test_a_manifest_that_cannot_be_written_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lorapro_hf.manifest.write_text", full)
+    fresh(tmp_path, max_steps=2).train()
+    (said,) = (each.getMessage() for each in caplog.records if MANIFEST in each.getMessage())
+    assert f"could not be written into {tmp_path / 'checkpoint-2'} ([Errno 28] No space left on device)" in said
+    assert find_flaw(tmp_path / "checkpoint-2") is None
 
 
 def test_what_is_left_of_an_older_save_is_cleared(copy: Path) -> None:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ import pytest
 import lorapro_hf
 from lorapro_hf import LoRAProTrainer
 from lorapro_hf.extras import MissingExtraError
-from lorapro_hf.recipes.endings import one_line_errors
+from lorapro_hf.recipes.endings import _way_on, one_line_errors
 from lorapro_hf.resume import checkpoints_in, find_flaw
 from script_helpers import CONFIGS, INPUTS, SCRIPTS, TINY, Lines, factors, make_inputs, script
 
@@ -175,6 +176,18 @@ def test_ctrl_c_before_the_first_checkpoint(
     code, line = ending(capsys)
     said = "out has no complete checkpoint: give the same command to start anew."
     assert (code, line) == (130, f"run_clm.py: stopped by Ctrl-C. {said}")
+
+
+def test_the_way_on_reads_no_whole_files_and_names_the_option_to_leave_out(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def way_on(output: Path, asked: str | None) -> str:
+        return _way_on(SimpleNamespace(args=SimpleNamespace(output_dir=str(output), resume_from_checkpoint=asked)))
+
+    monkeypatch.setattr("lorapro_hf.manifest._as_saved", lambda file: pytest.fail(f"{file} is read"))
+    assert way_on(folder / "out", None).endswith("--resume_from_checkpoint true.")
+    said = "has no complete checkpoint: give the same command without --resume_from_checkpoint to start anew."
+    assert way_on(tmp_path / "absent", "true").endswith(said)
 
 
 @pytest.mark.parametrize(("rank", "said"), [("0", 1), ("1", 0)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import zipfile
@@ -19,8 +20,6 @@ RNG = "rng_state*.pth"
 NAME = r"checkpoint-(\d+)"
 BY_ENGINE = ("pytorch_model_fsdp*", "optimizer.bin", "optimizer_*", "global_step*", "latest", "zero_to_fp32.py")
 _WRITTEN_BY_TORCH = (OPTIMIZER, SCHEDULER, SCALER, RNG, "**/adapter_model.bin")
-# torch's schedulers save one of these at least, ChainedScheduler the second alone.
-_OF_SCHEDULES = {"last_epoch", "_schedulers", "_last_lr", "base_lrs"}
 _WRITTEN_BY_SAFETENSORS = "**/adapter_model.safetensors"
 
 
@@ -86,10 +85,11 @@ def read_scheduler_state(file: Path) -> dict[str, Any]:
     """What a `scheduler.pt` holds.
 
     Raises:
-        ValueError: the file is cut off, or not of a learning rate schedule.
+        ValueError: the file is cut off, or of an optimizer, a gradient scaler or random number generators. A schedule
+            may save anything else.
     """
     state = read_tensors(file)
-    if not isinstance(state, dict) or not _OF_SCHEDULES & state.keys():
+    if not isinstance(state, dict) or {"param_groups", "scale", "cpu"} & state.keys():
         raise ValueError("it holds no state of a schedule")
     return state
 
@@ -121,14 +121,17 @@ _READERS: dict[str, Callable[[Path], Any]] = {
 def find_missing_rng(folder: Path, known_ranks: int = 1) -> str | None:
     """The random state of a rank that is missing in a checkpoint, `None` if each rank's is there.
 
-    One process writes `rng_state.pth`, several write `rng_state_0.pth` and so on.
+    One process writes `rng_state.pth`, several write `rng_state_0.pth` and so on, each node its own ranks' if it saves
+    on a disk of its own.
 
     Args:
         folder: the checkpoint.
-        known_ranks: as many ranks at least have written it.
+        known_ranks: as many ranks at least have written it; 1 if its files do not tell.
     """
     ranks = {int(match[1]) for file in folder.glob(RNG) if (match := re.fullmatch(r"rng_state_(\d+)\.pth", file.name))}
-    absent = sorted(set(range(max(known_ranks, max(ranks, default=0) + 1))) - ranks)
-    if not absent or (known_ranks == 1 and (folder / "rng_state.pth").is_file()):
+    first = min(ranks, default=0) if known_ranks == 1 else 0
+    absent = next(rank for rank in itertools.count(first) if rank not in ranks)
+    is_whole = absent >= max(known_ranks, max(ranks, default=0) + 1)
+    if is_whole or (known_ranks == 1 and (folder / "rng_state.pth").is_file()):
         return None
-    return f"rng_state_{absent[0]}.pth" if ranks or known_ranks > 1 else "rng_state.pth"
+    return f"rng_state_{absent}.pth" if ranks or known_ranks > 1 else "rng_state.pth"

@@ -63,7 +63,13 @@ class CheckpointMixin(LoadingMixin):
         output = Path(self.args.output_dir)
 
         def find(folder: Path) -> str | None:
-            return self._agreed(find_flaw(folder) if self.args.should_save else None)
+            flaw = None
+            if self.args.should_save:
+                try:
+                    flaw = find_flaw(folder)
+                except Exception as error:  # the other ranks wait for an answer
+                    flaw = f"its files cannot be examined ({type(error).__name__}: {error})"
+            return self._agreed(flaw)
 
         found, flaws = newest_complete(output, self._gathered(checkpoints_in(output))[0], find)
         way_on = "starts anew" if found is None else f"goes on from {found}"
@@ -169,7 +175,16 @@ class CheckpointMixin(LoadingMixin):
         is_due = self.args.should_save and folder.is_dir() and not (folder / MANIFEST).exists()
         if self.lora_pro_config is not None and is_due:
             processes, engine = self.accelerator.num_processes, describe_engine(self.accelerator)
-            write_manifest(folder, self.state.global_step, processes, engine)
+            try:
+                write_manifest(folder, self.state.global_step, processes, engine)
+            except OSError as error:
+                logger.warning(
+                    "%s could not be written into %s (%s). The checkpoint is complete, but a change in its files will "
+                    "not be noticed.",
+                    MANIFEST,
+                    folder,
+                    error,
+                )
 
     def _save_rng_state(self, *args: Any, **kwargs: Any) -> None:
         """As the parent; what marks a checkpoint as finished comes after the files of all ranks."""

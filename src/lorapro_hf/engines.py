@@ -64,6 +64,8 @@ def require_same_engine(folder: Path, running: str) -> None:
             f"cannot resume from {folder}: it holds no optimizer state (save_only_model=True), and {running} resumes "
             f"from its own files alone. To go on from these weights, {_ANEW}."
         )
+    if f"{DEEPSPEED}?" in written and running.startswith(DEEPSPEED):
+        return  # DeepSpeed itself compares the stages
     both = {*written, running}
     if written and written != [running] and not any(both <= alike for alike in _INTERCHANGEABLE):
         raise ValueError(

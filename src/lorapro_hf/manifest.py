@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from functools import lru_cache, partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from lorapro_hf import __version__
 from lorapro_hf.checkpoint_files import BY_ENGINE, OPTIMIZER, RNG, SCALER, SCHEDULER, STATE
+from lorapro_hf.loading import WEIGHTS
 from lorapro_hf.text_files import write_text
 
 MANIFEST = "lorapro_manifest.json"
@@ -26,9 +29,9 @@ _FORMAT = 1
 _MAX_BYTES = 2**26  # about a hundred are needed for each file
 # CRC-32 takes less time than torch takes to write; threads share the pieces of a large file.
 _PIECE, _READ = 2**26, 2**22
-# Cards, configurations and tokenizers may be edited afterwards; a training does not go on from them.
-_EDITABLE = {".json", ".jinja", ".md", ".part", ".png", ".py", ".txt", ".yaml", ".yml"}
 _OF_STATE = (OPTIMIZER, SCHEDULER, SCALER, RNG, *BY_ENGINE)
+_BESIDE_IT = ("zero_to_fp32.py", ".nfs*", "*.tmp")  # a program of DeepSpeed's, and files that pass
+_SHARD = re.compile(r"(adapter_model|model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 
 
 @dataclass(frozen=True)
@@ -94,22 +97,41 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise ValueError(f"it has more than {_MAX_BYTES >> 20} MB")
     try:
         return _parsed(json.loads(file.read_text(encoding="utf-8")))
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{type(error).__name__}: {str(error)[:80]}") from error
 
 
+def is_gone_on_from(path: PurePath) -> bool:
+    """Whether a training goes on from a file: the trainer's state, an optimizer's, an engine's, or weights.
+
+    Args:
+        path: in the checkpoint.
+    """
+    is_weights = path.name in WEIGHTS or path.name.endswith(".index.json") or _SHARD.fullmatch(path.name) is not None
+    return str(path) == STATE or _is_state(path) or is_weights
+
+
 def find_change(folder: Path, manifest: Manifest, checksums: bool = True) -> str | None:
-    """The first file that is missing or not as it was saved; `None` if there is none. Files may have been added.
+    """The first file that is missing, not as it was saved, or of another save; `None` if there is none.
+
+    Files from which no training goes on may have been changed and added, as may the random states of other nodes.
 
     Args:
         folder: the checkpoint.
         manifest: what a save wrote there.
         checksums: read the files, instead of comparing no more than their sizes.
     """
+    missing = [name for name in manifest.files if not (folder / name).is_file()]
+    if missing and missing == [name for name in manifest.files if _is_state(PurePath(name))]:
+        return f"{missing[0]} is missing: copy it anew, or delete {MANIFEST} to go on from the weights alone"
+    if missing:
+        return f"{missing[0]} is missing"
+    for path in _to_list(folder):
+        name = path.relative_to(folder).as_posix()
+        if name not in manifest.files and not path.match("rng_state_*"):
+            return f"{name} is of another save (it is not listed in {MANIFEST})"
     for name, saved in manifest.files.items():
         file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
         if file.stat().st_size != saved.size:
             return f"{name} is of another save or damaged ({file.stat().st_size} bytes instead of {saved.size})"
     for name, saved in manifest.files.items() if checksums else ():
@@ -130,9 +152,13 @@ def _parsed(content: dict[str, Any]) -> Manifest:
 
 def _to_list(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.rglob("*")):
-        is_kept = path.suffix not in _EDITABLE or path.name == STATE or path.name.endswith(".index.json")
-        if is_kept and path.is_file():
+        if is_gone_on_from(path.relative_to(folder)) and path.is_file():
             yield path
+
+
+def _is_state(path: PurePath) -> bool:
+    is_beside = any(fnmatchcase(path.name, pattern) for pattern in _BESIDE_IT)
+    return not is_beside and any(fnmatchcase(path.parts[0], pattern) for pattern in _OF_STATE)
 
 
 def _as_saved(file: Path) -> SavedFile:

@@ -84,7 +84,7 @@ def _optimized(folder: Path) -> _Counted:
     counts = [groups[0].get("skipped_steps", 0), *(each["step"] for each in saved["state"].values() if "step" in each)]
     try:
         skipped, *steps = map(float, counts)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError("it counts steps by what is no number") from error
     if not all(math.isfinite(count) and count >= 0 for count in (skipped, *steps)):
         raise ValueError("it counts steps by what is no number")
@@ -96,5 +96,8 @@ def _optimized(folder: Path) -> _Counted:
 
 
 def _adapters(groups: list[dict[str, Any]]) -> set[str]:
-    names = [name for group in groups for name in group.get("param_names") or ()]
-    return {match[1] for name in names if (match := re.search(r"lora_A\.(.+)\.weight$", name))}
+    try:
+        names = [name for group in groups for name in group.get("param_names") or ()]
+        return {match[1] for name in names if (match := re.search(r"lora_A\.(.+)\.weight$", name))}
+    except TypeError as error:
+        raise ValueError("it names parameters by what is no name") from error

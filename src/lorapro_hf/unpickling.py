@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,7 +48,7 @@ class StandIn:
         pass
 
 
-_STAND_INS = [type(name, (StandIn,), {"__module__": module}) for module, name in _STOOD_FOR]
+_STAND_INS: list[Any] = [type(name, (StandIn,), {"__module__": module}) for module, name in _STOOD_FOR]
 
 
 def read_tensors(file: Path | IO[bytes]) -> Any:
@@ -62,7 +64,7 @@ def read_tensors(file: Path | IO[bytes]) -> Any:
     """
     mapped = isinstance(file, Path) and zipfile.is_zipfile(file)
     try:
-        with torch.serialization.safe_globals(_STAND_INS):  # type: ignore[arg-type]
+        with _stood_for():
             return torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
@@ -71,6 +73,21 @@ def read_tensors(file: Path | IO[bytes]) -> Any:
         raise ValueError(_foreign(found[1])) from error
     except (RuntimeError, EOFError, TypeError, AttributeError, LookupError) as error:
         raise ValueError((str(error).splitlines() or ["it ends too early"])[0]) from error
+
+
+@contextlib.contextmanager
+def _stood_for() -> Iterator[None]:
+    """Have torch make stand-ins, also where a script has allowed it the classes that they stand for."""
+    before: list[Any] = torch.serialization.get_safe_globals()
+    named = {each[1] if isinstance(each, tuple) else f"{each.__module__}.{each.__qualname__}": each for each in before}
+    named |= {f"{each.__module__}.{each.__qualname__}": each for each in _STAND_INS}
+    try:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(list(named.values()))
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
 
 
 def read_metadata(file: Path) -> Any:

@@ -22,15 +22,16 @@ _MOMENTS = "lora_pro_rank{}.safetensors"
 def stage_of(folder: Path) -> int | str:
     """The stage of ZeRO that has written a checkpoint, `?` if its files do not tell."""
     states = _states(folder)
-    if states is None:
-        return "?"
-    for file in states.glob("*" + _OPTIMIZER.format(0)):
+    for file in states.glob("*" + _OPTIMIZER.format(0)) if states is not None else ():
         content = _content(file)
-        state = content.get("optimizer_state_dict")
-        stage = state.get("zero_stage") if isinstance(state, dict) else None
-        given = getattr(stage, "given", (stage,))[0]
-        if isinstance(given, int):
-            return given
+        # In bfloat16 ZeRO 1 has an optimizer of its own, whose state does not name the stage.
+        for place in (("optimizer_state_dict", "zero_stage"), ("ds_config", "zero_optimization", "stage")):
+            stage: Any = content
+            for key in place:
+                stage = stage.get(key) if isinstance(stage, dict) else None
+            given = next(iter(getattr(stage, "given", (stage,))), None)
+            if isinstance(given, int):
+                return given
     return "?"
 
 

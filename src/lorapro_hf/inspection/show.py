@@ -14,6 +14,7 @@ from lorapro_hf.inspection.model import PREFIX
 from lorapro_hf.inspection.report import Checkpoint, PairGroup, Report
 from lorapro_hf.manifest import MANIFEST
 from lorapro_hf.memory import readable_bytes
+from lorapro_hf.resume import newest_complete
 
 _LISTED = 4  # so many layers are named, where there are more
 
@@ -141,14 +142,22 @@ def _checkpoint(found: Checkpoint) -> Section:
 def _checkpoints(found: Sequence[Checkpoint]) -> Section:
     """Those of an output folder, the newest first, and the one that resuming takes."""
     rows = [(Path(each.folder).name, _step(each), _state(each), each.flaw or "complete") for each in found]
-    whole = next((each for each in found if each.flaw is None), None)
-    if whole is None:
-        line = "resume_from_checkpoint=True is refused, since none of them is complete: start again."
-    else:
-        passed = "" if whole is found[0] else f"passes over {rows[0][0]} and "
-        kind = "" if whole is found[0] else " complete one"
-        line = f"resume_from_checkpoint=True {passed}goes on from {Path(whole.folder).name}, the newest{kind}."
+    line = f"resume_from_checkpoint=True {_taken({Path(each.folder): each.flaw for each in found})}."
     return Section("Checkpoints in it", ("name", "step>", "optimizer state", "files"), rows, [line])
+
+
+def _taken(flaws: dict[Path, str | None]) -> str:
+    """What a trainer does with checkpoints of which these flaws are known, the newest first."""
+    newest = next(iter(flaws))
+    try:
+        whole, _ = newest_complete(newest.parent, list(flaws), flaws.__getitem__)
+    except ValueError:
+        return "is refused, since none of them is complete: start again"
+    if whole is None:
+        return "starts the training anew, since no save was finished"
+    if whole == newest:
+        return f"goes on from {whole.name}, the newest"
+    return f"passes over {newest.name} and goes on from {whole.name}, the newest complete one"
 
 
 def _step(found: Checkpoint) -> str:

@@ -65,14 +65,15 @@ def _way_on(trainer: Trainer) -> str:
     output = Path(trainer.args.output_dir)
     broken: list[str] = []
     for checkpoint in checkpoints_in(output):
-        if find_flaw(checkpoint) is None:
+        if find_flaw(checkpoint, checksums=False) is None:
             named = "true" if not broken else str(checkpoint)
             way = f"To go on from {checkpoint}, give the same command with --resume_from_checkpoint {named}."
             break
         broken.append(str(checkpoint))
     else:
         delete = f"delete {' and '.join(broken)} and " if broken else ""
-        way = f"{output} has no complete checkpoint: {delete}give the same command to start anew."
+        without = " without --resume_from_checkpoint" if trainer.args.resume_from_checkpoint else ""
+        way = f"{output} has no complete checkpoint: {delete}give the same command{without} to start anew."
     return " ".join([*(f"{checkpoint} is not complete." for checkpoint in broken), way])
 
 

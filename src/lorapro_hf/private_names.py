@@ -1,7 +1,9 @@
 """Which names that other libraries do not promise does LoRA-Pro use, and with which releases has it been tested?
 
 A private name may change with any release. Each is read through `private`, which raises an error that names the release
-and the name where it is gone. No default takes its place: it could stand for an older gradient or another scale.
+and the name where it is gone. No default takes its place: it could stand for an older gradient or another scale. A
+release that is newer than the newest tested one is a warning for DeepSpeed alone, whose names hold the gradients and
+masters of each step; torch and transformers would warn every user at each release.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def test_the_next_training_may_clip_at_another_value(stated: Any) -> None:
 def test_a_stated_value_stays_the_users() -> None:
     stated = plugin(0.5)
     settle_clipping(stated, 0.5)
-    with pytest.raises(ValueError, match="gradient_clipping=0.5, and max_grad_norm is 0.3"):
+    with pytest.raises(ValueError, match=r"gradient_clipping=0\.5, and max_grad_norm is 0\.3"):
         settle_clipping(stated, 0.3)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from math import inf
 
 import pytest
 import torch
 
 from lorapro_hf import LoRAProAdamW, create_lorapro_optimizer, find_lora_pairs, project_lora_gradients
+from lorapro_hf.finite import find_broken
 from lorapro_hf.kernels.eigh import symmetric_eigh
 from lorapro_hf.pair_gradients import project_pair_gradients_
 from optimizer_helpers import backward, ordinary, small_model
@@ -144,6 +146,12 @@ def test_a_parameter_of_no_pair_is_named():
 
 
 # ---- moments and learning rates ----
+
+
+def test_tensors_without_values_are_passed_over():
+    named = [("meta", torch.empty(2, device="meta")), ("whole", torch.ones(2)), ("broken", torch.tensor([1.0, inf]))]
+    assert find_broken(named[:2]) == ""
+    assert find_broken(named) == "broken"
 
 
 @each_config

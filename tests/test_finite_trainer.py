@@ -10,6 +10,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from lorapro_hf import LoRAProAdamW, LoRAProCallback, LoRAProTrainer, find_lora_pairs
+from lorapro_hf.optimizer import unwrap_optimizer
 from trainer_helpers import arguments, build, run, tiny_lora
 
 NAMED = r"NaN or Inf in lora_B of base_model\.model\.model\.layers\.0\.mlp\.gate_proj \(adapter 'default'\)"
@@ -64,6 +65,41 @@ def test_the_end_of_a_training_ends_in_an_error(tmp_path: Path, unread):
 def test_the_first_log_ends_a_training_whose_scaler_leaves_out_all_steps(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(LoRAProAdamW, "step", lambda self, closure=None: None)
     assert train(tmp_path, spoilt=1, logging_steps=2) == 2
+
+
+@pytest.fixture
+def looks(monkeypatch) -> list[bool]:
+    """For each look at all values whether it is at the moments, too."""
+    found: list[bool] = []
+    look = LoRAProAdamW.require_finite
+
+    def noted(self: LoRAProAdamW, state: bool = True) -> None:
+        found.append(state)
+        look(self, state)
+
+    monkeypatch.setattr(LoRAProAdamW, "require_finite", noted)
+    return found
+
+
+def test_a_save_looks_once(tmp_path: Path, looks: list[bool]):
+    trainer = build(
+        LoRAProTrainer, arguments(tmp_path, max_steps=2, logging_steps=50, save_strategy="steps", save_steps=1)
+    )
+    trainer.train()
+    # accelerate asks for the state before the first step; then two saves and the end
+    assert looks == [True, True, True, True, False]
+    unwrap_optimizer(trainer.optimizer).state_dict()
+    assert looks[5:] == [True]
+
+
+def test_a_log_by_one_rank_waits_for_no_other(tmp_path: Path, looks: list[bool]):
+    trainer = build(LoRAProTrainer, arguments(tmp_path, max_steps=2, logging_steps=1))
+    trainer.train()
+    looks.clear()
+    for _ in range(2):
+        trainer.log({"loss": 1.0})
+    assert not looks
+    assert trainer.state.log_history[-1]["lora_pro_skipped_steps"] == 0
 
 
 # ---- optimizers that are not ours ----

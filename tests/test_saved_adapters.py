@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from transformers import Trainer
+from transformers import Trainer, TrainerControl, TrainerState
 
 from lora_layers import ROWS, Row, tied_llama
 from lorapro_hf import (
@@ -23,7 +23,7 @@ from lorapro_hf import (
     create_lorapro_optimizer,
     find_lora_pairs,
 )
-from lorapro_hf.adapter_files import find_unsaved, require_pairs_in_checkpoint, saving_error
+from lorapro_hf.adapter_files import find_unsaved, raise_on_all_ranks, require_pairs_in_checkpoint, saving_error
 from lorapro_hf.callback import require_supported_engine
 from lorapro_hf.hub import push_adapter, save_adapter
 from test_loading import CASES
@@ -143,10 +143,57 @@ def test_a_checkpoint_without_a_factor_ends_the_training(tmp_path: Path) -> None
         trainer.save_model()
 
 
+def test_a_save_that_writes_no_weights_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    trainer = build(LoRAProTrainer, arguments(tmp_path, **SAVING))
+    trainer.train()
+    monkeypatch.setattr(peft.PeftModel, "save_pretrained", lambda *args, **kwargs: None)
+    (tmp_path / FILE).unlink(missing_ok=True)
+    assert (tmp_path / "checkpoint-2" / FILE).is_file()  # these are not what has just been saved
+    with pytest.raises(ValueError, match=rf"{tmp_path} has no file of an adapter or a model\. What was saved cannot"):
+        trainer.save_model()
+
+
+class SavesTwice(LoRAProTrainer):
+    """The first rank alone saves once more within a checkpoint."""
+
+    def _save_optimizer_and_scheduler(self, output_dir: str | None, *args: Any, **kwargs: Any) -> None:
+        super()._save_optimizer_and_scheduler(output_dir, *args, **kwargs)
+        if self.is_world_process_zero():
+            self.save_model(f"{self.args.output_dir}/apart")
+
+
+def test_only_the_save_of_all_ranks_waits_for_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    heard: list[Any] = []
+    monkeypatch.setattr("lorapro_hf.saving.raise_on_all_ranks", heard.append)
+    build(SavesTwice, arguments(tmp_path, **{**SAVING, "max_steps": 1})).train()
+    assert heard == [None] and (tmp_path / "apart" / FILE).is_file()
+
+
+def test_an_error_of_any_rank_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [*own, "the disk of the other node"])
+    with pytest.raises(ValueError, match="the disk of the other node"):
+        raise_on_all_ranks(None)
+    with pytest.raises(ValueError, match="its own"):
+        raise_on_all_ranks(ValueError("its own"))
+
+
 @pytest.mark.usefixtures("losing")
 def test_plain_trainer_with_the_callback(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=LOST):
         build(Trainer, arguments(tmp_path, **SAVING), callbacks=[LoRAProCallback()]).train()
+
+
+@pytest.mark.parametrize("name", [None, "mine"])
+def test_the_callback_finds_the_checkpoint_of_a_search(name: str | None, losing: None, tmp_path: Path) -> None:
+    state = TrainerState(global_step=2, is_hyper_param_search=True, trial_name=name)
+    tiny_lora().save_pretrained(tmp_path / "mine" / "checkpoint-2")
+    with pytest.raises(ValueError, match=rf"{tmp_path}/mine/checkpoint-2/{LOST}"):
+        LoRAProCallback().on_save(arguments(tmp_path), state, TrainerControl(), model=tiny_lora())
+
+
+def test_the_callback_says_that_it_found_no_checkpoint(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    LoRAProCallback().on_save(arguments(tmp_path), TrainerState(global_step=2), TrainerControl(), model=tiny_lora())
+    assert f"There is no {tmp_path}/checkpoint-2: LoRAProCallback cannot see" in caplog.text
 
 
 @pytest.mark.usefixtures("losing")

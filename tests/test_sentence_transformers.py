@@ -118,6 +118,18 @@ def test_sentence_transformers_loads_the_adapter(whole: Any):
     torch.testing.assert_close(embedded(loaded), embedded(whole.model), rtol=0, atol=0)
 
 
+def test_an_adapter_that_is_not_saved_is_named(whole: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    inner = whole.model.transformers_model
+    state = inner.get_adapter_state_dict()
+    lost = next(name for name in state if "lora_B" in name)
+    monkeypatch.setattr(inner, "get_adapter_state_dict", lambda *_, **__: {n: state[n] for n in state if n != lost})
+    with pytest.raises(ValueError, match=rf"adapter_model\.safetensors: {lost} is missing there.* cannot restore"):
+        whole.save_model(str(tmp_path))
+    monkeypatch.setattr(whole.model, "save_pretrained", lambda *_, **__: None)
+    with pytest.raises(ValueError, match="empty has no file of an adapter or a model"):
+        whole.save_model(str(tmp_path / "empty"))
+
+
 def test_the_card_is_theirs_and_tells_of_lora_pro(whole: Any):
     folder = Path(whole.args.output_dir)
     card = (folder / "README.md").read_text(encoding="utf-8")

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from lorapro_hf.pairs import LoRAPair, survey_lora_pairs
 from lorapro_hf.private_names import private
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+WEIGHTS = (*ADAPTER_FILES, "model.safetensors", "pytorch_model.bin")
 PREFIX = "base_model.model."  # PEFT's; transformers puts it before the names in the files that it writes itself
 _OF_FSDP = ("pytorch_model_fsdp.bin", "pytorch_model_fsdp_0")  # accelerate's: the whole, or a folder of shards
 
@@ -40,6 +42,14 @@ def active_adapters(model: nn.Module) -> list[str]:
     return list(active() if callable(active) else active)
 
 
+def adapted_part(model: nn.Module) -> tuple[str, nn.Module | None]:
+    """The name and the module of the part that has the adapters: mostly the model, whose name is empty.
+
+    A `SentenceTransformer` keeps them in the model of its first module, which it saves at the top of a folder.
+    """
+    return next(((name, part) for name, part in model.named_modules() if active_adapters(part)), ("", None))
+
+
 def adapter_files(folder: Path, model: nn.Module) -> dict[str, Path]:
     """The files of a model's adapters in a checkpoint, by the adapters' names; those that are not there are left out.
 
@@ -54,6 +64,17 @@ def adapter_files(folder: Path, model: nn.Module) -> dict[str, Path]:
         name: [place / file for file in ADAPTER_FILES if (place / file).is_file()] for name, place in places.items()
     }
     return {name: files[0] for name, files in found.items() if files}
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder that no engine has written holds the weights of a model or of adapters; checkpoints in it apart.
+
+    Args:
+        folder: a checkpoint, or where a model has been saved.
+    """
+    patterns = [pattern for name in WEIGHTS for pattern in (f"**/{name}", f"{name}.index.json")]
+    found = (file.relative_to(folder) for pattern in patterns for file in folder.glob(pattern))
+    return any(not any(part.startswith(PREFIX_CHECKPOINT_DIR) for part in file.parts) for file in found)
 
 
 def tensor_shapes(file: Path) -> dict[str, list[int]]:
@@ -92,7 +113,7 @@ def require_savable(model: nn.Module) -> None:
 
 
 def require_pairs_saved(folder: Path, model: nn.Module) -> None:
-    """Raise if A or B of a pair that is trained is missing in what has just been saved.
+    """Raise if A or B of a pair that is trained is missing in what has just been saved, or nothing was.
 
     Args:
         folder: where to.
@@ -102,6 +123,12 @@ def require_pairs_saved(folder: Path, model: nn.Module) -> None:
         ValueError: the message names the pair, the file and what to do.
     """
     lack = find_unsaved(folder, model)
+    if lack is None and adapted_part(model)[1] is not None and not _holds_any(folder):
+        raise ValueError(
+            f"{folder} has no file of an adapter or a model. What was saved cannot restore the adapter that is "
+            "trained; the model itself still has it. Look at the trainer's _save and the model's save_pretrained, "
+            "which have written none."
+        )
     if lack is None:
         return
     wrapper = find_wrapper(model)
@@ -125,10 +152,10 @@ def saving_error(folder: Path, model: nn.Module) -> ValueError | None:
 
 
 def raise_on_all_ranks(error: ValueError | None) -> None:
-    """Raise the error of rank 0 on every rank; all ranks must call it."""
-    from accelerate.utils import broadcast_object_list
+    """Raise the error of the first rank that has one on every rank; all ranks must call it."""
+    from accelerate.utils import gather_object
 
-    message = broadcast_object_list([None if error is None else str(error)])[0]
+    message = next(filter(None, gather_object([None if error is None else str(error)])), None)
     if message is not None:
         raise ValueError(message)
 
@@ -151,11 +178,11 @@ def find_unsaved(folder: Path, model: nn.Module) -> str | None:
     """The first factor that is trained and that a file of a folder lacks, and that file; `None` if all are there.
 
     Files of adapters and those in which FSDP keeps a model count. Only names and shapes are read. A folder without such
-    files, and a model that has no adapter of its own, lack nothing.
+    files, and a model that has no adapter, lack nothing.
     """
-    model = model._modules.get("_orig_mod") or model
-    files = list(_files(folder, model)) if active_adapters(model) else []
-    for pair in survey_lora_pairs(model)[0] if files else ():
+    place, part = adapted_part(model._modules.get("_orig_mod") or model)
+    files = [] if part is None else list(_files(folder, part, place and f"{place}."))
+    for pair in survey_lora_pairs(part)[0] if part is not None and files else ():
         holders = [file for file in files if pair.adapter_name in file.adapters]
         if not holders:
             return f"{folder} has no file of the adapter {pair.adapter_name!r}"
@@ -182,7 +209,12 @@ class _File(NamedTuple):
     """The adapters whose own names the names of their tensors leave out."""
 
 
-def _files(folder: Path, model: nn.Module) -> Iterator[_File]:
+def _holds_any(folder: Path) -> bool:
+    return holds_weights(folder) or any((folder / name).exists() for name in _OF_FSDP)
+
+
+def _files(folder: Path, model: nn.Module, place: str) -> Iterator[_File]:
+    """The files of a model that FSDP names as a part of another, after `place`."""
     prefix = "" if is_peft_model(model) else PREFIX
     for adapter, file in adapter_files(folder, model).items():
         shapes = {name.removeprefix(prefix): shape for name, shape in tensor_shapes(file).items()}
@@ -190,12 +222,15 @@ def _files(folder: Path, model: nn.Module) -> Iterator[_File]:
     active = active_adapters(model)
     whole, shards = (folder / name for name in _OF_FSDP)
     if whole.is_file():
-        yield _File(whole, tensor_shapes(whole), active, ())
+        yield _File(
+            whole, {name.removeprefix(place): shape for name, shape in tensor_shapes(whole).items()}, active, ()
+        )
     if shards.is_dir():
         from torch.distributed.checkpoint.filesystem import FileSystemReader
 
         entries = FileSystemReader(shards).read_metadata().state_dict_metadata.items()
-        shapes = {name.removeprefix("model."): list(entry.size) for name, entry in entries if hasattr(entry, "size")}
+        sizes = {name.removeprefix("model."): list(entry.size) for name, entry in entries if hasattr(entry, "size")}
+        shapes = {name.removeprefix(place): size for name, size in sizes.items()}
         unnamed = {str(model.active_adapter)} if is_peft_model(model) else ()
         yield _File(shards, shapes, active, unnamed)
 

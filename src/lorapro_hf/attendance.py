@@ -108,6 +108,8 @@ def _machine() -> str | None:
 
 
 def _has_ended(process: int) -> bool:
+    if not hasattr(os, "pidfd_open"):  # a Python that was built for older systems
+        return False
     try:
         watched = os.pidfd_open(process)
     except ProcessLookupError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from lorapro_hf.optimizer import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.pair_gradients import project_pair_gradients_
 from lorapro_hf.pairs import LoRAPair, find_lora_pairs
 from lorapro_hf.wrappers import require_no_checkpoint_wrapper, require_plain_modules
+
+logger = logging.getLogger(__name__)
 
 
 def require_supported_engine(state: Any, remedy: str) -> None:
@@ -159,9 +162,12 @@ class LoRAProCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Raise a `ValueError` on all ranks if the checkpoint lacks the adapter, or a factor is not finite."""
-        folder, error = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"), None
-        if state.is_world_process_zero and "model" in kwargs:
-            error = saving_error(folder, _unwrapped(kwargs["model"]))
+        folder, error = _checkpoint(Path(args.output_dir), state), None
+        if args.should_save and "model" in kwargs:
+            if folder.is_dir():
+                error = saving_error(folder, _unwrapped(kwargs["model"]))
+            else:
+                logger.warning("There is no %s: LoRAProCallback cannot see whether the adapter was saved.", folder)
         if is_initialized():
             raise_on_all_ranks(error)
         elif error is not None:
@@ -178,6 +184,16 @@ class LoRAProCallback(TrainerCallback):
     ) -> None:
         """Warn of pairs without gradients, if the training was too short for a warning before."""
         self._first_steps.warn()
+
+
+def _checkpoint(output: Path, state: TrainerState) -> Path:
+    """The checkpoint that has just been written; a hyperparameter search keeps those of each run in a folder."""
+    name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+    if not state.is_hyper_param_search:
+        return output / name
+    return max(
+        output.glob(f"{state.trial_name or '*'}/{name}"), key=lambda it: it.stat().st_mtime, default=output / name
+    )
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

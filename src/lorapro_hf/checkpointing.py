@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -155,8 +156,10 @@ class CheckpointMixin(LoadingMixin):
             super()._save_checkpoint(model, trial, *args, **kwargs)
             return
         optimizer = unwrap_optimizer(self.optimizer)
-        if isinstance(optimizer, LoRAProAdamW):
-            optimizer.require_finite()
+        with optimizer.saving_finite() if isinstance(optimizer, LoRAProAdamW) else contextlib.nullcontext():
+            self._write_checkpoint(model, trial, *args, **kwargs)
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             clear(folder)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lorapro_hf.adapter_files import WEIGHTS, holds_weights
 from lorapro_hf.checkpoint_files import OPTIMIZER, RNG, SCHEDULER, find_missing_rng, read_optimizer_state
-from lorapro_hf.loading import WEIGHTS, holds_weights
 from lorapro_hf.sharded_files import ranks_of_shards, read_sharded_state, shards_flaws
 from lorapro_hf.unpickling import read_tensors
 from lorapro_hf.zero_files import LATEST, mode_of, own_schedule_and_ranks, stage_of, zero_flaws

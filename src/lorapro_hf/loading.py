@@ -24,6 +24,7 @@ from lorapro_hf.adapter_files import (
     PREFIX,
     active_adapters,
     adapter_files,
+    holds_weights,
     read_adapter,
     tensor_shapes,
     told,
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from transformers import Trainer as _Base
 else:
     _Base = object
-
-WEIGHTS = (*ADAPTER_FILES, "model.safetensors", "pytorch_model.bin")
 
 logger = logging.getLogger(__name__)
 
@@ -88,12 +87,6 @@ class LoadingMixin(_Base):
     def _loads_adapters(self, folder: str) -> bool:
         is_ours = self.lora_pro_config is not None and not self._is_by_engine
         return is_ours and holds_adapters(Path(folder), self.model)
-
-
-def holds_weights(folder: Path) -> bool:
-    """Whether a checkpoint that no engine has written holds the weights of a model or of adapters."""
-    patterns = [pattern for name in WEIGHTS for pattern in (f"**/{name}", f"{name}.index.json")]
-    return any(any(folder.glob(pattern)) for pattern in patterns)
 
 
 def holds_adapters(folder: Path, model: nn.Module) -> bool:

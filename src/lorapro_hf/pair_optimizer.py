@@ -12,7 +12,8 @@ from torch import Tensor
 from lorapro_hf.checkpoint import check_state_dict
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.consolidation import States, await_all, collect_states, own_state, read_own_state, shard_states, whole
-from lorapro_hf.finite import of_factors, of_groups, of_others, of_states, require_finite
+from lorapro_hf.finite import of_states, require_finite
+from lorapro_hf.finite_checks import FiniteChecks
 from lorapro_hf.first_steps import FirstSteps
 from lorapro_hf.gradients import Access, access_to, local
 from lorapro_hf.groups import check_hyperparameters, name_parameters
@@ -23,7 +24,7 @@ from lorapro_hf.shares import Shares, everyone
 from lorapro_hf.stacks import Stack, stacks_of
 
 
-class PairOptimizer(torch.optim.Optimizer):
+class PairOptimizer(FiniteChecks):
     """The pairs, param groups and state of an optimizer; how it steps is its subclass's affair.
 
     Args:
@@ -36,7 +37,6 @@ class PairOptimizer(torch.optim.Optimizer):
         access: how an engine's factors are read and written; `None` to find out.
         engine_step: what `step()` does instead, where an engine decides what is stepped when.
         saved_collectively: whoever saves the state calls `consolidate_state_dict` on all ranks.
-        first_steps: what the first steps of this training have left out.
 
     Raises:
         ValueError: no pairs, factors missing from `params`, or hyperparameters out of range.
@@ -88,68 +88,6 @@ class PairOptimizer(torch.optim.Optimizer):
         group["moments_dtype"] = self.config.moments_dtype
         group["master_factors"] = self.config.master_factors
         group["param_shapes"] = [list(parameter.shape) for parameter in group["params"]]
-
-    @property
-    def skipped_steps(self) -> int:
-        """How many steps were left out because a gradient was not finite; reading it waits for the device."""
-        recent = 0 if self._skipped is None else int(self._skipped.item())
-        return self.param_groups[0]["skipped_steps"] + recent
-
-    def finish_training(self) -> None:
-        """Warn of pairs that had no gradient and of steps left out, as the tenth step does; the next step is a first.
-
-        For trainings of fewer steps. `LoRAProTrainer` calls it.
-        """
-        self.require_finite(state=False)
-        self.first_steps.warn(self.skipped_steps)
-        self._begin_training()
-
-    def _begin_training(self) -> None:
-        self._settle_skipped()
-        self.first_steps = FirstSteps(self.pairs, self.skipped_steps)
-        self._seen = (self.skipped_steps, 0)
-
-    def checked_skipped_steps(self) -> int:
-        """`skipped_steps`, once it is clear that it is gradients that were not finite; call it on all ranks.
-
-        Raises:
-            ValueError: a parameter holds NaN or Inf, so that every further step would be left out.
-        """
-        seen = skipped, steps = self.skipped_steps, self.first_steps.steps
-        if skipped > self._seen[0] or steps == self._seen[1]:  # a gradient scaler or an engine may leave out steps too
-            self.require_finite(state=False)
-        self._seen = seen
-        return skipped
-
-    def require_finite(self, state: bool = True) -> None:
-        """Raise if a parameter, its state or a learning rate holds NaN or Inf; this waits for the device.
-
-        Call it on all ranks that shard parameters or share the state out: all of them raise if one has to.
-
-        Args:
-            state: whether to look at moments, too.
-
-        Raises:
-            ValueError: the message names the parameter.
-        """
-        shares = self._current_shares()
-        named = [*of_factors(self.pairs, shares.access), *of_groups(self.param_groups)]
-        if self.engine_step is None:
-            named += of_others(self._ordinary(), self.state if state else None)
-        if state:
-            named += of_states(shares.own, self.state)
-        # whole factors are the same on all ranks
-        alone = shares.access.in_place and not (state and shares.group)
-        require_finite(named, None if alone else shares.access.group)
-
-    def _require_finite_start(self) -> None:
-        if not self._starts_finite:
-            self.require_finite()
-            self._starts_finite = True
-
-    def _is_being_captured(self) -> bool:
-        """Whether a CUDA graph is being recorded, which forbids to wait for the device."""
-        return self.pairs[0].A.is_cuda and torch.cuda.is_current_stream_capturing()
 
     def estimated_state_bytes(self) -> int:
         """Bytes of optimizer state on this rank once every parameter has been stepped, the pairs' and the others'."""
@@ -276,7 +214,7 @@ class PairOptimizer(torch.optim.Optimizer):
         if shares.group is not None and shares.access.in_place:
             await_all(shares.attendance, saves=True)
             self._consolidated = collect_states(shares, self.state, self.config, to)
-            self.require_finite()
+            self.require_finite_save()
 
     def state_dict(self) -> dict[str, Any]:
         """As in `torch.optim.Optimizer`: tensors by parameter, and the groups.
@@ -297,7 +235,7 @@ class PairOptimizer(torch.optim.Optimizer):
         if shares is None:
             return saved
         if shares.access.in_place and shares.group is None:
-            self.require_finite()
+            self.require_finite_save()
             return saved
         states = self._consolidated
         if states is None:
@@ -306,7 +244,7 @@ class PairOptimizer(torch.optim.Optimizer):
                 states = collect_states(shares, self.state, self.config, 0)
             else:
                 states = shard_states(shares, self.state, self.config)
-            self.require_finite()
+            self.require_finite_save()
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         keys = [key for group in saved["param_groups"] for key in group["params"]]
         for key, parameter in zip(keys, parameters, strict=True):
@@ -339,10 +277,6 @@ class PairOptimizer(torch.optim.Optimizer):
                 self.state.pop(parameter, None)
                 if parameter in states:
                     self.state[parameter] = dict(states[parameter])
-
-    def _settle_skipped(self) -> None:
-        self.param_groups[0]["skipped_steps"] = self.skipped_steps
-        self._skipped = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave, keeping the moments of factors in float32 at least.

@@ -1,7 +1,9 @@
 """Which names that other libraries do not promise does LoRA-Pro use, and with which releases has it been tested?
 
 A private name may change with any release. Each is read through `private`, which raises an error that names the release
-and the name where it is gone. No default takes its place: it could stand for an older gradient or another scale.
+and the name where it is gone. No default takes its place: it could stand for an older gradient or another scale. A
+release that is newer than the newest tested one is a warning for DeepSpeed alone, whose names hold the gradients and
+masters of each step; torch and transformers would warn every user at each release.
 """
 
 from __future__ import annotations
@@ -47,6 +49,7 @@ _FRAGMENT = ("_hp_mapping", "lp_fragment_address", "hp_fragment_address", "param
 _PARTITION = ("ds_shape", "ds_numel", "partition_numel", "grad_position", "get_param_id")
 METHODS_OF_TRAINER = (
     *("_save", "_save_checkpoint", "_save_rng_state", "_save_optimizer_and_scheduler", "_get_output_dir"),
+    "_maybe_log_save_evaluate",
     *("_load_optimizer_and_scheduler", "_load_from_checkpoint", "_load_best_model"),
     *("_push_from_checkpoint", "_finish_current_push"),
 )
@@ -67,7 +70,7 @@ PRIVATE = dict(
         *_named("torch", "by which LoRA-Pro knows whether gradients are scaled", "_per_optimizer_states"),
         *_named("torch", "by which LoRA-Pro knows whether ranks train within join()", "_join_config"),
         *_named("torch", "through which LoRA-Pro waits for other ranks", "_get_default_store"),
-        *_named("transformers", "by which LoRA-Pro saves, loads and pushes its part", *METHODS_OF_TRAINER),
+        *_named("transformers", "by which LoRA-Pro saves, loads, pushes and logs its part", *METHODS_OF_TRAINER),
         *_named("transformers", "by which LoRA-Pro sees the adapters of add_adapter", "_hf_peft_config_loaded"),
         *_named("transformers", "by which LoRA-Pro tells the task of a model", "_model_mapping"),
     )

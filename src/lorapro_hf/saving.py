@@ -21,16 +21,17 @@ else:
 class SavingMixin(_Base):
     """The part of `LoRAProTrainerMixin` that examines what was saved; while LoRA-Pro is off it is the parent.
 
-    All ranks write a checkpoint together, so that an error of rank 0 is raised on each of them. Any other save may be
-    of rank 0 alone, which then raises alone.
+    All ranks write a checkpoint together, so that an error of one is raised on each of them. Any other save may be of
+    rank 0 alone, which then raises alone, even one that a parent makes while it writes a checkpoint.
     """
 
     lora_pro_config: LoRAProConfig | None = None
     _lora_pro_in_checkpoint = False
+    _lora_pro_saves_together = False
     _lora_pro_unsaved: ValueError | None = None
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """As the parent; `save_model` is told that all ranks take part."""
+        """As the parent; `save_model` is told that all ranks take part in the parent's own call of it."""
         self._lora_pro_in_checkpoint = True
         try:
             super()._save_checkpoint(*args, **kwargs)
@@ -46,12 +47,16 @@ class SavingMixin(_Base):
         if self.lora_pro_config is None:
             super().save_model(*args, **kwargs)
             return
-        if not self._lora_pro_in_checkpoint:
+        given = handed(type(self), SavingMixin, "save_model", args, kwargs)
+        if not (self._lora_pro_in_checkpoint and given.get("_internal_call")):
             with self._whole_state():
                 super().save_model(*args, **kwargs)
             return
-        self._lora_pro_unsaved = None
-        super().save_model(*args, **kwargs)
+        self._lora_pro_unsaved, self._lora_pro_saves_together = None, True
+        try:
+            super().save_model(*args, **kwargs)
+        finally:
+            self._lora_pro_saves_together = False
         raise_on_all_ranks(self._lora_pro_unsaved)
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
@@ -66,7 +71,7 @@ class SavingMixin(_Base):
                 file.unlink()
             return
         error = saving_error(folder, self._lora_pro_model())
-        if error is not None and not self._lora_pro_in_checkpoint:
+        if error is not None and not self._lora_pro_saves_together:
             raise error
         self._lora_pro_unsaved = error
 

@@ -91,6 +91,7 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
     """The settings that LoRA-Pro runs with; `None` while it is off."""
     optimizer: Any
     _lora_pro_announced = False
+    _lora_pro_logs_together = False
     _lora_pro_first_step: int | None = None
 
     def __init__(
@@ -303,14 +304,27 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
             readable_bytes(optimizer.estimated_state_bytes()),
         )
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As the parent; `log` is told that all ranks take part."""
+        self._lora_pro_logs_together = True
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        finally:
+            self._lora_pro_logs_together = False
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add LoRA-Pro's metrics to the training logs, before any reporter sees them."""
+        """Add LoRA-Pro's metrics to the training logs, before any reporter sees them.
+
+        A log that the training itself writes looks for NaN and Inf where steps were left out, on all ranks together.
+        """
         if self.lora_pro_config is not None and "loss" in logs:
             optimizer = unwrap_optimizer(self.optimizer)
             if isinstance(optimizer, LoRAProAdamW):
                 if optimizer.last_grad_norm is not None:
                     logs["lora_pro_grad_norm"] = float(optimizer.last_grad_norm)
-                logs["lora_pro_skipped_steps"] = optimizer.checked_skipped_steps()
+                is_together = self._lora_pro_logs_together
+                skipped = optimizer.checked_skipped_steps() if is_together else optimizer.skipped_steps
+                logs["lora_pro_skipped_steps"] = skipped
                 optimizer.first_steps.warn_if_none(self.state.global_step, self._lora_pro_first_step or 0)
             elif optimizer is not None:
                 raise RuntimeError(

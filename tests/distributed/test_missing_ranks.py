@@ -106,6 +106,14 @@ def test_processes_that_run_or_cannot_be_seen_are_waited_for(ranks, clock, monke
     assert not ranks[1]._ended(1)
 
 
+@ON_LINUX
+def test_without_a_way_to_watch_a_process_it_is_waited_for(ranks, clock, monkeypatch):
+    monkeypatch.delattr(os, "pidfd_open")
+    ranks[0].sign_in()
+    assert ranks[1].wait_for_all() == Absence([0], ended=False)
+    assert clock.now > LIMIT.total_seconds()
+
+
 def test_a_store_that_has_gone_is_said(ranks, monkeypatch):
     def gone(self):
         raise dist.DistNetworkError("Broken pipe")

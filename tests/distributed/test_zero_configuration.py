@@ -84,6 +84,20 @@ def test_deepspeed_clips_at_max_grad_norm(stated: Any) -> None:
     assert stated.deepspeed_config == {"gradient_clipping": 0.3}
 
 
+@pytest.mark.parametrize("stated", [plugin(), plugin("auto")])
+def test_the_next_training_may_clip_at_another_value(stated: Any) -> None:
+    for clipping in (1.0, 0.3, 0.0):
+        settle_clipping(stated, clipping)
+        assert stated.deepspeed_config == {"gradient_clipping": clipping}
+
+
+def test_a_stated_value_stays_the_users() -> None:
+    stated = plugin(0.5)
+    settle_clipping(stated, 0.5)
+    with pytest.raises(ValueError, match=r"gradient_clipping=0\.5, and max_grad_norm is 0\.3"):
+        settle_clipping(stated, 0.3)
+
+
 @pytest.mark.parametrize("stated", [plugin(0.5), plugin("auto", 0.5), plugin(None, 0.5)])
 def test_two_values_of_clipping_are_refused(stated: Any) -> None:
     says = "gradient_clipping=0.5, and max_grad_norm is 0.3. Write .gradient_clipping.: .auto. .* set max_grad_norm=0.5"

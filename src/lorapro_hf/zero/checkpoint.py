@@ -37,7 +37,7 @@ def save_with_moments(engine: Any, optimizer: LoRAProAdamW, access: ZeroAccess) 
     def save_checkpoint(*args: Any, **kwargs: Any) -> Any:
         given = _arguments(original, args, kwargs)
         if given["save_dir"]:
-            optimizer.require_finite()
+            optimizer.require_finite_save()
             tag = f"global_step{engine.global_steps}" if given["tag"] is None else str(given["tag"])
             frozen = not given.get("exclude_frozen_parameters", False)
             about = {"global_steps": engine.global_steps, "frozen": frozen}

@@ -149,14 +149,16 @@ def settle_clipping(plugin: Any, max_grad_norm: float | None) -> None:
     Raises:
         ValueError: the configuration states another value.
     """
-    config, clipping = plugin.deepspeed_config, max_grad_norm or 0.0
-    stated = stated_clipping(plugin)
-    if stated is not None and stated != clipping:
+    clipping = max_grad_norm or 0.0
+    stated, settled = stated_clipping(plugin), getattr(plugin, "_lora_pro_clipping", None)
+    if stated is None or stated == settled:  # an earlier training's value is not the user's
+        plugin._lora_pro_clipping = clipping
+    elif stated != clipping:
         raise ValueError(
             f"DeepSpeed's configuration has gradient_clipping={stated:g}, and max_grad_norm is {clipping:g}. Write "
             f'"gradient_clipping": "auto" there, so that max_grad_norm counts, or set max_grad_norm={stated:g}.'
         )
-    config["gradient_clipping"] = clipping
+    plugin.deepspeed_config["gradient_clipping"] = clipping
 
 
 def stated_clipping(plugin: Any) -> float | None:

@@ -20,8 +20,8 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from lorapro_hf import __version__
+from lorapro_hf.adapter_files import WEIGHTS
 from lorapro_hf.checkpoint_files import BY_ENGINE, OPTIMIZER, RNG, SCALER, SCHEDULER, STATE
-from lorapro_hf.loading import WEIGHTS
 from lorapro_hf.text_files import write_text
 
 MANIFEST = "lorapro_manifest.json"

@@ -280,7 +280,7 @@ def test_an_interrupted_rewriting_leaves_the_old_file(tmp_path, monkeypatch):
     def killed(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lorapro_hf.diagnostics.records.os.replace", killed)
+    monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         keep_until(file, 0)
     assert file.read_text() == '{"step": 1, "layer": "one"}\n'

@@ -11,7 +11,7 @@ from typing import Any
 from lorapro_hf import __version__
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.optimizer import LoRAProAdamW
-from lorapro_hf.text_files import parse_json, read_settings_text, shown, write_text
+from lorapro_hf.text_files import parse_json, read_settings_text, shortened, shown, write_text
 
 SETTINGS_FILE = "lorapro_config.json"
 _VERSION = "lorapro_hf_version"
@@ -81,7 +81,7 @@ def load_lora_pro_config(
         return LoRAProConfig.from_dict({k: v for k, v in content.items() if k in known or k not in _OF_OPTIMIZER})
     except ValueError as error:
         raise ValueError(
-            f"{file}, written by lorapro_hf {shown(version)}, cannot be read by {__version__}: {error}"
+            f"{file}, written by lorapro_hf {shortened(str(version), 40)}, cannot be read by {__version__}: {error}"
         ) from error
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lorapro_hf.engines import FULL, SHARDED
 from lorapro_hf.manifest import MANIFEST
@@ -43,7 +43,7 @@ def written(engine: str, source: Path, folder: Path) -> Path:
     state["state"] = {name: state["state"][number] for number, name in enumerate(names)}
     for group in state["param_groups"]:
         group["params"] = list(group["param_names"])
-    weights = {"lora_A.weight": torch.ones(4, 32)}
+    weights = load_file(folder / "adapter_model.safetensors")
     if engine == SHARDED:
         _save_shards(folder / "pytorch_model_fsdp_0", {"model": weights})
         _save_shards(folder / "optimizer_0", {"optimizer": state})

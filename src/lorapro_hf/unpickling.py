@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import pickle
 import re
@@ -73,6 +74,10 @@ def read_tensors(file: Path | IO[bytes]) -> Any:
         raise ValueError(_foreign(found[1])) from error
     except (RuntimeError, EOFError, TypeError, AttributeError, LookupError) as error:
         raise ValueError((str(error).splitlines() or ["it ends too early"])[0]) from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise ValueError("it ends too early") from error  # torch has looked for a place before the file's begin
 
 
 @contextlib.contextmanager

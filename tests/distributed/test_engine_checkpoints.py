@@ -24,7 +24,7 @@ HOSTILE = {"fsdp2": DATA, "zero2": f"{STATES}/zero_pp_rank_0_mp_rank_00_optim_st
 REFUSALS = {
     "another engine": "it was written by {other}, and the training runs with {engine}, which does not read these files",
     "one process": "it was written by one process, and the training runs with {engine}",
-    "damaged": "rng_state_0.pth is missing",
+    "damaged": "scheduler.pt is missing",
     "hostile": "objects that could run code, such as posix.mkdir",
 }
 OF_FSDP2 = {"mode": "optimizer_0: the checkpoint is of LoRA-Pro mode 'full', but this optimizer has LoRA-Pro mode"}
@@ -43,7 +43,7 @@ def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     written(ZERO3 if recipe == "zero2" else FULL, source, refused / "another engine")
     for name in ("damaged", "hostile", *(OF_FSDP2 if recipe == "fsdp2" else ())):
         written(ENGINE[recipe], source, refused / name)
-    (refused / "damaged" / "rng_state_0.pth").unlink()
+    (refused / "damaged" / "scheduler.pt").unlink()
     plant(refused / "hostile" / HOSTILE[recipe], folder / "executed")
     return recipe, folder, launch(recipe, folder, engine_script.__file__)
 

@@ -156,7 +156,8 @@ def test_an_older_checkpoint_is_accepted_and_that_is_said_once(
     assert_same(factors(trainer), complete[1])
     said = [each.getMessage() for each in caplog.records if MANIFEST in each.getMessage()]
     assert said == [
-        f"{folder} has no {MANIFEST}, in which later versions of lorapro_hf list the files of a save: only their kinds "
+        f"{folder} has no {MANIFEST}, which ends a save and lists its files: a plain Trainer or an earlier version "
+        "has written it, or the save was cut short just before. Only the kinds of the files "
         "and counts of steps were compared."
     ]
 

@@ -45,7 +45,7 @@ def test_large_settings_are_refused_unread(tmp_path: Path) -> None:
         ({"mode": LONG[:9000]}, "mode='xxx"),
         ({"rtol": list(range(9000))}, r"rtol=\[0, 1"),
         ({"trust_region": {"a": LONG[:9000]}}, "trust_region={'a': 'xxx"),
-        ({"lorapro_hf_version": LONG[:9000], "mode": "no"}, "written by lorapro_hf 'xxx"),
+        ({"lorapro_hf_version": LONG[:9000], "mode": "no"}, "written by lorapro_hf xxx"),
     ],
 )
 def test_messages_about_settings_are_short(changed: dict[str, object], message: str, tmp_path: Path) -> None:

@@ -77,7 +77,8 @@ def unverified(folder: Path) -> str | None:
         return None
     behind = steps_behind(folder)
     return (
-        f"{folder} has no {MANIFEST}, in which later versions of lorapro_hf list the files of a save: only their kinds "
+        f"{folder} has no {MANIFEST}, which ends a save and lists its files: a plain Trainer or an earlier version "
+        "has written it, or the save was cut short just before. Only the kinds of the files "
         f"and counts of steps were compared{'' if behind is None else f', and {behind}'}."
     )
 

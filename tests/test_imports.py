@@ -223,3 +223,9 @@ def test_public_names_are_listed_once() -> None:
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'LoRAMax'"):
         _ = lorapro_hf.LoRAMax
+
+
+def test_no_two_test_files_have_the_same_name():
+    # a job that is sent to another process is found by the name of its file alone
+    names = [file.name for file in Path(__file__).parent.rglob("test_*.py")]
+    assert len(names) == len(set(names))

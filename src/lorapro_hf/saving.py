@@ -65,7 +65,8 @@ class SavingMixin(_Base):
         given = handed(type(self), SavingMixin, "_save", args, kwargs)
         if self.lora_pro_config is None or not self.args.should_save:
             return
-        folder = Path(given.get("output_dir") or self.args.output_dir)
+        # a parent may have another name for its first argument
+        folder = Path(given.get("output_dir", args[0] if args else None) or self.args.output_dir)
         if given.get("state_dict") == {}:  # the parent's way to say that DeepSpeed's files hold the weights
             for file in adapter_files(folder, self._lora_pro_model()).values():
                 file.unlink()

@@ -56,9 +56,9 @@ def test_a_name_that_is_gone_is_an_error_with_release_and_name(name: str) -> Non
     delattr(holder, name)
     with pytest.raises(RuntimeError) as raised:
         private(holder, name)
-    message, release = str(raised.value), metadata.version(row.library) if row.library != "deepspeed" else ""
+    message, release = str(raised.value), metadata.version(row.package) if row.package != "deepspeed" else ""
     assert f" {release}" in message and f" has no held.{name}, " in message and row.use in message
-    assert TESTED[row.library][1] in message and message.endswith("install such a release, or report it.")
+    assert TESTED[row.package][1] in message and message.endswith("install such a release, or report it.")
 
 
 def test_a_module_that_is_gone_is_an_error_too() -> None:

@@ -51,7 +51,7 @@ def adapted_part(model: nn.Module) -> tuple[str, nn.Module | None]:
 
 
 def adapter_files(folder: Path, model: nn.Module) -> dict[str, Path]:
-    """The files of a model's adapters in a checkpoint, by the adapters' names; those that are not there are left out.
+    """The files of a model's adapters in a checkpoint, by the adapters' names; absent files are left out.
 
     PEFT keeps the adapter named default at the top and each other one in a folder of its name. transformers keeps the
     active one of `model.add_adapter` at the top, whatever its name.

@@ -1,4 +1,4 @@
-"""Have all ranks of a group come to a collective call, and do those that have not still run?
+"""Have all ranks of a group come to a collective call, and do the missing ones still run?
 
 Told through the store of the process group: a collective would hang, or be mixed up with another, where a rank stays
 away.

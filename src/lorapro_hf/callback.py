@@ -77,7 +77,7 @@ class LoRAProCallback(TrainerCallback):
 
     Raises:
         ValueError: for settings other than the linear update of mode efficient; at the start of training for a model
-            without trainable LoRA pairs, or with wrappers around parts of it; at a checkpoint that lacks the adapter.
+            without trainable LoRA pairs, or with parts in wrappers; at a checkpoint that lacks the adapter.
         RuntimeError: at the start of training, if the optimizer is a `LoRAProAdamW` or the run is under DeepSpeed,
             FSDP1, FSDP's activation checkpointing or Megatron-LM; at a step, if no pair has a gradient.
     """
@@ -187,7 +187,7 @@ class LoRAProCallback(TrainerCallback):
 
 
 def _checkpoint(output: Path, state: TrainerState) -> Path:
-    """The checkpoint that has just been written; a hyperparameter search keeps those of each run in a folder."""
+    """The checkpoint that has just been written; a hyperparameter search has a folder for each run."""
     name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
     if not state.is_hyper_param_search:
         return output / name

@@ -15,7 +15,7 @@ def name_parameters(param_group: dict[str, Any], groups: Sequence[dict[str, Any]
 
     Args:
         param_group: the new group.
-        groups: those that the optimizer has.
+        groups: the optimizer's.
         pairs: of the optimizer, whose factors get their names in the model.
     """
     given = param_group["params"]
@@ -57,7 +57,7 @@ def check_hyperparameters(group: Mapping[str, Any], where: str = "") -> None:
 
 
 def _with_names(params: Iterable[Any], position: int, of_factors: Mapping[int, str]) -> list[tuple[str, Any]]:
-    """Parameters of the group at a position with their names; those that have one keep it."""
+    """Parameters of the group at a position with their names; names that exist are kept."""
     return [
         each if isinstance(each, tuple) else (of_factors.get(id(each), f"param_group_{position}.{index}"), each)
         for index, each in enumerate(params)

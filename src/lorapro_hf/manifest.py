@@ -85,7 +85,7 @@ def write_manifest(folder: Path, global_step: int, processes: int, engine: str |
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a checkpoint; `None` if it has none, as older checkpoints and those of other trainers.
+    """The manifest of a checkpoint; `None` if it has none, as an older checkpoint or one of another trainer.
 
     Raises:
         ValueError: it is damaged, or of a later version.

@@ -30,9 +30,9 @@ _warned: set[str] = set()
 
 @dataclass(frozen=True)
 class PrivateName:
-    """A name, the library that has it, and its use as a clause that begins with "which"."""
+    """A name, the package that has it, and its use as a clause that begins with "which"."""
 
-    library: str
+    package: str
     name: str
     use: str
 
@@ -91,11 +91,11 @@ def private(holder: object, name: str) -> Any:
     try:
         return getattr(import_module(holder) if isinstance(holder, str) else holder, name)
     except (AttributeError, ModuleNotFoundError) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == row.library:
+        if isinstance(error, ModuleNotFoundError) and error.name == row.package:
             raise  # the library is not installed at all
         raise RuntimeError(
-            f"{_installed(row.library)} has no {_name_of(holder)}.{name}, {row.use}. It was tested with "
-            f"{tested(row.library)}: install such a release, or report it."
+            f"{_installed(row.package)} has no {_name_of(holder)}.{name}, {row.use}. It was tested with "
+            f"{tested(row.package)}: install such a release, or report it."
         ) from error
 
 

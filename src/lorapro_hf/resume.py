@@ -41,7 +41,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def newest_complete(
     output: Path, folders: Sequence[Path], find: Callable[[Path], str | None]
 ) -> tuple[Path | None, dict[Path, str]]:
-    """The checkpoint that `resume_from_checkpoint=True` means, and the flaws of those that it passes over.
+    """The checkpoint that `resume_from_checkpoint=True` means, and the flaws of the checkpoints that it passes over.
 
     It is `None`, and the training starts anew, where not one save was finished: a job that is started again whenever it
     dies would be refused for ever after it had died in its first save.

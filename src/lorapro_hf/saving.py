@@ -31,7 +31,7 @@ class SavingMixin(_Base):
     _lora_pro_unsaved: ValueError | None = None
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """As the parent; `save_model` is told that all ranks take part in the parent's own call of it."""
+        """As the parent; `save_model` is told that all ranks take part in the parent's own call."""
         self._lora_pro_in_checkpoint = True
         try:
             super()._save_checkpoint(*args, **kwargs)

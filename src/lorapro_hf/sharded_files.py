@@ -16,7 +16,7 @@ _METADATA = ".metadata"
 
 
 def shards_flaws(folder: Path) -> Iterator[str]:
-    """What is wrong with the files of a folder: one is missing, cut off, outside of it, or could run code."""
+    """What is wrong with the files of a folder: one is missing, cut off, elsewhere, or could run code."""
     if not (folder / _METADATA).is_file():
         yield f"{folder.name}/{_METADATA} is missing"
         return
@@ -52,7 +52,7 @@ def read_values(folder: Path, metadata: Any) -> dict[str, Any]:
     """All that a folder holds beside tensors, by name.
 
     Raises:
-        ValueError: a value could run code. Nothing of it has been run.
+        ValueError: a value could run code. None has been run.
     """
     found = {}
     for index, info in metadata.storage_data.items():

@@ -1,6 +1,6 @@
 """Does DistributedDataParallel train on while some ranks have run out of batches, within its `join()`?
 
-There the ranks that have run out answer DDP's collectives and no others, so that those of a step would wait for ever.
+Ranks that have run out answer DDP's collectives alone, so that the collectives of a step would wait for ever.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def read_tensors(file: Path | IO[bytes]) -> Any:
         file: the file, or its content.
 
     Raises:
-        ValueError: the file is cut off, or holds objects that could run code. Nothing of it has been run.
+        ValueError: the file is cut off, or holds objects that could run code. No code in the file has been run.
     """
     mapped = isinstance(file, Path) and zipfile.is_zipfile(file)
     try:
@@ -99,7 +99,7 @@ def read_metadata(file: Path) -> Any:
     """What the file `.metadata` of a distributed checkpoint holds.
 
     Raises:
-        ValueError: the file is cut off, or holds anything else. Nothing of it has been run.
+        ValueError: the file is cut off, or holds anything else. No code in the file has been run.
     """
     try:
         found = _Metadata(io.BytesIO(file.read_bytes())).load()

@@ -1,4 +1,4 @@
-"""What has DeepSpeed written into a checkpoint of a `Trainer`, and is all of it there?"""
+"""What has DeepSpeed written into a checkpoint of a `Trainer`, and is the checkpoint complete?"""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def own_schedule_and_ranks(folder: Path) -> tuple[bool, int]:
 
 
 def zero_flaws(folder: Path) -> Iterator[str]:
-    """What is wrong with the files of DeepSpeed and with those of LoRA-Pro beside them."""
+    """What is wrong with DeepSpeed's files and with LoRA-Pro's beside them."""
     states = _states(folder)
     if states is None:
         if not (folder / LATEST).is_file():

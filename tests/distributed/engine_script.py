@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from engine_checkpoints import STEP
-from launch_script import environment_of, prepare, set_environment
+from launch_script import environment_of, finish, prepare, set_environment
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
 from trainer_helpers import arguments, build
 
@@ -62,10 +61,7 @@ def main(recipe: str, folder: Path) -> None:
         for stage in ("zero1", "zero2"):
             set_environment(environment_of(stage))
             resume(folder / stage, folder / "own" / f"checkpoint-{STEP}", **engine)
-    if dist.get_rank() == 0:
-        (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
+    finish(folder, found)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def library_of(file: Path) -> str | None:
     """The library that a card names, if this is one with a kind of model and a card of its own."""
     if not file.is_file():
         return None
-    name = ModelCard.load(file, ignore_metadata_errors=True).data.library_name
+    name = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict().get("library_name")
     return None if name in ("transformers", "peft") else name
 
 

@@ -25,7 +25,7 @@ def read_checkpoints(folders: Sequence[Path]) -> list[Checkpoint]:
 
 
 def read_checkpoint(folder: Path, checksums: bool = True) -> Checkpoint:
-    """What a checkpoint folder of a `Trainer` holds, and whether all of it is there and of one save."""
+    """What a checkpoint folder of a `Trainer` holds, and whether it is complete and of one save."""
     by_engine = not {ONE_PROCESS, DDP}.issuperset(written_by(folder))
     known: dict[str, Any] = {"folder": str(folder), "flaw": find_flaw(folder, checksums)}
     with suppress(OSError, ValueError, TypeError, KeyError):

@@ -15,7 +15,7 @@ BEFORE = "DeepSpeed would train without LoRA-Pro or wrongly: "
 
 
 class _Refusal(NamedTuple):
-    """A setting, the values of it that are refused, and the reason with the remedy."""
+    """A setting, its values that are refused, and the reason with the remedy."""
 
     setting: str
     is_wrong: Callable[[Any], bool]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lorapro_hf.config import TRUST_REGION
-from lorapro_hf.memory import readable_bytes
+from lorapro_hf.optim.memory import readable_bytes
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE, GAP = DOCS / "results.md", DOCS / "pictures" / "gradient_gap.json"

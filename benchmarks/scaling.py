@@ -17,8 +17,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from lorapro_hf import create_lorapro_optimizer, shares
-from lorapro_hf.shares import assign_owners
+from lorapro_hf import create_lorapro_optimizer
+from lorapro_hf.distributed import ownership as shares
+from lorapro_hf.distributed.ownership import assign_owners
 
 MODES = ("full", "full_8bit", "factored", "efficient")
 R = 8

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lorapro_hf import create_lorapro_optimizer
-from lorapro_hf.bases import row_basis
-from lorapro_hf.reference import DenseFactoredAdamW, projected_gradient, sequential_step
+from lorapro_hf.functional.bases import row_basis
+from lorapro_hf.functional.reference import DenseFactoredAdamW, projected_gradient, sequential_step
 
 RANK, SCALING, BETAS, EPS, WARM_UP, LAST = 8, 2.0, (0.9, 0.999), 1e-12, 8, 40
 FOLLOWED_LR = 1e-2

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from lorapro_hf import cli, find_lora_pairs, project_lora_gradients
-from lorapro_hf.bases import row_basis
-from lorapro_hf.comparison import methods, optimizers
-from lorapro_hf.pairs import LoRAPair
+from lorapro_hf.commands.compare import methods, optimizers
+from lorapro_hf.factors.pairs import LoRAPair
+from lorapro_hf.functional.bases import row_basis
 
 HERE = Path(__file__).parent
 BETAS, EPS = (0.9, 0.999), 1e-8

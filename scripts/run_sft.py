@@ -26,7 +26,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from lorapro_hf.evaluation.prompts import ALPACA
+from lorapro_hf.commands.evaluate.prompts import ALPACA
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.cells import holds_messages
 from lorapro_hf.recipes.data import load_splits

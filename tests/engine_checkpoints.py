@@ -14,8 +14,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
-from lorapro_hf.engines import FULL, SHARDED
-from lorapro_hf.manifest import MANIFEST
+from lorapro_hf.checkpoints.engines import FULL, SHARDED
+from lorapro_hf.checkpoints.manifest import MANIFEST
 from trainer_helpers import run
 
 ZERO2, ZERO3 = "DeepSpeed ZeRO 2", "DeepSpeed ZeRO 3"

@@ -24,7 +24,7 @@ from lorapro_hf import (
     LoRAProTrainingArguments,
     create_lorapro_optimizer,
 )
-from lorapro_hf.shares import Shares
+from lorapro_hf.distributed.ownership import Shares
 from trainer_helpers import arguments, build, factors, sequences, tiny_lora
 
 SCHEDULE = {"lr_scheduler_type": "linear", "warmup_steps": 2, "weight_decay": 0.1, "max_grad_norm": 0.5}

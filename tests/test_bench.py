@@ -13,19 +13,19 @@ import torch
 from rich.console import Console
 
 from lorapro_hf import cli, find_lora_pairs
-from lorapro_hf.bench import peers, ratios, run
-from lorapro_hf.bench.growth import exponents, fitted_exponent, series
-from lorapro_hf.bench.measure import Contender, turns
-from lorapro_hf.bench.peers import build_optimizer, kept_bytes, missing, state_bytes
-from lorapro_hf.bench.probes import kernels_of, memory_of
-from lorapro_hf.bench.ratios import Forecasts, Ratios
-from lorapro_hf.bench.report import ratio_sections, slug
-from lorapro_hf.bench.results import GrowthPoint, Machine, Outcome, Result, Roofline, Share
-from lorapro_hf.bench.roofline import roofline
-from lorapro_hf.bench.settings import BASELINE, METHODS, MODELS, BenchSettings
-from lorapro_hf.bench.targets import targets_of
-from lorapro_hf.bench.training import computes_bf16
-from lorapro_hf.bench.workloads import Task, Workload
+from lorapro_hf.commands.bench import peers, ratios, run
+from lorapro_hf.commands.bench.growth import exponents, fitted_exponent, series
+from lorapro_hf.commands.bench.measure import Contender, turns
+from lorapro_hf.commands.bench.peers import build_optimizer, kept_bytes, missing, state_bytes
+from lorapro_hf.commands.bench.probes import kernels_of, memory_of
+from lorapro_hf.commands.bench.ratios import Forecasts, Ratios
+from lorapro_hf.commands.bench.report import ratio_sections, slug
+from lorapro_hf.commands.bench.results import GrowthPoint, Machine, Outcome, Result, Roofline, Share
+from lorapro_hf.commands.bench.roofline import roofline
+from lorapro_hf.commands.bench.settings import BASELINE, METHODS, MODELS, BenchSettings
+from lorapro_hf.commands.bench.targets import targets_of
+from lorapro_hf.commands.bench.training import computes_bf16
+from lorapro_hf.commands.bench.workloads import Task, Workload
 from lorapro_hf.config import MODES
 from lorapro_hf.options import UsageError
 

@@ -195,7 +195,7 @@ def test_a_training_does_not_end_in_an_exception(
     trainer, kept = prepared(tmp_path, other_shape_active())
     trainer.add_callback(Damaging(damage, tmp_path / f"checkpoint-{BEST}"))
     trainer.train()
-    warnings = [each.getMessage() for each in caplog.records if each.name == "lorapro_hf.loading"]
+    warnings = [each.getMessage() for each in caplog.records if each.name == "lorapro_hf.checkpoints.loading"]
     if says is not None:
         assert len(warnings) == 1 and says in warnings[0] and "keeps the weights of its last step" in warnings[0]
     assert_same(factors(trainer), kept.at[LAST])

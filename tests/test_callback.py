@@ -108,7 +108,7 @@ def test_other_optimizers_and_a_second_training(tmp_path: Path):
 
 def test_in_a_loop_without_trainer():
     """The callback's step is `project_pair_gradients_`, which needs no Trainer."""
-    from lorapro_hf.pair_gradients import project_pair_gradients_
+    from lorapro_hf.optim.projected_gradients import project_pair_gradients_
 
     model, callback = tiny_lora(), LoRAProCallback()
     ids = torch.arange(3, 11)[None]

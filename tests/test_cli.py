@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from command_tables import PAGE, all_commands, documented, rewritten, subparsers
-from lorapro_hf import __version__, cli, extras
-from lorapro_hf.extras import install_command
+from lorapro_hf import __version__, cli
 from lorapro_hf.options import UsageError
+from lorapro_hf.utils import extras
+from lorapro_hf.utils.extras import install_command
 
 COMMANDS = {"plot", "demo", "train", "evaluate", "inspect", "compare", "bench"}
 PARSER = cli.build_parser()
@@ -73,7 +74,9 @@ def test_version(capsys: pytest.CaptureFixture[str]):
 
 
 def test_the_package_is_the_command():
-    done = subprocess.run([sys.executable, "-m", "lorapro_hf", "--version"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "lorapro_hf.cli", "--version"], capture_output=True, text=True, check=True
+    )
     assert done.stdout == f"lorapro_hf {__version__}\n"
 
 
@@ -107,7 +110,7 @@ def test_a_name_is_looked_up_before_torch_is_imported(words: tuple[str, ...], co
 
 @pytest.mark.parametrize("name", ["smoke", "smoke.yaml", "configs/compare/smoke.yaml"])
 def test_a_comparison_is_found_by_its_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from lorapro_hf.comparison import command
+    from lorapro_hf.commands.compare import command
 
     class Found(Exception): ...
 
@@ -115,7 +118,7 @@ def test_a_comparison_is_found_by_its_name(name: str, tmp_path: Path, monkeypatc
         raise Found(path)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lorapro_hf.comparison.settings.read_settings", read)
+    monkeypatch.setattr("lorapro_hf.commands.compare.settings.read_settings", read)
     with pytest.raises(Found) as found:
         cli.main(["compare", name])
     assert found.value.args == (command.folder_of("configs") / "compare" / "smoke.yaml",)
@@ -263,7 +266,7 @@ def test_a_reader_that_has_seen_enough():
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
-        [sys.executable, "-m", "lorapro_hf", "train", "--list"],
+        [sys.executable, "-m", "lorapro_hf.cli", "train", "--list"],
         stdout=write,
         stderr=subprocess.PIPE,
         timeout=300,
@@ -298,7 +301,7 @@ def test_tables_have_what_matters():
 def test_json_of_a_bench_is_all_of_stdout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    from lorapro_hf.bench import run
+    from lorapro_hf.commands.bench import run
 
     monkeypatch.setattr(run._Run, "measure", lambda self: setattr(self, "task", self.progress.add_task("", note="")))
     assert exit_code("bench", "--json", "--output_dir", str(tmp_path)) == 0

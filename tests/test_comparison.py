@@ -19,20 +19,20 @@ import pytest
 import torch
 from rich.console import Console
 
-from lorapro_hf.comparison import sweep as sweep_module
-from lorapro_hf.comparison import training
-from lorapro_hf.comparison.adapters import layers_to_adapt
-from lorapro_hf.comparison.command import add_compare
-from lorapro_hf.comparison.methods import METHODS, method_of
-from lorapro_hf.comparison.plan import Run, plan
-from lorapro_hf.comparison.report import write_report
-from lorapro_hf.comparison.settings import CompareSettings, read_settings, settings_of
-from lorapro_hf.comparison.store import RECORDS, Store
-from lorapro_hf.comparison.sweep import Share, Sweep
-from lorapro_hf.comparison.tasks import load_task
-from lorapro_hf.comparison.tasks.base import Task
-from lorapro_hf.comparison.tasks.models import truncated
-from lorapro_hf.comparison.tasks.sources import docstrings, library_code, table
+from lorapro_hf.commands.compare import sweep as sweep_module
+from lorapro_hf.commands.compare import training
+from lorapro_hf.commands.compare.adapters import layers_to_adapt
+from lorapro_hf.commands.compare.command import add_compare
+from lorapro_hf.commands.compare.methods import METHODS, method_of
+from lorapro_hf.commands.compare.plan import Run, plan
+from lorapro_hf.commands.compare.report import write_report
+from lorapro_hf.commands.compare.settings import CompareSettings, read_settings, settings_of
+from lorapro_hf.commands.compare.store import RECORDS, Store
+from lorapro_hf.commands.compare.sweep import Share, Sweep
+from lorapro_hf.commands.compare.tasks import load_task
+from lorapro_hf.commands.compare.tasks.base import Task
+from lorapro_hf.commands.compare.tasks.models import truncated
+from lorapro_hf.commands.compare.tasks.sources import docstrings, library_code, table
 from lorapro_hf.config import MODES, TRUST_REGION, UPDATES
 from lorapro_hf.options import UsageError
 
@@ -489,7 +489,7 @@ def test_two_processes_do_each_run_once(tmp_path: Path, capfd: pytest.CaptureFix
 
 
 def test_code_is_held_out_by_the_package() -> None:
-    from lorapro_hf.comparison.tasks import sources
+    from lorapro_hf.commands.compare.tasks import sources
 
     packages = {name: set() for name in ("train", "validation", "test")}
     for package, _ in sources.standard_modules():

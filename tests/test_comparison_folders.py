@@ -13,14 +13,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from lorapro_hf.comparison import sweep as sweep_module
-from lorapro_hf.comparison.folders import locked
-from lorapro_hf.comparison.levels import levels_of
-from lorapro_hf.comparison.plan import plan, source_hash
-from lorapro_hf.comparison.settings import CompareSettings, settings_of
-from lorapro_hf.comparison.store import Store
-from lorapro_hf.comparison.sweep import Share, Sweep
-from lorapro_hf.comparison.tasks import load_task
+from lorapro_hf.commands.compare import sweep as sweep_module
+from lorapro_hf.commands.compare.folders import locked
+from lorapro_hf.commands.compare.levels import levels_of
+from lorapro_hf.commands.compare.plan import plan, source_hash
+from lorapro_hf.commands.compare.settings import CompareSettings, settings_of
+from lorapro_hf.commands.compare.store import Store
+from lorapro_hf.commands.compare.sweep import Share, Sweep
+from lorapro_hf.commands.compare.tasks import load_task
 from lorapro_hf.options import UsageError
 from test_comparison import CONFIGS, CPU, TINY, command_line, content, run_all, settings
 
@@ -39,7 +39,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(sweep_module, "train_run", pretend)
     monkeypatch.setattr(sweep_module, "load_task", lambda task: type("Loaded", (), {"settings": task})())
     monkeypatch.setattr(sweep_module, "levels_of", lambda *_: LEVELS)
-    monkeypatch.setattr("lorapro_hf.comparison.report.draw", lambda comparison, ours: {})
+    monkeypatch.setattr("lorapro_hf.commands.compare.report.draw", lambda comparison, ours: {})
     return titles
 
 
@@ -103,7 +103,7 @@ def test_several_processes_start_from_the_report_too(
         Store(tmp_path / "two").folder.joinpath("sweep.json").write_text((tmp_path / "one" / "sweep.json").read_text())
         return 0
 
-    monkeypatch.setattr("lorapro_hf.comparison.launch.launch", launch)
+    monkeypatch.setattr("lorapro_hf.commands.compare.launch.launch", launch)
     compare(tmp_path / "two", "--report_dir", str(tmp_path / "docs"), "--devices", "2")
     assert found == [3]
 

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from lorapro_hf.comparison import report
-from lorapro_hf.comparison.command import _report as report_on
-from lorapro_hf.comparison.document import Heading, Picture, Table, Text, as_html, as_markdown
-from lorapro_hf.comparison.plan import plan
-from lorapro_hf.comparison.report import write_report
-from lorapro_hf.comparison.settings import settings_of
-from lorapro_hf.comparison.significance import holm, paired, smallest_p
-from lorapro_hf.comparison.store import Store
-from lorapro_hf.comparison.summary import Comparison, summarize
+from lorapro_hf.commands.compare import report
+from lorapro_hf.commands.compare.command import _report as report_on
+from lorapro_hf.commands.compare.document import Heading, Picture, Table, Text, as_html, as_markdown
+from lorapro_hf.commands.compare.plan import plan
+from lorapro_hf.commands.compare.report import write_report
+from lorapro_hf.commands.compare.settings import settings_of
+from lorapro_hf.commands.compare.significance import holm, paired, smallest_p
+from lorapro_hf.commands.compare.store import Store
+from lorapro_hf.commands.compare.summary import Comparison, summarize
 
 GRID = [1e-4, 3e-4, 1e-3]
 # Loss by method and rate; the seed adds a little.

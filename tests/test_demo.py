@@ -22,13 +22,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from lorapro_hf import cli
-from lorapro_hf.demo import base_model, run
-from lorapro_hf.demo.evaluation import METRIC, Evaluator, Score
-from lorapro_hf.demo.problems import encode, load_problems
-from lorapro_hf.demo.report import results_table, smooth
-from lorapro_hf.demo.settings import COMPARED, METHODS, DemoSettings
-from lorapro_hf.demo.training import MethodResult, StopRequest, train_method, training_arguments
-from lorapro_hf.evaluation.word_problems import TEMPLATES, generate_problems, word_problems
+from lorapro_hf.commands.demo import base_model, run
+from lorapro_hf.commands.demo.evaluation import METRIC, Evaluator, Score
+from lorapro_hf.commands.demo.problems import encode, load_problems
+from lorapro_hf.commands.demo.report import results_table, smooth
+from lorapro_hf.commands.demo.settings import COMPARED, METHODS, DemoSettings
+from lorapro_hf.commands.demo.training import MethodResult, StopRequest, train_method, training_arguments
+from lorapro_hf.commands.evaluate.word_problems import TEMPLATES, generate_problems, word_problems
 from lorapro_hf.options import UsageError
 
 STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+) [a-z]+")
@@ -330,7 +330,7 @@ def test_ctrl_c_on_the_command_line(tiny: str, tmp_path: Path) -> None:
     problems = tmp_path / "problems.json"
     word_problems(20, 0, seed=0)[0].to_json(problems)
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "lorapro_hf", "demo", "--model", tiny, "--dataset", str(problems)]
+    command = [sys.executable, "-m", "lorapro_hf.cli", "demo", "--model", tiny, "--dataset", str(problems)]
     command += ["--steps", "100000", "--batch_size", "2", "--eval_size", "2", "--output_dir", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "150"}
     # a parent that ignores Ctrl-C, as a shell's background job does, hands that on

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_layers import ALL_ROWS, Row, needs_weight_tying, tied_llama
 from lorapro_hf import create_lorapro_optimizer, find_lora_pairs
 from lorapro_hf.diagnostics import GradientGapMeter
-from lorapro_hf.reference import (
+from lorapro_hf.functional.reference import (
     DenseFactoredAdamW,
     factor_gradients,
     largest_share,

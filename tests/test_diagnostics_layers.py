@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_iter
 from lorapro_hf import create_lorapro_optimizer, find_lora_pairs
 from lorapro_hf.diagnostics import GradientGapMeter
 from lorapro_hf.diagnostics.figures import shared_scale
-from lorapro_hf.diagnostics.recording import Recording
-from lorapro_hf.reference import projected_gradient
+from lorapro_hf.diagnostics.layers import Recording
+from lorapro_hf.functional.reference import projected_gradient
 from test_diagnostics import assert_figures, deep, loss_of, sgd
 
 
@@ -247,7 +247,7 @@ def test_a_measured_step_needs_no_second_matrix(mode, monkeypatch):
 
 
 def test_inputs_are_cast_some_tokens_at_a_time(monkeypatch):
-    monkeypatch.setattr("lorapro_hf.diagnostics.recording.BLOCK_ELEMENTS", 2**10)
+    monkeypatch.setattr("lorapro_hf.diagnostics.layers.BLOCK_ELEMENTS", 2**10)
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(16, 12)).bfloat16(), LoraConfig(r=2, target_modules=["0"]))
     recording = Recording(find_lora_pairs(model)[0])

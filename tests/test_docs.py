@@ -22,7 +22,7 @@ from docs_names import Names
 from docs_pages import DOCS, ROOT, Block, blocks, loaded, name_of, pages
 from lorapro_hf import LoRAProAdamW, LoRAProTrainingArguments, create_lorapro_optimizer
 from lorapro_hf.cli import build_parser
-from lorapro_hf.optimizer import unwrap_optimizer
+from lorapro_hf.optim.lora_pro import unwrap_optimizer
 from lorapro_hf.recipes.parser import RecipeParser, read_recipe
 from optimizer_helpers import backward, small_model
 

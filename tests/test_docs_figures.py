@@ -18,7 +18,7 @@ from torch import nn
 from docs_pages import DOCS, ROOT, loaded, tables
 from lorapro_hf import LoRAProConfig, LoRAProTrainingArguments, find_lora_pairs
 from lorapro_hf.config import MODES, TRUST_REGION
-from lorapro_hf.memory import state_bytes_by_device
+from lorapro_hf.optim.memory import state_bytes_by_device
 from trainer_helpers import sequences, tiny_lora
 
 BENCHMARK = ROOT / "benchmarks" / "amd-epyc-2-threads" / "results.md"

@@ -20,10 +20,18 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from engine_checkpoints import DATA, ENGINES, META, STATES, STEP, ZERO2, ZERO3, plant, train, written
 from lorapro_hf import create_lorapro_optimizer
-from lorapro_hf.engines import DDP, FULL, ONE_PROCESS, SHARDED, describe_engine, require_same_engine, written_by
-from lorapro_hf.manifest import MANIFEST
-from lorapro_hf.resume import find_flaw, require_complete, require_same_training, require_without_lora_pro
-from lorapro_hf.unpickling import StandIn, read_tensors
+from lorapro_hf.checkpoints.engines import (
+    DDP,
+    FULL,
+    ONE_PROCESS,
+    SHARDED,
+    describe_engine,
+    require_same_engine,
+    written_by,
+)
+from lorapro_hf.checkpoints.manifest import MANIFEST
+from lorapro_hf.checkpoints.resume import find_flaw, require_complete, require_same_training, require_without_lora_pro
+from lorapro_hf.utils.unpickling import StandIn, read_tensors
 from trainer_helpers import tiny_lora
 
 MODEL2, MODEL3 = f"{STATES}/mp_rank_00_model_states.pt", f"{STATES}/zero_pp_rank_1_mp_rank_00_model_states.pt"

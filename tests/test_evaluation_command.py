@@ -16,10 +16,10 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from evaluation_helpers import GSM8K, answer_with, read_rows, tiny_adapter, tiny_model, write_rows
-from lorapro_hf.evaluation import models
-from lorapro_hf.evaluation.command import EVALUATE, EVALUATE_EXAMPLES, add_evaluate, default_output
-from lorapro_hf.evaluation.generation import complete
-from lorapro_hf.evaluation.models import load
+from lorapro_hf.commands.evaluate import models
+from lorapro_hf.commands.evaluate.command import EVALUATE, EVALUATE_EXAMPLES, add_evaluate, default_output
+from lorapro_hf.commands.evaluate.generation import complete
+from lorapro_hf.commands.evaluate.models import load
 from lorapro_hf.options import UsageError
 
 
@@ -191,7 +191,9 @@ def test_missing_packages_are_named(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_help_loads_neither_torch_nor_transformers() -> None:
-    code = "import sys, lorapro_hf.evaluation.command; print({'torch', 'transformers', 'rich'} & set(sys.modules))"
+    code = (
+        "import sys, lorapro_hf.commands.evaluate.command; print({'torch', 'transformers', 'rich'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
     assert EVALUATE.strip() and "exit codes" in EVALUATE_EXAMPLES
@@ -213,7 +215,7 @@ def test_processes_share_the_problems(folder: Path, tmp_path: Path) -> None:
     for count in (1, 2):
         output = tmp_path / f"{count}.json"
         code = (
-            "import argparse, sys\nfrom lorapro_hf.evaluation.command import add_evaluate\n"
+            "import argparse, sys\nfrom lorapro_hf.commands.evaluate.command import add_evaluate\n"
             "parser = argparse.ArgumentParser(); add_evaluate(parser)\n"
             "arguments = parser.parse_args(); sys.exit(arguments.run(arguments))\n"
         )

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from lorapro_hf.evaluation import sandbox as module
-from lorapro_hf.evaluation.sandbox import Isolation, Limits, Sandbox
+from lorapro_hf.commands.evaluate import sandbox as module
+from lorapro_hf.commands.evaluate.sandbox import Isolation, Limits, Sandbox
 from lorapro_hf.options import UsageError
 from signals import listen
 
@@ -207,7 +207,7 @@ def test_a_program_ends_with_the_evaluation_however_that_ends(name: str, either:
     pipe.chmod(0o666)
     program = f"import os, time\nos.write(os.open({str(pipe)!r}, os.O_WRONLY), b'up')\ntime.sleep(900)"
     code = (
-        "import sys, tempfile\nfrom lorapro_hf.evaluation.sandbox import *\ntempfile.tempdir = sys.argv[1]\n"
+        "import sys, tempfile\nfrom lorapro_hf.commands.evaluate.sandbox import *\ntempfile.tempdir = sys.argv[1]\n"
         f"print(Sandbox(Limits(seconds=900), {either.isolation!r}).run({program!r}))\n"
     )
     heard = os.open(pipe, os.O_RDWR)
@@ -225,7 +225,8 @@ def test_a_program_ends_with_the_evaluation_however_that_ends(name: str, either:
 
 def test_ctrl_c_ends_a_running_program(tmp_path: Path) -> None:
     code = (
-        "import os, pathlib, signal, sys, tempfile, threading, time\nfrom lorapro_hf.evaluation.sandbox import *\n"
+        "import os, pathlib, signal, sys, tempfile, threading, time\n"
+        "from lorapro_hf.commands.evaluate.sandbox import *\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # shells let background jobs ignore it
         "tempfile.tempdir = sys.argv[1]\n"
         "box = Sandbox(Limits(seconds=900), Isolation(namespaces=False, own_user=False))\n"  # whose folder can be seen

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorapro_hf import reference
-from lorapro_hf.bases import row_bases
 from lorapro_hf.config import TRUST_REGION
-from lorapro_hf.factored import (
+from lorapro_hf.functional import reference
+from lorapro_hf.functional.bases import row_bases
+from lorapro_hf.functional.factor_steps import Rates
+from lorapro_hf.functional.factored import (
     Bases,
     FactoredState,
     adam_direction,
@@ -16,8 +17,7 @@ from lorapro_hf.factored import (
     new_factored_state,
     transport,
 )
-from lorapro_hf.projection import gradient_coordinates
-from lorapro_hf.sequential import Rates
+from lorapro_hf.functional.projection import gradient_coordinates
 
 pytestmark = pytest.mark.filterwarnings("error")
 

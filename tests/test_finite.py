@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lorapro_hf import LoRAProAdamW, create_lorapro_optimizer, find_lora_pairs, project_lora_gradients
-from lorapro_hf.finite import find_broken
 from lorapro_hf.kernels.eigh import symmetric_eigh
-from lorapro_hf.pair_gradients import project_pair_gradients_
+from lorapro_hf.optim.finite import find_broken
+from lorapro_hf.optim.projected_gradients import project_pair_gradients_
 from optimizer_helpers import backward, ordinary, small_model
 
 CONFIGS = [
@@ -34,7 +34,7 @@ FACTOR = r"NaN or Inf in lora_{} of base_model\.model\.3 \(adapter 'default'\)( 
 @pytest.fixture
 def unread(monkeypatch):
     """As on CUDA: the host does not look at values at each step."""
-    monkeypatch.setattr("lorapro_hf.optimizer.can_be_read", lambda tensor: False)
+    monkeypatch.setattr("lorapro_hf.optim.lora_pro.can_be_read", lambda tensor: False)
 
 
 def build(config, r=2, steps=0):
@@ -212,7 +212,7 @@ def test_a_learning_rate_is_named_before_the_step(lr):
 
 
 def test_a_learning_rate_on_a_device_is_named_at_a_look(monkeypatch):
-    monkeypatch.setattr("lorapro_hf.finite.can_be_read", lambda tensor: False)
+    monkeypatch.setattr("lorapro_hf.optim.finite.can_be_read", lambda tensor: False)
     optimizer = build({"mode": "full"})
     optimizer.param_groups[2]["lr"] = torch.tensor(float("nan"))
     give_gradients(optimizer)

@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from lorapro_hf import LoRAProAdamW, LoRAProCallback, LoRAProTrainer, find_lora_pairs
-from lorapro_hf.optimizer import unwrap_optimizer
+from lorapro_hf.optim.lora_pro import unwrap_optimizer
 from trainer_helpers import arguments, build, run, tiny_lora
 
 NAMED = r"NaN or Inf in lora_B of base_model\.model\.model\.layers\.0\.mlp\.gate_proj \(adapter 'default'\)"

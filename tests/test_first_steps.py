@@ -21,8 +21,8 @@ from lorapro_hf import (
     create_lorapro_optimizer,
     find_lora_pairs,
 )
-from lorapro_hf.first_steps import FIRST_STEPS
-from lorapro_hf.shares import Shares
+from lorapro_hf.distributed.ownership import Shares
+from lorapro_hf.optim.first_steps import FIRST_STEPS
 from optimizer_helpers import backward, both_modes, small_model
 from trainer_helpers import arguments, build, run, sequences, tiny_lora
 
@@ -67,7 +67,7 @@ CASES = {"tower": lambda: two_layers(TwoTowers), "checkpointing": lambda: two_la
 
 
 def warnings_in(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "lorapro_hf.first_steps"]
+    return [record.getMessage() for record in caplog.records if record.name == "lorapro_hf.optim.first_steps"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -191,7 +191,7 @@ def test_only_the_first_rank_speaks(monkeypatch, caplog):
     optimizer = create_lorapro_optimizer(model, lr=1e-3)
     loss().backward()
     optimizer.step()
-    monkeypatch.setattr("lorapro_hf.first_steps.everyone", lambda: SimpleNamespace(rank=lambda: 1))
+    monkeypatch.setattr("lorapro_hf.optim.first_steps.everyone", lambda: SimpleNamespace(rank=lambda: 1))
     optimizer.finish_training()
     assert not warnings_in(caplog)
 

@@ -34,8 +34,8 @@ from lorapro_hf import LoRAProConfig, LoRAProTrainer, LoRAProTrainingArguments, 
 from lorapro_hf.hub import create_model_card, load_lora_pro_config, push_adapter, save_adapter
 from lorapro_hf.hub.curves import draw_curves, loss_curves
 from lorapro_hf.hub.describe import dataset_names, evaluations_by_step, final_evaluation, number
-from lorapro_hf.hub.saving import _of_parents_text
 from lorapro_hf.hub.usage import task_of
+from lorapro_hf.trainer.hub_mixin import _of_parents_text
 from trainer_helpers import arguments, build, sequences, tiny_lora
 
 TOKENS = {"vocab_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

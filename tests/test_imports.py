@@ -17,42 +17,31 @@ import lorapro_hf
 PACKAGE = "lorapro_hf"
 ROOT = Path(lorapro_hf.__file__).parent
 
-# From the ground up. A module imports only from floors below its own; a sub-package counts as one module.
+# From the ground up: a folder, or a file at the root, imports only from lines above its own. Folders on one line do
+# not see each other.
 FLOORS = (
-    ("extras", "private_names", "text_files", "unpickling"),
-    ("config", "kernels"),
-    ("bases", "reference", "trust_region"),
-    ("projection", "sequential"),
-    ("linear", "wrappers"),
-    ("factored", "pairs"),
-    ("stacks", "gradients", "parents", "attendance", "uneven_inputs"),
-    ("moments", "shares", "finite", "groups"),
-    ("steps", "checkpoint", "memory", "consolidation", "first_steps"),
-    ("ordinary", "pair_gradients", "finite_checks"),
-    ("pair_optimizer",),
-    ("optimizer",),
-    ("zero",),
-    ("factory",),
-    ("adapter_files",),
-    ("callback", "loading", "saving", "hub", "sharded_files", "zero_files"),
-    ("checkpoint_files",),
-    ("manifest", "step_counts", "engines"),
-    ("resume", "arguments"),
-    ("checkpointing", "diagnostics"),
+    ("utils",),
+    ("config", "options", "kernels"),
+    ("functional",),
+    ("factors",),
+    ("distributed",),
+    ("optim",),
+    ("checkpoints",),
+    ("hub", "deepspeed", "diagnostics"),
     ("trainer",),
-    ("trl_trainers", "options", "processes"),
-    ("recipes", "progress"),
-    ("inspection", "evaluation", "plot"),
-    ("demo",),
-    ("bench", "comparison"),
+    ("recipes",),
+    ("commands.common",),
+    ("commands.evaluate", "commands.inspect", "commands.plot", "commands.train"),
+    ("commands.demo",),
+    ("commands.bench", "commands.compare"),
     ("cli",),
-    ("__main__",),
 )
-FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # transformers may be imported only from this floor upwards, not even inside functions. PEFT and accelerate may be used
 # lower down inside functions (importing PEFT imports transformers).
-TRAINER_SIDE = FLOOR["adapter_files"]
+TRAINER_SIDE = FLOOR["checkpoints"]
+WITHOUT_TRANSFORMERS = {room for room, floor in FLOOR.items() if floor < TRAINER_SIDE} | {"deepspeed"}
 TRAINER_SIDE_ONLY = {"transformers"}
 TRAINER_SIDE_AT_TOP = {"transformers", "peft", "accelerate", "datasets", "evaluate"}
 # Behind extras: imported where they are used.
@@ -67,9 +56,9 @@ DEMO_AT_TOP = {
     "pytorch_optimizer",
     "triton",
 }
-PROGRAMS = {"recipes", "progress", "evaluation", "plot", "demo", "bench", "comparison"}
+PROGRAMS = {"recipes", "diagnostics.plot", *(room for room in FLOOR if room.startswith("commands"))}
 # What else a module may import at its top: these are themselves imported where they are used.
-EXEMPT = {"kernels": {"triton"}, "trl_trainers": {"trl"}}
+EXEMPT = {"kernels": {"triton"}, "trainer.trl": {"trl"}}
 
 
 class Import(NamedTuple):
@@ -109,16 +98,19 @@ def imports_of(source: str, package: str = PACKAGE) -> list[Import]:
     return list(walk(ast.parse(source), True, package))
 
 
-def house_module(name: str) -> str:
-    """`lorapro_hf.demo.metric` and the public name `lorapro_hf.LoRAPair` belong to `demo` and `pairs`."""
-    part = name.split(".")[1]
-    return lorapro_hf._HOMES.get(part, part)
+def room_of(name: str) -> str:
+    """The folder of a module or of a public name: `optim` of `lorapro_hf.optim.state`, `lorapro_hf.LoRAProAdamW`."""
+    parts = name.split(".")[1:]
+    parts = [*lorapro_hf._HOMES.get(parts[0], parts[0]).split("."), *parts[1:]]
+    return ".".join(parts[:2]) if parts[0] == "commands" else parts[0]
 
 
 def violations(module: str, imports: list[Import]) -> list[str]:
-    floor = FLOOR[module]
-    local_only = (TRAINER_SIDE_AT_TOP if floor < TRAINER_SIDE else set()) | (
-        DEMO_AT_TOP - EXEMPT.get(module, set()) if module not in PROGRAMS else set()
+    room = room_of(f"{PACKAGE}.{module}")
+    floor = FLOOR[room]
+    may_import_at_top = EXEMPT.get(module, EXEMPT.get(room, set()))
+    local_only = (TRAINER_SIDE_AT_TOP if room in WITHOUT_TRANSFORMERS else set()) | (
+        set() if {module, room} & PROGRAMS else DEMO_AT_TOP - may_import_at_top
     )
     found = []
     for target, at_top, line in imports:
@@ -126,69 +118,82 @@ def violations(module: str, imports: list[Import]) -> list[str]:
         if target == PACKAGE or target == f"{PACKAGE}.__version__":
             continue
         if library == PACKAGE:
-            other = house_module(target)
+            other = room_of(target)
             if other not in FLOOR:
                 found.append(f"line {line}: {target} has no floor in FLOORS")
-            elif other != module and FLOOR[other] >= floor:
+            elif other != room and FLOOR[other] >= floor:
                 found.append(f"line {line}: {module} must not import {other}, which is not on a floor below")
-        elif library in TRAINER_SIDE_ONLY and floor < TRAINER_SIDE:
-            found.append(f"line {line}: {target} may be imported only from the callback upwards")
+        elif library in TRAINER_SIDE_ONLY and room in WITHOUT_TRANSFORMERS:
+            found.append(f"line {line}: {target} may be imported only from the checkpoints upwards")
         elif at_top and library in local_only:
             found.append(f"line {line}: {target} must be imported inside the function that uses it")
     return found
 
 
+ROOT_FILES = {"__init__.py", "cli.py", "config.py", "options.py", "py.typed"}
 SOURCES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def test_root_holds_nothing_but_settings_and_the_command_line() -> None:
+    assert {path.name for path in ROOT.iterdir() if path.is_file()} == ROOT_FILES
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_module_keeps_the_import_rule(path: Path) -> None:
     parts = path.relative_to(ROOT).with_suffix("").parts
-    assert parts[0] in FLOOR, f"{parts[0]} has no floor: add it to FLOORS in {Path(__file__).name}"
     package = ".".join((PACKAGE, *parts[:-1]))
-    assert violations(parts[0], imports_of(path.read_text(encoding="utf-8"), package)) == []
+    module = ".".join(parts).removesuffix(".__init__")
+    imports = imports_of(path.read_text(encoding="utf-8"), package)
+    if module == "commands":
+        assert imports == []
+        return
+    assert room_of(f"{PACKAGE}.{module}") in FLOOR, f"{module} has no floor: add its folder to FLOORS in this file"
+    assert violations(module, imports) == []
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("pairs", "from lorapro_hf.optimizer import LoRAProAdamW"),
-        ("pairs", "from .optimizer import LoRAProAdamW"),
-        ("pairs", "from . import optimizer"),
-        ("pairs", "from lorapro_hf import LoRAProAdamW"),
-        ("pairs", "import lorapro_hf.trainer"),
-        ("pairs", "def f():\n    from lorapro_hf.trainer import LoRAProTrainer"),
-        ("pairs", "from lorapro_hf.unheard_of import anything"),
-        ("sequential", "from lorapro_hf.projection import anything"),
-        ("pairs", "import peft"),
-        ("pairs", "try:\n    import peft.tuners\nexcept ImportError:\n    pass"),
-        ("optimizer", "def f():\n    import transformers"),
-        ("optimizer", "class C:\n    import accelerate"),
-        ("trainer", "from trl import SFTTrainer"),
+        ("factors.pairs", "from lorapro_hf.optim.lora_pro import LoRAProAdamW"),
+        ("factors.pairs", "from ..optim import lora_pro"),
+        ("factors.pairs", "from .. import optim"),
+        ("factors.pairs", "from lorapro_hf import LoRAProAdamW"),
+        ("factors.pairs", "import lorapro_hf.trainer"),
+        ("factors.pairs", "def f():\n    from lorapro_hf.trainer.trainer import LoRAProTrainer"),
+        ("factors.pairs", "from lorapro_hf.unheard_of import anything"),
+        ("hub.card", "from lorapro_hf.diagnostics.records import anything"),
+        ("factors.pairs", "import peft"),
+        ("factors.pairs", "try:\n    import peft.tuners\nexcept ImportError:\n    pass"),
+        ("optim.lora_pro", "def f():\n    import transformers"),
+        ("optim.lora_pro", "class C:\n    import accelerate"),
+        ("deepspeed.engine", "def f():\n    import transformers"),
+        ("trainer.trainer", "from trl import SFTTrainer"),
         ("cli", "from rich.table import Table"),
-        ("optimizer", "import lora_pro"),
-        ("demo", "from lorapro_hf.bench import run"),
+        ("optim.lora_pro", "import lora_pro"),
+        ("commands.demo.run", "from lorapro_hf.commands.bench import run"),
+        ("commands.bench.run", "from lorapro_hf.commands.compare.store import anything"),
     ],
 )
 def test_import_rule_notices(module: str, source: str) -> None:
-    assert len(violations(module, imports_of(source))) == 1
+    assert len(violations(module, imports_of(source, f"{PACKAGE}.{module}".rpartition(".")[0]))) == 1
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("pairs", "import torch\nfrom lorapro_hf.config import LoRAProConfig"),
-        ("pairs", "def f():\n    from peft.tuners.lora import LoraLayer"),
-        ("pairs", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from peft import PeftModel"),
-        ("callback", "from transformers import TrainerCallback"),
-        ("trainer", "from lorapro_hf import LoRAProConfig, __version__"),
-        ("trainer", "def f():\n    import deepspeed"),
-        ("demo", "import rich\nfrom lorapro_hf.demo.other import anything"),
-        ("bench", "import matplotlib\nfrom lorapro_hf.demo.run import anything"),
+        ("factors.pairs", "import torch\nfrom lorapro_hf.config import LoRAProConfig\nfrom .stacks import anything"),
+        ("factors.pairs", "def f():\n    from peft.tuners.lora import LoraLayer"),
+        ("factors.pairs", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from peft import PeftModel"),
+        ("trainer.callback", "from transformers import TrainerCallback"),
+        ("trainer.trl", "from trl import SFTTrainer"),
+        ("trainer.trainer", "from lorapro_hf import LoRAProConfig, __version__"),
+        ("trainer.trainer", "def f():\n    import deepspeed"),
+        ("commands.demo.run", "import rich\nfrom lorapro_hf.commands.demo.report import anything"),
+        ("commands.bench.run", "import matplotlib\nfrom lorapro_hf.commands.demo.run import anything"),
     ],
 )
 def test_import_rule_allows(module: str, source: str) -> None:
-    assert violations(module, imports_of(source)) == []
+    assert violations(module, imports_of(source, f"{PACKAGE}.{module}".rpartition(".")[0])) == []
 
 
 def run_python(code: str) -> str:
@@ -196,8 +201,9 @@ def run_python(code: str) -> str:
 
 
 def test_optimizer_loads_without_transformers_and_peft() -> None:
-    below = [module for module, floor in FLOOR.items() if floor < TRAINER_SIDE and (ROOT / f"{module}.py").exists()]
-    lines = [f"import lorapro_hf.{module}" for module in below]
+    modules = [".".join((PACKAGE, *path.relative_to(ROOT).with_suffix("").parts)) for path in SOURCES]
+    below = [module for module in modules if room_of(module) in WITHOUT_TRANSFORMERS and "triton" not in module]
+    lines = [f"import {module}" for module in below]
     heavy = sorted(TRAINER_SIDE_AT_TOP | DEMO_AT_TOP)
     lines += ["import sys", f"print([name for name in {heavy} if name in sys.modules])"]
     assert run_python("\n".join(lines)).strip() == "[]"

@@ -15,13 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_layers import DEFAULTS, Net
 from lorapro_hf import LoRAProConfig, cli, create_lorapro_optimizer, find_lora_pairs
-from lorapro_hf.inspection import inspect_model
-from lorapro_hf.inspection.costs import learning_rates, shares_of
-from lorapro_hf.inspection.show import sections, show
-from lorapro_hf.inspection.sources import Wish, inspect_source
-from lorapro_hf.inspection.tasks import TASKS
+from lorapro_hf.commands.inspect import inspect_model
+from lorapro_hf.commands.inspect.costs import learning_rates, shares_of
+from lorapro_hf.commands.inspect.show import sections, show
+from lorapro_hf.commands.inspect.sources import Wish, inspect_source
+from lorapro_hf.commands.inspect.tasks import TASKS
+from lorapro_hf.factors.pairs import survey_lora_pairs
 from lorapro_hf.options import UsageError
-from lorapro_hf.pairs import survey_lora_pairs
 from support_models import merged, token_ids, two_adapters, with_frozen_A
 from trainer_helpers import tiny_lora
 
@@ -144,7 +144,7 @@ def test_weights_that_are_to_be_loaded_count(models: Path):
 
 @pytest.mark.parametrize("free", [0, None])
 def test_memory_that_is_not_there(models: Path, monkeypatch: pytest.MonkeyPatch, free: int | None):
-    monkeypatch.setattr("lorapro_hf.inspection.costs.available_bytes", lambda place: free)
+    monkeypatch.setattr("lorapro_hf.commands.inspect.costs.available_bytes", lambda place: free)
     report = inspect_source(Wish(str(models / "llama")))
     assert {cost.fits for cost in report.costs} == {None if free is None else False}
     assert list(report.memory.values()) == [free]

@@ -15,13 +15,13 @@ from torch import nn
 
 from engine_checkpoints import ZERO2, ZERO3, written
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments, cli
-from lorapro_hf.engines import FULL, SHARDED
-from lorapro_hf.inspection.report import Report
-from lorapro_hf.inspection.show import show
-from lorapro_hf.inspection.sources import Wish, inspect_source
-from lorapro_hf.manifest import MANIFEST
+from lorapro_hf.checkpoints.engines import FULL, SHARDED
+from lorapro_hf.checkpoints.manifest import MANIFEST
+from lorapro_hf.checkpoints.resume import find_flaw
+from lorapro_hf.commands.inspect.report import Report
+from lorapro_hf.commands.inspect.show import show
+from lorapro_hf.commands.inspect.sources import Wish, inspect_source
 from lorapro_hf.options import UsageError
-from lorapro_hf.resume import find_flaw
 from trainer_helpers import arguments, build, tiny_base
 
 ADAPTERS = {"plain": ["default"], "named": ["mine"], "two": ["default", "other"]}

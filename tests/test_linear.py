@@ -5,11 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorapro_hf.bases import row_bases
-from lorapro_hf.linear import linear_step
-from lorapro_hf.projection import factor_gradients_, gradient_coordinates
-from lorapro_hf.reference import limited_shares
-from lorapro_hf.sequential import Rates
+from lorapro_hf.functional.bases import row_bases
+from lorapro_hf.functional.factor_steps import Rates, linear_step
+from lorapro_hf.functional.projection import factor_gradients_, gradient_coordinates
+from lorapro_hf.functional.reference import limited_shares
 
 
 def random(*shape, seed):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_layers import needs_weight_tying, tied_llama
-from lorapro_hf.loading import load_adapters
+from lorapro_hf.checkpoints.loading import load_adapters
 from trainer_helpers import VOCABULARY, assert_same, tiny_base, tiny_lora
 
 
@@ -187,7 +187,7 @@ def test_nothing_is_loaded_of_what_does_not_fit(damage: Any, message: str, tmp_p
 
 def test_copies_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were PEFT to hand out copies one day, they would be filled, and the model would keep its own values."""
-    from lorapro_hf import loading
+    from lorapro_hf.checkpoints import loading
 
     folder, again = saved(tmp_path), several()
     given = loading.get_peft_model_state_dict

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from lorapro_hf import manifest
-from lorapro_hf.manifest import MANIFEST, clear, find_change, read_manifest, write_manifest
+from lorapro_hf.checkpoints import manifest
+from lorapro_hf.checkpoints.manifest import MANIFEST, clear, find_change, read_manifest, write_manifest
 
 FILES = {
     "trainer_state.json": b'{"global_step": 6}',

@@ -15,19 +15,13 @@ from torch import nn
 from transformers import HfArgumentParser
 
 from lora_layers import ROWS
-from lorapro_hf import (
-    LoRAProAdamW,
-    LoRAProCallback,
-    LoRAProConfig,
-    LoRAProTrainingArguments,
-    find_lora_pairs,
-    reference,
-)
-from lorapro_hf.bench.probes import memory_of
+from lorapro_hf import LoRAProAdamW, LoRAProCallback, LoRAProConfig, LoRAProTrainingArguments, find_lora_pairs
+from lorapro_hf.commands.bench.probes import memory_of
 from lorapro_hf.config import MODES
-from lorapro_hf.memory import StateTooLargeError, require_state_fits, scratch_bytes, state_bytes_by_device
-from lorapro_hf.moments import StackMoments
-from lorapro_hf.stacks import Stack
+from lorapro_hf.factors.stacks import Stack
+from lorapro_hf.functional import reference
+from lorapro_hf.optim.memory import StateTooLargeError, require_state_fits, scratch_bytes, state_bytes_by_device
+from lorapro_hf.optim.state import StackMoments
 
 BY_NAME = {row.name: row for row in ROWS}
 LR, DECAY, STEPS = 1e-4, 0.5, 40
@@ -299,7 +293,7 @@ def test_refusals(monkeypatch):
     stand_ins = [(pair.A.detach().float(), pair.B.detach().float()) for pair in pairs]
     with pytest.raises(ValueError, match=r"engine keeps float32 masters.*Leave master_factors out"):
         StackMoments(Stack(pairs, factors=stand_ins), LoRAProConfig(master_factors=True))
-    monkeypatch.setattr("lorapro_hf.memory.available_bytes", lambda device: 1)
+    monkeypatch.setattr("lorapro_hf.optim.memory.available_bytes", lambda device: 1)
     message = r"mode='full' with master_factors=True, with a step's working memory, needs.*No mode fits; the smallest, "
     with pytest.raises(
         StateTooLargeError, match=message + r"'factored' with master_factors=True.*leave out master_fac"

@@ -13,12 +13,13 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lora_layers import ROWS, needs_weight_tying, tied_llama
-from lorapro_hf import LoRAProConfig, create_lorapro_optimizer, find_lora_pairs, memory
-from lorapro_hf.bench.probes import memory_of
+from lorapro_hf import LoRAProConfig, create_lorapro_optimizer, find_lora_pairs
+from lorapro_hf.commands.bench.probes import memory_of
 from lorapro_hf.config import MODES
-from lorapro_hf.memory import StateTooLargeError, available_bytes, require_state_fits, scratch_bytes
-from lorapro_hf.memory import _cgroup_available as cgroup_available
-from lorapro_hf.memory import state_bytes_by_device as estimate
+from lorapro_hf.optim import memory
+from lorapro_hf.optim.memory import StateTooLargeError, available_bytes, require_state_fits, scratch_bytes
+from lorapro_hf.optim.memory import _cgroup_available as cgroup_available
+from lorapro_hf.optim.memory import state_bytes_by_device as estimate
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 SETTINGS = [*((mode, "float32") for mode in MODES), ("full", "bfloat16")]

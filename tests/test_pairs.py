@@ -7,8 +7,8 @@ from torch import nn
 
 from lora_layers import ROWS, needs_weight_tying, peft_ties_adapters, tied_llama
 from lorapro_hf import LoRAProConfig, create_lorapro_optimizer, find_lora_pairs
-from lorapro_hf.pair_gradients import project_pair_gradients_
-from lorapro_hf.stacks import stacks_of
+from lorapro_hf.factors.stacks import stacks_of
+from lorapro_hf.optim.projected_gradients import project_pair_gradients_
 
 LINEAR = ROWS[0]
 by_name = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from matplotlib.image import imread
 
+from lorapro_hf.commands.plot import add_plot
 from lorapro_hf.diagnostics.meter import LayerGap
+from lorapro_hf.diagnostics.plot import plot_gap
 from lorapro_hf.diagnostics.records import FILE, append
+from lorapro_hf.diagnostics.runs import read_run, read_runs, short_names
 from lorapro_hf.options import UsageError
-from lorapro_hf.plot.command import add_plot
-from lorapro_hf.plot.figures import plot_gap
-from lorapro_hf.plot.runs import read_run, read_runs, short_names
 
 
 def gap(layer: str, **figures: Any) -> LayerGap:

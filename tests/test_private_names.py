@@ -16,9 +16,10 @@ from huggingface_hub import HfApi
 from transformers import Trainer
 
 import lorapro_hf
-from lorapro_hf import LoRAProTrainer, LoRAProTrainerMixin, LoRAProTrainingArguments, private_names
-from lorapro_hf.private_names import METHODS_OF_TRAINER, PRIVATE, TESTED, private, warn_if_newer
-from lorapro_hf.zero.access import ZERO_OPTIMIZERS, ZeroAccess
+from lorapro_hf import LoRAProTrainer, LoRAProTrainerMixin, LoRAProTrainingArguments
+from lorapro_hf.distributed.zero import ZERO_OPTIMIZERS, ZeroAccess
+from lorapro_hf.utils import private_names
+from lorapro_hf.utils.private_names import METHODS_OF_TRAINER, PRIVATE, TESTED, private, warn_if_newer
 from trainer_helpers import arguments, build
 
 ROOT = Path(__file__).parents[1]

@@ -38,7 +38,7 @@ os._exit(0)
 """
 COMMAND = """
 import os, sys
-from lorapro_hf import processes
+from lorapro_hf.commands.common import processes
 processes.GRACE = float(sys.argv[1])
 sys.exit(processes.supervise([sys.executable, "-c", *sys.argv[2:]], os.environ))
 """

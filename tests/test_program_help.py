@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorapro_hf.comparison import methods, optimizers
+from lorapro_hf.commands.compare import methods, optimizers
 
 ROOT = Path(__file__).parents[1]
 PATTERNS = ("scripts/*.py", "benchmarks/*.py", "docs/pictures/*.py", "tests/*_table*.py")

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 import lorapro_hf
-from lorapro_hf.progress import progress_bars
+from lorapro_hf.commands.common.progress import progress_bars
 
 TASKS = [
     ("Training LoRA-Pro efficient", 24, 240, "loss 0.123"),

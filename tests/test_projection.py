@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorapro_hf import reference
 from lorapro_hf.config import X_MODES
-from lorapro_hf.projection import equivalent_gradient, project_lora_gradients
+from lorapro_hf.functional import reference
+from lorapro_hf.functional.projection import equivalent_gradient, project_lora_gradients
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorapro_hf.comparison.settings import read_settings
+from lorapro_hf.commands.compare.settings import read_settings
 
 ROOT = Path(__file__).parents[1]
 RATES = {"lora": 1e-2, "full": 1e-3, "pro_full_paper": 1e-3, "pro_full_linear": 3e-3}

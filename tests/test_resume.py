@@ -18,8 +18,8 @@ from peft import PeftModel
 from killable import Nursery
 from killable_jobs import SAVED_EVERY, STEPS, trainer_of
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
-from lorapro_hf.manifest import read_manifest
-from lorapro_hf.resume import find_flaw
+from lorapro_hf.checkpoints.manifest import read_manifest
+from lorapro_hf.checkpoints.resume import find_flaw
 from trainer_helpers import arguments, assert_same, build, differ, factors, run, tiny_base, tiny_lora
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -13,8 +13,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, SequentialL
 
 from killable import Nursery
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
-from lorapro_hf.manifest import MANIFEST, read_manifest, write_manifest
-from lorapro_hf.resume import checkpoints_in, find_flaw
+from lorapro_hf.checkpoints.manifest import MANIFEST, read_manifest, write_manifest
+from lorapro_hf.checkpoints.resume import checkpoints_in, find_flaw
 from trainer_helpers import arguments, assert_same, build, factors
 
 ADAPTER, OPTIMIZER, SCHEDULER, STATE = "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"
@@ -312,7 +312,7 @@ def test_one_that_cannot_be_examined_is_passed_over(
             raise OverflowError("too large")
         return find_flaw(folder)
 
-    monkeypatch.setattr("lorapro_hf.checkpointing.find_flaw", find)
+    monkeypatch.setattr("lorapro_hf.trainer.checkpointing.find_flaw", find)
     assert fresh(copy)._newest_complete() == copy / "checkpoint-4"
     assert "checkpoint-6 is passed over: its files cannot be examined (OverflowError: too large)." in caplog.text
 
@@ -363,7 +363,7 @@ def test_the_manifest_comes_last_and_is_pushed_with_the_rest(tmp_path: Path, mon
         seen.append((Path(folder) / MANIFEST).exists())
 
     monkeypatch.setattr(type(trainer.state), "save_to_json", save_to_json)
-    monkeypatch.setattr("lorapro_hf.hub.saving.HubMixin._push_from_checkpoint", push)
+    monkeypatch.setattr("lorapro_hf.trainer.hub_mixin.HubMixin._push_from_checkpoint", push)
     trainer.args.push_to_hub = True
     trainer.train()
     assert seen == [False, True]
@@ -378,7 +378,7 @@ def test_a_save_that_ends_at_the_manifest_is_complete(copy: Path, monkeypatch: p
 
     trainer = fresh(copy)
     with monkeypatch.context() as patch:
-        patch.setattr("lorapro_hf.manifest.write_text", end)
+        patch.setattr("lorapro_hf.checkpoints.manifest.write_text", end)
         with pytest.raises(KeyboardInterrupt):
             trainer.train(resume_from_checkpoint=str(copy / "checkpoint-4"))
     assert not (copy / "checkpoint-6" / MANIFEST).exists()
@@ -393,7 +393,7 @@ def test_a_manifest_that_cannot_be_written_ends_no_training(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lorapro_hf.manifest.write_text", full)
+    monkeypatch.setattr("lorapro_hf.checkpoints.manifest.write_text", full)
     fresh(tmp_path, max_steps=2).train()
     (said,) = (each.getMessage() for each in caplog.records if MANIFEST in each.getMessage())
     assert f"could not be written into {tmp_path / 'checkpoint-2'} ([Errno 28] No space left on device)" in said

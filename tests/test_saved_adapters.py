@@ -23,8 +23,8 @@ from lorapro_hf import (
     create_lorapro_optimizer,
     find_lora_pairs,
 )
-from lorapro_hf.adapter_files import find_unsaved, raise_on_all_ranks, require_pairs_in_checkpoint, saving_error
-from lorapro_hf.callback import require_supported_engine
+from lorapro_hf.checkpoints.adapters import find_unsaved, raise_on_all_ranks, require_pairs_in_checkpoint, saving_error
+from lorapro_hf.distributed.engines import require_supported_engine
 from lorapro_hf.hub import push_adapter, save_adapter
 from test_loading import CASES
 from trainer_helpers import arguments, build, tiny_lora
@@ -164,7 +164,7 @@ class SavesTwice(LoRAProTrainer):
 
 def test_only_the_save_of_all_ranks_waits_for_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     heard: list[Any] = []
-    monkeypatch.setattr("lorapro_hf.saving.raise_on_all_ranks", heard.append)
+    monkeypatch.setattr("lorapro_hf.trainer.saving.raise_on_all_ranks", heard.append)
     build(SavesTwice, arguments(tmp_path, **{**SAVING, "max_steps": 1})).train()
     assert heard == [None] and (tmp_path / "apart" / FILE).is_file()
 

@@ -20,9 +20,9 @@ import pytest
 
 import lorapro_hf
 from lorapro_hf import LoRAProTrainer
-from lorapro_hf.extras import MissingExtraError
+from lorapro_hf.checkpoints.resume import checkpoints_in, find_flaw
 from lorapro_hf.recipes.endings import _way_on, one_line_errors
-from lorapro_hf.resume import checkpoints_in, find_flaw
+from lorapro_hf.utils.extras import MissingExtraError
 from script_helpers import CONFIGS, INPUTS, SCRIPTS, TINY, Lines, factors, make_inputs, script
 
 SETTINGS = [
@@ -92,7 +92,7 @@ def test_a_level_that_is_asked_for_and_other_processes_keep_silent(
     monkeypatch.setattr(LoRAProTrainingArguments, "should_log", rank == "0")
     with logged() as lines:
         start(arguments)
-        logging.getLogger("lorapro_hf.trainer").info("LoRA-Pro: 14 pairs")
+        logging.getLogger("lorapro_hf.trainer.trainer").info("LoRA-Pro: 14 pairs")
     assert len(lines) == said
 
 
@@ -184,7 +184,7 @@ def test_the_way_on_reads_no_whole_files_and_names_the_option_to_leave_out(
     def way_on(output: Path, asked: str | None) -> str:
         return _way_on(SimpleNamespace(args=SimpleNamespace(output_dir=str(output), resume_from_checkpoint=asked)))
 
-    monkeypatch.setattr("lorapro_hf.manifest._as_saved", lambda file: pytest.fail(f"{file} is read"))
+    monkeypatch.setattr("lorapro_hf.checkpoints.manifest._as_saved", lambda file: pytest.fail(f"{file} is read"))
     assert way_on(folder / "out", None).endswith("--resume_from_checkpoint true.")
     said = "has no complete checkpoint: give the same command without --resume_from_checkpoint to start anew."
     assert way_on(tmp_path / "absent", "true").endswith(said)
@@ -278,7 +278,7 @@ def test_scripts_without_trl_name_the_command_that_installs_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "trl", None)
-    monkeypatch.delitem(sys.modules, "lorapro_hf.trl_trainers", raising=False)
+    monkeypatch.delitem(sys.modules, "lorapro_hf.trainer.trl", raising=False)
     for name in lorapro_hf.__all__:
         if lorapro_hf._HOMES[name] == "trl_trainers":
             monkeypatch.delitem(vars(lorapro_hf), name, raising=False)
@@ -340,7 +340,7 @@ def test_a_user_of_the_library_is_told_everything() -> None:
 def test_the_first_screen_of_a_recipe_is_our_own(folder: Path) -> None:
     recipe = [str(CONFIGS / "smoke" / "smollm2-135m.yaml"), "--use_cpu", "--output_dir", "sft"]
     done = subprocess.run(
-        [sys.executable, "-m", "lorapro_hf", "train", *recipe], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "lorapro_hf.cli", "train", *recipe], capture_output=True, text=True, check=True
     )
     assert "LoRA-Pro: 14 pairs" in done.stderr
     for noise in ("real_accelerator", "gemm_4bit", "Warning"):

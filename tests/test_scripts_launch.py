@@ -139,7 +139,7 @@ def test_several_processes_go_through_accelerate(
 def started(*options: str) -> tuple[subprocess.Popen[str], list[int]]:
     """`lorapro train` on the script that waits, and the process of each script, once all of them do."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "lorapro_hf", "train", *options, "mine.yaml", "--wait"],
+        [sys.executable, "-m", "lorapro_hf.cli", "train", *options, "mine.yaml", "--wait"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -195,7 +195,7 @@ def environment(folder: Path) -> dict[str, str]:
 def test_a_bad_setting_ends_with_exit_code_2() -> None:
     recipe = ["run_clm.py", "--model_name_or_path", "x", "--output_dir", "out", "--use_cpu"]
     done = subprocess.run(
-        [sys.executable, "-m", "lorapro_hf", "train", *recipe],
+        [sys.executable, "-m", "lorapro_hf.cli", "train", *recipe],
         env=environment(Path.cwd()),
         capture_output=True,
         text=True,
@@ -214,7 +214,7 @@ def test_two_processes_train_what_one_does() -> None:
     # as many examples a step, in the same order
     per_process = ["--per_device_train_batch_size", "1", "--output_dir", "two"]
     subprocess.run(
-        [sys.executable, "-m", "lorapro_hf", "train", *launched, *per_process],
+        [sys.executable, "-m", "lorapro_hf.cli", "train", *launched, *per_process],
         env=environment(Path.cwd()),
         check=True,
         timeout=280,
@@ -236,7 +236,7 @@ def test_a_training_ends_on_the_hub(tmp_path: Path) -> None:
     words = ["train", "run_sft.py", *model, *TINY, "--max_length", "64", "--do_train", *hub_flags]
     with Hub() as hub:
         subprocess.run(
-            [sys.executable, "-m", "lorapro_hf", *words],
+            [sys.executable, "-m", "lorapro_hf.cli", *words],
             env=hub.environment(str(tmp_path / "home")),
             check=True,
             timeout=200,

@@ -19,7 +19,7 @@ from sentence_transformers.losses import CosineSimilarityLoss, SoftmaxLoss
 from transformers import BertConfig, BertModel, BertTokenizerFast, set_seed
 
 from lorapro_hf import LoRAProAdamW, LoRAProTrainerMixin, LoRAProTrainingArguments
-from lorapro_hf.optimizer import unwrap_optimizer
+from lorapro_hf.optim.lora_pro import unwrap_optimizer
 from trainer_helpers import arguments, assert_same, factors, logged
 
 LETTERS = [chr(ord("a") + n) for n in range(26)]

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorapro_hf import reference
-from lorapro_hf.bases import ALL_DIRECTIONS, RowBasis, row_basis
-from lorapro_hf.sequential import Rates, change_through, select, sequential_step, spend_direction
+from lorapro_hf.functional import reference
+from lorapro_hf.functional.bases import ALL_DIRECTIONS, RowBasis, row_basis
+from lorapro_hf.functional.factor_steps import Rates, change_through, select, sequential_step, spend_direction
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from lora_layers import ROWS
-from lorapro_hf import LoRAProAdamW, LoRAProConfig, find_lora_pairs, reference
+from lorapro_hf import LoRAProAdamW, LoRAProConfig, find_lora_pairs
 from lorapro_hf.config import MODES
-from lorapro_hf.stacks import stacks_of
+from lorapro_hf.factors.stacks import stacks_of
+from lorapro_hf.functional import reference
 
 BY_NAME = {row.name: row for row in ROWS}
 PLAIN = [row for row in ROWS if "base" not in row.name]  # quantised bases add no layout of their own

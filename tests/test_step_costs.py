@@ -8,8 +8,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorapro_hf import LoRAProAdamW, LoRAProConfig, create_lorapro_optimizer, find_lora_pairs, reference
+from lorapro_hf import LoRAProAdamW, LoRAProConfig, create_lorapro_optimizer, find_lora_pairs
 from lorapro_hf.config import MODES
+from lorapro_hf.functional import reference
 from lorapro_hf.kernels import torch_dense
 
 # Sizes that no other quantity has; the weight is larger than the factors and the tiles.
@@ -128,7 +129,7 @@ def third_step(optimizer, without=(), poisoned=False):
 @pytest.mark.parametrize("without", [(), (1,)], ids=["all", "some"])
 @pytest.mark.parametrize("poisoned", [False, True])
 def test_no_step_waits_for_the_device(config, without, poisoned, monkeypatch):
-    monkeypatch.setattr("lorapro_hf.optimizer.can_be_read", lambda tensor: False)  # as for tensors on CUDA
+    monkeypatch.setattr("lorapro_hf.optim.lora_pro.can_be_read", lambda tensor: False)  # as for tensors on CUDA
     optimizer = build(3, config, weight_decay=0.1)
     record = third_step(optimizer, without, poisoned)
     assert optimizer.skipped_steps == poisoned

@@ -10,8 +10,8 @@ import torch
 
 from lora_layers import ROWS
 from lorapro_hf import create_lorapro_optimizer, find_lora_pairs
-from lorapro_hf.comparison import methods, optimizers
-from lorapro_hf.comparison.settings import read_settings
+from lorapro_hf.commands.compare import methods, optimizers
+from lorapro_hf.commands.compare.settings import read_settings
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 LR = 0.02

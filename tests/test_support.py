@@ -15,7 +15,7 @@ from torch import nn
 
 import support_table
 from lorapro_hf import LoRAPair, LoRAProCallback, create_lorapro_optimizer, find_lora_pairs
-from lorapro_hf.reference import RTOL, DenseFactoredAdamW, DenseFullAdamW, factor_gradients
+from lorapro_hf.functional.reference import RTOL, DenseFactoredAdamW, DenseFullAdamW, factor_gradients
 from support_cases import CASES, OTHER_FIELDS
 from support_models import llama
 from support_rows import COLUMNS, Case

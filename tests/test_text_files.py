@@ -12,12 +12,12 @@ import pytest
 
 from lorapro_hf import LoRAProConfig, load_lora_pro_config
 from lorapro_hf.config import check_choice
+from lorapro_hf.deepspeed.checkpoint import moments_files
 from lorapro_hf.hub.settings import SETTINGS_FILE, Settings
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.parser import RecipeParser
 from lorapro_hf.recipes.yaml_files import parse_yaml, read_yaml
-from lorapro_hf.text_files import MAX_BYTES, parse_json, replace_file, shown
-from lorapro_hf.zero.checkpoint import moments_files
+from lorapro_hf.utils.text_files import MAX_BYTES, parse_json, replace_file, shown
 
 LONG = "x" * 10**6
 DEEP = "[" * 10**5

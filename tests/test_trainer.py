@@ -29,7 +29,7 @@ from lorapro_hf import (
     create_lorapro_optimizer,
     equivalent_gradient,
 )
-from lorapro_hf.memory import StateTooLargeError, readable_bytes
+from lorapro_hf.optim.memory import StateTooLargeError, readable_bytes
 from trainer_helpers import arguments, assert_same, build, differ, factors, logged, run, tiny_base, tiny_lora
 
 MODES = pytest.mark.parametrize("mode", ["full", "efficient"])
@@ -345,8 +345,8 @@ def test_logged_norm_is_that_of_the_equivalent_gradients(tmp_path: Path):
     norms: list[float] = []
 
     def adjust(model: Any, **_: Any) -> None:
-        from lorapro_hf.pair_gradients import project_pair_gradients_
-        from lorapro_hf.pairs import find_lora_pairs
+        from lorapro_hf.factors.pairs import find_lora_pairs
+        from lorapro_hf.optim.projected_gradients import project_pair_gradients_
 
         pairs = find_lora_pairs(model)
         kept = {p: p.grad.clone() for pair in pairs for p in (pair.A, pair.B)}
@@ -380,10 +380,10 @@ def test_skipped_steps_are_counted(tmp_path: Path):
 
 
 def test_start_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    caplog.set_level(logging.INFO, logger="lorapro_hf.trainer")
+    caplog.set_level(logging.INFO, logger="lorapro_hf.trainer.trainer")
     trainer = run(tmp_path, lora_pro_x_mode="zero", max_steps=2)
     trainer.train()
-    messages = [r.getMessage() for r in caplog.records if r.name == "lorapro_hf.trainer"]
+    messages = [r.getMessage() for r in caplog.records if r.name == "lorapro_hf.trainer.trainer"]
     size = readable_bytes(trainer.optimizer.optimizer.estimated_state_bytes())
     assert messages == [
         f"LoRA-Pro: 14 pairs, mode=full, update=linear (zero), trust_region=0.03, optimizer state about {size}"
@@ -437,7 +437,7 @@ def test_factory_in_a_plain_trainer_equals_lorapro_trainer(tmp_path: Path):
 
 
 def test_memory_is_checked_for_factories_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lorapro_hf.memory.available_bytes", lambda device: 10)
+    monkeypatch.setattr("lorapro_hf.optim.memory.available_bytes", lambda device: 10)
     factory = {"optimizer_cls_and_kwargs": (LoRAProOptimizerFactory, {"lr": 1e-2})}
     with pytest.raises(StateTooLargeError, match="lora_pro_check_memory=False"):
         run(tmp_path / "a", build_with=factory)

@@ -10,8 +10,8 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from lorapro_hf import LoRAProAdamW, LoRAProTrainer, LoRAProTrainerMixin, LoRAProTrainingArguments
-from lorapro_hf.optimizer import unwrap_optimizer
-from lorapro_hf.parents import handed, replaced
+from lorapro_hf.optim.lora_pro import unwrap_optimizer
+from lorapro_hf.trainer.parents import handed, replaced
 from trainer_helpers import arguments, assert_same, build, factors
 
 TIMINGS = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}

@@ -37,7 +37,11 @@ class LoRAProSeq2SeqTrainer(LoRAProTrainerMixin, Seq2SeqTrainer):
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name == "lorapro_hf.arguments" and r.levelno >= logging.WARNING]
+    return [
+        r.getMessage()
+        for r in caplog.records
+        if r.name == "lorapro_hf.trainer.arguments" and r.levelno >= logging.WARNING
+    ]
 
 
 def trained(folder: Path, cls: type[Trainer] = Trainer, build_with: dict | None = None, **settings: Any) -> Any:

@@ -29,7 +29,7 @@ from lorapro_hf import (
     LoRAProSFTConfig,
     LoRAProSFTTrainer,
 )
-from lorapro_hf.callback import unwrap_optimizer
+from lorapro_hf.trainer.callback import unwrap_optimizer
 from trl_helpers import (
     FirstStep,
     adapted_chat_model,
@@ -254,7 +254,7 @@ def test_trls_own_trainer_says_that_it_reads_no_settings(way: str, tmp_path: Pat
         callbacks=[LoRAProCallback()] if way == "callback" else [],
     )
     trainer.train()
-    told = [record for record in caplog.records if record.name == "lorapro_hf.arguments"]
+    told = [record for record in caplog.records if record.name == "lorapro_hf.trainer.arguments"]
     assert len(told) == (way == "parent")
 
 

@@ -23,10 +23,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, set_seed
 
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
-from lorapro_hf.demo.base_model import load_base_model
-from lorapro_hf.demo.problems import encode
+from lorapro_hf.commands.demo.base_model import load_base_model
+from lorapro_hf.commands.demo.problems import encode
+from lorapro_hf.commands.evaluate.word_problems import word_problems
 from lorapro_hf.diagnostics.records import FILE, read
-from lorapro_hf.evaluation.word_problems import word_problems
 
 STEPS, BATCH, EVERY, RATE = 160, 4, 3, 1e-3
 LAYERS = ["*.layers.0.*", "*.layers.15.*", "*.layers.29.*"]

@@ -1,6 +1,6 @@
 """LoRA-Pro for the Hugging Face stack: LoRA fine-tuning whose steps follow those of full fine-tuning.
 
-The public names are loaded on first use, so that `import lorapro_hf.optimizer` needs neither transformers nor PEFT.
+The public names are loaded on first use: `import lorapro_hf.optim.lora_pro` needs neither transformers nor PEFT.
 """
 
 from __future__ import annotations
@@ -9,18 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lorapro_hf.arguments import LoRAProTrainingArguments
-    from lorapro_hf.callback import LoRAProCallback
     from lorapro_hf.config import LoRAProConfig
+    from lorapro_hf.deepspeed.engine import attach_deepspeed
     from lorapro_hf.diagnostics import GradientGapCallback
-    from lorapro_hf.factory import LoRAProOptimizerFactory, create_lorapro_optimizer
+    from lorapro_hf.factors.pairs import LoRAPair, find_lora_pairs
+    from lorapro_hf.functional.projection import equivalent_gradient, project_lora_gradients
     from lorapro_hf.hub import create_model_card, load_lora_pro_config, push_adapter, save_adapter
-    from lorapro_hf.memory import StateTooLargeError
-    from lorapro_hf.optimizer import LoRAProAdamW
-    from lorapro_hf.pairs import LoRAPair, find_lora_pairs
-    from lorapro_hf.projection import equivalent_gradient, project_lora_gradients
-    from lorapro_hf.trainer import LoRAProTrainer, LoRAProTrainerMixin
-    from lorapro_hf.trl_trainers import (
+    from lorapro_hf.optim.factory import LoRAProOptimizerFactory, create_lorapro_optimizer
+    from lorapro_hf.optim.lora_pro import LoRAProAdamW
+    from lorapro_hf.optim.memory import StateTooLargeError
+    from lorapro_hf.trainer.arguments import LoRAProTrainingArguments
+    from lorapro_hf.trainer.callback import LoRAProCallback
+    from lorapro_hf.trainer.trainer import LoRAProTrainer, LoRAProTrainerMixin
+    from lorapro_hf.trainer.trl import (
         LoRAProDPOConfig,
         LoRAProDPOTrainer,
         LoRAProGRPOConfig,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
         LoRAProSFTConfig,
         LoRAProSFTTrainer,
     )
-    from lorapro_hf.zero import attach_deepspeed
 
 __version__ = "0.1.0"
 
@@ -66,30 +66,30 @@ __all__ = [
 
 _HOMES = {
     "GradientGapCallback": "diagnostics",
-    "LoRAPair": "pairs",
-    "LoRAProAdamW": "optimizer",
-    "LoRAProCallback": "callback",
+    "LoRAPair": "factors.pairs",
+    "LoRAProAdamW": "optim.lora_pro",
+    "LoRAProCallback": "trainer.callback",
     "LoRAProConfig": "config",
-    "LoRAProDPOConfig": "trl_trainers",
-    "LoRAProDPOTrainer": "trl_trainers",
-    "LoRAProGRPOConfig": "trl_trainers",
-    "LoRAProGRPOTrainer": "trl_trainers",
-    "LoRAProOptimizerFactory": "factory",
-    "LoRAProRewardConfig": "trl_trainers",
-    "LoRAProRewardTrainer": "trl_trainers",
-    "LoRAProSFTConfig": "trl_trainers",
-    "LoRAProSFTTrainer": "trl_trainers",
-    "LoRAProTrainer": "trainer",
-    "LoRAProTrainerMixin": "trainer",
-    "LoRAProTrainingArguments": "arguments",
-    "StateTooLargeError": "memory",
-    "attach_deepspeed": "zero",
-    "create_lorapro_optimizer": "factory",
+    "LoRAProDPOConfig": "trainer.trl",
+    "LoRAProDPOTrainer": "trainer.trl",
+    "LoRAProGRPOConfig": "trainer.trl",
+    "LoRAProGRPOTrainer": "trainer.trl",
+    "LoRAProOptimizerFactory": "optim.factory",
+    "LoRAProRewardConfig": "trainer.trl",
+    "LoRAProRewardTrainer": "trainer.trl",
+    "LoRAProSFTConfig": "trainer.trl",
+    "LoRAProSFTTrainer": "trainer.trl",
+    "LoRAProTrainer": "trainer.trainer",
+    "LoRAProTrainerMixin": "trainer.trainer",
+    "LoRAProTrainingArguments": "trainer.arguments",
+    "StateTooLargeError": "optim.memory",
+    "attach_deepspeed": "deepspeed.engine",
+    "create_lorapro_optimizer": "optim.factory",
     "create_model_card": "hub",
-    "equivalent_gradient": "projection",
-    "find_lora_pairs": "pairs",
+    "equivalent_gradient": "functional.projection",
+    "find_lora_pairs": "factors.pairs",
     "load_lora_pro_config": "hub",
-    "project_lora_gradients": "projection",
+    "project_lora_gradients": "functional.projection",
     "push_adapter": "hub",
     "save_adapter": "hub",
 }

@@ -8,15 +8,15 @@ import sys
 from collections.abc import Sequence
 
 from lorapro_hf import __version__
-from lorapro_hf.bench.command import BENCH, BENCH_EXAMPLES, add_bench
-from lorapro_hf.comparison.command import COMPARE, COMPARE_EXAMPLES, add_compare
-from lorapro_hf.demo.command import DEMO, DEMO_EXAMPLES, add_demo
-from lorapro_hf.evaluation.command import EVALUATE, EVALUATE_EXAMPLES, add_evaluate
-from lorapro_hf.extras import MissingExtraError
-from lorapro_hf.inspection.command import INSPECT, INSPECT_EXAMPLES, add_inspect
+from lorapro_hf.commands.bench.command import BENCH, BENCH_EXAMPLES, add_bench
+from lorapro_hf.commands.compare.command import COMPARE, COMPARE_EXAMPLES, add_compare
+from lorapro_hf.commands.demo.command import DEMO, DEMO_EXAMPLES, add_demo
+from lorapro_hf.commands.evaluate.command import EVALUATE, EVALUATE_EXAMPLES, add_evaluate
+from lorapro_hf.commands.inspect.command import INSPECT, INSPECT_EXAMPLES, add_inspect
+from lorapro_hf.commands.plot import PLOT, PLOT_EXAMPLES, add_plot
+from lorapro_hf.commands.train import TRAIN, TRAIN_EXAMPLES, add_train
 from lorapro_hf.options import HelpFormatter, UsageError, is_disk_full
-from lorapro_hf.plot.command import PLOT, PLOT_EXAMPLES, add_plot
-from lorapro_hf.recipes.launch import TRAIN, TRAIN_EXAMPLES, add_train
+from lorapro_hf.utils.extras import MissingExtraError
 
 DESCRIPTION = """\
 LoRA-Pro for the Hugging Face stack: LoRA fine-tuning whose steps follow those of full fine-tuning.

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
-from lorapro_hf.text_files import shortened, shown
+from lorapro_hf.utils.text_files import shortened, shown
 
 MODES = ("full", "full_8bit", "factored", "efficient")
 X_MODES = ("sylvester", "zero", "symmetric")

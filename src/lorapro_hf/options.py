@@ -7,7 +7,7 @@ import errno
 import importlib.util
 import re
 
-from lorapro_hf.extras import install_command
+from lorapro_hf.utils.extras import install_command
 
 _FULL_NUMBERS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # what safetensors and torch make of those numbers

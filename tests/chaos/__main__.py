@@ -15,8 +15,8 @@ from random import Random
 from rich.console import Console
 
 from killable import Nursery
+from lorapro_hf.commands.common.progress import progress_bars
 from lorapro_hf.options import HelpFormatter, UsageError, at_least_one
-from lorapro_hf.progress import progress_bars
 
 from .cases import ON_REQUEST, TRICKS, Lab, Result, try_case
 from .report import repeat, summary, write_report

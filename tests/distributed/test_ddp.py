@@ -122,7 +122,7 @@ def never_used(rank, ranks):
     said = logging.Handler()
     told = []
     said.emit = lambda record: told.append(record.getMessage())
-    logging.getLogger("lorapro_hf.first_steps").addHandler(said)
+    logging.getLogger("lorapro_hf.optim.first_steps").addHandler(said)
     model = build()
     unused = without_adapter(model)
     before = unused.lora_A["default"].weight.clone()

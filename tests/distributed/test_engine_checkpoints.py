@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 import engine_script
 from engine_checkpoints import DATA, STATES, STEP, ZERO2, ZERO3, plant, train, written
 from engine_script import resume
-from lorapro_hf.engines import FULL, SHARDED, written_by
-from lorapro_hf.manifest import MANIFEST
-from lorapro_hf.resume import find_flaw
+from lorapro_hf.checkpoints.engines import FULL, SHARDED, written_by
+from lorapro_hf.checkpoints.manifest import MANIFEST
+from lorapro_hf.checkpoints.resume import find_flaw
 from test_launch import launch
 from training import assert_close
 

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lorapro_hf import LoRAProConfig, find_lora_pairs
 from lorapro_hf.config import MODES
-from lorapro_hf.pair_gradients import project_pair_gradients_
+from lorapro_hf.optim.projected_gradients import project_pair_gradients_
 from processes import run
 from training import STEPS, assert_close, assert_differ, build, make_optimizer, result, train, whole
 

@@ -10,9 +10,9 @@ import pytest
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from lorapro_hf import attendance
-from lorapro_hf.attendance import Absence, Attendance
-from lorapro_hf.consolidation import await_all
+from lorapro_hf.distributed import attendance
+from lorapro_hf.distributed.attendance import Absence, Attendance
+from lorapro_hf.optim.consolidation import await_all
 from processes import run
 from training import build, make_optimizer, train
 

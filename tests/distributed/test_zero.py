@@ -332,7 +332,7 @@ def refusals(rank, ranks):
     """What attaching raises, by what is wrong."""
     import deepspeed
 
-    from lorapro_hf.zero import attach_deepspeed
+    from lorapro_hf.deepspeed.engine import attach_deepspeed
 
     found = {}
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorapro_hf.zero.configuration import require_configuration, settle_clipping
+from lorapro_hf.distributed.zero_configuration import require_configuration, settle_clipping
 from training import build
 from zero_helpers import configuration, launch, lorapro, message_of, run, train
 
@@ -152,7 +152,7 @@ def loops(rank: int, ranks: int, folder: str) -> dict[str, Any]:
     from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.state import AcceleratorState
 
-    from lorapro_hf.zero import attach_deepspeed
+    from lorapro_hf.deepspeed.engine import attach_deepspeed
 
     found: dict[str, Any] = {}
     for name, clip in (("saved", 0.5), ("loaded", 0.05)):

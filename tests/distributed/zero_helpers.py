@@ -61,7 +61,7 @@ def launch(config, model_settings=None, attach=True, **settings):
     optimizer = make_optimizer(model, config)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=configuration(**settings))[0]
     if attach and config != "adamw":
-        from lorapro_hf.zero import attach_deepspeed
+        from lorapro_hf.deepspeed.engine import attach_deepspeed
 
         attach_deepspeed(engine, optimizer)
     return engine

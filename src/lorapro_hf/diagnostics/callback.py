@@ -11,12 +11,12 @@ from accelerate import DistributedType
 from accelerate.state import AcceleratorState, is_initialized
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lorapro_hf.arguments import GAP_MAX_BYTES, check_gap_layers, check_gap_max_bytes
-from lorapro_hf.callback import require_supported_engine
 from lorapro_hf.diagnostics.meter import GradientGapMeter, LayerGap
 from lorapro_hf.diagnostics.records import FILE, append, keep_until, medians
-from lorapro_hf.optimizer import LoRAProAdamW, unwrap_optimizer
-from lorapro_hf.pairs import survey_lora_pairs
+from lorapro_hf.diagnostics.settings import GAP_MAX_BYTES, check_gap_layers, check_gap_max_bytes
+from lorapro_hf.distributed.engines import require_supported_engine
+from lorapro_hf.factors.pairs import survey_lora_pairs
+from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
 
 # Rounding in bf16 stays below it, dropout and DoRA do not.
 TOLERANCE = 0.05

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorapro_hf.bases import RowBasis, row_basis
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.diagnostics.figures import Halves, row_blocks
+from lorapro_hf.functional.bases import RowBasis, row_basis
 from lorapro_hf.kernels.dynamic_map import tables_on
 from lorapro_hf.kernels.storage import BLOCK
-from lorapro_hf.moments import MASTER
+from lorapro_hf.optim.state import MASTER
 
 Group = Mapping[str, Any]
 State = Mapping[str, Tensor]

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lorapro_hf.arguments import GAP_MAX_BYTES, check_gap_layers, check_gap_max_bytes
 from lorapro_hf.diagnostics.figures import (
     Factors,
     Fit,
@@ -23,15 +22,16 @@ from lorapro_hf.diagnostics.figures import (
     shared_scale,
 )
 from lorapro_hf.diagnostics.intended import adam_direction_
+from lorapro_hf.diagnostics.layers import NotMeasured, Recording, choose, sees_another_gradient, shared_factors
 from lorapro_hf.diagnostics.optimizers import decayed_rates, groups_of, loss_scale, steps_of
-from lorapro_hf.diagnostics.recording import NotMeasured, Recording, choose, sees_another_gradient, shared_factors
-from lorapro_hf.gradients import Access, access_to
-from lorapro_hf.optimizer import LoRAProAdamW, unwrap_optimizer
-from lorapro_hf.pairs import LoRAPair, survey_lora_pairs, unwrapped_name
-from lorapro_hf.projection import compute_dtype
-from lorapro_hf.sequential import Rates
-from lorapro_hf.shares import everyone
-from lorapro_hf.stacks import exact_arithmetic
+from lorapro_hf.diagnostics.settings import GAP_MAX_BYTES, check_gap_layers, check_gap_max_bytes
+from lorapro_hf.distributed.access import Access, access_to
+from lorapro_hf.distributed.ownership import everyone
+from lorapro_hf.factors.pairs import LoRAPair, survey_lora_pairs, unwrapped_name
+from lorapro_hf.factors.stacks import exact_arithmetic
+from lorapro_hf.functional.factor_steps import Rates
+from lorapro_hf.functional.projection import compute_dtype
+from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
 
 
 @dataclass

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch.amp.grad_scaler import OptState
 
-from lorapro_hf.optimizer import LoRAProAdamW
-from lorapro_hf.pairs import LoRAPair
-from lorapro_hf.private_names import private
-from lorapro_hf.sequential import Rates
-from lorapro_hf.steps import rates_of
+from lorapro_hf.factors.pairs import LoRAPair
+from lorapro_hf.functional.factor_steps import Rates
+from lorapro_hf.optim.lora_pro import LoRAProAdamW
+from lorapro_hf.optim.rules.base import rates_of
+from lorapro_hf.utils.private_names import private
 
 
 def steps_of(pair: LoRAPair, optimizer: Any) -> float | None:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorapro_hf.text_files import parse_json, write_text
+from lorapro_hf.utils.text_files import parse_json, write_text
 
 if TYPE_CHECKING:
     from lorapro_hf.diagnostics.meter import LayerGap

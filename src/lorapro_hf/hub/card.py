@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from lorapro_hf import __version__
 from lorapro_hf.hub.describe import number
 from lorapro_hf.hub.usage import Task
-from lorapro_hf.text_files import replace_file, write_text
+from lorapro_hf.utils.text_files import replace_file, write_text
 
 CARD = "README.md"
 _SEAL = "<!-- written by lorapro_hf; sha256 of the text above: {} -->"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorapro_hf.hub.describe import logged_numbers
-from lorapro_hf.text_files import replace_file
+from lorapro_hf.utils.text_files import replace_file
 
 PICTURE = "training_curves.png"
 _RAW, _SMOOTH, _HELD_OUT = "#b8c4d6", "#2f5d9b", ("#d1495b", "#edae49", "#66a182", "#8d6a9f")

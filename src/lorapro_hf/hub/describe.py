@@ -15,10 +15,10 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
 
 from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.factors.pairs import find_lora_pairs
 from lorapro_hf.hub.settings import Settings
 from lorapro_hf.hub.usage import base_of
-from lorapro_hf.memory import readable_bytes, state_bytes_by_device
-from lorapro_hf.pairs import find_lora_pairs
+from lorapro_hf.optim.memory import readable_bytes, state_bytes_by_device
 
 _NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_tokens")
 _ON_HUB = re.compile(r"hf://datasets/([^/@]+/[^/@]+)@")

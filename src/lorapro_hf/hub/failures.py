@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from lorapro_hf.text_files import replace_file, shortened
+from lorapro_hf.utils.text_files import replace_file, shortened
 
 logger = logging.getLogger(__name__)
 

@@ -12,14 +12,14 @@ from typing import Any
 from huggingface_hub import CommitInfo, ModelCard, create_branch, create_repo, upload_folder
 from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
-from lorapro_hf.adapter_files import require_pairs_saved
+from lorapro_hf.checkpoints.adapters import require_pairs_saved
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.hub.card import CARD, is_ours, is_replaceable, keep_edited, without_card_of_peft
 from lorapro_hf.hub.compose import Training, compose_card
 from lorapro_hf.hub.describe import name_on_hub, numbers_of
 from lorapro_hf.hub.failures import write_or_warn
 from lorapro_hf.hub.settings import Settings
-from lorapro_hf.optimizer import LoRAProAdamW
+from lorapro_hf.optim.lora_pro import LoRAProAdamW
 
 logger = logging.getLogger(__name__)
 

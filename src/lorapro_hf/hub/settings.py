@@ -10,8 +10,8 @@ from typing import Any
 
 from lorapro_hf import __version__
 from lorapro_hf.config import LoRAProConfig
-from lorapro_hf.optimizer import LoRAProAdamW
-from lorapro_hf.text_files import parse_json, read_settings_text, shortened, shown, write_text
+from lorapro_hf.optim.lora_pro import LoRAProAdamW
+from lorapro_hf.utils.text_files import parse_json, read_settings_text, shortened, shown, write_text
 
 SETTINGS_FILE = "lorapro_config.json"
 _VERSION = "lorapro_hf_version"

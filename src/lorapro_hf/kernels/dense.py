@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lorapro_hf.kernels.eigh import has_triton
 from lorapro_hf.kernels.storage import Moments, bitsandbytes_operators
-
-
-class DirectionProducts(NamedTuple):
-    """What the factors need to know of Adam's direction u, rows along the last dimension."""
-
-    u_A: Tensor  # (K, r, m), the transpose of `u Aᵀ`
-    B_u: Tensor  # (K, r, n), `Bᵀ u`
-    K_u: Tensor | None  # (K, r, n), `Kᵀ u` with `K = u Aᵀ`, of a sequential update only
+from lorapro_hf.kernels.torch_dense import DirectionProducts
 
 
 def dense_update(

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lorapro_hf.extras import MissingExtraError, install_command
 from lorapro_hf.kernels.dynamic_map import tables_on
+from lorapro_hf.utils.extras import MissingExtraError, install_command
 
 BLOCK = 256  # columns of a row that share one scale in 8-bit storage
 _ZERO = 127  # the code of 0 in the signed map

@@ -9,20 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lorapro_hf.kernels.storage import Moments, load, store
 
-if TYPE_CHECKING:
-    from lorapro_hf.kernels.dense import DirectionProducts
-
 # What one thread works on: gradient, direction and both moments stay in its share of the last-level cache. Elsewhere
 # few large kernels are better than many small ones.
 _CPU_ELEMENTS = 2**19
 _DEVICE_ELEMENTS = 2**25
+
+
+class DirectionProducts(NamedTuple):
+    """What the factors need to know of Adam's direction u, rows along the last dimension."""
+
+    u_A: Tensor  # (K, r, m), the transpose of `u Aᵀ`
+    B_u: Tensor  # (K, r, n), `Bᵀ u`
+    K_u: Tensor | None  # (K, r, n), `Kᵀ u` with `K = u Aᵀ`, of a sequential update only
 
 
 class _Tile(NamedTuple):

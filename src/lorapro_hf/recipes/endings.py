@@ -9,13 +9,13 @@ from pathlib import Path
 
 from transformers import Trainer
 
-from lorapro_hf.extras import MissingExtraError
+from lorapro_hf.checkpoints.resume import checkpoints_in, find_flaw
 from lorapro_hf.options import UsageError, is_disk_full
 from lorapro_hf.recipes.hub import NO_HUB
 from lorapro_hf.recipes.stopped import CODE, say_stopped
-from lorapro_hf.resume import checkpoints_in, find_flaw
+from lorapro_hf.utils.extras import MissingExtraError
 
-_CANNOT_RESUME = "cannot resume from "  # with which every refusal of `lorapro_hf.resume` begins
+_CANNOT_RESUME = "cannot resume from "  # with which every refusal of `lorapro_hf.checkpoints.resume` begins
 
 
 class DiskFullError(OSError):

@@ -23,7 +23,7 @@ from datasets.data_files import DataFilesDict, DataFilesList, get_data_patterns
 from datasets.exceptions import DatasetsError
 
 from lorapro_hf.options import UsageError, is_disk_full
-from lorapro_hf.text_files import parse_json
+from lorapro_hf.utils.text_files import parse_json
 
 KINDS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 _GZIPPED = ".gz"

@@ -14,9 +14,9 @@ from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
+from lorapro_hf.checkpoints.resume import checkpoints_in, find_flaw, newest_complete, require_complete
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.endings import one_line_errors, with_a_way_on
-from lorapro_hf.resume import checkpoints_in, find_flaw, newest_complete, require_complete
 
 logger = logging.getLogger(__name__)
 

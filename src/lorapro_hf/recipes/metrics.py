@@ -14,8 +14,8 @@ import datasets
 import evaluate
 import numpy as np
 
-from lorapro_hf.extras import install_command
 from lorapro_hf.options import UsageError
+from lorapro_hf.utils.extras import install_command
 
 GLUE_METRICS = {
     "cola": "matthews_correlation",

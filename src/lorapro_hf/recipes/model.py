@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from peft.utils import ModulesToSaveWrapper
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lorapro_hf.adapter_files import ADAPTER_FILES
+from lorapro_hf.checkpoints.adapters import ADAPTER_FILES
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.hub import sought
 from lorapro_hf.recipes.targets import require_known_names

@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 from lorapro_hf.options import HelpFormatter, UsageError
 from lorapro_hf.recipes import folder_of
 from lorapro_hf.recipes.yaml_files import read_yaml
-from lorapro_hf.text_files import shortened
+from lorapro_hf.utils.text_files import shortened
 
 SCRIPT, EXTENDS = "script", "extends"
 _SUFFIXES = (".yaml", ".yml")

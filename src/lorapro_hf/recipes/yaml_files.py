@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from lorapro_hf.options import UsageError
-from lorapro_hf.text_files import read_settings_text, shortened, shown
+from lorapro_hf.utils.text_files import read_settings_text, shortened, shown
 
 _MERGE = "tag:yaml.org,2002:merge"
 

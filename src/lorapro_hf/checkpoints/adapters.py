@@ -1,0 +1,243 @@
+"""Which files hold the adapters of a model, and is every pair that is trained in them?"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from lorapro_hf.factors.pairs import LoRAPair, survey_lora_pairs
+from lorapro_hf.factors.wrappers import find_wrapper, plain_name, require_plain_modules
+from lorapro_hf.utils.private_names import private
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+WEIGHTS = (*ADAPTER_FILES, "model.safetensors", "pytorch_model.bin")
+PREFIX = "base_model.model."  # PEFT's; transformers puts it before the names in the files that it writes itself
+_OF_FSDP = ("pytorch_model_fsdp.bin", "pytorch_model_fsdp_0")  # accelerate's: the whole, or a folder of shards
+
+
+def is_peft_model(model: nn.Module) -> TypeGuard[PeftModel]:
+    """Whether PEFT has wrapped a model; transformers' `model.add_adapter` does not."""
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """The names of the active adapters of a `PeftModel` or of `model.add_adapter`; none of any other model."""
+    is_adapted = isinstance(model, PreTrainedModel) and private(model, "_hf_peft_config_loaded")
+    if not (is_peft_model(model) or is_adapted):
+        return []
+    active: Any = model.active_adapters  # a method where transformers has added the adapters
+    return list(active() if callable(active) else active)
+
+
+def adapted_part(model: nn.Module) -> tuple[str, nn.Module | None]:
+    """The name and the module of the part that has the adapters: mostly the model, whose name is empty.
+
+    A `SentenceTransformer` keeps them in the model of its first module, which it saves at the top of a folder.
+    """
+    return next(((name, part) for name, part in model.named_modules() if active_adapters(part)), ("", None))
+
+
+def adapter_files(folder: Path, model: nn.Module) -> dict[str, Path]:
+    """The files of a model's adapters in a checkpoint, by the adapters' names; absent files are left out.
+
+    PEFT keeps the adapter named default at the top and each other one in a folder of its name. transformers keeps the
+    active one of `model.add_adapter` at the top, whatever its name.
+    """
+    if is_peft_model(model):
+        places = {name: folder if name == "default" else folder / name for name in model.peft_config}
+    else:
+        places = dict.fromkeys(active_adapters(model)[:1], folder)
+    found = {
+        name: [place / file for file in ADAPTER_FILES if (place / file).is_file()] for name, place in places.items()
+    }
+    return {name: files[0] for name, files in found.items() if files}
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder that no engine has written holds the weights of a model or of adapters; checkpoints in it apart.
+
+    Args:
+        folder: a checkpoint, or where a model has been saved.
+    """
+    patterns = [pattern for name in WEIGHTS for pattern in (f"**/{name}", f"{name}.index.json")]
+    found = (file.relative_to(folder) for pattern in patterns for file in folder.glob(pattern))
+    return any(not any(part.startswith(PREFIX_CHECKPOINT_DIR) for part in file.parts) for file in found)
+
+
+def tensor_shapes(file: Path) -> dict[str, list[int]]:
+    """The shapes of the tensors in the file of an adapter, by name.
+
+    Raises:
+        SafetensorError: a file of that kind is cut off or damaged.
+    """
+    if file.suffix == ".bin":
+        return {name: list(tensor.shape) for name, tensor in read_adapter(file).items()}
+    with safe_open(file, framework="pt") as tensors:  # reads the header and compares it with the length
+        return {name: list(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+
+
+def read_adapter(file: Path) -> dict[str, Tensor]:
+    """The tensors in the file of an adapter, by name."""
+    if file.suffix == ".bin":
+        return dict(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
+    return load_file(file)
+
+
+def require_savable(model: nn.Module) -> None:
+    """Raise if transformers would save nothing of the adapters that are trained, or fail at it.
+
+    Raises:
+        ValueError: a wrapper is around a part of the model, or several adapters of `model.add_adapter` are active.
+    """
+    require_plain_modules(model)
+    active = active_adapters(model)
+    if not is_peft_model(model) and len(active) > 1:
+        raise ValueError(
+            f"the adapters {active} of model.add_adapter are active at once, which transformers cannot save. Wrap the "
+            "model by peft.get_peft_model instead, add the others to that, and activate them by "
+            f"model.base_model.set_adapter({active})."
+        )
+
+
+def require_pairs_saved(folder: Path, model: nn.Module) -> None:
+    """Raise if A or B of a pair that is trained is missing in what has just been saved, or nothing was.
+
+    Args:
+        folder: where to.
+        model: the model, out of any wrapper of DDP or accelerate.
+
+    Raises:
+        ValueError: the message names the pair, the file and what to do.
+    """
+    lack = find_unsaved(folder, model)
+    if lack is None and adapted_part(model)[1] is not None and not _holds_any(folder):
+        raise ValueError(
+            f"{folder} has no file of an adapter or a model. What was saved cannot restore the adapter that is "
+            "trained; the model itself still has it. Look at the trainer's _save and the model's save_pretrained, "
+            "which have written none."
+        )
+    if lack is None:
+        return
+    wrapper = find_wrapper(model)
+    where = f": {wrapper[0] or 'the model'} is wrapped by {wrapper[1]}" if wrapper else ""
+    raise ValueError(
+        f"{lack}. What was saved cannot restore the adapter that is trained; the model itself still has it. Something "
+        f"has renamed or replaced modules since PEFT made the adapter{where}. Take wrappers off before the training, "
+        "and for activation checkpointing use gradient_checkpointing=True."
+    )
+
+
+def saving_error(folder: Path, model: nn.Module) -> ValueError | None:
+    """The error of `require_pairs_saved`, or of reading the files; `None` if the adapter is in the folder."""
+    try:
+        require_pairs_saved(folder, model)
+    except ValueError as error:
+        return error
+    except Exception as error:  # of any kind: the other ranks must hear of it
+        return ValueError(f"{folder} was saved, but cannot be read ({error}). Look at the disk, and save again.")
+    return None
+
+
+def raise_on_all_ranks(error: ValueError | None) -> None:
+    """Raise the error of the first rank that has one on every rank; all ranks must call it."""
+    from accelerate.utils import gather_object
+
+    message = next(filter(None, gather_object([None if error is None else str(error)])), None)
+    if message is not None:
+        raise ValueError(message)
+
+
+def require_pairs_in_checkpoint(folder: Path, model: nn.Module) -> None:
+    """Raise if A or B of a pair that is trained is missing in the files of a checkpoint.
+
+    Raises:
+        ValueError: the message names the pair, the file and what to do.
+    """
+    lack = find_unsaved(folder, model)
+    if lack is not None:
+        raise ValueError(
+            f"cannot resume from {lack}. The adapter was not saved, or it is the checkpoint of another model. Resume "
+            "from a checkpoint that has it, or start the training again without resume_from_checkpoint."
+        )
+
+
+def find_unsaved(folder: Path, model: nn.Module) -> str | None:
+    """The first factor that is trained and that a file of a folder lacks, and that file; `None` if all are there.
+
+    Files of adapters and those in which FSDP keeps a model count. Only names and shapes are read. A folder without such
+    files, and a model that has no adapter, lack nothing.
+    """
+    place, part = adapted_part(model._modules.get("_orig_mod") or model)
+    files = [] if part is None else list(_files(folder, part, place and f"{place}."))
+    for pair in survey_lora_pairs(part)[0] if part is not None and files else ():
+        holders = [file for file in files if pair.adapter_name in file.adapters]
+        if not holders:
+            return f"{folder} has no file of the adapter {pair.adapter_name!r}"
+        for file in holders:
+            for letter, shape in (("A", pair.shape_A), ("B", pair.shape_B)):
+                names = _names(pair, letter, pair.adapter_name in file.unnamed)
+                found = next((file.shapes[name] for name in names if name in file.shapes), None)
+                if found != list(shape):
+                    return f"{file.path}: {names[-1]} {told(found)} there, but {told(list(shape))} in the model"
+    return None
+
+
+def told(shape: list[int] | None) -> str:
+    """What a message says of a tensor of this shape, or of none."""
+    return "is missing" if shape is None else f"has shape {shape}"
+
+
+class _File(NamedTuple):
+    path: Path
+    shapes: dict[str, list[int]]
+    adapters: Collection[str]
+    """The adapters that the file is to hold."""
+    unnamed: Collection[str]
+    """The adapters whose own names the names of their tensors leave out."""
+
+
+def _holds_any(folder: Path) -> bool:
+    return holds_weights(folder) or any((folder / name).exists() for name in _OF_FSDP)
+
+
+def _files(folder: Path, model: nn.Module, place: str) -> Iterator[_File]:
+    """The files of a model that FSDP names as a part of another, after `place`."""
+    prefix = "" if is_peft_model(model) else PREFIX
+    for adapter, file in adapter_files(folder, model).items():
+        shapes = {name.removeprefix(prefix): shape for name, shape in tensor_shapes(file).items()}
+        yield _File(file, shapes, {adapter}, {adapter})
+    active = active_adapters(model)
+    whole, shards = (folder / name for name in _OF_FSDP)
+    if whole.is_file():
+        yield _File(
+            whole, {name.removeprefix(place): shape for name, shape in tensor_shapes(whole).items()}, active, ()
+        )
+    if shards.is_dir():
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+        entries = FileSystemReader(shards).read_metadata().state_dict_metadata.items()
+        sizes = {name.removeprefix("model."): list(entry.size) for name, entry in entries if hasattr(entry, "size")}
+        shapes = {name.removeprefix(place): size for name, size in sizes.items()}
+        unnamed = {str(model.active_adapter)} if is_peft_model(model) else ()
+        yield _File(shards, shapes, active, unnamed)
+
+
+def _names(pair: LoRAPair, letter: str, is_unnamed: bool) -> list[str]:
+    """The names that a factor may have in a file, the likeliest last."""
+    stem = f"{plain_name(pair.name)}.lora_"
+    is_embedding = pair.adapter_name in pair.layer.lora_embedding_A
+    stem, end = (f"{stem}embedding_{letter}", "") if is_embedding else (f"{stem}{letter}", ".weight")
+    return [f"{stem}.{pair.adapter_name}{end}", *([f"{stem}{end}"] if is_unnamed else [])]

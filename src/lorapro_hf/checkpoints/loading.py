@@ -1,0 +1,195 @@
+"""How does a `Trainer` load the adapters of a checkpoint into the very parameters that its model has?
+
+Loading is saving read backwards. PEFT tells which tensors it would save of an adapter, and under which names. They
+share their memory with the model's parameters, and the values of the file are copied into them. PEFT's own
+`load_adapter` makes new parameters, in float32, of those in bfloat16 and float16, and an optimizer keeps the old ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import Trainer
+
+from lorapro_hf.checkpoints.adapters import (
+    ADAPTER_FILES,
+    PREFIX,
+    active_adapters,
+    adapter_files,
+    holds_weights,
+    read_adapter,
+    tensor_shapes,
+    told,
+)
+from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.factors.pairs import survey_lora_pairs
+from lorapro_hf.utils.text_files import shortened
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+logger = logging.getLogger(__name__)
+
+
+class LoadingMixin(_Base):
+    """The part of `LoRAProTrainerMixin` that loads a model's weights; while LoRA-Pro is off it is the parent."""
+
+    lora_pro_config: LoRAProConfig | None = None
+    loaded_best_checkpoint: str | None
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        """As the parent, but all adapters are loaded, into the parameters that are there."""
+        parent = super()._load_from_checkpoint
+        if not self._loads_adapters(resume_from_checkpoint):
+            parent(resume_from_checkpoint, *args, **kwargs)
+            return
+        if _is_overridden(parent):
+            with left_alone(self.model):
+                parent(resume_from_checkpoint, *args, **kwargs)
+        load_adapters(Path(resume_from_checkpoint), self.model)
+
+    def _load_best_model(self) -> None:
+        """As the parent, but all adapters are loaded, into the parameters that are there; a failure is a warning."""
+        folder, parent = self.state.best_model_checkpoint, super()._load_best_model
+        if not self._loads_adapters(folder):
+            parent()
+            self.loaded_best_checkpoint = folder if self._is_by_engine or holds_weights(Path(folder)) else None
+            return
+        try:
+            if _is_overridden(parent):
+                with left_alone(self.model):
+                    parent()
+            load_adapters(Path(folder), self.model)
+        except Exception as error:  # whatever it is, a training that has come to its end does not fail for it
+            logger.warning(
+                "The best checkpoint could not be loaded: %s\nThe model keeps the weights of its last step, and the "
+                "model card tells of these.",
+                error,
+            )
+            return
+        self.model.eval()  # as the parent leaves it
+        self.loaded_best_checkpoint = folder
+
+    @property
+    def _is_by_engine(self) -> bool:
+        return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
+
+    def _loads_adapters(self, folder: str) -> bool:
+        is_ours = self.lora_pro_config is not None and not self._is_by_engine
+        return is_ours and holds_adapters(Path(folder), self.model)
+
+
+def holds_adapters(folder: Path, model: nn.Module) -> bool:
+    """Whether a model has adapters, and a checkpoint holds some."""
+    return bool(active_adapters(model)) and bool(_places(folder))
+
+
+def require_adapters(folder: Path, model: nn.Module) -> dict[str, Path]:
+    """Raise if a checkpoint of adapters lacks one that is trained, or holds one that does not fit.
+
+    Returns:
+        The files, as of `adapter_files`; none if it is no checkpoint of adapters, or the model has none.
+
+    Raises:
+        ValueError: the message begins with the folder or the file.
+    """
+    files = adapter_files(folder, model)
+    if holds_adapters(folder, model):
+        _require_trained(folder, model, files)
+    for adapter, file in files.items():
+        shapes = tensor_shapes(file)
+        own = {name: list(tensor.shape) for name, tensor in _tensors(model, adapter, shapes.keys()).items()}
+        for name in (*own, *(name for name in shapes if "lora_" in name)):
+            if shapes.get(name) != own.get(name):
+                raise ValueError(
+                    f"{file}: {shortened(name)} {told(shapes.get(name))} in the checkpoint, but "
+                    f"{told(own.get(name))} in the model. It is a checkpoint of another model or rank; resume with the "
+                    "model it was written for."
+                )
+    return files
+
+
+@torch.no_grad()
+def load_adapters(folder: Path, model: nn.Module) -> None:
+    """Load every adapter of a model that a checkpoint holds; which are active, and which train, stays as it is.
+
+    Raises:
+        ValueError: the adapters do not fit. Nothing has been changed then.
+    """
+    contents = {adapter: read_adapter(file) for adapter, file in require_adapters(folder, model).items()}
+    owned = {_address(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())}
+    copies: list[tuple[Tensor, Tensor]] = []
+    for adapter, content in contents.items():
+        for name, tensor in _tensors(model, adapter, content.keys()).items():
+            if _address(tensor) not in owned:
+                raise ValueError(f"{folder}: PEFT saves {name} as a copy, so that it cannot be loaded in place.")
+            copies.append((tensor, content[name]))
+    for tensor, value in copies:
+        tensor.copy_(value)
+
+
+@contextlib.contextmanager
+def left_alone(model: Any) -> Iterator[None]:
+    """Keep a trainer's own way of loading away from the adapters, while it does what else it does."""
+    model.load_adapter = model.set_adapter = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del model.load_adapter, model.set_adapter
+
+
+def _is_overridden(method: Any) -> bool:
+    """Whether a bound method of a trainer is not transformers' own."""
+    return getattr(method, "__func__", None) is not getattr(Trainer, method.__name__)
+
+
+def _tensors(model: nn.Module, adapter: str, names: Collection[str]) -> dict[str, Tensor]:
+    """The parameters that a file of an adapter holds, by their names there.
+
+    Args:
+        model: the model, unwrapped.
+        adapter: the adapter's name.
+        names: the names in the file. Embeddings are among them when the vocabulary has grown.
+    """
+    prefix = "" if isinstance(model, PeftModel) else PREFIX
+
+    def saved(embeddings: bool) -> dict[str, Tensor]:  # never "auto", which may ask the hub
+        state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=embeddings)
+        return {prefix + name: tensor for name, tensor in state.items()}
+
+    found = saved(embeddings=False)
+    if not set(names) <= found.keys():
+        found |= {name: tensor for name, tensor in saved(embeddings=True).items() if name in names}
+    return found
+
+
+def _require_trained(folder: Path, model: nn.Module, files: Collection[str]) -> None:
+    """Raise if a checkpoint holds adapters, but not all that are trained."""
+    missing = sorted({pair.adapter_name for pair in survey_lora_pairs(model)[0]} - set(files))
+    if missing:
+        held = sorted(
+            "default" if place == folder else place.relative_to(folder).as_posix() for place in _places(folder)
+        )
+        raise ValueError(
+            f"{folder}: the model trains the adapter {missing[0]!r}, but the checkpoint holds {held}. Give the adapter "
+            f"the name that it had: get_peft_model(model, config, adapter_name={held[0]!r})."
+        )
+
+
+def _places(folder: Path) -> set[Path]:
+    """The folders of the adapters that a checkpoint holds."""
+    return {file.parent for name in ADAPTER_FILES for file in folder.rglob(name)}  # names may hold slashes
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

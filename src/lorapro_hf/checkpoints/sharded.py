@@ -1,0 +1,83 @@
+"""What does a folder of a distributed checkpoint hold, as FSDP2 writes one for a model and one for an optimizer?"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorapro_hf.utils.unpickling import read_metadata, read_tensors
+
+_METADATA = ".metadata"
+
+
+def shards_flaws(folder: Path) -> Iterator[str]:
+    """What is wrong with the files of a folder: one is missing, cut off, elsewhere, or could run code."""
+    if not (folder / _METADATA).is_file():
+        yield f"{folder.name}/{_METADATA} is missing"
+        return
+    try:
+        metadata = read_metadata(folder / _METADATA)
+        ends: dict[str, int] = {}
+        for info in metadata.storage_data.values():
+            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    except (ValueError, AttributeError, TypeError) as error:
+        yield f"{folder.name}/{_METADATA} is cut off or damaged ({error})"
+        return
+    for name, end in sorted(ends.items()):
+        file = folder / name
+        if Path(name).name != name:  # a file may be a link, as in the cache of the Hub
+            yield f"{folder.name}/.metadata names a file outside of the checkpoint"
+        elif not file.is_file():
+            yield f"{folder.name}/{name} is missing"
+        elif file.stat().st_size < end:
+            yield f"{folder.name}/{name} is cut off"
+    try:
+        read_values(folder, metadata)
+    except (ValueError, AttributeError, TypeError) as error:
+        yield f"{folder.name} is damaged ({error})"
+
+
+def ranks_of_shards(folder: Path) -> int:
+    """How many ranks at least have written into a folder, as the names of its files tell."""
+    found = [re.fullmatch(r"__(\d+)_\d+\.distcp", file.name) for file in folder.iterdir()]
+    return max((int(match[1]) + 1 for match in found if match), default=1)
+
+
+def read_values(folder: Path, metadata: Any) -> dict[str, Any]:
+    """All that a folder holds beside tensors, by name.
+
+    Raises:
+        ValueError: a value could run code. None has been run.
+    """
+    found = {}
+    for index, info in metadata.storage_data.items():
+        if hasattr(metadata.state_dict_metadata[index.fqn], "chunks"):
+            continue
+        with (folder / info.relative_path).open("rb") as file:
+            file.seek(info.offset)
+            found[index.fqn] = read_tensors(io.BytesIO(file.read(info.length)))
+    return found
+
+
+def read_sharded_state(folder: Path) -> dict[str, Any]:
+    """The state of an optimizer as its `state_dict` would be, with tensors that have shapes and dtypes alone.
+
+    Raises:
+        ValueError: the folder holds no state of an optimizer.
+    """
+    metadata = read_metadata(folder / _METADATA)
+    values = read_values(folder, metadata)
+    groups: dict[int, dict[str, Any]] = {}
+    state: dict[str, dict[str, Any]] = {}
+    for name, (_, kind, key, entry) in metadata.planner_data.items():
+        if kind == "param_groups":
+            groups.setdefault(key, {})[entry] = values[name]
+        else:
+            known = metadata.state_dict_metadata[name]
+            state.setdefault(key, {})[entry] = torch.empty(known.size, dtype=known.properties.dtype, device="meta")
+    return {"state": state, "param_groups": [groups[number] for number in sorted(groups)]}

@@ -1,0 +1,1 @@
+"""What does each command of `lorapro` do?"""

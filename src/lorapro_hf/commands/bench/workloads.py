@@ -1,0 +1,146 @@
+"""Which factors and gradients does a benchmark step work on?
+
+A PEFT model with the layers of a real one, but base weights that take no memory: the optimizers look at factors and
+gradients only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from lorapro_hf.commands.bench.settings import DTYPES, ModelShapes
+
+ALPHA = 16
+_GRADIENT = 1e-3
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Factor pairs of some blocks of a model.
+
+    Args:
+        name: What the tables call it.
+        block: Name, m and n of the linear layers of one block.
+        layers: Number of blocks.
+        rank: Rank of the factors.
+        dtype: `fp32` or `bf16`.
+        whole: Whether these are all blocks of the model.
+    """
+
+    name: str
+    block: tuple[tuple[str, int, int], ...]
+    layers: int
+    rank: int
+    dtype: str
+    whole: bool = True
+
+    @classmethod
+    def of(cls, model: ModelShapes, rank: int, dtype: str, layers: int | None = None) -> Workload:
+        """All blocks of a model, or the given number of them."""
+        count = model.layers if layers is None else layers
+        return cls(model.name, model.block, count, rank, dtype, count == model.layers)
+
+    @property
+    def elements(self) -> int:
+        """Elements of all adapted weights."""
+        return self.layers * sum(m * n for _, m, n in self.block)
+
+    @property
+    def factor_elements(self) -> int:
+        """Elements of all factors."""
+        return self.layers * sum((m + n) * self.rank for _, m, n in self.block)
+
+    @property
+    def pairs(self) -> int:
+        """Number of factor pairs."""
+        return self.layers * len(self.block)
+
+    @property
+    def dense_shapes(self) -> set[tuple[int, int]]:
+        """Shapes m × n, n × m and m × m that no temporary of a step should have."""
+        return {shape for _, m, n in self.block for shape in ((m, n), (n, m), (m, m))}
+
+
+class _Block(nn.Module):
+    def __init__(self, block: Sequence[tuple[str, int, int]]) -> None:
+        super().__init__()
+        for name, m, n in block:
+            layer = nn.Linear(n, m, bias=False, device="meta")
+            # one element seen as a whole matrix; on the meta device PEFT would leave the factors there as well
+            layer.weight = nn.Parameter(torch.zeros(1).expand(m, n), requires_grad=False)
+            self.add_module(name, layer)
+
+
+class _Skeleton(nn.Module):
+    def __init__(self, workload: Workload) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_Block(workload.block) for _ in range(workload.layers))
+
+
+class Task:
+    """A model whose factors have gradients, and a way to give it the same gradients before every step.
+
+    Args:
+        workload: What to build.
+        device: Where the factors are.
+        seed: Decides them; all tasks of one seed are alike.
+    """
+
+    def __init__(self, workload: Workload, device: torch.device, seed: int = 0) -> None:
+        self.workload = workload
+        names = [name for name, _, _ in workload.block]
+        # rank and alpha equal in every layer; the scaling is 2 at rank 8
+        config = LoraConfig(r=workload.rank, lora_alpha=ALPHA, target_modules=names)
+        self.model: PeftModel = get_peft_model(
+            _Skeleton(workload), config, low_cpu_mem_usage=True, autocast_adapter_dtype=False
+        )
+        generator = torch.Generator().manual_seed(seed)
+        dtype: torch.dtype = getattr(torch, DTYPES[workload.dtype])
+
+        def values(m: int, n: int, scale: float) -> Tensor:
+            return (torch.randn(m, n, generator=generator) * scale).to(device, dtype)
+
+        # Drawn for one block: all blocks have the same values, which costs an optimizer as much as other values would.
+        self._factors = {name: (values(workload.rank, n, n**-0.5), values(m, workload.rank, 0.02)) for name, m, n in
+                         workload.block}  # fmt: skip
+        self._gradients = {
+            name: (values(workload.rank, n, _GRADIENT), values(m, workload.rank, _GRADIENT))
+            for name, m, n in workload.block
+        }
+        self.factors: list[nn.Parameter] = []
+        self._sources: list[Tensor] = []
+        for path, layer in self.model.named_modules():
+            if isinstance(layer, LoraLayer):
+                self._fill(path.rsplit(".", 1)[-1], layer)
+
+    def _fill(self, name: str, layer: LoraLayer) -> None:
+        for module, value, gradient in zip(
+            (layer.lora_A["default"], layer.lora_B["default"]), self._factors[name], self._gradients[name], strict=True
+        ):
+            module.weight = nn.Parameter(value.clone())
+            module.weight.grad = gradient.clone()
+            self.factors.append(module.weight)
+            self._sources.append(gradient)
+
+    @property
+    def rank(self) -> int:
+        """Rank of all factors."""
+        return self.workload.rank
+
+    @property
+    def base_is_small(self) -> bool:
+        """Whether no base weight takes memory of its own size."""
+        frozen = [p for p in self.model.parameters() if not any(p is factor for factor in self.factors)]
+        return all(p.untyped_storage().nbytes() <= 4 for p in frozen)
+
+    def restore_gradients(self) -> None:
+        """Write the gradients anew, as a backward would: some optimizers overwrite them."""
+        gradients = [factor.grad for factor in self.factors if factor.grad is not None]
+        with torch.no_grad():
+            torch._foreach_copy_(gradients, self._sources)

@@ -1,0 +1,121 @@
+"""Which runs does a comparison consist of, and what tells two of them apart?"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lorapro_hf
+from lorapro_hf.commands.compare.methods import Method
+from lorapro_hf.commands.compare.settings import CompareSettings, TaskSettings
+
+_LIBRARIES = ("torch", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Args:
+        task: What is trained.
+        rank: Of the adapter. Full fine-tuning has none, and its run serves every rank.
+        method: How it is trained.
+        learning_rate: The highest of its schedule.
+        seed: Decides order, initial values and dropout.
+        key: A hash of everything that decides how it ends.
+    """
+
+    task: TaskSettings
+    rank: int | None
+    method: Method
+    learning_rate: float
+    seed: int
+    key: str
+
+    @property
+    def title(self) -> str:
+        """A line that says which it is."""
+        return f"{self.subject}, {self.setting}"
+
+    @property
+    def subject(self) -> str:
+        """Task, rank and method."""
+        rank = "" if self.rank is None else f" r={self.rank}"
+        return f"{self.task.name}{rank}: {self.method.title}"
+
+    @property
+    def setting(self) -> str:
+        """Learning rate and seed."""
+        return f"lr {self.learning_rate:g}, seed {self.seed}"
+
+    def entry(self) -> dict[str, Any]:
+        """What identifies it in `sweep.json` and in its own line."""
+        return {
+            "key": self.key,
+            "task": self.task.name,
+            "rank": self.rank,
+            "method": self.method.name,
+            "learning_rate": self.learning_rate,
+            "seed": self.seed,
+        }
+
+
+def plan(settings: CompareSettings) -> list[Run]:
+    """All runs, in the order in which they are trained.
+
+    Within a task the seeds are outermost, so that the methods take turns: other work on the machine is less likely
+    to meet one of them alone, and a comparison that is stopped has whole seeds.
+
+    Methods that differ in name alone have runs of the same key, which need be trained once.
+    """
+    versions = {method.name: code_versions(method) for method in settings.methods}
+    runs = []
+    for task in settings.tasks:
+        for seed in settings.seeds:
+            for method in settings.methods:
+                for rank in task.ranks if method.adapter is not None else (None,):
+                    for rate in task.learning_rates.get(method.name, method.learning_rates):
+                        decisive = {
+                            "task": task.decides(),
+                            "method": method.decides(),
+                            "rank": rank,
+                            "learning_rate": rate,
+                            "seed": seed,
+                            "versions": versions[method.name],
+                            **settings.decides(),
+                        }
+                        runs.append(Run(task, rank, method, rate, seed, digest(decisive)))
+    return runs
+
+
+def code_versions(method: Method) -> dict[str, str]:
+    """Versions of the code that runs of a method are made with; another version means other runs."""
+    packages = [] if method.package is None else [method.package]
+    return {
+        "lorapro_hf": lorapro_hf.__version__,
+        "python": platform.python_version(),  # its library is what the built-in texts are from
+        **{name: importlib.metadata.version(name) for name in (*_LIBRARIES, *packages)},
+    }
+
+
+@cache
+def source_hash() -> str:
+    """Twelve hexadecimal digits that stand for the files of this package, as they were when first asked for."""
+    root = Path(lorapro_hf.__file__).parent
+    found = hashlib.sha256()
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            found.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()[:12]
+
+
+def digest(value: Any) -> str:
+    """Sixteen hexadecimal digits that stand for plain values."""
+    text = json.dumps(value, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,116 @@
+"""What does a training need to know of a task?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from lorapro_hf.commands.compare.plan import digest
+from lorapro_hf.commands.compare.settings import TaskSettings
+
+Features = Mapping[str, Any]
+Batch = dict[str, Tensor]
+IGNORED = -100
+
+
+@dataclass
+class Task:
+    """A task that is loaded. Held-out examples are in two sets: one decides on the learning rate, one is reported.
+
+    Args:
+        settings: What it was loaded from.
+        model: The pretrained model, never trained: each run trains a copy.
+        head: Name of the part that every method trains in full; `None` if there is none.
+        sets: Examples `"train"`, `"validation"` and `"test"`.
+        collate: Makes a batch of some examples.
+        loss_of: The loss of a model on a batch, and how many targets it is the mean of.
+        measure: Further metrics of a model on the test set, given its loss there.
+        metrics: Names of all metrics, the deciding one first, and whether more is better.
+    """
+
+    settings: TaskSettings
+    model: Any
+    head: str | None
+    sets: Mapping[str, Sequence[Features]]
+    collate: Callable[[list[Features]], Batch]
+    loss_of: Callable[[Any, Batch], tuple[Tensor, int]]
+    measure: Callable[[Any], Mapping[str, float]]
+    metrics: Mapping[str, bool]
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of all examples of all sets, targets included: equal for runs on the same data."""
+        content = {
+            name: [[list(example["input_ids"]), _plain(example.get("labels"))] for example in examples]
+            for name, examples in self.sets.items()
+        }
+        return digest(content)
+
+    def head_of(self, model: nn.Module) -> nn.Module | None:
+        """The part of `model` that every method trains in full."""
+        return None if self.head is None else model.get_submodule(self.head)
+
+    @torch.no_grad()
+    def loss(self, model: Any, which: str) -> float:
+        """The mean loss over the targets of a set; `model` is in evaluation mode."""
+        total, count = 0.0, 0
+        for batch in self.batches(which):
+            loss, targets = self.loss_of(model, to_device(batch, model))
+            total += float(loss) * targets
+            count += targets
+        return total / count
+
+    def score(self, model: Any) -> dict[str, dict[str, float]]:
+        """The loss on the validation set, and all metrics on the test set; `model` is left in evaluation mode."""
+        model.eval()
+        test = {"loss": self.loss(model, "test")}
+        with torch.no_grad():
+            test.update(self.measure(model))
+        return {"validation": {"loss": self.loss(model, "validation")}, "test": test}
+
+    def batches(self, which: str) -> Iterator[Batch]:
+        """The examples of a set in batches of similar lengths."""
+        examples = sorted(self.sets[which], key=lambda example: len(example["input_ids"]))
+        size = 2 * self.settings.batch_size  # there are no gradients to keep
+        for start in range(0, len(examples), size):
+            yield self.collate(list(examples[start : start + size]))
+
+    def order(self, seed: int) -> list[list[int]]:
+        """The indices of the training examples of each step: the same for all methods with the same seed."""
+        generator = torch.Generator().manual_seed(seed)
+        wanted = self.settings.steps * self.settings.batch_size
+        indices: list[int] = []
+        while len(indices) < wanted:
+            indices += torch.randperm(len(self.sets["train"]), generator=generator).tolist()
+        size = self.settings.batch_size
+        return [indices[start : start + size] for start in range(0, wanted, size)]
+
+
+def _plain(labels: Any) -> Any:
+    return list(labels) if isinstance(labels, Sequence) else labels
+
+
+def to_device(batch: Batch, model: Any) -> Batch:
+    """The batch where the model is."""
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+
+def language_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
+    """The mean loss of the next tokens that count, and how many they are.
+
+    The vocabulary's scores are computed only at places where some example of the batch has a token that counts: with a
+    small model and a large vocabulary they are most of the work.
+    """
+    targets = batch["labels"][:, 1:]
+    counts = targets != IGNORED
+    places = counts.any(dim=0).nonzero().squeeze(1)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    logits = model(**inputs, logits_to_keep=places).logits
+    loss = cross_entropy(logits.flatten(0, 1).float(), targets[:, places].flatten(), ignore_index=IGNORED)
+    return loss, int(counts.sum())

@@ -1,0 +1,171 @@
+"""Which texts are there without a network, and how are others loaded?"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import random
+import re
+import sysconfig
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from datasets.exceptions import DatasetsError
+
+from lorapro_hf.commands.compare.settings import TaskSettings
+from lorapro_hf.commands.demo.settings import is_missing_path
+from lorapro_hf.options import UsageError
+from lorapro_hf.recipes.cells import complete_rows, require_plain, with_texts
+from lorapro_hf.recipes.files import KINDS, fault_in, read_file, read_named
+
+_SETS = ("validation", "test", "train")
+# No programs and tests, and nothing that only some versions of Python have.
+_LEFT_OUT = {"test", "tests", "idlelib", "idle_test", "turtledemo", "lib2to3", "distutils", "ensurepip"}
+_LEFT_OUT |= {"site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
+_SHORTEST_DOCSTRING = 40  # characters
+# Those with the most docstrings, out of what every installation and every supported version of Python has.
+PACKAGES = (
+    *("asyncio", "importlib", "email", "logging", "xml", "multiprocessing", "unittest", "http", "mailbox", "urllib"),
+    *("tarfile", "inspect", "ipaddress", "typing", "pydoc", "pathlib", "threading", "doctest", "imaplib", "wsgiref"),
+    *("enum", "xmlrpc", "statistics", "pdb", "zipfile", "bdb"),
+)
+
+
+def standard_modules() -> list[tuple[str, Path]]:
+    """The source files of Python's standard library, each with the package (or module) it belongs to."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        package = parts[0].removesuffix(".py")
+        if not (_LEFT_OUT & set(parts) or package.startswith("_") or "-" in package):
+            found.append((package, path))
+    return found
+
+
+def library_code(seed: int) -> dict[str, Iterator[str]]:
+    """The sources of the standard library; a package is in one set as a whole.
+
+    Args:
+        seed: Decides on the sets and on the order.
+
+    Returns:
+        Texts by set, the files in random order.
+    """
+    by_set: dict[str, list[Path]] = defaultdict(list)
+    for package, path in standard_modules():
+        by_set[_set_of(f"{seed} {package}")].append(path)
+    for paths in by_set.values():
+        random.Random(seed).shuffle(paths)
+    return {name: (path.read_text(encoding="utf-8", errors="ignore") for path in by_set[name]) for name in _SETS}
+
+
+def docstrings(classes: int, seed: int) -> dict[str, list[tuple[str, str]]]:
+    """Docstrings of classes and functions with the package that they are from, whose name is masked in them.
+
+    A text that stands in two packages is in none; one that stands in a package twice counts once.
+
+    Args:
+        classes: How many packages, the first of `PACKAGES`.
+        seed: Decides on the sets and on the order.
+
+    Returns:
+        Pairs of text and package by set. In each set the packages take turns as long as they last.
+
+    Raises:
+        UsageError: for more packages than there are.
+    """
+    if classes > len(PACKAGES):
+        raise UsageError(f"classes={classes} is more than the {len(PACKAGES)} packages with many docstrings.")
+    chosen = PACKAGES[:classes]
+    owners: dict[str, dict[str, None]] = defaultdict(dict)
+    for package, path in standard_modules():
+        if package in chosen:
+            for text in _docstrings_of(path):
+                owners[text][package] = None
+    by_set: dict[str, dict[str, list[tuple[str, str]]]] = {name: defaultdict(list) for name in _SETS}
+    for text, packages in owners.items():
+        package, *others = packages
+        if not others:
+            masked = re.sub(rf"\b{re.escape(package)}\b", "module", text, flags=re.IGNORECASE)
+            by_set[_set_of(f"{seed} {text}")][package].append((masked, package))
+    return {name: _in_turns(groups.values(), seed) for name, groups in by_set.items()}
+
+
+def _docstrings_of(path: Path) -> Iterator[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the parser to whoever wrote the file
+        tree = ast.parse(path.read_text(encoding="utf-8", errors="ignore"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = " ".join((ast.get_docstring(node) or "").split())
+            if len(text) >= _SHORTEST_DOCSTRING:
+                yield text
+
+
+def _in_turns(groups: Iterable[list[tuple[str, str]]], seed: int) -> list[tuple[str, str]]:
+    shuffled = [random.Random(seed).sample(group, len(group)) for group in groups]
+    longest = max((len(group) for group in shuffled), default=0)
+    return [group[place] for place in range(longest) for group in shuffled if place < len(group)]
+
+
+def _set_of(text: str) -> str:
+    """A tenth and a half of what is hashed is for validation, as much for the test, the rest for training."""
+    part = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 20
+    return "validation" if part < 3 else "test" if part < 6 else "train"
+
+
+def table(settings: TaskSettings, columns: tuple[str, ...]) -> dict[str, Dataset]:
+    """The sets of a dataset by name, shuffled; what it does not hold out is taken from its training set.
+
+    Args:
+        settings: Say which dataset.
+        columns: That of the texts, and that of the labels if it is used; rows that are blank there are left out.
+
+    Raises:
+        UsageError: if there is no such dataset, a column is missing, or a cell holds something else than text.
+    """
+    data = _load(settings)
+    parts: dict[str, Any] = dict(data) if isinstance(data, DatasetDict) else {"train": data}
+    first = "train" if "train" in parts else next(iter(parts))
+    parts = {name: part for name, part in parts.items() if name in (first, "validation", "test")}
+    for name, part in parts.items():
+        if not set(columns) <= set(part.column_names):
+            raise UsageError(
+                f"The dataset {settings.dataset!r} has the columns {part.column_names}; the task {settings.name} needs "
+                f"{list(columns)}. Name yours with text_column and label_column."
+            )
+        where = f"the {name} set of {settings.dataset!r}"
+        for column in columns[1:]:
+            require_plain(part, column, where, scalars=True)
+        parts[name] = with_texts(complete_rows(part, columns[1:], where), columns[:1], where)
+    train = parts.pop(first).shuffle(seed=settings.data_seed)
+    found: dict[str, Any] = {}
+    for name, wanted in (("validation", settings.validation_size), ("test", settings.test_size)):
+        if name in parts:
+            found[name] = parts[name].shuffle(seed=settings.data_seed)
+        else:
+            size = min(wanted, len(train) // 3)
+            found[name], train = train.select(range(size)), train.select(range(size, len(train)))
+    return {**found, "train": train}
+
+
+def _load(settings: TaskSettings) -> Dataset | DatasetDict:
+    name = str(settings.dataset)
+    if is_missing_path(name, tuple(KINDS)):
+        raise UsageError(f"There is no file or folder {name!r}; check the dataset of the task {settings.name}.")
+    if Path(name).is_file():
+        return read_file(name, f"The task {settings.name}: dataset")
+    try:
+        return read_named(name, settings.dataset_config)
+    except UsageError:
+        raise
+    except (DatasetsError, OSError, ValueError, StopIteration) as error:
+        raise UsageError(
+            f"Cannot load the dataset {name!r} of the task {settings.name}: {fault_in(name, error)}\nGive a hub name, "
+            "with dataset_config if it has several configurations, or a local folder or file."
+        ) from error

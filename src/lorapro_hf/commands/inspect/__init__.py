@@ -1,0 +1,18 @@
+"""What would LoRA-Pro make of a model: what can it train, what not and why, and what would each mode cost?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lorapro_hf.commands.inspect.model import inspect_model
+
+__all__ = ["inspect_model"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from lorapro_hf.commands.inspect.model import inspect_model  # takes seconds, which the command line has not
+
+    return inspect_model

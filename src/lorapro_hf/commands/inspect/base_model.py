@@ -1,0 +1,63 @@
+"""Which model does a configuration describe? Built without weights and without memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from lorapro_hf.commands.inspect.tasks import TASKS
+from lorapro_hf.options import UsageError
+from lorapro_hf.utils.private_names import private
+
+
+def base_on_meta(
+    name: str, task: str | None, *, trust_remote_code: bool = False, revision: str | None = None
+) -> tuple[PreTrainedModel, str]:
+    """The model that a configuration describes, without weights or memory, and the task.
+
+    Args:
+        name: a folder with a `config.json`, or a name on the Hub.
+        task: a key of `TASKS`; `None` for that of the class which the configuration names.
+        trust_remote_code: run code that comes with the model.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        UsageError: there is no such configuration, or no such model for the task.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise UsageError(f"cannot read the configuration of {name}: {error}") from error
+    task = task or _task_of(config, name)
+    dtype = getattr(config, "dtype", None)
+    auto_class = getattr(transformers, TASKS[task].auto_class)
+    try:
+        with torch.device("meta"):
+            model = auto_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (ValueError, ImportError, RuntimeError, AttributeError) as error:
+        raise UsageError(f"cannot build {name} for the task {task}: {error}") from error
+    return model, task
+
+
+def head_of(model: PreTrainedModel, task: str) -> list[str]:
+    """The layers that a task adds and that are trained whole, where PEFT does not see to that by itself."""
+    return ["classifier"] if task == "image-classification" and hasattr(model, "classifier") else []
+
+
+def _task_of(config: PretrainedConfig, name: str) -> str:
+    named = [*(getattr(config, "architectures", None) or [])]
+    for task, (auto_class, _) in TASKS.items():
+        # public names for these mappings come and go between versions of transformers
+        mapping: Any = private(getattr(transformers, auto_class), "_model_mapping")
+        classes = mapping.get(type(config), ())
+        classes = classes if isinstance(classes, tuple | list) else (classes,)
+        if any(each.__name__ in named for each in classes):
+            return task
+    listed = ", ".join(TASKS)
+    raise UsageError(
+        f"{name}: its config.json names {named or 'no architecture'}, which does not tell the task. Add --task, one of "
+        f"{listed}."
+    )

@@ -1,0 +1,71 @@
+"""What does a checkpoint of a training hold, and can a training go on from it?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lorapro_hf.checkpoints.engines import DDP, ONE_PROCESS, written_by
+from lorapro_hf.checkpoints.files import OPTIMIZER, STATE, read_optimizer_state
+from lorapro_hf.checkpoints.manifest import MANIFEST
+from lorapro_hf.checkpoints.resume import find_flaw, require_same_training
+from lorapro_hf.commands.inspect.report import ENGINE, Checkpoint
+
+
+def read_checkpoints(folders: Sequence[Path]) -> list[Checkpoint]:
+    """Several, the newest first; as resuming does, it reads whole files as far as the first complete one."""
+    found: list[Checkpoint] = []
+    for folder in folders:
+        found.append(read_checkpoint(folder, checksums=all(each.flaw is not None for each in found)))
+    return found
+
+
+def read_checkpoint(folder: Path, checksums: bool = True) -> Checkpoint:
+    """What a checkpoint folder of a `Trainer` holds, and whether it is complete and of one save."""
+    by_engine = not {ONE_PROCESS, DDP}.issuperset(written_by(folder))
+    known: dict[str, Any] = {"folder": str(folder), "flaw": find_flaw(folder, checksums)}
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        known |= {"step": state["global_step"], "max_steps": state.get("max_steps"), "epoch": state.get("epoch")}
+    known["has_manifest"] = (folder / MANIFEST).is_file()
+    states = len(list(folder.glob("rng_state*.pth")))
+    known["processes"] = states or None
+    if by_engine:
+        known["optimizer"] = ENGINE
+    with suppress(OSError, ValueError):  # there is none, or the flaw says what is wrong with it
+        known |= _optimizer(folder / OPTIMIZER)
+    return Checkpoint(**known)
+
+
+def compared(checkpoint: Checkpoint, model: Any) -> Checkpoint:
+    """The checkpoint, with a flaw if resuming would refuse its adapters for this model."""
+    if checkpoint.flaw is not None or checkpoint.optimizer == ENGINE:
+        return checkpoint
+    try:
+        require_same_training(Path(checkpoint.folder), None, model)
+    except ValueError as error:
+        return replace(checkpoint, flaw=str(error).removeprefix("cannot resume from "))
+    return checkpoint
+
+
+def _optimizer(file: Path) -> dict[str, Any]:
+    state = read_optimizer_state(file)
+    group = state["param_groups"][0]
+    settings = {"learning_rate": float(group["lr"])}
+    kind = "another optimizer"
+    if "lora_pro_mode" in group:
+        kind = "LoRA-Pro"
+        settings |= {
+            "mode": group["lora_pro_mode"],
+            "moments_dtype": group.get("moments_dtype", "float32"),
+            "master_factors": bool(group.get("master_factors")),
+        }
+    return {
+        "optimizer": kind,
+        "settings": settings,
+        "stepped_tensors": len(state["state"]),
+    }

@@ -1,0 +1,245 @@
+"""What is in a model that is there, in memory or on the meta device?"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from lorapro_hf.commands.inspect.costs import mode_costs
+from lorapro_hf.commands.inspect.report import Adapter, Base, Ordinary, PairGroup, Report, Unsupported
+from lorapro_hf.factors.pairs import LoRAPair, Refusal, survey_lora_pairs
+from lorapro_hf.optim.state import dense_shape
+
+PREFIX = "base_model.model."  # which PEFT's wrappers put before every name
+_OPTIONS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters")
+
+
+def inspect_model(model: nn.Module, *, ranks: int = 1, source: str | None = None, base: Base | None = None) -> Report:
+    """What LoRA-Pro would make of a model: pairs, other trainable parameters, what it refuses, and costs by mode.
+
+    Nothing is changed or allocated; the model may be on the meta device.
+
+    Args:
+        model: a `PeftModel`, or any module that holds PEFT layers.
+        ranks: how many processes would share the pairs out.
+        source: how the report names it; by default its class.
+        base: what is known of the base model where this model only has layers of its sizes.
+
+    Raises:
+        TypeError: `model` is no module.
+        ValueError: `ranks` is not at least 1.
+    """
+    if ranks < 1:
+        raise ValueError(f"ranks={ranks} must be at least 1.")
+    pairs, refusals = survey_lora_pairs(model)
+    base = base or _base(model)
+    ordinary = _ordinary(model, pairs, refusals) if pairs else []
+    factors = [factor for pair in pairs for factor in (pair.A, pair.B)]
+    loaded = any(parameter.device.type != "meta" for parameter in model.parameters())
+    report: dict[str, Any] = {}
+    if pairs:
+        own = [*factors, *(parameter for _, parameter in ordinary)]
+        weights = 0 if loaded else None if base.bytes is None else base.bytes + _bytes(own)
+        adapted = sum(torch.Size(dense_shape(pair)).numel() for pair in pairs)
+        report["costs"], report["memory"] = mode_costs(
+            pairs, [p for _, p in ordinary], parameters=base.parameters or adapted, weights=weights, ranks=ranks
+        )
+    return Report(
+        source=source or type(model).__name__,
+        base=base,
+        adapters=adapters_of(model),
+        pairs=_grouped(pairs),
+        pair_parameters=sum(factor.numel() for factor in factors),
+        ordinary=_by_kind(ordinary),
+        unsupported=_reasons(refusals),
+        ranks=ranks,
+        loaded=loaded,
+        notes=_notes(pairs),
+        **report,
+    )
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    """The model without PEFT's wrappers, which has the configuration."""
+    found = getattr(model, "get_base_model", None)
+    return found() if callable(found) else model
+
+
+def _base(model: nn.Module) -> Base:
+    inner = without_adapters(model)
+    config = getattr(inner, "config", None)
+    of_adapters = {id(parameter) for _, parameter in _adapter_parameters(model)}
+    own = [parameter for parameter in model.parameters() if id(parameter) not in of_adapters]
+    quantization = getattr(config, "quantization_config", None)
+    is_packed = quantization is not None or any(hasattr(parameter, "quant_state") for parameter in own)
+    on_meta = any(parameter.device.type == "meta" for parameter in own)
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in own:
+        sizes[parameter.dtype] += parameter.numel() * parameter.dtype.is_floating_point
+    dtype = sizes.most_common(1)[0][0] if sizes else None
+    return Base(
+        model_class=type(inner).__name__,
+        name=getattr(config, "name_or_path", None) or getattr(inner, "name_or_path", None) or None,
+        parameters=sum(map(_elements, own)),
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        bytes=None if is_packed and on_meta else _bytes(own),
+        quantization=None if not is_packed else _quantization(quantization),
+    )
+
+
+def _elements(parameter: Tensor) -> int:
+    """How many weights there are: bitsandbytes packs two of 4 bits into a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    shape = getattr(packed, "shape", None) or getattr(parameter, "ds_shape", None)
+    return parameter.numel() if shape is None else torch.Size(shape).numel()
+
+
+def _quantization(settings: Any) -> str:
+    if settings is None:
+        return "4 bits (bitsandbytes)"
+    known = settings if isinstance(settings, dict) else settings.to_dict()
+    method = known.get("quant_method", "unknown method")
+    method = str(getattr(method, "value", method))
+    bits = 4 if known.get("load_in_4bit") else 8 if known.get("load_in_8bit") else known.get("bits")
+    kind = f", {known['bnb_4bit_quant_type']}" if known.get("load_in_4bit") else ""
+    return f"{bits} bits ({method}{kind})" if bits else method
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _tuner_layers(model: nn.Module) -> list[tuple[str, BaseTunerLayer]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _of_adapter(layer: BaseTunerLayer) -> list[tuple[str, Any]]:
+    """Each adapter's name and its modules or parameters in a layer."""
+    holders = [getattr(layer, name, None) for name in (*layer.adapter_layer_names, "lora_magnitude_vector")]
+    return [
+        (str(name), held) for holder in holders if holder is not None and hasattr(holder, "keys")
+        for name, held in holder.items()
+    ]  # fmt: skip
+
+
+def _adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """All parameters that adapters have brought, with the adapter's name."""
+    found = []
+    for _, layer in _tuner_layers(model):
+        for name, held in _of_adapter(layer):
+            found += [(name, p) for p in (held.parameters() if isinstance(held, nn.Module) else [held])]
+    for module in model.modules():
+        copies = getattr(module, "modules_to_save", None)
+        if isinstance(copies, nn.ModuleDict):
+            found += [(name, p) for name, copy in copies.items() for p in copy.parameters()]
+    return [(name, p) for name, p in found if isinstance(p, nn.Parameter)]
+
+
+def adapters_of(model: nn.Module) -> list[Adapter]:
+    """All adapters of a model."""
+    layers: dict[str, list[BaseTunerLayer]] = {name: [] for name in getattr(model, "peft_config", None) or {}}
+    for _, layer in _tuner_layers(model):
+        for name in dict.fromkeys(name for name, _ in _of_adapter(layer)):
+            layers.setdefault(name, []).append(layer)
+    trainable = {name for name, parameter in _adapter_parameters(model) if parameter.requires_grad}
+    return [_adapter(name, own, name in trainable, model) for name, own in layers.items()]
+
+
+def _adapter(name: str, layers: list[BaseTunerLayer], trainable: bool, model: nn.Module) -> Adapter:
+    config = (getattr(model, "peft_config", None) or {}).get(name)
+    kind = getattr(config, "peft_type", None) or ("LORA" if any(isinstance(x, LoraLayer) for x in layers) else None)
+    targets = getattr(config, "target_modules", None) or []
+    active = any(name in layer.active_adapters and not layer.disable_adapters for layer in layers)
+    return Adapter(
+        name=name,
+        kind=str(getattr(kind, "value", kind)),
+        layers=len(layers),
+        active=active if layers else name in _active_names(model),
+        trainable=trainable,
+        merged=any(name in layer.merged_adapters for layer in layers),
+        rank=getattr(config, "r", None),
+        alpha=getattr(config, "lora_alpha", None),
+        targets=[targets] if isinstance(targets, str) else sorted(targets),
+        options=[_option(option, value) for option in _OPTIONS if (value := getattr(config, option, None))],
+    )
+
+
+def _option(name: str, value: Any) -> str:
+    if value is True:
+        return name
+    return f"{name}={dict(value) if isinstance(value, dict) else sorted(map(str, value))}"
+
+
+def _active_names(model: nn.Module) -> list[str]:
+    found = getattr(model, "active_adapters", [])
+    found = found() if callable(found) else found  # a method in models that took their adapter without PEFT
+    return list(found)
+
+
+def _grouped(pairs: list[LoRAPair]) -> list[PairGroup]:
+    groups: dict[tuple[str, int, int, int, int, float, str], list[str]] = {}
+    for pair in pairs:
+        r, n = pair.matrix_A(torch.empty(pair.shape_A, device="meta")).shape[-2:]
+        m = pair.matrix_B(torch.empty(pair.shape_B, device="meta")).shape[-2]
+        dtype = str(torch.promote_types(pair.A.dtype, pair.B.dtype)).removeprefix("torch.")
+        key = (_kind(pair.layer), m, n, r, pair.batch, pair.scaling, dtype)
+        several = len(pair.layer.lora_A) + len(pair.layer.lora_embedding_A) > 1
+        groups.setdefault(key, []).append(f"{pair.name} ({pair.adapter_name})" if several else pair.name)
+    return [PairGroup(*key, names) for key, names in groups.items()]
+
+
+def _kind(layer: Any) -> str:
+    """The class of the adapted layer, or the parameter of a module."""
+    parameter = getattr(layer, "parameter_name", None)
+    return type(layer.get_base_layer()).__name__ + (f".{parameter}" if parameter and parameter != "weight" else "")
+
+
+def _ordinary(model: nn.Module, pairs: list[LoRAPair], refusals: list[Refusal]) -> list[tuple[str, nn.Parameter]]:
+    """Trainable parameters of no pair, with the names of the model; not the factors of layers that are refused."""
+    of_pairs = {id(p) for pair in pairs for p in (pair.A, pair.B, *pair.tied_parameters)}
+    refused = tuple(f"{refusal.name}." for refusal in refusals if refusal.name)
+    return [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        and id(parameter) not in of_pairs
+        and not (name.startswith(refused) and "lora_" in name.rpartition(".base_layer.")[2])
+    ]
+
+
+def _by_kind(named: list[tuple[str, nn.Parameter]]) -> list[Ordinary]:
+    groups: dict[str, list[int]] = {}
+    for name, parameter in named:
+        kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removeprefix(PREFIX))
+        if ".lora_magnitude_vector." in kind:
+            kind = "*.lora_magnitude_vector (DoRA)"
+        groups.setdefault(kind, []).append(parameter.numel())
+    return [Ordinary(name, len(sizes), sum(sizes)) for name, sizes in groups.items()]
+
+
+def _reasons(refusals: list[Refusal]) -> list[Unsupported]:
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name, kind, error in refusals:
+        reason = str(error)
+        for opening in (f"{name} ({kind}): ", f"{name}: ") if name else ():
+            reason = reason.removeprefix(opening)
+        groups.setdefault((reason, kind), []).extend([name] if name else [])
+    return [Unsupported(reason, kind, names) for (reason, kind), names in groups.items()]
+
+
+def _notes(pairs: list[LoRAPair]) -> list[str]:
+    tied = sum(len(pair.tied_parameters) // 2 for pair in pairs)
+    notes = [f"{tied} more layers share the factors of another and count as one pair with it."] if tied else []
+    if any(min(pair.A.element_size(), pair.B.element_size()) < 4 for pair in pairs):
+        notes.append(
+            "Factors in 16 bits lose small steps: set lora_pro_master_factors (LoRAProConfig(master_factors=True)), "
+            "which keeps float32 copies, 4 bytes more for each element of a factor."
+        )
+    return notes

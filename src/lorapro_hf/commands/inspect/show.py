@@ -1,0 +1,270 @@
+"""How does a report look: tables on a terminal, aligned text elsewhere?"""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from lorapro_hf.checkpoints.manifest import MANIFEST
+from lorapro_hf.checkpoints.resume import newest_complete
+from lorapro_hf.commands.inspect.model import PREFIX
+from lorapro_hf.commands.inspect.report import Checkpoint, PairGroup, Report
+from lorapro_hf.optim.memory import readable_bytes
+
+_LISTED = 4  # so many layers are named, where there are more
+
+
+class Section(NamedTuple):
+    """A table with a title; lines of text stand below it. Columns whose name ends in `>` are numbers."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    lines: Sequence[str] = ()
+
+
+def sections(report: Report, every_pair: bool = False) -> list[Section]:
+    """All that there is to show.
+
+    Args:
+        report: what was found.
+        every_pair: name each pair instead of grouping them.
+    """
+    found = [_overview(report)]
+    if report.checkpoint is not None:
+        found.append(_checkpoint(report.checkpoint))
+    if report.checkpoints:
+        found.append(_checkpoints(report.checkpoints))
+    if report.adapters:
+        found.append(_adapters(report))
+    if report.pairs:
+        found.append(_every_pair(report) if every_pair else _pairs(report))
+    if report.ordinary:
+        rows = [(each.name, f"{each.tensors}", f"{each.parameters:,}") for each in report.ordinary]
+        found.append(Section("Trained besides, by plain AdamW", ("parameters", "tensors>", "elements>"), rows))
+    if report.unsupported:
+        found.append(_unsupported(report))
+    if report.costs:
+        found.append(_costs(report))
+    return found
+
+
+def show(report: Report, every_pair: bool = False) -> None:
+    """Print a report: with rich on a terminal, if it is installed, else as plain text."""
+    if sys.stdout.isatty() and find_spec("rich") is not None:
+        _show_rich(sections(report, every_pair))
+    else:
+        print("\n\n".join(map(plain, sections(report, every_pair))))
+
+
+def plain(section: Section) -> str:
+    """A section as text, its columns aligned."""
+    names = [name.removesuffix(">") for name in section.columns]
+    widths = [max(len(row[place]) for row in (names, *section.rows)) for place in range(len(names))]
+    text = [section.title]
+    for row in (names, *section.rows) if any(names) else section.rows:
+        cells = (
+            cell.rjust(width) if name.endswith(">") else cell.ljust(width)
+            for cell, width, name in zip(row, widths, section.columns, strict=True)
+        )
+        text.append("  " + "  ".join(cells).rstrip())
+    for line in section.lines:
+        text += textwrap.wrap(line, 110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join(text)
+
+
+def _show_rich(found: Sequence[Section]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    for section in found:
+        console.print(Text(f"\n{section.title}", style="bold"))
+        table = Table(box=box.SIMPLE_HEAD if any(section.columns) else None, show_header=any(section.columns))
+        for name in section.columns:
+            is_number = name.endswith(">")
+            table.add_column(
+                Text(name.removesuffix(">")),
+                justify="right" if is_number else "left",
+                overflow="fold",
+                no_wrap=is_number,
+            )
+        for row in section.rows:
+            table.add_row(*map(Text, row))
+        if section.rows:
+            console.print(table if any(section.columns) else Padding(table, (0, 0, 0, 1)))
+        for line in section.lines:
+            console.print(Padding(Text(line, style="dim"), (0, 0, 0, 2)))
+
+
+def _overview(report: Report) -> Section:
+    rows = []
+    base = report.base
+    if base is not None:
+        named = ", ".join(part for part in (base.model_class, base.name) if part)
+        rows.append(("base model", named or "not known"))
+        if base.parameters is not None:
+            weights = "" if base.bytes is None else f", {readable_bytes(base.bytes)}"
+            rows.append(("parameters", f"{base.parameters:,} in {base.dtype}{weights}"))
+        if base.quantization is not None:
+            rows.append(("quantized", base.quantization))
+    ordinary = sum(each.parameters for each in report.ordinary)
+    if report.pairs:
+        count = sum(group.count for group in report.pairs)
+        rows.append(("trained", f"{report.pair_parameters:,} in {count} pairs of factors, {ordinary:,} besides"))
+    if report.settings is not None:
+        said = ", ".join(f"{name}={value}" for name, value in report.settings.items() if value is not None)
+        rows.append(("trained with", said))
+    verdict = "yes" if report.is_trainable else "no, see below"
+    rows.append(("ready for LoRA-Pro", verdict))
+    return Section(report.source, ("", ""), rows, report.notes)
+
+
+def _checkpoint(found: Checkpoint) -> Section:
+    complete = "complete" if found.has_manifest else f"complete, as far as can be told without {MANIFEST}"
+    rows = [("files", found.flaw or complete)]
+    if found.step is not None:
+        rows.append(("step", _step(found) + ("" if found.epoch is None else f", epoch {found.epoch:g}")))
+    if found.processes is not None:
+        rows.append(("written by", f"{found.processes} process{'' if found.processes == 1 else 'es'}"))
+    rows.append(("optimizer state", _state(found)))
+    return Section(f"Checkpoint {found.folder}", ("", ""), rows)
+
+
+def _checkpoints(found: Sequence[Checkpoint]) -> Section:
+    """Those of an output folder, the newest first, and the one that resuming takes."""
+    rows = [(Path(each.folder).name, _step(each), _state(each), each.flaw or "complete") for each in found]
+    line = f"resume_from_checkpoint=True {_taken({Path(each.folder): each.flaw for each in found})}."
+    return Section("Checkpoints in it", ("name", "step>", "optimizer state", "files"), rows, [line])
+
+
+def _taken(flaws: dict[Path, str | None]) -> str:
+    """What a trainer does with checkpoints of which these flaws are known, the newest first."""
+    newest = next(iter(flaws))
+    try:
+        whole, _ = newest_complete(newest.parent, list(flaws), flaws.__getitem__)
+    except ValueError:
+        return "is refused, since none of them is complete: start again"
+    if whole is None:
+        return "starts the training anew, since no save was finished"
+    if whole == newest:
+        return f"goes on from {whole.name}, the newest"
+    return f"passes over {newest.name} and goes on from {whole.name}, the newest complete one"
+
+
+def _step(found: Checkpoint) -> str:
+    if found.step is None:
+        return "–"
+    return f"{found.step} of {found.max_steps}" if found.max_steps else f"{found.step}"
+
+
+def _state(found: Checkpoint) -> str:
+    if not found.settings:
+        starts_anew = found.optimizer == "none" and found.flaw is None
+        return "none: moments and schedule start anew" if starts_anew else found.optimizer
+    settings = found.settings
+    parts = [found.optimizer]
+    if "mode" in settings:
+        parts.append(f"mode {settings['mode']}")
+        parts += ["moments in bfloat16"] if settings["moments_dtype"] == "bfloat16" else []
+        parts += ["master factors"] if settings["master_factors"] else []
+    return ", ".join([*parts, f"{found.stepped_tensors} tensors", f"learning rate {settings['learning_rate']:.3g}"])
+
+
+def _adapters(report: Report) -> Section:
+    rows = []
+    for each in report.adapters:
+        state = [word for word, holds in (("active", each.active), ("merged", each.merged)) if holds]
+        state.append("trainable" if each.trainable else "frozen")
+        rank = "–" if each.rank is None else f"{each.rank}"
+        alpha = "–" if each.alpha is None else f"{each.alpha:g}"
+        kind = ", ".join([each.kind, *(option for option in each.options if "=" not in option)])
+        rows.append((each.name, kind, f"{each.layers}", rank, alpha, ", ".join(state), _targets(each.targets)))
+    lines = [
+        f"{each.name}: {', '.join(rest)}"
+        for each in report.adapters
+        if (rest := [option for option in each.options if "=" in option])
+    ]
+    columns = ("name", "kind", "layers>", "r>", "alpha>", "state", "targets")
+    return Section("Adapters", columns, rows, lines)
+
+
+def _targets(names: Sequence[str]) -> str:
+    is_pattern = len(names) == 1  # whose dots and digits are its own
+    return names[0] if is_pattern else _layers(names)
+
+
+def _pairs(report: Report) -> Section:
+    rows = [(f"{group.count}", *_sizes(group), _layers(group.pairs)) for group in report.pairs]
+    return Section("Pairs of factors, by shape", ("pairs>", *_SIZES, "layers"), rows)
+
+
+def _every_pair(report: Report) -> Section:
+    rows = [(name.removeprefix(PREFIX), *_sizes(group)) for group in report.pairs for name in group.pairs]
+    return Section("Pairs of factors", ("layer", *_SIZES), rows)
+
+
+_SIZES = ("weight (m × n)>", "r>", "scaling>", "kind of layer", "factors")
+
+
+def _sizes(group: PairGroup) -> tuple[str, ...]:
+    many = f"{group.batch} × " if group.batch > 1 else ""
+    return (f"{many}{group.m} × {group.n}", f"{group.r}", f"{group.scaling:g}", group.kind, group.dtype)
+
+
+def _layers(names: Sequence[str]) -> str:
+    """`q_proj, o_proj` for the names of their layers."""
+    last = Counter(_last(name) for name in names)
+    return _names(list(last))
+
+
+def _last(name: str) -> str:
+    parts = [part for part in name.split(" ")[0].split(".") if not part.isdigit() and part != "base_layer"]
+    return parts[-1] if parts else name
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 2 * _LISTED} more" if len(names) > 2 * _LISTED else ""
+    return ", ".join(names[: 2 * _LISTED]) + more
+
+
+def _unsupported(report: Report) -> Section:
+    lines = []
+    for each in report.unsupported:
+        count = len(each.layers)
+        if count:
+            some = ", ".join(each.layers[:_LISTED]) + (f" and {count - _LISTED} more" if count > _LISTED else "")
+            lines.append(f"{count} × {each.kind}: {some}")
+        lines.append(each.reason)
+    return Section("What LoRA-Pro refuses", ("", ""), (), lines)
+
+
+def _costs(report: Report) -> Section:
+    rows = []
+    for cost in report.costs:
+        name = cost.mode + (", bf16 moments" if cost.moments_dtype != "float32" else "")
+        total = "not known" if cost.total_bytes is None else readable_bytes(cost.total_bytes)
+        fits = {True: "yes", False: "no", None: "not known"}[cost.fits]
+        low, high = cost.learning_rates
+        rates = f"{low:.0e} to {high:.0e}".replace("e-0", "e-")
+        rows.append((name, readable_bytes(cost.state_bytes), readable_bytes(cost.scratch_bytes), total, fits, rates))
+    each = f", on the busiest of {report.ranks} ranks" if report.ranks > 1 else ""
+    free = ", ".join(
+        f"{device}: {'not known' if room is None else readable_bytes(room)}" for device, room in report.memory.items()
+    )
+    counted = "gradients" if report.loaded else "weights, gradients"
+    columns = ("mode", "state>", "step scratch>", "in all>", "fits here", "learning rate")
+    lines = (
+        f"In all: {counted}, state and scratch, without activations. Free memory here: {free}.",
+        "Learning rates are where to begin: efficient takes those of plain LoRA, the others those of full fine-tuning",
+        "or, with a trust region, higher ones.",
+    )
+    return Section(f"Memory and learning rate by mode{each}", columns, rows, lines)

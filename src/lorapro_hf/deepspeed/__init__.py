@@ -1,0 +1,1 @@
+"""How do LoRA-Pro's steps and checkpoints work within DeepSpeed's engine?"""

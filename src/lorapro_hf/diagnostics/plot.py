@@ -1,0 +1,119 @@
+"""How does the gradient gap of runs look, over steps and layer by layer?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from lorapro_hf.diagnostics.runs import DRAWN, Run, short_names
+
+_LINES = (
+    (DRAWN[0], "LoRA's own gradients, best scale", "#c8553d"),
+    (DRAWN[1], "LoRA-Pro's gradients", "#2a6f97"),
+)
+_STEP = ("step_error", "step taken against step meant", "#6b705c")
+_GAP = "distance from g, relative"
+_ROUNDING = 2.5e-7  # errors of steps below it are those of float32 factors, at B = 0 of a product of nothing: left out
+_LABELS = 40  # rows of a heat map that can be named
+
+
+def plot_gap(path: Path, runs: Sequence[Run]) -> None:
+    """Draw runs side by side: the gap over steps, the error of steps, and the gap layer by layer, LoRA and LoRA-Pro.
+
+    The colors of all heat maps mean the same. A cell without a color has not been measured.
+    """
+    rows = max(len(run.layers) for run in runs)
+    map_height = min(max(1.2, 0.16 * rows), 9.0)
+    heights = [2.6, 1.7, map_height, map_height]
+    figure = Figure(figsize=(5.4 * len(runs) + 1.2, sum(heights) + 3.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels: Any = figure.subplots(4, len(runs), squeeze=False, height_ratios=heights)
+    values = [r[name] for run in runs for r in run.records for name, *_ in _LINES if r.get(name) is not None]
+    image: Any = None
+    for column, run in enumerate(runs):
+        gap, error, *maps = (panel[column] for panel in panels)
+        _gap_over_steps(gap, run)
+        _step_errors(error, run)
+        for axes, (name, label, _) in zip(maps, _LINES, strict=True):
+            image = _heat_map(axes, run, name, min(values), max(values))
+            axes.set_title(f"gap of {label}, by layer", fontsize=9)
+        maps[-1].set_xlabel("step")
+    _share_limits(panels[:2])
+    lines = {line.get_label(): line for axes in panels[0] for line in axes.lines}
+    figure.legend(  # above the panels, where it covers no line
+        lines.values(),
+        lines.keys(),
+        loc="outside upper center",
+        ncols=2,
+        fontsize=8,
+        title="median and quartiles over the layers' latest values",
+        title_fontsize=8,
+    )
+    figure.colorbar(image, ax=list(panels[2]) + list(panels[3]), label=_GAP, shrink=0.8)
+    figure.savefig(path, dpi=130)
+
+
+def _gap_over_steps(axes: Any, run: Run) -> None:
+    for name, label, color in _LINES:
+        _band(axes, run.quartiles(name), label, color)
+    axes.set(title=f"{run.name}\ntrained with {run.optimizer}", ylabel=_GAP, xlabel="step")
+
+
+def _step_errors(axes: Any, run: Run) -> None:
+    name, label, color = _STEP
+    found = run.quartiles(name)
+    drawn = {step: (max(q1, _ROUNDING), median, q3) for step, (q1, median, q3) in found.items() if median >= _ROUNDING}
+    axes.set_title(label, fontsize=9)
+    axes.set(ylabel="relative error", xlabel="step")
+    _band(axes, drawn, label, color)
+    if drawn:
+        axes.set_yscale("log")
+    else:
+        axes.set_yticks([])
+        says = "nothing but roundings" if found else "has no meaning with this optimizer"
+        axes.text(0.5, 0.5, says, transform=axes.transAxes, ha="center", va="center", fontsize=9)
+
+
+def _band(axes: Any, quartiles: Mapping[int, tuple[float, float, float]], label: str, color: str) -> None:
+    axes.grid(alpha=0.2)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if quartiles:
+        q1, median, q3 = zip(*quartiles.values(), strict=True)
+        axes.plot(list(quartiles), median, color=color, label=label, marker="o", markersize=3)
+        axes.fill_between(list(quartiles), q1, q3, color=color, alpha=0.18, linewidth=0)
+
+
+def _heat_map(axes: Any, run: Run, name: str, low: float, high: float) -> Any:
+    steps, layers = run.steps, run.layers
+    table = [[math.nan] * len(steps) for _ in layers]
+    place = {layer: row for row, layer in enumerate(layers)}, {step: column for column, step in enumerate(steps)}
+    for record in run.records:
+        if record.get(name) is not None:
+            table[place[0][run.layer_of(record)]][place[1][record["step"]]] = record[name]
+    axes.set_facecolor("#e8e8e8")
+    image = axes.imshow(table, aspect="auto", interpolation="nearest", cmap="viridis", vmin=low, vmax=high)
+    every = -(-len(layers) // _LABELS)
+    axes.set_yticks(range(0, len(layers), every), short_names(layers)[::every], fontsize=6)
+    every = -(-len(steps) // 8)
+    axes.set_xticks(range(0, len(steps), every), [str(step) for step in steps[::every]], fontsize=8)
+    return image
+
+
+def _share_limits(panels: Any) -> None:
+    """The same steps in all panels, and the same figures in those of a row that have some."""
+    first, *others = panels.flat
+    for axes in others:
+        axes.sharex(first)
+    first.autoscale(axis="x")
+    for row in panels:
+        having = [axes for axes in row if axes.lines]
+        for axes in having[1:]:
+            axes.sharey(having[0])
+        if having:
+            having[0].autoscale(axis="y")

@@ -1,0 +1,1 @@
+"""Where does each factor lie when several ranks train, and which rank steps it?"""

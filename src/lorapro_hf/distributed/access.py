@@ -1,0 +1,257 @@
+"""How are a factor's whole gradient and value read, and how does each rank get its share of a new value?
+
+One class for each way in which factors may lie: whole on every rank (`PlainAccess`), or as the DTensors that
+`fully_shard` makes of them (`ShardedAccess`). DeepSpeed's partitions are read in `lorapro_hf.deepspeed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lorapro_hf.factors.pairs import LoRAPair
+from lorapro_hf.factors.wrappers import fsdp_plugin_in_use, require_no_checkpoint_wrapper
+
+
+class Access(Protocol):
+    """Reads and writes whole factors. All methods are collective: every rank calls them with the same parameters."""
+
+    group: dist.ProcessGroup | None
+    """The ranks that hold the same factors, or shares of them; `None` for this process alone."""
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the parameters themselves are whole, so that nothing needs to be fetched."""
+        ...
+
+    def dtype(self, parameter: Tensor) -> torch.dtype:
+        """The precision in which the engine keeps a parameter."""
+        ...
+
+    def held(self, parameter: Tensor) -> Tensor:
+        """What this rank holds of a value; not collective."""
+        ...
+
+    def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """The whole gradients, averaged over the ranks; `None` where no backward pass has reached a parameter."""
+        ...
+
+    def values(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """The whole values."""
+        ...
+
+    def store(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Overwrite parameters, or tensors that lie like them, with whole values that every rank hands in."""
+        ...
+
+
+class PlainAccess:
+    """Parameters that every rank holds whole: one process, or DistributedDataParallel."""
+
+    in_place = True
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+
+    def dtype(self, parameter: Tensor) -> torch.dtype:
+        """Its own."""
+        return parameter.dtype
+
+    def held(self, parameter: Tensor) -> Tensor:
+        """All."""
+        return parameter.detach()
+
+    def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """As they are."""
+        return [parameter.grad for parameter in parameters]
+
+    def values(self, parameters: Sequence[Tensor]) -> list[Tensor]:
+        """As they are."""
+        return [parameter.detach() for parameter in parameters]
+
+    @torch.no_grad()
+    def store(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Copy."""
+        torch._foreach_copy_(list(parameters), list(values))
+
+
+class ShardedAccess:
+    """Parameters that are DTensors, sharded along one dimension of one device mesh: FSDP2, also with replicas (HSDP).
+
+    Args:
+        parameters: all factors.
+
+    Raises:
+        RuntimeError: they are sharded over several dimensions of a mesh (tensor parallelism) or over several meshes, or
+            offloaded.
+    """
+
+    in_place = False
+
+    def __init__(self, parameters: Iterable[Any]) -> None:
+        factors = list(parameters)
+        meshes = {(factor.device_mesh, _mesh_dim(factor)) for factor in factors}
+        of_shards = {(mesh, dim) for mesh, dim in meshes if dim is not None}
+        if len({mesh for mesh, _ in meshes}) > 1 or len(of_shards) > 1:
+            raise RuntimeError(
+                "the factors are sharded over several device meshes, which LoRA-Pro does not support. Call fully_shard "
+                "with one and the same mesh for all modules."
+            )
+        self.mesh, self.mesh_dim = next(iter(of_shards or meshes))
+        self.group = self.mesh.get_group(self.mesh_dim or 0)
+        lying = {parameter.to_local().device.type for parameter in factors}
+        if lying != {self.mesh.device_type}:
+            raise RuntimeError(
+                f"the factors lie on {', '.join(sorted(lying))}, while their device mesh is of "
+                f"{self.mesh.device_type}: parameters are offloaded, which LoRA-Pro does not support. Leave out "
+                "CPUOffloadPolicy, or set fsdp_offload_params: false."
+            )
+
+    def dtype(self, parameter: Tensor) -> torch.dtype:
+        """Its own."""
+        return parameter.dtype
+
+    def held(self, parameter: Any) -> Tensor:
+        """Its own shard."""
+        return local(parameter.detach())
+
+    def gradients(self, parameters: Sequence[Any]) -> list[Tensor | None]:
+        """All shards in one collective for each dtype."""
+        gradients = [parameter.grad for parameter in parameters]
+        # Whoever has none takes part nevertheless: the others would wait for it for ever.
+        there = [
+            torch.zeros_like(parameter) if gradient is None else gradient
+            for parameter, gradient in zip(parameters, gradients, strict=True)
+        ]
+        whole = self.gather(there)
+        return [None if own is None else found for own, found in zip(gradients, whole, strict=True)]
+
+    def values(self, parameters: Sequence[Any]) -> list[Tensor]:
+        """All shards in one collective for each dtype."""
+        return self.gather([parameter.detach() for parameter in parameters])
+
+    @torch.no_grad()
+    def store(self, parameters: Sequence[Any], values: Sequence[Tensor]) -> None:
+        """Each rank copies its own rows; without communication."""
+        for parameter, value in zip(parameters, values, strict=True):
+            local, dim = parameter.to_local(), self._sharded_dim(parameter)
+            if dim is None:
+                local.copy_(value)
+            elif local.numel():
+                start = self.group.rank() * _chunk(parameter.shape[dim], self.group.size())
+                local.copy_(value.narrow(dim, start, local.shape[dim]))
+
+    @torch.no_grad()
+    def gather(self, tensors: Sequence[Any]) -> list[Tensor]:
+        """The whole tensors of DTensors that lie like the factors."""
+        whole: dict[int, Tensor] = {}
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):  # in the same order on all ranks, unlike a set
+            alike = [index for index, tensor in enumerate(tensors) if tensor.dtype == dtype]
+            found = self._gather_alike([tensors[index] for index in alike])
+            whole.update(zip(alike, found, strict=True))
+        return [whole[index] for index in range(len(tensors))]
+
+    def _gather_alike(self, tensors: list[Any]) -> list[Tensor]:
+        ranks = self.group.size()
+        dims = [self._sharded_dim(tensor) for tensor in tensors]
+        locals_ = [tensor.to_local() for tensor in tensors]
+        # As torch.chunk: all ranks get the same number of rows but the last ones, which get fewer or none.
+        sizes = [
+            0 if dim is None or not tensor.numel() else _chunk(tensor.shape[dim], ranks) * _row(tensor, dim)
+            for tensor, dim in zip(tensors, dims, strict=True)
+        ]
+        own = locals_[0].new_zeros(sum(sizes))
+        for part, local, dim in zip(own.split(sizes), locals_, dims, strict=True):
+            if dim is not None:
+                part[: local.numel()] = local.movedim(dim, 0).reshape(-1)
+        gathered = own.new_empty(ranks * len(own))
+        if len(own):
+            all_gather(gathered, own, self.group)
+        whole = []
+        for tensor, local, dim, part in zip(
+            tensors, locals_, dims, gathered.view(ranks, -1).split(sizes, dim=1), strict=True
+        ):
+            if dim is None or not tensor.numel():
+                whole.append(local if dim is None else local.new_zeros(tensor.shape))
+                continue
+            rest = tensor.shape[:dim] + tensor.shape[dim + 1 :]
+            rows = part.reshape(-1, *rest)[: tensor.shape[dim]]
+            whole.append(rows.movedim(0, dim).contiguous())
+        return whole
+
+    def _sharded_dim(self, tensor: Any) -> int | None:
+        """The dimension of a tensor that is cut, None for a replicated one."""
+        if self.mesh_dim is None:
+            return None
+        placement = tensor.placements[self.mesh_dim]
+        return placement.dim if placement.is_shard() else None
+
+
+def access_to(pairs: Sequence[LoRAPair], group: dist.ProcessGroup | None = None) -> Access:
+    """The access that fits how the factors of a model lie.
+
+    Args:
+        pairs: of the model as it is trained, after wrapping.
+        group: ranks with the same factors, where these lie whole on each of them.
+
+    Raises:
+        RuntimeError: some factors are sharded and others not, or in a way that is not supported, or accelerate has
+            wrapped the layers for activation checkpointing.
+    """
+    factors = [factor for pair in pairs for factor in (pair.A, pair.B)]
+    sharded = [is_sharded(factor) for factor in factors]
+    if not any(sharded):
+        return PlainAccess(group)
+    require_no_checkpoint_wrapper(fsdp_plugin_in_use())
+    if not all(sharded):
+        odd = pairs[sharded.index(False) // 2].name
+        raise RuntimeError(
+            f"{odd}: its factors are whole, while those of other layers are sharded. Call fully_shard on the whole "
+            "model last, so that all parameters are sharded."
+        )
+    tied = [pair.name for pair in pairs if pair.tied_parameters]
+    if tied:
+        raise RuntimeError(
+            f"{tied[0]} shares its factors with another layer, which LoRA-Pro supports on whole factors only. Train "
+            "with DDP, or leave one of the layers out of target_modules."
+        )
+    return ShardedAccess(factors)
+
+
+def all_gather(gathered: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
+    """Fill `gathered` with every rank's `own`, one after the other."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the latter before torch 2.13
+    gather(gathered, own, group=group)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Any) -> Tensor:
+    """What this rank holds of a tensor; writing to it writes to the tensor."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def _mesh_dim(tensor: Any) -> int | None:
+    """The dimension of the mesh over which a DTensor is sharded."""
+    dims = [index for index, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    if len(dims) > 1 or any(type(tensor.placements[dim]).__name__ != "Shard" for dim in dims):
+        raise RuntimeError(
+            f"a factor is sharded as {tensor.placements}, over more than one dimension of the device mesh (tensor "
+            "parallelism), which LoRA-Pro does not support. Shard the adapters with fully_shard alone."
+        )
+    return dims[0] if dims else None
+
+
+def _chunk(length: int, ranks: int) -> int:
+    return -(-length // ranks)
+
+
+def _row(tensor: Tensor, dim: int) -> int:
+    return tensor.numel() // tensor.shape[dim]

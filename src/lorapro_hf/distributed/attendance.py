@@ -1,0 +1,124 @@
+"""Have all ranks of a group come to a collective call, and do the missing ones still run?
+
+Told through the store of the process group: a collective would hang, or be mixed up with another, where a rank stays
+away.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from lorapro_hf.utils.private_names import private
+
+_LONGEST_PAUSE = 0.25  # seconds between two looks at the store
+
+
+class Absence(NamedTuple):
+    """Ranks that have not come."""
+
+    ranks: list[int]
+    """As in the whole run."""
+    ended: bool
+    """Whether their processes have ended, as far as this machine can see; otherwise time has run out."""
+
+
+class Attendance:
+    """The ranks of a group that come to collective calls.
+
+    Args:
+        group: the ranks.
+        store: of the process group, by default.
+
+    Attributes:
+        limit: how long ranks wait for each other, as `init_process_group` was told.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, store: Any = None) -> None:
+        self._store = private("torch.distributed.distributed_c10d", "_get_default_store")() if store is None else store
+        self.limit: timedelta = self._store.timeout
+        self._group, self._rank, self._size = group, group.rank(), group.size()
+        self._name = f"lorapro_hf/{group.group_name}"
+
+    def sign_in(self) -> None:
+        """Let the other ranks see from now on whether this process still runs."""
+        machine = _machine()
+        if machine is not None:
+            self._store.set(f"{self._name}/process/{self._rank}", f"{machine} {os.getpid()}")
+
+    def wait_for_all(self) -> Absence | None:
+        """Wait until all ranks have come here as often as this one.
+
+        Returns:
+            Who has not come, after which this rank counts as not having come either; `None` if all have.
+        """
+        turn = self._store.add(f"{self._name}/came/{self._rank}", 1)
+        self._store.add(f"{self._name}/turn/{turn}", 1)
+        begun, pause = time.monotonic(), 0.001
+        while self._store.add(f"{self._name}/turn/{turn}", 0) < self._size:
+            has_run_out = time.monotonic() - begun > self.limit.total_seconds()
+            ended = self._ended(turn) if pause == _LONGEST_PAUSE else []
+            if ended or has_run_out:
+                absent = ended or self._absent(turn)
+                self._store.add(f"{self._name}/came/{self._rank}", -1)
+                self._store.add(f"{self._name}/turn/{turn}", -1)
+                return Absence([self._in_the_run(rank) for rank in absent], bool(ended))
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        return None
+
+    def _absent(self, turn: int) -> list[int]:
+        return [rank for rank in range(self._size) if self._store.add(f"{self._name}/came/{rank}", 0) < turn]
+
+    def _ended(self, turn: int) -> list[int]:
+        """Absent ranks whose processes ran on this machine and do so no longer."""
+        ended = {rank for rank, process in self._processes_here.items() if _has_ended(process)}
+        return [rank for rank in self._absent(turn) if rank in ended] if ended else []
+
+    def _in_the_run(self, rank: int) -> int:
+        return dist.get_global_rank(self._group, rank)
+
+    @cached_property
+    def _processes_here(self) -> dict[int, int]:
+        """The processes of the ranks on this machine."""
+        found, machine = {}, _machine()
+        for rank in range(self._size):
+            key = f"{self._name}/process/{rank}"
+            if machine is not None and self._store.check([key]):
+                where, process = self._store.get(key).decode().rsplit(maxsplit=1)
+                if where == machine:
+                    found[rank] = int(process)
+        return found
+
+
+def _machine() -> str | None:
+    """What ranks have in common that see each other's processes by the same numbers; `None` if that cannot be told."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        return None
+
+
+def _has_ended(process: int) -> bool:
+    if not hasattr(os, "pidfd_open"):  # a Python that was built for older systems
+        return False
+    try:
+        watched = os.pidfd_open(process)
+    except ProcessLookupError:
+        return True
+    except OSError:  # an old kernel, or not permitted
+        return False
+    try:
+        look = select.poll()
+        look.register(watched, select.POLLIN)
+        return bool(look.poll(0))
+    finally:
+        os.close(watched)

@@ -1,0 +1,299 @@
+"""Which rank steps which pair, and how do all ranks get the result?
+
+Every pair has one owner, which alone keeps its moments and computes its step: the work and the state are divided by the
+number of ranks. Before a step owners get what they need whole, after it one collective for each shape brings the new
+factors to all.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lorapro_hf.distributed.access import Access, all_gather
+from lorapro_hf.distributed.attendance import Attendance
+from lorapro_hf.distributed.uneven_inputs import Wrapper, require_even_inputs, wrappers_of
+from lorapro_hf.factors.pairs import LoRAPair, unwrapped_name
+
+# Factors are fetched a few at a time, so that no rank holds those of the whole model at once.
+_FETCHED_ELEMENTS = 2**25
+# What a rank whose step fails adds to the sum of the ranks' flags to skip a step, which are 0 or 1.
+_FAILED = 2.0**32
+# How far a step has got.
+_NOT_BEGUN, _FETCHED, _AGREED = range(3)
+
+
+class Shares:
+    """The pairs of a model and who steps them.
+
+    Args:
+        pairs: in the same order on all ranks.
+        access: how their factors are read and written.
+        shared: whether each pair has one owner; otherwise every rank steps all of them.
+
+    Attributes:
+        own: the pairs that this rank steps.
+        factors: A and B of those, whole: the parameters themselves, or stand-ins that `fetch` fills.
+    """
+
+    def __init__(self, pairs: Sequence[LoRAPair], access: Access, shared: bool) -> None:
+        self.access = access
+        self.pairs = list(pairs)
+        self.group = access.group if shared and access.group is not None and access.group.size() > 1 else None
+        self._have_met = False
+        self._progress = _NOT_BEGUN
+        self._device = self.pairs[0].A.device if self.pairs else torch.device("cpu")
+        self._wrappers: list[Wrapper] = []
+        self.rank = self.group.rank() if self.group else 0
+        self.size = self.group.size() if self.group else 1
+        self.alike = group_alike(self.pairs)
+        self.owners = assign_owners([len(indices) for indices in self.alike], self.size)
+        self._owner_of = dict.fromkeys(range(len(self.pairs)), 0)
+        for indices, owners in zip(self.alike, self.owners, strict=True):
+            self._owner_of.update(zip(indices, owners, strict=True))
+        self._own = [index for index in range(len(self.pairs)) if self._owner_of[index] == self.rank]
+        self.own = [self.pairs[index] for index in self._own]
+        self.factors: list[tuple[Tensor, Tensor]] = [(pair.A, pair.B) for pair in self.own]
+        if not access.in_place:
+            self.factors = [
+                (_stand_in(pair.A, pair.shape_A, access), _stand_in(pair.B, pair.shape_B, access)) for pair in self.own
+            ]
+
+    @cached_property
+    def attendance(self) -> Attendance:
+        """Of the ranks that hold the same factors, or shares of them."""
+        assert self.access.group is not None
+        return Attendance(self.access.group)
+
+    def owner_of(self, index: int) -> int:
+        """The rank in the group that steps the pair at this position."""
+        return self._owner_of[index]
+
+    @torch.no_grad()
+    def fetch(self) -> list[bool]:
+        """Bring values and gradients of own pairs here; which pairs have a gradient.
+
+        Raises:
+            RuntimeError: the ranks do not train the same pairs, or train within DDP's `join()`.
+        """
+        self._progress = _AGREED  # an error in the middle of a collective leaves the ranks apart
+        self._meet()
+        if self.access.in_place:
+            self._progress = _FETCHED
+            return [pair.has_gradient for pair in self.pairs]
+        found = self._fetch_all()
+        self._progress = _FETCHED
+        return found
+
+    def _fetch_all(self) -> list[bool]:
+        found = [False] * len(self.pairs)
+        own = dict(zip(self._own, self.factors, strict=True))
+        for indices in self._portions():
+            parameters = [factor for index in indices for factor in (self.pairs[index].A, self.pairs[index].B)]
+            gradients = self.access.gradients(parameters)
+            values = self.access.values(parameters)
+            for position, index in enumerate(indices):
+                found[index] = any(gradient is not None for gradient in gradients[2 * position : 2 * position + 2])
+                for offset, stand_in in enumerate(own.get(index, ())):
+                    gradient = gradients[2 * position + offset]
+                    stand_in.copy_(values[2 * position + offset])
+                    stand_in.grad = None if gradient is None else gradient.to(stand_in)
+        return found
+
+    def _meet(self) -> None:
+        """Once: with pairs of another model the collectives would mix up factors, or wait for ever."""
+        require_even_inputs(self._wrappers)
+        if self.group is None or self._have_met:
+            return
+        if self.access.in_place:
+            self._wrappers = wrappers_of(self.pairs[0].A)
+            require_even_inputs(self._wrappers)
+        self.attendance.sign_in()
+        described = [(unwrapped_name(pair.name), *pair.shape_A, *pair.shape_B) for pair in self.pairs]
+        code = float(zlib.crc32(repr(described).encode()))
+        extremes = torch.tensor([code, -code], dtype=torch.float64, device=self._device)
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=self.group)
+        if extremes.tolist() != [code, -code]:
+            raise RuntimeError(
+                "the ranks train different pairs and cannot share them out among themselves. Give all ranks the same "
+                "adapter, or set LoRAProConfig(shard_states=False) where each trains a model of its own."
+            )
+        self._have_met = True
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Store the new values of all pairs on all ranks, at the end of a step."""
+        self._progress = _NOT_BEGUN
+        new = dict(zip(self._own, self.factors, strict=True))
+        if self.group is None:
+            if not self.access.in_place:
+                parameters = [factor for pair in self.own for factor in (pair.A, pair.B)]
+                self.access.store(parameters, [value for factors in self.factors for value in factors])
+            return
+        for indices, owners in zip(self.alike, self.owners, strict=True):
+            self._publish_alike(indices, owners, new)
+
+    def _publish_alike(self, indices: list[int], owners: list[int], new: dict[int, tuple[Tensor, Tensor]]) -> None:
+        first = self.pairs[indices[0]]
+        sizes, device = (first.shape_A.numel(), first.shape_B.numel()), first.A.device
+        of_rank = [[i for i, owner in zip(indices, owners, strict=True) if owner == rank] for rank in range(self.size)]
+        dtype = torch.promote_types(self.access.dtype(first.A), self.access.dtype(first.B))
+        rows = max(map(len, of_rank))
+        own = torch.zeros(rows, sum(sizes), dtype=dtype, device=device)
+        for row, index in zip(own, of_rank[self.rank], strict=False):
+            torch.cat([factor.reshape(-1) for factor in new[index]], out=row)
+        gathered = own.new_empty(self.size * rows, sum(sizes))
+        assert self.group is not None
+        all_gather(gathered, own, self.group)
+        parameters: list[Tensor] = []
+        values: list[Tensor] = []
+        for rank, received in enumerate(gathered.view(self.size, rows, -1)):
+            if rank == self.rank and self.access.in_place:
+                continue
+            for row, index in zip(received, of_rank[rank], strict=False):
+                pair = self.pairs[index]
+                A, B = row.split(sizes)
+                parameters += [pair.A, pair.B]
+                values += [A.view(pair.shape_A), B.view(pair.shape_B)]
+        if parameters:
+            self.access.store(parameters, values)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over the ranks, in the place of `values`."""
+        if self.group is not None:
+            dist.all_reduce(values, group=self.group)
+        return values
+
+    def agree(self, norm: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of the pairs of all ranks together, and whether any rank must skip the step.
+
+        Args:
+            norm: that of this rank's pairs.
+            skip: 1 if this rank has found something that is not finite, else 0; ranks differ in this also where all
+                step all pairs, as other parameters may be sharded.
+
+        Raises:
+            RuntimeError: another rank has met an error, see `fail`.
+        """
+        if self._agreeing is None:
+            return norm, skip
+        share = norm.double().square() if self.group else torch.zeros_like(norm, dtype=torch.float64)
+        both = torch.stack([share, skip.double()])
+        dist.all_reduce(both, group=self._agreeing)
+        self._progress = _AGREED
+        if self._can_read_flags and both[1] >= _FAILED:
+            raise RuntimeError(
+                f"all ranks leave out this step, and nothing has been changed: {self._errors_of_others()}"
+            )
+        return both[0].sqrt().to(norm.dtype) if self.group else norm, (both[1] > 0).to(skip.dtype)
+
+    def fail(self, error: Exception) -> None:
+        """Take this rank's part in a step that an error keeps it from, so that all ranks leave that step out.
+
+        On CPUs the other ranks raise an error that names this one. Elsewhere they would have to wait for the device in
+        each step to see the flag; there they leave out the step as one whose gradient is not finite.
+
+        Without effect where the ranks have agreed on the step already, or have no step in common.
+        """
+        progress, self._progress = self._progress, _NOT_BEGUN
+        if self._agreeing is None or progress == _AGREED:
+            return
+        if progress == _NOT_BEGUN:
+            self._meet()
+            if not self.access.in_place:
+                self._fetch_all()
+        nothing = torch.zeros((), dtype=torch.float64, device=self._device)
+        dist.all_reduce(torch.stack([nothing, nothing + _FAILED]), group=self._agreeing)
+        if self._can_read_flags:
+            self._tell(f"{type(error).__name__}: {error}")
+        else:
+            self.publish()
+        self._progress = _NOT_BEGUN
+
+    @property
+    def _agreeing(self) -> dist.ProcessGroup | None:
+        """The ranks that take a step together or not at all."""
+        group = self.group if self.access.in_place else self.access.group
+        return None if group is None or group.size() == 1 else group
+
+    @property
+    def _can_read_flags(self) -> bool:
+        """Whether looking at a tensor does not wait for its device."""
+        return self._device.type == "cpu"
+
+    def _tell(self, error: str | None) -> list[str | None]:
+        """Collective: the errors of all ranks."""
+        assert self._agreeing is not None
+        errors: list[str | None] = [None] * self._agreeing.size()
+        dist.all_gather_object(errors, error, group=self._agreeing)
+        return errors
+
+    def _errors_of_others(self) -> str:
+        assert self._agreeing is not None
+        found = [
+            f"rank {dist.get_global_rank(self._agreeing, rank)} raised {error}"
+            for rank, error in enumerate(self._tell(None))
+            if error is not None
+        ]
+        return "; ".join(found)
+
+    def _portions(self) -> list[list[int]]:
+        portions: list[list[int]] = [[]]
+        elements = 0
+        for index, pair in enumerate(self.pairs):
+            size = pair.shape_A.numel() + pair.shape_B.numel()
+            if portions[-1] and elements + size > _FETCHED_ELEMENTS:
+                portions.append([])
+                elements = 0
+            portions[-1].append(index)
+            elements += size
+        return portions
+
+
+def everyone() -> dist.ProcessGroup | None:
+    """All processes of a distributed run, `None` where there is only this one."""
+    running = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return dist.group.WORLD if running else None
+
+
+def assign_owners(counts: Sequence[int], ranks: int) -> list[list[int]]:
+    """Owners for groups of equal pairs, the costliest group first: equal numbers each, the rest to the least busy.
+
+    Args:
+        counts: how many pairs each group has.
+        ranks: how many ranks there are.
+
+    Returns:
+        For each group the owners of its pairs.
+    """
+    spare = [0] * ranks
+    owners = []
+    for count in counts:
+        own = [index % ranks for index in range(count - count % ranks)]
+        for rank in sorted(range(ranks), key=lambda rank: (spare[rank], rank))[: count % ranks]:
+            own.append(rank)
+            spare[rank] += 1
+        owners.append(own)
+    return owners
+
+
+def group_alike(pairs: Sequence[LoRAPair]) -> list[list[int]]:
+    """Positions of pairs of one shape, dtype and device, the largest weights first."""
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for index, pair in enumerate(pairs):
+        A, B = pair.A, pair.B
+        alike.setdefault((pair.shape_A, pair.shape_B, A.dtype, B.dtype, A.device), []).append(index)
+    return sorted(alike.values(), key=lambda indices: -_cost(pairs[indices[0]]))
+
+
+def _cost(pair: LoRAPair) -> int:
+    return pair.shape_A.numel() * pair.shape_B.numel()
+
+
+def _stand_in(parameter: Tensor, shape: torch.Size, access: Access) -> Tensor:
+    return torch.empty(shape, dtype=access.dtype(parameter), device=parameter.device)

@@ -1,0 +1,1 @@
+"""How does the optimizer step LoRA factor pairs, and what does it keep?"""

@@ -1,0 +1,41 @@
+"""How are the parameters of no pair stepped? As `torch.optim.AdamW(fused=True)` does, sharded or not."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorapro_hf.distributed.access import local
+from lorapro_hf.optim.rules.base import Group, fused_adamw
+
+
+def step_ordinary(
+    parameters: Sequence[Tensor], state: MutableMapping[Tensor, dict[str, Any]], group: Group, skip: Tensor
+) -> None:
+    """One AdamW step of parameters that have gradients; none, not even a count, where `skip` is 1.
+
+    Args:
+        parameters: plain tensors or DTensors, whose state is then sharded as they are.
+        state: `exp_avg`, `exp_avg_sq` and `step` by parameter; begun where there is none.
+        group: learning rate, betas, eps and weight decay.
+        skip: 0 or 1, float32.
+    """
+    for p in parameters:
+        if "exp_avg" not in state[p]:
+            state[p].update(
+                step=torch.zeros((), dtype=torch.float32, device=p.device),
+                exp_avg=torch.zeros_like(p, memory_format=torch.preserve_format),
+                exp_avg_sq=torch.zeros_like(p, memory_format=torch.preserve_format),
+            )
+    for kind in {(p.device, p.dtype) for p in parameters}:  # on CUDA the kernel takes one dtype at a time
+        there, own = skip.to(kind[0]), [p for p in parameters if (p.device, p.dtype) == kind]
+        torch._foreach_add_([state[p]["step"] for p in own], 1 - there)
+        own = [p for p in own if local(p).numel()]  # a rank may hold nothing of a short tensor
+        if own:
+            exp_avgs, exp_avg_sqs = ([local(state[p][name]) for p in own] for name in ("exp_avg", "exp_avg_sq"))
+            gradients = [local(p.grad) for p in own if p.grad is not None]
+            steps = [state[p]["step"] for p in own]
+            fused_adamw([local(p) for p in own], gradients, exp_avgs, exp_avg_sqs, steps, group, there)

@@ -1,0 +1,119 @@
+"""Does this optimizer checkpoint belong to this optimizer? Asked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.distributed.access import local
+from lorapro_hf.factors.pairs import LoRAPair, unwrapped_name
+from lorapro_hf.optim.finite import find_broken
+from lorapro_hf.optim.state import state_shapes
+from lorapro_hf.utils.text_files import shown
+
+_ADVICE = "It is a checkpoint of another model or rank; resume with the model it was written for."
+# Where the moments of a pair are missing but its steps are not, they were with another rank.
+_PARTIAL = (
+    "the checkpoint has only part of the optimizer's state, as the state_dict() of a rank other than 0 does. Save and "
+    "load that of rank 0, for which all ranks call state_dict() or consolidate_state_dict(). Under FSDP2 leave out "
+    "flatten_optimizer_state_dict."
+)
+
+
+def check_state_dict(
+    state_dict: dict[str, Any],
+    param_groups: list[dict[str, Any]],
+    pairs: Sequence[LoRAPair],
+    config: LoRAProConfig,
+    needed: Sequence[LoRAPair] | None = None,
+) -> None:
+    """Raise a `ValueError` that says what is wrong if `state_dict` is of another optimizer, mode, rank or model.
+
+    So it does where the state holds NaN or Inf: of a training that could only leave out each step.
+
+    Args:
+        state_dict: what is to be loaded.
+        param_groups: of the optimizer that loads it.
+        pairs: of that optimizer.
+        config: of that optimizer.
+        needed: the pairs whose moments this rank loads; by default all.
+    """
+    saved_groups = state_dict["param_groups"]
+    if any("lora_pro_partial" in group for group in saved_groups):  # how earlier versions marked it
+        raise ValueError(_PARTIAL)
+    modes = {_kind(group) for group in saved_groups}
+    own_mode = _kind(param_groups[0])
+    if modes != {own_mode}:
+        found = "of another optimizer" if None in modes else f"of LoRA-Pro mode {modes.pop()}"
+        raise ValueError(
+            f"the checkpoint is {found}, but this optimizer has LoRA-Pro mode {own_mode}. Resume with the settings it "
+            "was written with, or start a new training from the saved adapter: PeftModel.from_pretrained(base, "
+            "checkpoint, is_trainable=True)."
+        )
+    if len(saved_groups) != len(param_groups):
+        raise ValueError(
+            f"the checkpoint has {len(saved_groups)} param groups, this optimizer {len(param_groups)}. {_ADVICE}"
+        )
+    for saved, own in zip(saved_groups, param_groups, strict=True):
+        _check_group(saved, own)
+    of_needed = {id(factor) for pair in (pairs if needed is None else needed) for factor in (pair.A, pair.B)}
+    expected: dict[int, dict[str, tuple[int, ...]]] = {}
+    for pair in pairs:
+        for factor, shapes in zip(
+            (pair.A, pair.B), state_shapes(pair, config.mode, config.master_factors), strict=True
+        ):
+            expected[id(factor)] = shapes
+    held = []
+    for saved, own in zip(saved_groups, param_groups, strict=True):
+        for key, name, parameter in zip(saved["params"], _names(own), own["params"], strict=True):
+            state = state_dict["state"].get(key, {})
+            shapes = expected.get(id(parameter), dict.fromkeys(("exp_avg", "exp_avg_sq"), tuple(parameter.shape)))
+            if state and id(parameter) in expected and not shapes.keys() <= state.keys():
+                if state.keys() != {"step"}:
+                    raise ValueError(f"the checkpoint lacks the moments of {name}; it is damaged. Use an earlier one.")
+                if id(parameter) in of_needed:
+                    raise ValueError(_PARTIAL)
+            _check_shapes(name, state, shapes)
+            held += [(f"{kind!r} of {name}", local(x)) for kind, x in state.items() if isinstance(x, Tensor)]
+    if broken := find_broken(held):
+        raise ValueError(f"the checkpoint holds NaN or Inf in {broken}. Resume from an earlier one.")
+
+
+def _check_shapes(name: str, state: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+    for moment, shape in shapes.items():
+        before = tuple(state[moment].shape) if moment in state else shape
+        if before != shape:
+            raise ValueError(f"{name} has moments of shape {shape}, but {before} in the checkpoint. {_ADVICE}")
+
+
+def _kind(group: dict[str, Any]) -> str | None:
+    """How a message names what is kept of the pairs; what a group does not say has its default."""
+    mode, moments_dtype = group.get("lora_pro_mode"), group.get("moments_dtype", "float32")
+    if mode is None:
+        return None
+    name = f"'full' in {shown(moments_dtype)}" if moments_dtype != "float32" else shown(mode)
+    return f"{name} with master factors" if group.get("master_factors") else name
+
+
+def _check_group(saved: dict[str, Any], own: dict[str, Any]) -> None:
+    if len(saved["params"]) != len(own["params"]):
+        raise ValueError(
+            f"the checkpoint has {len(saved['params'])} parameters in a group, this optimizer {len(own['params'])}. "
+            f"{_ADVICE}"
+        )
+    names = _names(own)
+    for name, before in zip(names, saved.get("param_names") or names, strict=True):
+        if unwrapped_name(before) != unwrapped_name(name):
+            raise ValueError(
+                f"the checkpoint has the state of {shown(before)} where this optimizer has {name!r}. {_ADVICE}"
+            )
+    for name, before, now in zip(names, saved["param_shapes"], own["param_shapes"], strict=True):
+        if list(before) != list(now):
+            raise ValueError(f"{name} has shape {list(now)}, but {shown(list(before))} in the checkpoint. {_ADVICE}")
+
+
+def _names(group: dict[str, Any]) -> list[str]:
+    return group.get("param_names") or [f"parameter {i}" for i in range(len(group["params"]))]

@@ -1,0 +1,249 @@
+"""How much memory does LoRA-Pro's optimizer need on each device, is it there, and which modes would do with less?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+import torch
+from torch import Tensor
+
+from lorapro_hf.config import MODES, LoRAProConfig
+from lorapro_hf.factors.pairs import LoRAPair
+from lorapro_hf.functional.projection import compute_dtype
+from lorapro_hf.kernels.torch_dense import tile_elements
+from lorapro_hf.optim.state import dense_shape, state_dtype, state_shapes
+
+# A step packs factors and gradients into batches, shape by shape, and works on about so many copies of that size.
+_WORKING_COPIES = 12
+_MASTER_COPIES = 4  # more with master copies of the factors, which have bases of their own
+# Arrays of a tile of dense moments: gradient, direction, and the moments and codes on their way where they are not kept
+# as they are computed.
+_TILE_ARRAYS = 10
+
+# Files of a control group: its limit, what is in use, and the entry of memory.stat for caches that the kernel drops
+# when memory is short.
+_CGROUP_V2 = ("memory.max", "memory.current", "inactive_file")
+_CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_NO_LIMIT = 2**60  # version 1 says "no limit" with the largest number of pages
+
+
+class StateTooLargeError(ValueError):
+    """The optimizer state of the chosen mode does not fit on a device; the message names the modes that would."""
+
+
+def readable_bytes(count: float) -> str:
+    """`1536` as `"1.5 KiB"`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def state_bytes_by_device(
+    pairs: Iterable[LoRAPair], config: LoRAProConfig, others: Iterable[Tensor] = ()
+) -> dict[torch.device, int]:
+    """Bytes of optimizer state on each device once every parameter has been stepped.
+
+    Exact but for the step counters, 4 bytes for each parameter. Only shapes, dtypes and devices are read: the factors
+    may be on the meta device.
+
+    Args:
+        pairs: from `find_lora_pairs(model)`.
+        config: its `mode`, `moments_dtype` and `master_factors` count.
+        others: trainable parameters of no pair; AdamW keeps two moments of each in its own dtype. Parameters tied to
+            those of a pair have no moments and do not belong here.
+    """
+    total: dict[torch.device, int] = {}
+    for pair in pairs:
+        _add(total, pair.A.device, _state_bytes_of_pair(pair, config))
+    for parameter in others:
+        _add(total, parameter.device, 2 * parameter.numel() * parameter.element_size())
+    return total
+
+
+def scratch_bytes(
+    pairs: Iterable[LoRAPair], mode: str, master_factors: bool = False, place: torch.device | None = None
+) -> dict[torch.device, int]:
+    """Bytes on each device that a step may need beyond the state: copies of all factors, and a tile of dense moments.
+
+    An allowance, not a count. Activations, parameters and their gradients are not in it.
+
+    Args:
+        pairs: those stepped together.
+        mode: of LoRA-Pro.
+        master_factors: whether float32 copies of the factors are stepped.
+        place: the kind of device to reckon with, for factors on the meta device; by default that of each factor.
+    """
+    total: dict[torch.device, int] = {}
+    dense: dict[torch.device, int] = {}
+    copies = _WORKING_COPIES + (_MASTER_COPIES if master_factors else 0)
+    for pair in pairs:
+        A, B = pair.A, pair.B
+        _add(dense, A.device, torch.Size(dense_shape(pair)).numel())
+        elements = pair.shape_A.numel() + pair.shape_B.numel()
+        _add(total, A.device, copies * elements * compute_dtype(A, B).itemsize)
+    if LoRAProConfig(mode=mode).keeps_dense_moments:
+        for device, elements in dense.items():
+            total[device] += _TILE_ARRAYS * min(tile_elements(place or device), elements) * torch.float32.itemsize
+    return total
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on a device, or `None` where that is not known.
+
+    CUDA: what the driver has left and what PyTorch's caching allocator holds without using it. CPU: what the system
+    has left (`psutil`, which accelerate brings) within the memory limits of the process's control groups; caches
+    that the kernel would drop count as available. Other devices, and a CPU without psutil and without limits: `None`.
+    """
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type == "cpu":
+        known = [count for count in (_system_available(), _cgroup_available()) if count is not None]
+        return min(known, default=None)
+    return None
+
+
+def require_state_fits(pairs: Sequence[LoRAPair], config: LoRAProConfig, others: Sequence[Tensor] = ()) -> None:
+    """Refuse a mode whose optimizer state cannot fit, before anything of it is allocated.
+
+    To be called when the optimizer is built, while it has no state yet. Passing says nothing of activations and
+    gradients, which need memory as well. A device whose free memory is not known is never refused.
+
+    Args:
+        pairs: those that this process will step, on the devices they will be trained on.
+        config: the settings of the optimizer.
+        others: trainable parameters of no pair.
+
+    Raises:
+        StateTooLargeError: state and working memory exceed what a device has left. The message gives both in bytes and
+            names the modes that would fit.
+    """
+    need = _need(pairs, config, others)
+    free = {device: available_bytes(device) for device in need}
+    short = _devices_short_of(need, free)
+    if not short:
+        return
+    listed = ", and ".join(
+        f"{readable_bytes(need[device])} on {device}, where {readable_bytes(free[device] or 0)} are free"
+        for device in short
+    )
+    raise StateTooLargeError(
+        f"The optimizer state of {_setting_name(config, 'mode=')}, with a step's working memory, needs {listed}. "
+        f"{_remedies(pairs, config, others, free)}, or turn this check off with check_memory=False (in the arguments "
+        "lora_pro_check_memory=False)."
+    )
+
+
+def _remedies(
+    pairs: Sequence[LoRAPair], config: LoRAProConfig, others: Sequence[Tensor], free: dict[torch.device, int | None]
+) -> str:
+    """What to do where the chosen mode does not fit, with the modes that do."""
+    together = " (all devices together)" if len(free) > 1 else ""
+    needs = [(setting, _need(pairs, setting, others)) for setting in all_settings(config.master_factors)]
+    fitting = [_described(setting, sum(need.values())) for setting, need in needs if not _devices_short_of(need, free)]
+    if fitting:
+        return (
+            f"Modes that fit{together}: {', '.join(fitting)}. Choose one with LoRAProConfig(mode=...) or "
+            "--lora_pro_mode, adapt fewer layers (target_modules)"
+        )
+    least, smallest = min(((sum(need.values()), setting) for setting, need in needs), key=lambda each: each[0])
+    return (
+        f"No mode fits; the smallest, {_setting_name(smallest)}, needs {readable_bytes(least)}{together}. Adapt fewer "
+        "layers (target_modules), choose a smaller r, free memory on it"
+        + (", leave out master_factors" if config.master_factors else "")
+    )
+
+
+def all_settings(master_factors: bool) -> list[LoRAProConfig]:
+    """Every mode and dtype of its moments, in the order of the modes."""
+    modes = [LoRAProConfig(mode=mode, master_factors=master_factors) for mode in MODES]
+    modes.insert(1 + MODES.index("full"), replace(modes[MODES.index("full")], moments_dtype="bfloat16"))
+    return modes
+
+
+def _setting_name(config: LoRAProConfig, prefix: str = "") -> str:
+    extras = [f"moments_dtype={config.moments_dtype!r}"] if config.moments_dtype != "float32" else []
+    extras += ["master_factors=True"] if config.master_factors else []
+    return f"{prefix}{config.mode!r}" + (f" with {' and '.join(extras)}" if extras else "")
+
+
+def _described(config: LoRAProConfig, count: int) -> str:
+    # Its moments are those of the factors: with the rate of the other modes it would hardly move.
+    rates = ", with learning rates of LoRA" if config.mode == "efficient" else ""
+    return f"{_setting_name(config)} ({readable_bytes(count)}{rates})"
+
+
+def _need(pairs: Sequence[LoRAPair], config: LoRAProConfig, others: Sequence[Tensor]) -> dict[torch.device, int]:
+    """State and working memory together."""
+    need = state_bytes_by_device(pairs, config, others)
+    for device, count in scratch_bytes(pairs, config.mode, config.master_factors).items():
+        _add(need, device, count)
+    return need
+
+
+def _devices_short_of(need: dict[torch.device, int], free: dict[torch.device, int | None]) -> list[torch.device]:
+    short = []
+    for device, count in need.items():
+        there = free[device]
+        if there is not None and count > there:
+            short.append(device)
+    return short
+
+
+def _state_bytes_of_pair(pair: LoRAPair, config: LoRAProConfig) -> int:
+    return sum(
+        torch.Size(shape).numel() * state_dtype(pair, config, name).itemsize
+        for shapes in state_shapes(pair, config.mode, config.master_factors)
+        for name, shape in shapes.items()
+    )
+
+
+def _add(total: dict[torch.device, int], device: torch.device, count: int) -> None:
+    total[device] = total.get(device, 0) + count
+
+
+def _system_available() -> int | None:
+    try:
+        import psutil  # type: ignore[import-untyped, unused-ignore]
+    except ImportError:
+        return None
+    return int(psutil.virtual_memory().available)
+
+
+def _cgroup_available(membership: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Bytes until the tightest memory limit of the process's control groups and those above them, if there is one."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:  # no Linux
+        return None
+    rooms = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mount, names = (root / "memory", _CGROUP_V1) if controllers else (root, _CGROUP_V2)
+        # A container may be shown its path on the host, which does not exist inside: then only the mount itself does.
+        parts = PurePosixPath(path).parts[1:]
+        levels = [mount.joinpath(*parts[:depth]) for depth in range(len(parts) + 1)] if ".." not in parts else [mount]
+        rooms += [room for level in levels if (room := _cgroup_room(level, *names)) is not None]
+    return min(rooms, default=None)
+
+
+def _cgroup_room(group: Path, limit_name: str, usage_name: str, cache_name: str) -> int | None:
+    """Bytes that one control group may still take, or None if it has no limit."""
+    try:
+        limit, usage = (group / limit_name).read_text().strip(), int((group / usage_name).read_text())
+    except OSError:
+        return None
+    if limit == "max" or int(limit) >= _NO_LIMIT:
+        return None
+    try:
+        lines = (group / "memory.stat").read_text().splitlines()
+    except OSError:
+        lines = []
+    droppable = sum(int(line.split()[1]) for line in lines if line.split()[0] == cache_name)
+    return max(0, int(limit) - usage + droppable)

@@ -1,0 +1,63 @@
+"""What are the adjusted gradients of these pairs now, for an optimizer that is not ours?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.distributed.access import Access, access_to
+from lorapro_hf.distributed.ownership import Shares
+from lorapro_hf.factors.pairs import LoRAPair
+from lorapro_hf.factors.stacks import StackGradient, exact_arithmetic, global_norm, read_stacks, stacks_of
+from lorapro_hf.optim.finite import can_be_read, of_factors, require_finite
+from lorapro_hf.optim.rules.base import adjusted_gradients_
+
+
+@torch.no_grad()
+def project_pair_gradients_(pairs: Sequence[LoRAPair], config: LoRAProConfig) -> Tensor:
+    """Overwrite the `.grad` of every pair's factors with the adjusted gradients, ahead of any optimizer's step.
+
+    Factors that tied layers hold a second time lose their `.grad`: the first layer's carries the sum.
+
+    Args:
+        pairs: as `find_lora_pairs` gives them; pairs without gradients are left out.
+        config: its `x_mode` and `rtol` are used.
+
+    Returns:
+        The global 2-norm of the equivalent gradients, a scalar on their device.
+
+    Raises:
+        ValueError: a scaling is 0, or a factor is not finite (on the CPU; elsewhere the norm is NaN then). Nothing has
+            been changed.
+        RuntimeError: a gradient is missing for one factor of a pair, sparse, or sharded in a way that is not supported.
+    """
+    access = access_to(pairs)
+    shares = Shares(pairs, access, shared=False)
+    shares.fetch()
+    stacks = stacks_of(pairs, factors=shares.factors)
+    with exact_arithmetic(stacks):
+        read = read_stacks(stacks, config)
+        norm = global_norm(read)
+        if can_be_read(norm) and not norm.isfinite():
+            require_finite(of_factors(pairs, access), access.group)
+        for each in read:
+            h = adjusted_gradients_(each, config.x_mode)
+            for factor, values in (("A", each.stack.layers_A(h.A)), ("B", each.stack.layers_B(h.B))):
+                _store_gradients(each, factor, values, access)
+        return norm
+
+
+def _store_gradients(read: StackGradient, factor: str, values: Tensor, access: Access) -> None:
+    pairs = read.stack.pairs
+    taking_part = range(len(pairs)) if read.live is None else read.live
+    for pair in (pairs[index] for index in taking_part):
+        parameter = getattr(pair, factor)
+        if parameter.grad is None:  # a tied layer had it
+            parameter.grad = torch.empty_like(parameter)
+        for tied in pair.tied_parameters:
+            tied.grad = None
+    gradients = [getattr(pairs[index], factor).grad for index in taking_part]
+    access.store(gradients, [values[index] for index in taking_part])

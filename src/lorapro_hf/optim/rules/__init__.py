@@ -1,0 +1,1 @@
+"""How does each mode step a stack of pairs?"""

@@ -1,1 +1,0 @@
-"""`lorapro plot`: pictures of what a training has measured of itself."""

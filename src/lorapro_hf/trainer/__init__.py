@@ -1,0 +1,1 @@
+"""How do transformers' `Trainer` and TRL's trainers train with LoRA-Pro?"""

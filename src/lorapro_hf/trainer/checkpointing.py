@@ -1,0 +1,203 @@
+"""How does a `Trainer` write its checkpoints, and examine and load the one that it resumes from?"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from lorapro_hf.checkpoints.adapters import require_pairs_in_checkpoint
+from lorapro_hf.checkpoints.engines import describe_engine, require_same_engine
+from lorapro_hf.checkpoints.files import OPTIMIZER, SCHEDULER
+from lorapro_hf.checkpoints.loading import LoadingMixin
+from lorapro_hf.checkpoints.manifest import MANIFEST, clear, write_manifest
+from lorapro_hf.checkpoints.resume import (
+    checkpoints_in,
+    find_flaw,
+    newest_complete,
+    require_complete,
+    require_same_training,
+    require_without_lora_pro,
+    unverified,
+)
+from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointMixin(LoadingMixin):
+    """The part of `LoRAProTrainerMixin` that writes and resumes checkpoints; while LoRA-Pro is off it is the parent."""
+
+    optimizer: Any
+    _lora_pro_announces = True
+
+    def _examine(self, asked: str | Literal[True]) -> str | bool:
+        """Examine the checkpoint that `train` is to resume from, on all ranks together.
+
+        Returns:
+            What the parent is to resume from; `False` to start anew.
+
+        Raises:
+            ValueError: the checkpoint is not complete, or of another training.
+        """
+        if self.lora_pro_config is None:
+            folder = get_last_checkpoint(self.args.output_dir) if asked is True else asked
+            if folder:
+                require_without_lora_pro(Path(folder))
+            return asked
+        checkpoint = self._newest_complete() if asked is True else Path(asked)
+        if checkpoint is None:
+            return False
+        self._together(lambda: self._require_complete(checkpoint))
+        self._together(lambda: self._require_same_training(checkpoint))
+        return str(checkpoint)
+
+    def _newest_complete(self) -> Path | None:
+        output = Path(self.args.output_dir)
+
+        def find(folder: Path) -> str | None:
+            flaw = None
+            if self.args.should_save:
+                try:
+                    flaw = find_flaw(folder)
+                except Exception as error:  # the other ranks wait for an answer
+                    flaw = f"its files cannot be examined ({type(error).__name__}: {error})"
+            return self._agreed(flaw)
+
+        found, flaws = newest_complete(output, self._gathered(checkpoints_in(output))[0], find)
+        way_on = "starts anew" if found is None else f"goes on from {found}"
+        if self.is_world_process_zero():
+            for folder, flaw in flaws.items():
+                logger.warning("%s is passed over: %s. The training %s.", folder, flaw, way_on)
+        return found
+
+    def _require_complete(self, folder: Path) -> None:
+        if self.args.should_save:  # as when it was written: other ranks may not see all files
+            require_complete(folder)
+            require_same_engine(folder, describe_engine(self.accelerator))
+            if self._is_by_engine:
+                require_pairs_in_checkpoint(folder, self.accelerator.unwrap_model(self.model))
+
+    def _require_same_training(self, folder: Path) -> None:
+        # DeepSpeed's engine looks at mode and pairs before it loads anything
+        has_state = self.is_deepspeed_enabled or self._has_fitting_state(folder)
+        if not self.is_world_process_zero():
+            return
+        if not has_state:
+            logger.warning(
+                "%s holds no optimizer state (save_only_model=True): moments and learning rate schedule start anew, so "
+                "that the training does not go on as it would have.",
+                folder,
+            )
+        elif doubt := unverified(folder):
+            logger.warning(doubt)
+
+    def _has_fitting_state(self, folder: Path) -> bool:
+        """Whether a checkpoint has an optimizer's state; raise if that or the adapter is of another training."""
+        # The parent builds the optimizer after it has loaded the weights; this one is thrown away.
+        before, self._lora_pro_announces = self.optimizer, False
+        try:
+            optimizer = unwrap_optimizer(self.create_optimizer())
+        finally:
+            self.optimizer, self._lora_pro_announces = before, True
+        if not isinstance(optimizer, LoRAProAdamW):  # the first log says so
+            optimizer = None
+        return require_same_training(folder, optimizer, self.accelerator.unwrap_model(self.model))
+
+    def _together(self, check: Callable[[], None]) -> None:
+        """Run a check on all ranks; where it fails on one it fails on all, none of which then waits for another."""
+        own: Exception | None = None
+        try:
+            check()
+        except Exception as error:  # each has to be told
+            own = error
+        said = self._agreed(None if own is None else str(own))
+        if own is not None:
+            raise own
+        if said is not None:
+            raise ValueError(said)
+
+    def _agreed(self, said: str | None) -> str | None:
+        """What the first rank says that says anything."""
+        return next((each for each in self._gathered(said) if each is not None), None)
+
+    def _gathered(self, own: Any) -> list[Any]:
+        """What each rank has, in their order."""
+        return list(gather_object([own])) if self.accelerator.num_processes > 1 else [own]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> None:
+        """As the parent, which would put the state of all ranks onto the device of each of them first."""
+        parents = super()._load_optimizer_and_scheduler
+        by_engine = self._is_by_engine
+        files = [Path(checkpoint, name) for name in (OPTIMIZER, SCHEDULER)] if checkpoint else []
+        is_ours = isinstance(unwrap_optimizer(self.optimizer), LoRAProAdamW) and all(file.is_file() for file in files)
+        # a parent that overrides it may load more than these two
+        if by_engine or not files or not is_ours or parents.__func__ is not Trainer._load_optimizer_and_scheduler:
+            parents(checkpoint, *args, **kwargs)
+            return
+        for target, file in zip((self.optimizer, self.lr_scheduler), files, strict=True):
+            target.load_state_dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
+        """As the parent, with a manifest; an older checkpoint in the same folder counts as unfinished from now on.
+
+        Raises:
+            ValueError: a parameter or its state holds NaN or Inf. Nothing has been written then.
+        """
+        if self.lora_pro_config is None:
+            super()._save_checkpoint(model, trial, *args, **kwargs)
+            return
+        optimizer = unwrap_optimizer(self.optimizer)
+        with optimizer.saving_finite() if isinstance(optimizer, LoRAProAdamW) else contextlib.nullcontext():
+            self._write_checkpoint(model, trial, *args, **kwargs)
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            clear(folder)
+            # FSDP writes nothing before the parent looks for the best folder, which only some ranks would find
+            folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator.wait_for_everyone()  # or a rank's new file might be cleared
+        super()._save_checkpoint(model, trial, *args, **kwargs)
+        self._write_manifest(folder)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str, *args: Any, **kwargs: Any) -> None:
+        """As the parent, which is called once all files are written, and pushes the manifest with them."""
+        self._write_manifest(Path(checkpoint_folder))
+        super()._push_from_checkpoint(checkpoint_folder, *args, **kwargs)
+
+    def _write_manifest(self, folder: Path) -> None:
+        is_due = self.args.should_save and folder.is_dir() and not (folder / MANIFEST).exists()
+        if self.lora_pro_config is not None and is_due:
+            processes, engine = self.accelerator.num_processes, describe_engine(self.accelerator)
+            try:
+                write_manifest(folder, self.state.global_step, processes, engine)
+            except OSError as error:
+                logger.warning(
+                    "%s could not be written into %s (%s). The checkpoint is complete, but a change in its files will "
+                    "not be noticed.",
+                    MANIFEST,
+                    folder,
+                    error,
+                )
+
+    def _save_rng_state(self, *args: Any, **kwargs: Any) -> None:
+        """As the parent; what marks a checkpoint as finished comes after the files of all ranks."""
+        super()._save_rng_state(*args, **kwargs)
+        if self.lora_pro_config is not None:
+            self.accelerator.wait_for_everyone()
+
+    def _save_optimizer_and_scheduler(self, *args: Any, **kwargs: Any) -> None:
+        """As the parent, which asks rank 0 alone for a state that the ranks may share out."""
+        optimizer = unwrap_optimizer(self.optimizer)
+        if isinstance(optimizer, LoRAProAdamW) and optimizer.engine_step is None:
+            optimizer.consolidate_state_dict()
+        super()._save_optimizer_and_scheduler(*args, **kwargs)

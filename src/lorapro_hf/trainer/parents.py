@@ -1,0 +1,114 @@
+"""What does a call hand to the parent of a mixin, whose signature is another library's?"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from lorapro_hf.factors.pairs import find_lora_pairs
+
+
+def handed(trainer: type, mixin: type, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the parent's names for them; a call that does not fit the parent raises nothing.
+
+    A method that takes `*args` is asked for the names that it has. The next parent's names count for the rest.
+
+    Args:
+        trainer: the class of the object that is called.
+        mixin: the class that overrides the method; its parents come after it.
+        method: name of the method.
+        args: of the call, without `self`.
+        kwargs: of the call.
+    """
+    names: list[str] = []
+    for parent in _definers(trainer, mixin, method):
+        parameters = _parameters(parent, method).values()
+        named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][1:]
+        names += named[len(names) :]
+        if all(p.kind is not p.VAR_POSITIONAL for p in parameters):
+            break
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def replaced(
+    given: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any], **new: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and the named arguments of a call, with others in the place of some.
+
+    Args:
+        given: from `handed`.
+        args: of the call, without `self`.
+        kwargs: of the call.
+        **new: arguments of the call, by the parent's names.
+    """
+    places = {name: place for place, name in enumerate(given) if name in new and name not in kwargs}
+    changed = list(args)
+    for name, place in places.items():
+        changed[place] = new[name]
+    return tuple(changed), {name: new.get(name, value) for name, value in kwargs.items()}
+
+
+def accepted(method: Callable[..., Any], **offered: Any) -> dict[str, Any]:
+    """Those of the keywords that a method takes."""
+    parameters = inspect.signature(method).parameters
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return {name: value for name, value in offered.items() if takes_all or name in parameters}
+
+
+def require_adapter(trainer: type, mixin: type, given: Mapping[str, Any], otherwise: str) -> None:
+    """Raise if a trainer of TRL was handed neither a model with an adapter nor a `peft_config`.
+
+    TRL would prepare the whole data set first, and the message would name another remedy.
+
+    Args:
+        trainer: the class that is constructed.
+        mixin: the class whose parent is TRL's.
+        given: from `handed`, for `__init__`.
+        otherwise: what to do instead.
+
+    Raises:
+        ValueError: there is no adapter, or the one that the model has cannot be trained.
+    """
+    parent = next(_definers(trainer, mixin, "__init__"))
+    # a subclass of one's own may make an adapter without being handed anything
+    makes_one = parent.__module__.startswith("trl.") and "peft_config" in _parameters(parent, "__init__")
+    model = given.get("model")
+    if not makes_one or model is None or given.get("train_dataset") is None or given.get("peft_config") is not None:
+        return
+    if getattr(model, "peft_config", None):
+        find_lora_pairs(model)
+        return
+    raise ValueError(
+        f"{trainer.__name__} got a model without an adapter, and no peft_config= to make one from. Pass "
+        'peft_config=LoraConfig(target_modules="all-linear") (--use_peft in TRL\'s own scripts) or a model from '
+        f"get_peft_model, or {otherwise}."
+    )
+
+
+def groups_beside(trainer: Any, model: nn.Module) -> list[dict[str, Any]]:
+    """Groups of the parameters that a trainer trains beside its model's: sentence-transformers those of its loss.
+
+    Args:
+        trainer: a `Trainer`.
+        model: its model, whose parameters are left out.
+    """
+    settings = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)[1]
+    known = {id(parameter) for parameter in model.parameters()}
+    groups = []
+    for number, group in enumerate(settings.get("optimizer_dict", ())):
+        beside = [parameter for parameter in group["params"] if id(parameter) not in known]
+        named = [(f"beside_the_model.{number}.{place}", parameter) for place, parameter in enumerate(beside)]
+        groups += [{**group, "params": named, "lora_pro_factors": False}] if named else []
+    return groups
+
+
+def _definers(trainer: type, mixin: type, method: str) -> Iterator[type]:
+    order = trainer.__mro__
+    return (parent for parent in order[order.index(mixin) + 1 :] if method in vars(parent))
+
+
+def _parameters(parent: type, method: str) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(vars(parent)[method]).parameters

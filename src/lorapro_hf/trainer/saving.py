@@ -1,0 +1,103 @@
+"""How does a `Trainer` make sure that every save holds the adapter that is trained?"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lorapro_hf.checkpoints.adapters import adapter_files, raise_on_all_ranks, saving_error
+from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.trainer.parents import handed
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+
+class SavingMixin(_Base):
+    """The part of `LoRAProTrainerMixin` that examines what was saved; while LoRA-Pro is off it is the parent.
+
+    All ranks write a checkpoint together, so that an error of one is raised on each of them. Any other save may be of
+    rank 0 alone, which then raises alone, even one that a parent makes while it writes a checkpoint.
+    """
+
+    lora_pro_config: LoRAProConfig | None = None
+    _lora_pro_in_checkpoint = False
+    _lora_pro_saves_together = False
+    _lora_pro_unsaved: ValueError | None = None
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As the parent; `save_model` is told that all ranks take part in the parent's own call."""
+        self._lora_pro_in_checkpoint = True
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self._lora_pro_in_checkpoint = False
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """As the parent, which saves no model under FSDP2 whose checkpoints are sharded.
+
+        Raises:
+            ValueError: the adapter is not in the files that were written.
+        """
+        if self.lora_pro_config is None:
+            super().save_model(*args, **kwargs)
+            return
+        given = handed(type(self), SavingMixin, "save_model", args, kwargs)
+        if not (self._lora_pro_in_checkpoint and given.get("_internal_call")):
+            with self._whole_state():
+                super().save_model(*args, **kwargs)
+            return
+        self._lora_pro_unsaved, self._lora_pro_saves_together = None, True
+        try:
+            super().save_model(*args, **kwargs)
+        finally:
+            self._lora_pro_saves_together = False
+        raise_on_all_ranks(self._lora_pro_unsaved)
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        """As the parent; the adapter must be in the files that were written."""
+        super()._save(*args, **kwargs)
+        given = handed(type(self), SavingMixin, "_save", args, kwargs)
+        if self.lora_pro_config is None or not self.args.should_save:
+            return
+        # a parent may have another name for its first argument
+        folder = Path(given.get("output_dir", args[0] if args else None) or self.args.output_dir)
+        if given.get("state_dict") == {}:  # the parent's way to say that DeepSpeed's files hold the weights
+            for file in adapter_files(folder, self._lora_pro_model()).values():
+                file.unlink()
+            return
+        error = saving_error(folder, self._lora_pro_model())
+        if error is not None and not self._lora_pro_saves_together:
+            raise error
+        self._lora_pro_unsaved = error
+
+    def _save_optimizer_and_scheduler(self, output_dir: str, *args: Any, **kwargs: Any) -> None:
+        """As the parent, with which FSDP writes the model as well."""
+        super()._save_optimizer_and_scheduler(output_dir, *args, **kwargs)
+        if self.lora_pro_config is not None and self.is_fsdp_enabled:
+            is_first = self.is_world_process_zero()
+            raise_on_all_ranks(saving_error(Path(output_dir), self._lora_pro_model()) if is_first else None)
+
+    def _lora_pro_model(self) -> nn.Module:
+        model: nn.Module = self.accelerator.unwrap_model(self.model)
+        return model
+
+    @contextlib.contextmanager
+    def _whole_state(self) -> Iterator[None]:
+        """Have FSDP gather the model that is saved, whatever its checkpoints are."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None:
+            yield
+            return
+        from torch.distributed.fsdp import StateDictType
+
+        before, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+        try:
+            yield
+        finally:
+            plugin.state_dict_type = before

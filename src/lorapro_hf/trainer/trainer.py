@@ -1,0 +1,341 @@
+"""How does a `Trainer` train with LoRA-Pro?"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn, optim
+from transformers import Trainer
+
+from lorapro_hf.checkpoints.adapters import require_savable
+from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.deepspeed.engine import attach_deepspeed
+from lorapro_hf.diagnostics.callback import GradientGapCallback
+from lorapro_hf.diagnostics.settings import GAP_MAX_BYTES
+from lorapro_hf.distributed.engines import require_supported_engine
+from lorapro_hf.distributed.zero_configuration import require_configuration, settle_clipping
+from lorapro_hf.factors.pairs import find_lora_pairs
+from lorapro_hf.optim.factory import LoRAProOptimizerFactory, create_lorapro_optimizer, take_settings
+from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
+from lorapro_hf.optim.memory import readable_bytes
+from lorapro_hf.trainer.arguments import LoRAProTrainingArguments
+from lorapro_hf.trainer.callback import LoRAProCallback
+from lorapro_hf.trainer.checkpointing import CheckpointMixin
+from lorapro_hf.trainer.hub_mixin import HubMixin
+from lorapro_hf.trainer.parents import groups_beside, handed, replaced, require_adapter
+from lorapro_hf.trainer.saving import SavingMixin
+from lorapro_hf.utils.private_names import METHODS_OF_TRAINER, private
+
+_ADAMW = ("adamw_torch", "adamw_torch_fused")
+_TURN_OFF = "turn LoRA-Pro off with LoRAProTrainingArguments(lora_pro=False) or --no_lora_pro"
+
+logger = logging.getLogger(__name__)
+
+
+def _make_visible(package: logging.Logger) -> None:
+    """Let the one line at the start be seen: a plug-in that says nothing looks like one that does nothing.
+
+    A level or handler that the user has set is left alone.
+    """
+    if package.level == logging.NOTSET:
+        package.setLevel(logging.INFO)
+    if not package.hasHandlers():
+        package.addHandler(logging.StreamHandler())
+
+
+class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
+    """Makes any `Trainer` class train with LoRA-Pro; the trainer's class comes second.
+
+    ```python
+    class LoRAProSFTTrainer(LoRAProTrainerMixin, SFTTrainer):
+        pass
+    ```
+
+    The optimizer is a `LoRAProAdamW` with the learning rate, betas, epsilon and weight decay of the arguments, and with
+    `Trainer`'s rule for which parameters decay. Everything else is the parent's: schedulers, accumulation, mixed
+    precision, checkpoints. The adapters that it saves are ordinary PEFT adapters, with a `lorapro_config.json` beside
+    them; `create_model_card` and `push_to_hub` write a model card with what is to be known of the training. With
+    `lora_pro=False` in `LoRAProTrainingArguments` it is exactly the parent.
+
+    `max_grad_norm` acts on the raw gradients of the factors, before the projection. In full mode Adam's normalisation
+    removes most of a uniform scale, so that clipping there mostly limits how much a step weighs in the moments. In
+    efficient mode the projection passes the scale on, and Adam normalises it as it does for plain LoRA.
+
+    Training logs get `lora_pro_grad_norm`, the norm of the last step's equivalent gradient of all adapted weights, and
+    `lora_pro_skipped_steps`, how many steps the optimizer skipped because of gradients that are not finite (under fp16
+    the gradient scaler skips such steps before they reach the optimizer).
+
+    Args:
+        *args: Passed on to the parent.
+        lora_pro_config: The settings when the arguments are not `LoRAProTrainingArguments`; a dictionary will do. By
+            default those of the optimizer that was handed in, or else `LoRAProConfig()`.
+        **kwargs: Passed on to the parent.
+
+    Raises:
+        ValueError: if the model has no trainable LoRA pair, or if settings contradict each other: `lora_pro_config`
+            beside `LoRAProTrainingArguments`, another `optim`, `optim_args`, another optimizer or factory, a
+            `LoRAProCallback`.
+        RuntimeError: under FSDP1 or Megatron-LM, which are not supported, and under DeepSpeed with settings that are
+            not, see `attach_deepspeed`.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if Trainer in order and order.index(Trainer) < order.index(LoRAProTrainerMixin):
+            raise TypeError(
+                f"class {cls.__name__}: LoRAProTrainerMixin must come before the trainer, or its optimizer is never "
+                f"used: class {cls.__name__}(LoRAProTrainerMixin, ...)."
+            )
+
+    lora_pro_config: LoRAProConfig | None = None
+    """The settings that LoRA-Pro runs with; `None` while it is off."""
+    optimizer: Any
+    _lora_pro_announced = False
+    _lora_pro_logs_together = False
+    _lora_pro_first_step: int | None = None
+
+    def __init__(
+        self, *args: Any, lora_pro_config: LoRAProConfig | Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        # before the parent's __init__, in which some trainers build their optimizer
+        self._given_lora_pro_config = None if lora_pro_config is None else LoRAProConfig.of(lora_pro_config)
+        given = handed(type(self), LoRAProTrainerMixin, "__init__", args, kwargs)
+        if getattr(given.get("args"), "lora_pro", True):
+            require_adapter(type(self), LoRAProTrainerMixin, given, _TURN_OFF)
+        super().__init__(*args, **kwargs)
+        # only now: some trainers build the PEFT model in their __init__
+        self._resolve_lora_pro()
+        if isinstance(self.args, LoRAProTrainingArguments) and self.args.lora_pro_log_gap:
+            GradientGapCallback(
+                self.args.lora_pro_log_gap,
+                self.args.lora_pro_gap_layers,
+                self.args.lora_pro_gap_max_bytes or GAP_MAX_BYTES,
+            ).attach(self)
+        if self.lora_pro_config is not None and self.train_dataset is not None:  # evaluation needs no trainable pair
+            self._settle_deepspeed()
+            require_savable(self.model)
+            find_lora_pairs(self.model)
+
+    @property
+    def deepspeed(self) -> Any:
+        """The DeepSpeed engine, which the parent sets before it loads a checkpoint or takes a step; else `None`."""
+        return self.__dict__.get("deepspeed")
+
+    @deepspeed.setter
+    def deepspeed(self, engine: Any) -> None:
+        self.__dict__["deepspeed"] = engine
+        optimizer = unwrap_optimizer(self.__dict__.get("optimizer"))
+        if engine is not None and self.lora_pro_config is not None and isinstance(optimizer, LoRAProAdamW):
+            attach_deepspeed(engine, optimizer)
+
+    def _settle_deepspeed(self) -> None:
+        """Refuse a configuration of DeepSpeed before an engine is built from it; have it clip as the arguments say."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if plugin is not None and self.lora_pro_config is not None:
+            require_configuration(plugin.deepspeed_config, self.lora_pro_config.master_factors)
+            settle_clipping(plugin, self.args.max_grad_norm)
+
+    def _resolve_lora_pro(self) -> None:
+        """Set `lora_pro_config` from what the user stated, and refuse what contradicts it."""
+        self.lora_pro_config = None
+        stated = self._given_lora_pro_config
+        if isinstance(self.args, LoRAProTrainingArguments):
+            if stated is not None:
+                raise ValueError(
+                    "LoRA-Pro got its settings twice: LoRAProTrainingArguments and lora_pro_config=. Set lora_pro_mode "
+                    "and the like there and drop lora_pro_config=, or pass plain TrainingArguments."
+                )
+            if not self.args.lora_pro:
+                return
+            stated = self.args.lora_pro_config
+        for name in METHODS_OF_TRAINER:
+            private(Trainer, name)  # an override of a name that the parent has dropped is never called
+        require_supported_engine(self.accelerator, _TURN_OFF)
+        self._refuse_other_optimizers()
+        if any(isinstance(callback, LoRAProCallback) for callback in self.callback_handler.callbacks):
+            raise ValueError(
+                "LoRAProCallback and LoRAProTrainer's own optimizer would adjust the gradients twice. Drop the "
+                f"callback, or {_TURN_OFF}."
+            )
+        self.lora_pro_config = self._agreed_config(stated)
+
+    def _refuse_other_optimizers(self) -> None:
+        """Raise if the user asked for an optimizer that LoRA-Pro would replace."""
+        remedy = f"or {_TURN_OFF}, or add LoRAProCallback to a plain Trainer, which works with any optimizer"
+        optim_name = getattr(self.args.optim, "value", self.args.optim)
+        if optim_name not in _ADAMW:
+            raise ValueError(
+                f"optim={optim_name!r} would be ignored: LoRA-Pro brings its own AdamW. Leave optim at its default, "
+                f"{remedy}."
+            )
+        for name in ("optim_args", "optim_target_modules", "learning_rate_mapping"):  # the last sentence-transformers'
+            if getattr(self.args, name, None):
+                raise ValueError(
+                    f"{name}={getattr(self.args, name)!r} would be ignored: LoRA-Pro brings its own AdamW. Leave "
+                    f"{name} unset, {remedy}."
+                )
+        given = unwrap_optimizer(self.optimizer)
+        if given is not None and not isinstance(given, LoRAProAdamW):
+            raise ValueError(
+                f"optimizers= holds a {type(given).__name__}, which LoRA-Pro would not reach. Drop it, pass a "
+                f"LoRAProAdamW, {remedy}."
+            )
+        if self.optimizer_cls_and_kwargs is not None and self._factory() is None:
+            name = getattr(self.optimizer_cls_and_kwargs[0], "__name__", repr(self.optimizer_cls_and_kwargs[0]))
+            raise ValueError(
+                f"optimizer_cls_and_kwargs= names {name}, which LoRA-Pro would not reach. Drop it, pass "
+                f"LoRAProOptimizerFactory, {remedy}."
+            )
+
+    def _factory(self) -> type[LoRAProOptimizerFactory] | None:
+        if self.optimizer_cls_and_kwargs is None:
+            return None
+        factory = self.optimizer_cls_and_kwargs[0]
+        return factory if isinstance(factory, type) and issubclass(factory, LoRAProOptimizerFactory) else None
+
+    def _agreed_config(self, stated: LoRAProConfig | None) -> LoRAProConfig:
+        """The settings to run with; a `ValueError` if a given optimizer or factory has others than those stated."""
+        given, source = None, "optimizers="
+        optimizer = unwrap_optimizer(self.optimizer)
+        if isinstance(optimizer, LoRAProAdamW):
+            given = optimizer.config
+        elif self.optimizer_cls_and_kwargs is not None:
+            given, source = take_settings(self.optimizer_cls_and_kwargs[1])[0], "optimizer_cls_and_kwargs="
+        if given is not None and stated is not None and given != stated:
+            raise ValueError(
+                f"{source} was built with {given}, but the trainer was told {stated}. State the settings once: drop "
+                f"{source} or give both the same."
+            )
+        return stated or given or LoRAProConfig()
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> optim.Optimizer:
+        """The optimizer of the training: a `LoRAProAdamW`, or the parent's own while LoRA-Pro is off."""
+        self._resolve_lora_pro()  # again: a hyperparameter search may have changed the arguments
+        if self.lora_pro_config is None:
+            if isinstance(unwrap_optimizer(self.optimizer), LoRAProAdamW):
+                raise ValueError(
+                    "lora_pro=False, but the trainer holds a LoRAProAdamW, from optimizers= or from an earlier "
+                    "training. Set trainer.optimizer = None first, or make a new trainer."
+                )
+            return super().create_optimizer(*args, **kwargs)
+        self._settle_deepspeed()
+        if not self._is_by_engine:
+            require_savable(self.model)
+        if self.optimizer is None:
+            model = kwargs.get("model", args[0] if args else None)
+            self.optimizer = self._build_lora_pro_optimizer(self.model if model is None else model)
+            self._lora_pro_announced = False
+        elif not self._is_by_engine:
+            unwrap_optimizer(self.optimizer).require_pairs(find_lora_pairs(self.model))
+        self._announce()
+        return self.optimizer
+
+    def _build_lora_pro_optimizer(self, model: nn.Module) -> LoRAProAdamW:
+        factory = self._factory()
+        check_memory = getattr(self.args, "lora_pro_check_memory", True)
+        if factory is not None and self.optimizer_cls_and_kwargs is not None:
+            # not the parent's work: transformers 4 knows no factories
+            _, given = take_settings(self.optimizer_cls_and_kwargs[1])
+            settings = {"check_memory": check_memory, "saved_collectively": True, **given}
+            optimizer = factory()(model, config=self.lora_pro_config, **settings)
+        else:
+            optimizer = create_lorapro_optimizer(
+                model,
+                lr=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+                weight_decay=self.args.weight_decay,
+                config=self.lora_pro_config,
+                decay_parameters=self.get_decay_parameter_names(model),
+                check_memory=check_memory,
+                saved_collectively=True,
+            )
+        for group in groups_beside(self, model):
+            optimizer.add_param_group(group)
+        return optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent, which would load what fits of a checkpoint that is not complete or of another training.
+
+        `resume_from_checkpoint=True` means the newest complete one.
+
+        Raises:
+            ValueError: the checkpoint is not complete, or of another training. Nothing has been loaded then.
+        """
+        self.loaded_best_checkpoint, self._lora_pro_first_step = None, None
+        given = handed(type(self), LoRAProTrainerMixin, "train", args, kwargs)
+        if given.get("resume_from_checkpoint"):
+            self._resolve_lora_pro()
+            checkpoint = self._examine(given["resume_from_checkpoint"])
+            args, kwargs = replaced(given, args, kwargs, resume_from_checkpoint=checkpoint)
+        try:
+            output = super().train(*args, **kwargs)
+            optimizer = unwrap_optimizer(self.optimizer)
+            if isinstance(optimizer, LoRAProAdamW):
+                optimizer.finish_training()
+            return output
+        finally:  # after an exception nobody else would
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, GradientGapCallback):
+                    callback.stop()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """As the parent, in which a model whose adapter has been deleted meanwhile ends in a KeyError."""
+        optimizer = unwrap_optimizer(self.optimizer)
+        if isinstance(optimizer, LoRAProAdamW):
+            _ = optimizer.pairs[0].A  # says so
+        if self._lora_pro_first_step is None:
+            self._lora_pro_first_step = self.state.global_step
+        return super().training_step(*args, **kwargs)
+
+    def _announce(self) -> None:
+        if self._lora_pro_announced or not self._lora_pro_announces or not self.is_world_process_zero():
+            return
+        self._lora_pro_announced = True
+        optimizer = unwrap_optimizer(self.optimizer)
+        if self.args.log_level not in ("warning", "error", "critical"):
+            _make_visible(logging.getLogger("lorapro_hf"))
+        logger.info(
+            "LoRA-Pro: %d pairs, mode=%s, update=%s, %soptimizer state about %s",
+            len(optimizer.pairs),
+            optimizer.config.mode,
+            optimizer.config.described_update,
+            "" if optimizer.config.mode == "efficient" else f"trust_region={optimizer.config.step_limit or 0:g}, ",
+            readable_bytes(optimizer.estimated_state_bytes()),
+        )
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """As the parent; `log` is told that all ranks take part."""
+        self._lora_pro_logs_together = True
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        finally:
+            self._lora_pro_logs_together = False
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add LoRA-Pro's metrics to the training logs, before any reporter sees them.
+
+        A log that the training itself writes looks for NaN and Inf where steps were left out, on all ranks together.
+        """
+        if self.lora_pro_config is not None and "loss" in logs:
+            optimizer = unwrap_optimizer(self.optimizer)
+            if isinstance(optimizer, LoRAProAdamW):
+                if optimizer.last_grad_norm is not None:
+                    logs["lora_pro_grad_norm"] = float(optimizer.last_grad_norm)
+                is_together = self._lora_pro_logs_together
+                skipped = optimizer.checked_skipped_steps() if is_together else optimizer.skipped_steps
+                logs["lora_pro_skipped_steps"] = skipped
+                optimizer.first_steps.warn_if_none(self.state.global_step, self._lora_pro_first_step or 0)
+            elif optimizer is not None:
+                raise RuntimeError(
+                    f"LoRA-Pro is on, but the trainer steps a {type(optimizer).__name__}: a create_optimizer overrides "
+                    f"the mixin's. Have it call super().create_optimizer(), or {_TURN_OFF}."
+                )
+        super().log(logs, *args, **kwargs)
+
+
+class LoRAProTrainer(LoRAProTrainerMixin, Trainer):
+    """`transformers.Trainer` with LoRA-Pro; see `LoRAProTrainerMixin`."""

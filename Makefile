@@ -16,7 +16,7 @@ TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' $(CONSTRAINTS))
 # A file at a time in each of two processes: the files share what takes long to set up.
 PARALLEL := -n 2 --dist loadfile
 # What the demo and the bench need has no ranges to try, and their model is not installed there.
-MATRIX := $(PARALLEL) -m "not slow" --ignore=tests/test_demo.py --ignore=tests/test_bench.py
+MATRIX := $(PARALLEL) -m "not slow" --ignore=tests/commands/test_demo.py --ignore=tests/commands/test_bench.py
 
 ifeq ($(CI),true)
 export NO_COLOR := 1
@@ -62,13 +62,13 @@ test-newest: $(NEWEST)/bin/python ## run the tests with the newest releases that
 		} > requirements/newest.txt
 
 support-table: $(STAMP) ## write docs/support.md from the cases of the tests
-	$(BIN)/python tests/support_table.py
+	$(BIN)/python tests/helpers/support_table.py
 
 command-tables: $(STAMP) ## write the options of the commands into docs/command_line.md
-	$(BIN)/python tests/command_tables.py
+	$(BIN)/python tests/helpers/command_tables.py
 
 smoke: $(STAMP) ## run every recipe on a tiny model and tiny data
-	$(BIN)/python -m pytest $(PARALLEL) tests/test_recipes.py $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) tests/recipes/test_recipes.py $(ARGS)
 
 chaos: $(STAMP) ## kill, damage and mix trainings at random and report how each goes on, twenty minutes on two idle cores
 	PYTHONPATH=tests $(BIN)/python -m chaos $(ARGS)

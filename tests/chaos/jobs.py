@@ -20,7 +20,7 @@ from trainer_helpers import arguments, build
 from .instants import Instants
 from .settings import END, SAVED_EVERY, STEPS
 
-sys.path.append(str(Path(__file__).parents[1] / "distributed"))
+sys.path.append(str(Path(__file__).parents[1] / "helpers"))
 from launch_script import environment_of, prepare, set_environment
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from test_launch import launch
 
 import engine_script
 from engine_checkpoints import DATA, STATES, STEP, ZERO2, ZERO3, plant, train, written
@@ -15,7 +16,6 @@ from engine_script import resume
 from lorapro_hf.checkpoints.engines import FULL, SHARDED, written_by
 from lorapro_hf.checkpoints.manifest import MANIFEST
 from lorapro_hf.checkpoints.resume import find_flaw
-from test_launch import launch
 from training import assert_close
 
 OF_RESUME = ("optimizer.pt", "scheduler.pt", "rng_state*", MANIFEST)

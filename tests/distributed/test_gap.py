@@ -5,12 +5,12 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from test_fsdp2 import sharded
 from torch.nn.parallel import DistributedDataParallel
 
 from lorapro_hf.config import MODES
 from lorapro_hf.diagnostics import GradientGapMeter
 from processes import run
-from test_fsdp2 import sharded
 from training import assert_close, batches, build, loss_of, make_optimizer, result, share
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

@@ -57,7 +57,7 @@ def launch(recipe: str, folder: Path, script: str) -> dict[str, Any]:
     """What a script has found on two processes that run a recipe."""
     if recipe.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
-    path = [os.environ.get("PYTHONPATH"), str(ROOT / "tests")]
+    path = [os.environ.get("PYTHONPATH"), str(ROOT / "tests" / "helpers")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     done = subprocess.run(

@@ -123,5 +123,5 @@ def test_paths_are_no_names(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_name_on_the_hub(name: str | None, known: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(Path(__file__).parents[2])
     assert name_on_hub(name) == known

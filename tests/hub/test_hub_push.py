@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(job: str, folder: Path, hub: Hub, **environment: Any) -> Any:
-    command = [sys.executable, str(Path(__file__).with_name("hub_jobs.py")), job, str(folder)]
+    command = [sys.executable, str(Path(__file__).parents[1] / "helpers" / "hub_jobs.py"), job, str(folder)]
     # a new home for each: what is downloaded comes from the server
     own = hub.environment(str(folder / f"home-{job}"), **environment)
     done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=240)

@@ -22,7 +22,7 @@ from lorapro_hf.utils import private_names
 from lorapro_hf.utils.private_names import METHODS_OF_TRAINER, PRIVATE, TESTED, private, warn_if_newer
 from trainer_helpers import arguments, build
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = Path(lorapro_hf.__file__).parent
 # What libraries promise although it begins with an underscore, operators and modules of torch, which raise by name, and
 # what only a wording depends on.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "second_moments.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "second_moments.py"
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 
 from lorapro_hf.kernels.dynamic_map import dynamic_map, dynamic_thresholds
 
-TESTS = Path(__file__).parent
+HELPERS = Path(__file__).parents[1] / "helpers"
 
 # Whether Triton interprets is settled when it is imported, which another test may have caused: hence the processes.
 AHEAD_OF_TIME = """
@@ -86,7 +86,7 @@ def run(*arguments: str, tmp_path: Path, interpret: bool) -> str:
     environment.pop("TRITON_INTERPRET", None)
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
-    done = subprocess.run([sys.executable, *arguments], env=environment, cwd=TESTS, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *arguments], env=environment, cwd=HELPERS, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
     return done.stdout
 

@@ -13,7 +13,8 @@ from huggingface_hub import ModelCard
 
 from hub_server import card_problems
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
-from lorapro_hf.hub import compose, create_model_card, push, push_adapter, save_adapter, saving
+from lorapro_hf.hub import compose, create_model_card, push, push_adapter, save_adapter
+from lorapro_hf.trainer import hub_mixin
 from trainer_helpers import arguments, build, tiny_lora
 
 BROKEN = {
@@ -122,7 +123,7 @@ def test_card_that_fails_is_one_warning_and_changes_nothing(
     def fail(*args: Any) -> None:
         raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(saving, "compose_card", fail)
+    monkeypatch.setattr(hub_mixin, "compose_card", fail)
     trainer.train()
     (warning,) = warnings_of_cards(caplog)
     assert "README.md could not be written (RuntimeError: no such luck)" in warning
@@ -135,7 +136,7 @@ def test_ctrl_c_is_no_failure_of_a_card(tmp_path: Path, monkeypatch: pytest.Monk
         raise KeyboardInterrupt
 
     trainer = trainer_in(tmp_path)
-    monkeypatch.setattr(saving, "compose_card", interrupt)
+    monkeypatch.setattr(hub_mixin, "compose_card", interrupt)
     with pytest.raises(KeyboardInterrupt):
         trainer.create_model_card()
 

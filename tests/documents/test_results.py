@@ -9,7 +9,7 @@ import pytest
 
 from lorapro_hf.commands.compare.settings import read_settings
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RATES = {"lora": 1e-2, "full": 1e-3, "pro_full_paper": 1e-3, "pro_full_linear": 3e-3}
 RATES |= {"pro_factored_linear": 3e-3, "efficient": 1e-2}
 GAP = {"measured": 8, "closer": 8, "measured_steps": 2, "largest_step_error": 2e-6}

@@ -1,4 +1,4 @@
-"""Writes the tables of options in docs/command_line.md from the parsers: `python tests/command_tables.py`."""
+"""Writes the tables of options in docs/command_line.md from the parsers: `python tests/helpers/command_tables.py`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lorapro_hf.cli import build_parser
 
-PAGE = Path(__file__).parents[1] / "docs" / "command_line.md"
+PAGE = Path(__file__).parents[2] / "docs" / "command_line.md"
 _TABLE = re.compile(
     r"(?P<opening><!-- options of (?P<command>lorapro [\w ]+) -->\n)(?P<table>.*?)(?P<end><!-- end of options -->)",
     re.DOTALL,

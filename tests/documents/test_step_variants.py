@@ -13,7 +13,7 @@ from lorapro_hf import create_lorapro_optimizer, find_lora_pairs
 from lorapro_hf.commands.compare import methods, optimizers
 from lorapro_hf.commands.compare.settings import read_settings
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
+FOLDER = Path(__file__).parents[2] / "benchmarks"
 LR = 0.02
 
 

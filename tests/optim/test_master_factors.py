@@ -326,7 +326,7 @@ def test_arguments():
 
 def test_comparison_with_other_ways_runs(tmp_path, capsys):
     """The script behind the tables of docs/precision.md."""
-    path = Path(__file__).parents[1] / "benchmarks" / "narrow_factors.py"
+    path = Path(__file__).parents[2] / "benchmarks" / "narrow_factors.py"
     spec = importlib.util.spec_from_file_location("narrow_factors", path)
     module = sys.modules["narrow_factors"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

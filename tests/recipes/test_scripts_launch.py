@@ -13,7 +13,7 @@ import pytest
 
 from hub_server import Hub, card_problems
 from lorapro_hf.cli import main
-from lorapro_hf.recipes import launch
+from lorapro_hf.commands import train
 from lorapro_hf.recipes.parser import read_recipe
 from script_helpers import CONFIGS, INPUTS, SCRIPTS, TINY, check_adapter, factors, make_inputs, results, script
 from signals import listen
@@ -88,8 +88,8 @@ def test_what_cannot_be_run_is_refused(command: list[str], message: str, capsys:
 def test_recipes_are_found_by_name_in_the_package() -> None:
     recipe = CONFIGS / "paper" / "t5-base-sst2.yaml"
     for name in ("paper/t5-base-sst2", "configs/paper/t5-base-sst2.yaml"):
-        assert launch._resolve(name) == (SCRIPTS / "run_seq2seq.py", [str(recipe)])
-    assert launch._resolve("scripts/run_sft.py") == (SCRIPTS / "run_sft.py", [])
+        assert train._resolve(name) == (SCRIPTS / "run_seq2seq.py", [str(recipe)])
+    assert train._resolve("scripts/run_sft.py") == (SCRIPTS / "run_sft.py", [])
 
 
 def test_a_recipe_extends_one_of_the_package_unless_there_is_one_beside_it() -> None:
@@ -123,7 +123,7 @@ def test_several_processes_go_through_accelerate(
 ) -> None:
     Path("own.yaml").write_text("num_processes: 1\n")
     run: list[list[str]] = []
-    monkeypatch.setattr(launch, "supervise", lambda command, environment: run.append(command) or 0)
+    monkeypatch.setattr(train, "supervise", lambda command, environment: run.append(command) or 0)
     assert main(["train", *options, "mine.yaml"]) == 0
     (command,) = run
     assert command[0] == sys.executable and command[-2:] == ["run_stub.py", "mine.yaml"]

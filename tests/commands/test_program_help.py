@@ -12,8 +12,8 @@ import torch
 
 from lorapro_hf.commands.compare import methods, optimizers
 
-ROOT = Path(__file__).parents[1]
-PATTERNS = ("scripts/*.py", "benchmarks/*.py", "docs/pictures/*.py", "tests/*_table*.py")
+ROOT = Path(__file__).parents[2]
+PATTERNS = ("scripts/*.py", "benchmarks/*.py", "docs/pictures/*.py", "tests/helpers/*_table*.py")
 PROGRAMS = sorted(
     path.relative_to(ROOT).as_posix()
     for pattern in PATTERNS
@@ -48,4 +48,6 @@ def test_a_program_says_how_it_is_called_and_writes_nothing(
 
 
 def test_the_programs_are_found() -> None:
-    assert {"scripts/make_smoke_inputs.py", "docs/pictures/trust_region.py", "tests/support_table.py"} <= set(PROGRAMS)
+    assert {"scripts/make_smoke_inputs.py", "docs/pictures/trust_region.py", "tests/helpers/support_table.py"} <= set(
+        PROGRAMS
+    )

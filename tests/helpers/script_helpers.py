@@ -21,7 +21,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPTS, CONFIGS = ROOT / "scripts", ROOT / "configs"
 INPUTS = "build/smoke"  # what the recipes in configs/smoke say
 QUIET = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true"]

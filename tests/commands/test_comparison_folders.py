@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from test_comparison import CONFIGS, CPU, TINY, command_line, content, run_all, settings
 
 from lorapro_hf.commands.compare import sweep as sweep_module
 from lorapro_hf.commands.compare.folders import locked
@@ -22,7 +23,6 @@ from lorapro_hf.commands.compare.store import Store
 from lorapro_hf.commands.compare.sweep import Share, Sweep
 from lorapro_hf.commands.compare.tasks import load_task
 from lorapro_hf.options import UsageError
-from test_comparison import CONFIGS, CPU, TINY, command_line, content, run_all, settings
 
 LEVELS = {"untrained": 5.0, "frequencies": 4.0}
 

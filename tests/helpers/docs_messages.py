@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-SOURCE = Path(__file__).parent.parent / "src" / "lorapro_hf"
+SOURCE = Path(__file__).parents[2] / "src" / "lorapro_hf"
 VARIES = "…"
 WARNING = "Warning"
 _REASONS = (

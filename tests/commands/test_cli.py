@@ -281,7 +281,7 @@ def test_a_reader_that_has_seen_enough():
 
 def test_the_page_has_every_command_with_its_options():
     text = PAGE.read_text(encoding="utf-8")
-    assert rewritten(text) == text, "run `python tests/command_tables.py`"
+    assert rewritten(text) == text, "run `python tests/helpers/command_tables.py`"
     assert set(documented(text)) == set(all_commands())
     headings = set(re.findall(r"^## lorapro (\w+)$", text, re.MULTILINE))
     listed = set(re.findall(r"^\| \[`lorapro (\w+)`\]", text, re.MULTILINE))

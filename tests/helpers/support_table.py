@@ -8,7 +8,7 @@ from pathlib import Path
 from support_cases import GROUPS, OTHER_FIELDS
 from support_rows import COLUMNS, Case
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PATH = ROOT / "docs" / "support.md"
 HEADINGS = {
     "Settings of LoraConfig": "Settings of `LoraConfig`",
@@ -17,7 +17,7 @@ HEADINGS = {
 
 HEAD = """# What is supported
 
-<!-- Written by `make support-table` from tests/support_cases.py; tests/test_support.py tries every cell. -->
+<!-- `make support-table` writes this page from support_cases.py; tests/factors/test_support.py tries every cell. -->
 
 A row is a kind of layer, a setting of the adapter or a way of training; a column is a mode of LoRA-Pro, or \
 `LoRAProCallback` in front of another optimizer. Each cell has a test:

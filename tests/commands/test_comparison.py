@@ -36,7 +36,7 @@ from lorapro_hf.commands.compare.tasks.sources import docstrings, library_code, 
 from lorapro_hf.config import MODES, TRUST_REGION, UPDATES
 from lorapro_hf.options import UsageError
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "compare"
+CONFIGS = Path(__file__).parents[2] / "configs" / "compare"
 CPU = torch.device("cpu")
 TINY = {"kind": "questions", "model": "tiny-random", "steps": 3, "batch_size": 2, "max_length": 512, "ranks": [2]}
 TINY = {**TINY, "validation_size": 4, "test_size": 4}

@@ -11,6 +11,7 @@ import peft.peft_model
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_loading import CASES
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import Trainer, TrainerControl, TrainerState
@@ -26,7 +27,6 @@ from lorapro_hf import (
 from lorapro_hf.checkpoints.adapters import find_unsaved, raise_on_all_ranks, require_pairs_in_checkpoint, saving_error
 from lorapro_hf.distributed.engines import require_supported_engine
 from lorapro_hf.hub import push_adapter, save_adapter
-from test_loading import CASES
 from trainer_helpers import arguments, build, tiny_lora
 
 LAYER = "base_model.model.model.layers.0"

@@ -7,12 +7,12 @@ import logging
 from pathlib import Path
 
 import pytest
+from test_diagnostics import expected_gaps, true_gradients
 from transformers import Trainer, TrainerCallback
 
 from lorapro_hf import LoRAProCallback, LoRAProTrainer, LoRAProTrainingArguments, find_lora_pairs
 from lorapro_hf.diagnostics import GradientGapCallback
 from lorapro_hf.diagnostics.records import FILE, keep_until
-from test_diagnostics import expected_gaps, true_gradients
 from trainer_helpers import arguments, assert_same, build, factors, logged, run, tiny_lora
 
 

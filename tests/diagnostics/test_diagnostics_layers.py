@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from test_diagnostics import assert_figures, deep, loss_of, sgd
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -18,7 +19,6 @@ from lorapro_hf.diagnostics import GradientGapMeter
 from lorapro_hf.diagnostics.figures import shared_scale
 from lorapro_hf.diagnostics.layers import Recording
 from lorapro_hf.functional.reference import projected_gradient
-from test_diagnostics import assert_figures, deep, loss_of, sgd
 
 
 class Words(nn.Module):

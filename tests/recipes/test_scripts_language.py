@@ -27,7 +27,7 @@ from lorapro_hf.recipes.model import AdapterArguments
 from lorapro_hf.recipes.parser import RecipeParser, read_recipe
 from trl_helpers import saved_chat_model, tokenizer
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 TEMPLATES = {"plain": "Q: {instruction}\nA:"}
 QUESTIONS = ["1+1?", "2+2?", "a longer question, 3+3?"]
 ANSWERS = ["Two. ```2``` And so on ```x```", "Sorry, no.", "Six. ```6``` Done."]

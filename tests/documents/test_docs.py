@@ -17,14 +17,12 @@ import transformers
 import yaml
 from transformers import HfArgumentParser, Trainer
 
-from docs_messages import VARIES, WARNING, messages
 from docs_names import Names
 from docs_pages import DOCS, ROOT, Block, blocks, loaded, name_of, pages
-from lorapro_hf import LoRAProAdamW, LoRAProTrainingArguments, create_lorapro_optimizer
+from lorapro_hf import LoRAProAdamW, LoRAProTrainingArguments
 from lorapro_hf.cli import build_parser
 from lorapro_hf.optim.lora_pro import unwrap_optimizer
 from lorapro_hf.recipes.parser import RecipeParser, read_recipe
-from optimizer_helpers import backward, small_model
 
 # What a page's reader is told to have, or has from another library; each block gets it afresh.
 ASSUMED = {
@@ -38,7 +36,6 @@ ASSUMED = {
     "docs/migrating.md": "torch model data args",
 }
 KNOWS_FACTORIES = int(transformers.__version__.split(".")[0]) >= 5
-PROGRAMS = ("bench", "comparison", "demo", "evaluation", "inspection", "plot", "recipes", "cli.py", "options.py")
 
 
 def as_it_reads(block: Block) -> str:
@@ -189,42 +186,6 @@ def anchors(page: Path) -> set[str]:
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     titles = {slugify(title.replace("`", ""), "-") for title in re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)}
     return titles | set(re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE))
-
-
-def entries() -> list[str]:
-    """The messages that the page on errors has entries for: the code in the first cell of each row."""
-    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
-    cells = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| `")]
-    return [entry for cell in cells for entry in re.findall(r"`([^`]+)`", cell)]
-
-
-def matches(entry: str, text: str) -> bool:
-    """Whether a message begins as the entry says; `…` stands for anything, on either side."""
-    return re.match(".*".join(map(re.escape, entry.split(VARIES))), text, re.DOTALL) is not None
-
-
-def test_every_message_has_an_entry():
-    listed = entries()
-    ours = [m for m in messages() if m.exception not in ("UsageError", WARNING) and not m.where.startswith(PROGRAMS)]
-    assert len(ours) > 80
-    lacking = [m for m in ours if re.search(r"\w", m.text) and not any(matches(entry, m.text) for entry in listed)]
-    assert not lacking, "\n".join(f"{m.where}: {m.text}" for m in lacking)
-
-
-def test_the_entry_of_a_broken_factor_names_the_rates_that_break_one():
-    model = small_model()
-    optimizer = create_lorapro_optimizer(model, lr=1e38, config={"mode": "efficient"})
-    backward(model)
-    optimizer.step()
-    assert not all(factor.isfinite().all() for pair in optimizer.pairs for factor in (pair.A, pair.B))
-    lines = (DOCS / "troubleshooting.md").read_text(encoding="utf-8").splitlines()
-    (entry,) = [line for line in lines if line.startswith("| `NaN or Inf in …. No step can mend that`")]
-    assert "learning rate" in entry
-
-
-def test_every_entry_is_of_a_message():
-    said = [m.text for m in messages()] + ["You are using an untested ZeRO Optimizer"]
-    assert [entry for entry in entries() if not any(matches(entry, text) for text in said)] == []
 
 
 def test_navigation_has_every_page():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from support_cases import GROUPS, OTHER_FIELDS
+from support_cases import GROUPS
 from support_rows import COLUMNS, Case
 
 ROOT = Path(__file__).parents[2]
@@ -19,24 +19,22 @@ HEAD = """# What is supported
 
 <!-- `make support-table` writes this page from support_cases.py; tests/factors/test_support.py tries every cell. -->
 
-A row is a kind of layer, a setting of the adapter or a way of training; a column is a mode of LoRA-Pro, or \
-`LoRAProCallback` in front of another optimizer. Each cell has a test:
+Every kind of layer, setting and way of training below is tried in each mode and with `LoRAProCallback`:
 
-- **works**: the first step is that of a dense float64 formula, the following ones lower the loss, and the saved \
-adapter gives the same output when PEFT loads it.
-- **works + AdamW**: the same, and what else the setting trains gets plain AdamW (with the callback, the step of your \
-optimizer).
-- **refused**: an exception before the first step names the layer or setting and what to do.
+- **works**: the first step is that of a dense float64 formula, the following ones lower the loss, and PEFT loads the \
+saved adapter with the same output. Other parameters that the setting trains get plain AdamW.
+- **refused**: an exception before the first step names the layer or setting and the remedy.
 
-Several processes (DDP, FSDP2, DeepSpeed) are in [distributed.md](distributed.md), dtypes in \
-[precision.md](precision.md).
+[Several processes](distributed.md) and [precision](precision.md) have pages of their own.
 """
 
 
-def cell(case: Case, column: str) -> str:
-    if column in case.refused:
-        return "refused"
-    return "works + AdamW" if case.ordinary else "works"
+def result(case: Case) -> str:
+    """`works`, `refused`, or where each of them holds."""
+    refused = [column for column in COLUMNS if column in case.refused]
+    if len(refused) in (0, len(COLUMNS)):
+        return "refused" if refused else "works"
+    return f"works, refused with {', '.join(refused)}"
 
 
 def remark(case: Case) -> str:
@@ -44,15 +42,17 @@ def remark(case: Case) -> str:
     return " ".join([*parts, *([case.note] if case.note else [])])
 
 
-def table(cases: list[Case]) -> list[str]:
-    """A table whose cells point to the remarks below it."""
-    remarks = list(dict.fromkeys(filter(None, map(remark, cases))))
-    lines = [f"| | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
+def listing(cases: list[Case]) -> list[str]:
+    """The cases that simply work in one line, and a table of the others with their remarks."""
+    plain = [case.name for case in cases if result(case) == "works" and not remark(case)]
+    rows: dict[tuple[str, str], list[str]] = {}
     for case in cases:
-        mark = f" <sup>{remarks.index(remark(case)) + 1}</sup>" if remark(case) else ""
-        marked = [cell(case, column) for column in COLUMNS]
-        lines.append(f"| {case.name}{mark} | {' | '.join(marked)} |")
-    return [*lines, "", *(f"{number}. {text}" for number, text in enumerate(remarks, 1))]
+        if case.name not in plain:
+            rows.setdefault((result(case), remark(case)), []).append(case.name)
+    lines = [f"Works: {'; '.join(plain)}.", ""] if plain else []
+    if rows:
+        lines += ["| | | |", "|---|---|---|"]
+    return lines + [f"| {'; '.join(names)} | {found} | {said} |" for (found, said), names in rows.items()]
 
 
 def pins(path: Path) -> dict[str, str]:
@@ -67,8 +67,8 @@ def versions() -> list[str]:
     columns = ("`make test-oldest`", "`make test`", "`make test-newest`")
     rows = [f"| {name} | {oldest[name]} | {pinned[name]} | {newest[name]} |" for name in oldest]
     return [
-        "The test suite passes with each of these sets of versions, on the CPU. What `make test-newest` installs is up "
-        "to the day: the newest that the ranges of pyproject.toml allow, here as they were tried last.",
+        "The tests pass with each of these sets of versions on the CPU. `make test-newest` installs the newest that "
+        "the ranges of pyproject.toml allow; these were tried last.",
         "",
         f"| | {' | '.join(columns)} |",
         "|---|---|---|---|",
@@ -79,10 +79,8 @@ def versions() -> list[str]:
 def page() -> str:
     parts = [HEAD]
     for group, cases in GROUPS.items():
-        parts += [f"## {HEADINGS.get(group, group)}", "", *table(cases), ""]
-    parts += ["## Fields of `LoraConfig` without a row", ""]
-    parts += [f"- `{name}` {reason}." for name, reason in OTHER_FIELDS.items()]
-    parts += ["", "## Versions", "", *versions(), ""]
+        parts += [f"## {HEADINGS.get(group, group)}", "", *listing(cases), ""]
+    parts += ["## Versions", "", *versions(), ""]
     return "\n".join(parts)
 
 

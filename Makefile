@@ -25,7 +25,7 @@ export PIP_QUIET := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench test test-all test-distributed test-oldest test-newest support-table command-tables smoke chaos docs scaling lint format clean distclean
+.PHONY: help install demo bench test test-all test-distributed test-oldest test-newest support-table smoke chaos docs scaling lint format clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-25s %s\n", $$1, $$2 }'
@@ -63,9 +63,6 @@ test-newest: $(NEWEST)/bin/python ## run the tests with the newest releases that
 
 support-table: $(STAMP) ## write docs/support.md from the cases of the tests
 	$(BIN)/python tests/helpers/support_table.py
-
-command-tables: $(STAMP) ## write the options of the commands into docs/command_line.md
-	$(BIN)/python tests/helpers/command_tables.py
 
 smoke: $(STAMP) ## run every recipe on a tiny model and tiny data
 	$(BIN)/python -m pytest $(PARALLEL) tests/recipes/test_recipes.py $(ARGS)

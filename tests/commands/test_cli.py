@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from command_tables import PAGE, all_commands, documented, rewritten, subparsers
+from docs_pages import DOCS, ROOT, loaded
 from lorapro_hf import __version__, cli
 from lorapro_hf.options import UsageError
 from lorapro_hf.utils import extras
@@ -21,7 +21,10 @@ from lorapro_hf.utils.extras import install_command
 
 COMMANDS = {"plot", "demo", "train", "evaluate", "inspect", "compare", "bench"}
 PARSER = cli.build_parser()
-SUBPARSERS = subparsers(PARSER)
+option_tables = loaded(DOCS / "option_tables.py")
+PAGE = DOCS / "command_line.md"
+SUBPARSERS = option_tables.subparsers(PARSER)
+ALL_COMMANDS = option_tables.all_commands()
 
 
 def exit_code(*words: str) -> int:
@@ -61,9 +64,9 @@ def test_examples_of_the_help_are_valid(command: str):
             assert arguments.command == command and callable(arguments.run)
 
 
-@pytest.mark.parametrize("name", sorted(all_commands()))
+@pytest.mark.parametrize("name", sorted(ALL_COMMANDS))
 def test_every_option_says_what_it_does(name: str):
-    for action in all_commands()[name]._actions:
+    for action in ALL_COMMANDS[name]._actions:
         assert action.help, f"{name}: {action.dest}"
         assert action.help == argparse.SUPPRESS or not action.help.endswith("."), f"{name}: {action.dest}"
 
@@ -220,7 +223,7 @@ def test_a_missing_package_names_the_extra(
 
 
 def test_the_command_that_installs_an_extra_is_for_this_clone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    clone = PAGE.parents[1]
+    clone = ROOT
     monkeypatch.chdir(tmp_path)
     assert install_command("demo") == f"pip install -e '{clone}[demo]'"
     monkeypatch.chdir(clone)
@@ -281,18 +284,14 @@ def test_a_reader_that_has_seen_enough():
 
 def test_the_page_has_every_command_with_its_options():
     text = PAGE.read_text(encoding="utf-8")
-    assert rewritten(text) == text, "run `python tests/helpers/command_tables.py`"
-    assert set(documented(text)) == set(all_commands())
-    headings = set(re.findall(r"^## lorapro (\w+)$", text, re.MULTILINE))
-    listed = set(re.findall(r"^\| \[`lorapro (\w+)`\]", text, re.MULTILINE))
-    assert headings == listed == COMMANDS
-
-
-def test_tables_have_what_matters():
-    tables = documented(PAGE.read_text(encoding="utf-8"))
-    assert "| `--ranks N` | 1 | processes that would share the pairs out |" in tables["lorapro inspect"]
-    assert "| `--lora_r R` | 8 | rank |" in tables["lorapro inspect"]
-    assert "| `MODEL` |  | folder, or name on the Hub" in tables["lorapro inspect"]
+    headings = re.findall(r"^## lorapro (\w+)$", text, re.MULTILINE)
+    listed = re.findall(r"^\| \[`lorapro (\w+)`\]", text, re.MULTILINE)
+    marked = re.findall(r"^<!-- options of lorapro (\w+) -->$", text, re.MULTILINE)
+    assert headings == listed == marked and set(headings) == COMMANDS
+    built = option_tables.on_page_markdown(text)
+    assert "<!-- options of" not in built
+    assert "| `--ranks N` | 1 | processes that would share the pairs out |" in built
+    assert "| `MODEL` |  | folder, or name on the Hub" in built
 
 
 # JSON

@@ -1,19 +1,28 @@
-"""Writes the tables of options in docs/command_line.md from the parsers: `python tests/helpers/command_tables.py`."""
+"""How does a page show the options of a command? `make docs` takes them from the command's parser."""
 
 from __future__ import annotations
 
 import argparse
 import re
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 from lorapro_hf.cli import build_parser
 
-PAGE = Path(__file__).parents[2] / "docs" / "command_line.md"
-_TABLE = re.compile(
-    r"(?P<opening><!-- options of (?P<command>lorapro [\w ]+) -->\n)(?P<table>.*?)(?P<end><!-- end of options -->)",
-    re.DOTALL,
-)
+_MARK = re.compile(r"^<!-- options of (lorapro \w+) -->$", re.MULTILINE)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put the tables of a command's options, also of its subcommands, in the place of its mark."""
+    commands = all_commands()
+
+    def tables(match: re.Match[str]) -> str:
+        own = {name: parser for name, parser in commands.items() if f"{name} ".startswith(f"{match[1]} ")}
+        return "\n\n".join(
+            table(parser) if name == match[1] else f"### {name}\n\n{table(parser)}" for name, parser in own.items()
+        )
+
+    return _MARK.sub(tables, markdown)
 
 
 def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
@@ -25,7 +34,7 @@ def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPa
 
 
 def all_commands() -> dict[str, argparse.ArgumentParser]:
-    """What takes options of its own: `"lorapro demo"`, `"lorapro evaluate gsm8k"` and so on."""
+    """Each command that takes options of its own, with its parser: `"lorapro demo"` and so on."""
     return dict(_leaves("lorapro", build_parser()))
 
 
@@ -62,19 +71,3 @@ def _default(action: argparse.Action) -> str:
     if value in (None, [], argparse.SUPPRESS) or value is False:
         return ""
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def documented(text: str) -> dict[str, str]:
-    """The tables of a page, by command."""
-    return {match["command"]: match["table"].strip() for match in _TABLE.finditer(text)}
-
-
-def rewritten(text: str) -> str:
-    """The page with its tables as they should be."""
-    commands = all_commands()
-    return _TABLE.sub(lambda match: f"{match['opening']}\n{table(commands[match['command']])}\n\n{match['end']}", text)
-
-
-if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

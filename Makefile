@@ -68,7 +68,7 @@ smoke: $(STAMP) ## run every recipe on a tiny model and tiny data
 	$(BIN)/python -m pytest $(PARALLEL) tests/recipes/test_recipes.py $(ARGS)
 
 chaos: $(STAMP) ## kill, damage and mix trainings at random and report how each goes on, twenty minutes on two idle cores
-	PYTHONPATH=tests $(BIN)/python -m chaos $(ARGS)
+	PYTHONPATH=tests/helpers $(BIN)/python -m chaos $(ARGS)
 
 compare-small: ## compare methods on three tasks that need no download and write docs/results.md, two hours on two cores
 compare-whole: ## compare on a whole small model and write docs/results.md, an hour and a half on two cores

@@ -220,7 +220,7 @@ def _storage(tensor):
 
 @pytest.mark.parametrize("mode", ["full", "full_8bit", "factored", "adamw"])
 def test_a_measured_step_needs_no_second_matrix(mode, monkeypatch):
-    for module in ("figures", "recording"):
+    for module in ("figures", "layers"):
         monkeypatch.setattr(f"lorapro_hf.diagnostics.{module}.BLOCK_ELEMENTS", 2**13)
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(512, 512)), LoraConfig(r=2, target_modules=["0"]))

@@ -280,7 +280,7 @@ def test_scripts_without_trl_name_the_command_that_installs_it(
     monkeypatch.setitem(sys.modules, "trl", None)
     monkeypatch.delitem(sys.modules, "lorapro_hf.trainer.trl", raising=False)
     for name in lorapro_hf.__all__:
-        if lorapro_hf._HOMES[name] == "trl_trainers":
+        if lorapro_hf._HOMES[name] == "trainer.trl":
             monkeypatch.delitem(vars(lorapro_hf), name, raising=False)
     with pytest.raises(MissingExtraError, match=r"need the package trl; install it with `pip install -e '.*\[trl\]'`"):
         importlib.import_module("lorapro_hf").LoRAProSFTTrainer  # noqa: B018

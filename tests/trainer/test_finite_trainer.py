@@ -34,8 +34,8 @@ class SpoilAt(TrainerCallback):
 @pytest.fixture
 def unread(monkeypatch):
     """As on CUDA: the host does not look at values at each step."""
-    for module in ("optimizer", "pair_gradients"):
-        monkeypatch.setattr(f"lorapro_hf.{module}.can_be_read", lambda tensor: False)
+    for module in ("lora_pro", "projected_gradients"):
+        monkeypatch.setattr(f"lorapro_hf.optim.{module}.can_be_read", lambda tensor: False)
 
 
 def train(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 import traceback
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,12 @@ import transformers
 
 import lorapro_hf
 from killable_jobs import SCHEDULE, model_of
+from launch_script import environment_of, prepare, set_environment
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
 from trainer_helpers import arguments, build
 
 from .instants import Instants
 from .settings import END, SAVED_EVERY, STEPS
-
-sys.path.append(str(Path(__file__).parents[1] / "helpers"))
-from launch_script import environment_of, prepare, set_environment
 
 
 class Said(logging.Handler):

@@ -1,4 +1,4 @@
-"""The chaos run: `make chaos`, or `PYTHONPATH=tests python -m chaos`."""
+"""The chaos run: `make chaos`, or `PYTHONPATH=tests/helpers python -m chaos`."""
 
 from __future__ import annotations
 

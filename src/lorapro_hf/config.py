@@ -68,8 +68,8 @@ class LoRAProConfig:
             element by less than half a unit in its last place is lost. Wider factors need no copies and get none.
 
     Raises:
-        ValueError: for an unknown choice, a combination that has no meaning, an `rtol` outside `[0, 1)`, or
-            a `trust_region` outside `[0, 1)`.
+        ValueError: for an unknown choice, an `rtol` outside `[0, 1)`, or a `trust_region` outside `[0, 1)`. Settings
+            that have no meaning in a mode are refused where an optimizer, arguments or a callback is made of them.
     """
 
     mode: str = "full"
@@ -96,16 +96,6 @@ class LoRAProConfig:
             )
         if self.trust_region is not None:
             self._check_trust_region()
-        if self.moments_dtype != "float32" and self.mode != "full":
-            raise ValueError(
-                f"moments_dtype={self.moments_dtype!r} is for mode 'full' only, not for mode {self.mode!r}. Leave it "
-                "out, or use mode 'full'."
-            )
-        if self.backend != "auto" and not self.keeps_dense_moments:
-            raise ValueError(
-                f"backend={self.backend!r} is for modes 'full' and 'full_8bit'; mode {self.mode!r} has no such kernel. "
-                "Leave it at 'auto'."
-            )
 
     def _check_trust_region(self) -> None:
         limit = self.trust_region
@@ -114,35 +104,11 @@ class LoRAProConfig:
                 f"trust_region={shown(limit)} must be a share below 1 such as 0.1, 0 for no limit, or None for "
                 f"{TRUST_REGION:g}: from 1 on, the product of both changes may undo the rest of the step."
             )
-        if self.trust_region and self.mode == "efficient":
-            raise ValueError(
-                f"trust_region={self.trust_region!r} is for modes 'full', 'full_8bit' and 'factored'; in mode "
-                "'efficient' AdamW decides how far the factors move. Leave it out, or use another mode."
-            )
-
-    @property
-    def keeps_dense_moments(self) -> bool:
-        """Whether the moments are of the size of the adapted weights."""
-        return self.mode in ("full", "full_8bit")
 
     @property
     def is_sequential(self) -> bool:
         """Whether a step moves B first and then A against the new B."""
         return self.update == "sequential"
-
-    @property
-    def step_limit(self) -> float | None:
-        """What `trust_region` comes to: a positive number, or `None` for no limit."""
-        if self.trust_region is None:
-            return None if self.mode == "efficient" else TRUST_REGION
-        return self.trust_region or None
-
-    @property
-    def described_update(self) -> str:
-        """The update, and the choice of X where it has one, for people to read; see `step_limit` for the limit."""
-        if not self.is_sequential:
-            return f"linear ({self.x_mode})"
-        return f"sequential ({self.x_mode})" if self.mode == "efficient" else "sequential"
 
     @classmethod
     def of(cls, settings: LoRAProConfig | Mapping[str, Any] | None = None, /, **keywords: Any) -> LoRAProConfig:

@@ -277,13 +277,13 @@ def test_step_is_compared_with_adams_direction(name, starts_at_zero):
             oracle.A, oracle.B = A, B
             u = oracle.direction(true[pair.name])
             if optimizer.config.is_sequential:
-                new_A, new_B = sequential_step(u, keep * A, keep * B, s, LR, trust_region=optimizer.config.step_limit)
+                new_A, new_B = sequential_step(u, keep * A, keep * B, s, LR, trust_region=optimizer.rule.trust_region)
                 free_A, _ = sequential_step(u, keep * A, keep * B, s, LR)
                 intended = s * (new_B @ new_A - keep**2 * B @ A)
                 share = float((new_A - keep * A).norm() / (free_A - keep * A).norm())
             else:
                 h_A, h_B = factor_gradients(u, A, B, s, optimizer.config.x_mode)
-                share, limit = 1.0, optimizer.config.step_limit
+                share, limit = 1.0, optimizer.rule.trust_region
                 if limit is not None:
                     both = [-LR * h_A, -LR * h_B]
                     share = largest_share(keep * A, keep * B, lambda x, both=both: [x * step for step in both], limit)
@@ -298,7 +298,7 @@ def test_step_is_compared_with_adams_direction(name, starts_at_zero):
             assert (gaps[pair.name].step_error < 1e-8) == optimizer.config.is_sequential
             assert not optimizer.config.is_sequential or gaps[pair.name].step_length <= 1 + 1e-9
             # What a linear step leaves out is the product of both changes, which a trust region limits, and the decay.
-            assert gaps[pair.name].step_error <= (optimizer.config.step_limit or math.inf) + 1 - keep
+            assert gaps[pair.name].step_error <= (optimizer.rule.trust_region or math.inf) + 1 - keep
 
 
 @pytest.mark.parametrize("settings", [{"mode": "full_8bit", "update": "sequential"}, {"moments_dtype": "bfloat16"}])

@@ -6,10 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorapro_hf.config import TRUST_REGION
 from lorapro_hf.functional import reference
-from lorapro_hf.functional.bases import row_bases
-from lorapro_hf.functional.factor_steps import Rates
+from lorapro_hf.functional.bases import Bases, row_bases
 from lorapro_hf.functional.factored import (
-    Bases,
     FactoredState,
     adam_direction,
     factored_step,
@@ -18,6 +16,7 @@ from lorapro_hf.functional.factored import (
     transport,
 )
 from lorapro_hf.functional.projection import gradient_coordinates
+from lorapro_hf.functional.step_options import Rates, StepOptions
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -44,16 +43,29 @@ def full_gradients(m, n, count, rank=None, K=3, seed=10):
     return g * normal(m, 1, seed=seed + 2).exp() * normal(n, seed=seed + 3).exp() * 1e-2
 
 
-def train(A, Bt, gradients, s=SCALINGS, state=None, rates=RATES, betas=BETAS, eps=EPS, handed_on=None, **options):
+def train(
+    A,
+    Bt,
+    gradients,
+    s=SCALINGS,
+    state=None,
+    rates=RATES,
+    betas=BETAS,
+    eps=EPS,
+    handed_on=None,
+    update="linear",
+    **options,
+):
     """Take a step for each of the gradients; gives the trajectory of `s B A`, the last factors and the state."""
     s = torch.tensor(s[: len(A)], dtype=A.dtype)[:, None, None]
+    options = StepOptions(rates, betas, eps, update == "sequential", **options)
     state = new_factored_state(A, Bt) if state is None else state
     weights = []
     for g in gradients.to(A.dtype):
         grad_A, grad_Bt = s * Bt @ g, s * A @ g.mT
         bases = handed_on or Bases(*row_bases([A, Bt]))
         gradient = gradient_coordinates(*bases, grad_A, grad_Bt, s)
-        step = factored_step(A, Bt, bases, gradient, s.flatten(), state, rates, betas=betas, eps=eps, **options)
+        step = factored_step(A, Bt, bases, gradient, s.flatten(), state, options)
         A, Bt = step.A, step.Bt
         weights.append(s * Bt.mT @ A)
     return torch.stack(weights), step, state
@@ -275,7 +287,7 @@ def test_a_step_that_is_off_changes_nothing(broken, taken_before, update):
     before = copy_of(state)
     gradients = full_gradients(24, 33, 1)
     gradients[..., 2, 3] = broken
-    _, step, _ = train(A, Bt, gradients, state=state, update=update, live=torch.tensor(False).expand(3))
+    _, step, _ = train(A, Bt, gradients, state=state, update=update, active=torch.tensor(False).expand(3))
     assert torch.equal(step.A, A) and torch.equal(step.Bt, Bt)
     assert all(torch.equal(now, then) for now, then in zip(state, before, strict=True))
 
@@ -288,8 +300,8 @@ def test_pairs_that_do_not_take_part_stay_and_the_others_do_not_notice(update):
     gradients = full_gradients(24, 33, 1, seed=50)
     _, whole, _ = train(A, Bt, gradients, state=everyone, update=update)
     gradients[:, 1] = float("nan")
-    live = torch.tensor([True, False, True])
-    _, step, _ = train(A, Bt, gradients, state=state, update=update, live=live)
+    active = torch.tensor([True, False, True])
+    _, step, _ = train(A, Bt, gradients, state=state, update=update, active=active)
     assert torch.equal(step.A[1], A[1]) and torch.equal(step.Bt[1], Bt[1])
     assert all(torch.equal(now[1], then[1]) for now, then in zip(state, before, strict=True))
     for k in (0, 2):
@@ -343,11 +355,12 @@ def test_forms_nothing_of_the_size_of_the_weight_and_waits_for_nothing(update):
         A, Bt = pairs(m, n, r, K=K)
         state = new_factored_state(A, Bt)
         grad_A, grad_Bt = normal(K, r, n, seed=1), normal(K, r, m, seed=2)
-        options = {"live": torch.ones(K, dtype=torch.bool), "betas": BETAS, "eps": EPS}
+        active = torch.ones(K, dtype=torch.bool)
+        options = StepOptions(RATES, BETAS, EPS, update == "sequential", active=active)
         with Watch() as watch:
             bases = Bases(*row_bases([A, Bt]))
             gradient = gradient_coordinates(*bases, grad_A, grad_Bt)
-            factored_step(A, Bt, bases, gradient, torch.ones(K), state, RATES, update=update, **options)
+            factored_step(A, Bt, bases, gradient, torch.ones(K), state, options)
         assert all(sum(size in (m, n) for size in shape) <= 1 for shape in watch.shapes)
         assert max(torch.Size(shape).numel() for shape in watch.shapes) <= K * 2 * r * n
         counts.append(len(watch.shapes))

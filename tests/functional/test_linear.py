@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorapro_hf.functional.bases import row_bases
-from lorapro_hf.functional.factor_steps import Rates, linear_step
+from lorapro_hf.functional.factor_steps import linear_step
 from lorapro_hf.functional.projection import factor_gradients_, gradient_coordinates
 from lorapro_hf.functional.reference import limited_shares
+from lorapro_hf.functional.step_options import Rates, StepOptions
 
 
 def random(*shape, seed):
@@ -27,8 +28,8 @@ def random(*shape, seed):
 def test_step_is_the_longest_that_the_trust_region_allows(m, n, r, limit, sizes, seed):
     A, Bt = sizes[0] * random(2, r, n, seed=seed), sizes[1] * random(2, r, m, seed=seed + 1)
     h_A, h_Bt = random(2, r, n, seed=seed + 2), random(2, r, m, seed=seed + 3)
-    rates = Rates(0.1, 0.2, 0.9, 0.8, limit)
-    new_A, new_Bt = linear_step(A, Bt, h_A.clone(), h_Bt.clone(), rates)
+    options = StepOptions(Rates(0.1, 0.2, 0.9, 0.8, limit))
+    new_A, new_Bt = linear_step(A, Bt, h_A.clone(), h_Bt.clone(), options)
     for k in range(2):
         old_A, old_B = 0.9 * A[k], 0.8 * Bt[k].T
         step_A, step_B = -0.1 * h_A[k], -0.2 * h_Bt[k].T
@@ -40,12 +41,12 @@ def test_step_is_the_longest_that_the_trust_region_allows(m, n, r, limit, sizes,
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
 def test_a_trust_region_does_not_depend_on_how_the_factors_share_their_size(scale):
     A, Bt, h_A, h_Bt = random(4, 1, 3, 8, seed=5)
-    rates = Rates(0.1, 0.1, trust_region=0.05)
-    plain = linear_step(A, 1e-2 * Bt, h_A.clone(), h_Bt.clone(), rates)
-    other = linear_step(scale * A, 1e-2 / scale * Bt, scale * h_A, h_Bt / scale, rates)
+    options = StepOptions(Rates(0.1, 0.1, trust_region=0.05))
+    plain = linear_step(A, 1e-2 * Bt, h_A.clone(), h_Bt.clone(), options)
+    other = linear_step(scale * A, 1e-2 / scale * Bt, scale * h_A, h_Bt / scale, options)
     torch.testing.assert_close(other[0] / scale, plain[0])
     torch.testing.assert_close(other[1] * scale, plain[1])
-    assert not torch.allclose(plain[0], linear_step(A, 1e-2 * Bt, h_A, h_Bt, Rates(0.1, 0.1))[0])
+    assert not torch.allclose(plain[0], linear_step(A, 1e-2 * Bt, h_A, h_Bt, StepOptions(Rates(0.1, 0.1)))[0])
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -55,7 +56,9 @@ def test_a_trust_region_holds_where_the_terms_of_first_order_all_but_cancel(seed
     Bt = B.mT[None].contiguous()
     bases = row_bases([A[None], Bt], 0.0)  # keeps the directions of B that are nothing but roundings
     seen = gradient_coordinates(*bases, (B.mT @ g)[None], (A @ g.mT)[None])
-    new_A, new_Bt = linear_step(A[None], Bt, *factor_gradients_(*bases, seen), Rates(1e-3, 1e-3, trust_region=0.03))
+    new_A, new_Bt = linear_step(
+        A[None], Bt, *factor_gradients_(*bases, seen), StepOptions(Rates(1e-3, 1e-3, trust_region=0.03))
+    )
     step_A, step_B = (new_A[0] - A).double(), (new_Bt - Bt)[0].double().T
     assert (step_B @ step_A).norm() <= 0.031 * (step_B @ A.double() + B.double() @ step_A).norm()
 
@@ -67,7 +70,9 @@ def stepped(B, gradients, rates):
     for g, lr in zip(gradients, rates, strict=True):
         bases = row_bases([A, Bt])
         seen = gradient_coordinates(*bases, (Bt[0] @ g)[None], (A[0] @ g.mT)[None])
-        A, Bt = linear_step(A, Bt, *factor_gradients_(*bases, seen, 1.0, "sylvester"), Rates(lr, lr, trust_region=0.03))
+        A, Bt = linear_step(
+            A, Bt, *factor_gradients_(*bases, seen, 1.0, "sylvester"), StepOptions(Rates(lr, lr, trust_region=0.03))
+        )
     return A[0], Bt[0].mT
 
 
@@ -90,7 +95,7 @@ def test_a_first_step_at_a_tiny_rate_does_not_hold_up_those_that_follow():
 
 def test_a_step_that_asks_for_nothing_is_no_division_by_zero():
     A, Bt = random(2, 3, 8, seed=1)[:, None]
-    new = linear_step(A, Bt, torch.zeros_like(A), torch.zeros_like(Bt), Rates(0.1, 0.1, trust_region=0.1))
+    new = linear_step(A, Bt, torch.zeros_like(A), torch.zeros_like(Bt), StepOptions(Rates(0.1, 0.1, trust_region=0.1)))
     assert torch.equal(new[0], A) and torch.equal(new[1], Bt)
 
 
@@ -98,5 +103,5 @@ def test_a_step_that_asks_for_nothing_is_no_division_by_zero():
 def test_only_a_limit_below_1_keeps_the_step_on_the_side_that_was_meant(limit):
     """A = B = 1, and both are asked to change by -3: the product of the changes outweighs the rest."""
     one = torch.ones(1, 1, 1, dtype=torch.float64)
-    new_A, new_Bt = linear_step(one, one, 3 * one, 3 * one, Rates(1.0, 1.0, trust_region=limit))
+    new_A, new_Bt = linear_step(one, one, 3 * one, 3 * one, StepOptions(Rates(1.0, 1.0, trust_region=limit)))
     assert (new_A * new_Bt < 1) == (limit < 1)

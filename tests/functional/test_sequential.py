@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorapro_hf.functional import reference
-from lorapro_hf.functional.bases import ALL_DIRECTIONS, RowBasis, row_basis
-from lorapro_hf.functional.factor_steps import Rates, change_through, select, sequential_step, spend_direction
+from lorapro_hf.functional.bases import ALL_DIRECTIONS, Bases, RowBasis, row_basis
+from lorapro_hf.functional.factor_steps import change_through, select, sequential_step, spend_direction
+from lorapro_hf.functional.step_options import Rates, StepOptions
+from lorapro_hf.kernels.torch_dense import DirectionProducts
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -29,9 +31,10 @@ def random_pairs(K, m, n, r, seed, rank_A=None, rank_B=None, dtype=torch.float64
 
 
 def from_products(A, Bt, u, s, rates, **options):
-    basis_A, basis_B = row_basis(A), row_basis(Bt, ALL_DIRECTIONS)
-    K = u @ basis_A.rows.mT
-    return sequential_step(A, Bt, K.mT, basis_B.rows @ u, K.mT @ u, s, basis_A, basis_B, rates, **options)
+    bases = Bases(row_basis(A), row_basis(Bt, ALL_DIRECTIONS))
+    K = u @ bases.A.rows.mT
+    products = DirectionProducts(K.mT, bases.B.rows @ u, K.mT @ u)
+    return sequential_step(A, Bt, products, s, bases, StepOptions(rates, **options))
 
 
 class DenseDirection(NamedTuple):
@@ -48,7 +51,7 @@ class DenseDirection(NamedTuple):
 
 def from_direction(A, Bt, u, s, rates, **options):
     basis_A = row_basis(A)
-    return spend_direction(A, Bt, DenseDirection(u, basis_A), s, basis_A, rates, **options)
+    return spend_direction(A, Bt, DenseDirection(u, basis_A), s, basis_A, StepOptions(rates, **options))
 
 
 ROUTES = pytest.mark.parametrize("take", [from_products, from_direction])
@@ -229,7 +232,7 @@ def test_pairs_that_do_not_take_part_stay_to_the_bit():
     rates = Rates(0.1, 0.1, 0.9, 0.9)
     everyone = from_products(A, Bt, u, 2.0, rates)
     u[1] = float("nan")
-    some = from_products(A, Bt, u, 2.0, rates, live=torch.tensor([True, False, True]))
+    some = from_products(A, Bt, u, 2.0, rates, active=torch.tensor([True, False, True]))
     assert torch.equal(some.A[1], A[1]) and torch.equal(some.Bt[1], Bt[1])
     for k in (0, 2):
         assert torch.equal(some.A[k], everyone.A[k]) and torch.equal(some.Bt[k], everyone.Bt[k])

@@ -53,8 +53,8 @@ def new_moments(count: int, m: int, n: int, dtype: torch.dtype) -> Moments:
     return Moments(*torch.zeros(2, count, m, n, dtype=dtype))
 
 
-def update(moments: Moments, factors: Factors, steps: Tensor, skip: float = 0, **options) -> tuple:
-    return dense_update(moments, *factors, steps, torch.tensor(skip), betas=BETAS, eps=EPS, **options)
+def update(moments: Moments, factors: Factors, steps: Tensor, found_inf: float = 0, **options) -> tuple:
+    return dense_update(moments, *factors, steps, torch.tensor(found_inf), betas=BETAS, eps=EPS, **options)
 
 
 def oracle_direction(M: Tensor, V: Tensor, factors: Factors, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,19 +224,19 @@ def test_every_number_finds_its_nearest_code() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
 @pytest.mark.parametrize("sequential", [False, True])
-@pytest.mark.parametrize("case", ["found_inf", "live", "nobody"])
+@pytest.mark.parametrize("case", ["found_inf", "entries", "nobody"])
 def test_what_takes_no_part_stays_as_it_is(dtype: torch.dtype, sequential: bool, case: str) -> None:
     count, m, n, r = 3, 20, 40, 20
     moments = new_moments(count, m, n, dtype)
     update(moments, new_factors(count, m, n, r), torch.ones(count))
     before, whole = moments.clone(), moments.clone()
     factors, steps = new_factors(count, m, n, r), torch.full((count,), 2.0)
-    live = {"found_inf": None, "live": [2, 0], "nobody": []}[case]
+    entries = {"found_inf": None, "entries": [2, 0], "nobody": []}[case]
     if case == "found_inf":
         factors.left[0, 0, 0] = torch.nan
-    found = update(moments, factors, steps, float(case == "found_inf"), sequential=sequential, live=live)
+    found = update(moments, factors, steps, float(case == "found_inf"), sequential=sequential, entries=entries)
     all_found = update(whole, factors, steps, sequential=sequential)
-    taking_part = live or []
+    taking_part = entries or []
     for entry, (old, new, everybody) in itertools.product(range(count), zip(before, moments, whole, strict=True)):
         if old is not None:
             assert torch.equal(new[entry], (everybody if entry in taking_part else old)[entry])

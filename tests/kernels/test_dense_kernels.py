@@ -96,9 +96,9 @@ def assert_near(found, expected, tolerance):
     assert (found.double() - expected).norm() <= tolerance * expected.norm()
 
 
-def update(moments, operands, steps, skip=0.0, backend="torch", sequential=True, live=None, betas=BETAS):
-    options = {"betas": betas, "eps": EPS, "sequential": sequential, "live": live, "backend": backend}
-    return dense_update(moments, *operands, steps, torch.tensor(skip), **options)
+def update(moments, operands, steps, found_inf=0.0, backend="torch", sequential=True, entries=None, betas=BETAS):
+    options = {"betas": betas, "eps": EPS, "sequential": sequential, "entries": entries, "backend": backend}
+    return dense_update(moments, *operands, steps, torch.tensor(found_inf), **options)
 
 
 @BACKENDS
@@ -230,7 +230,7 @@ def test_a_skipped_step_changes_nothing_whatever_the_gradients_hold(backend, sto
     left, right, A, B = inputs(3, 9, 300, 2, torch.float32)
     left[0], right[1] = float("nan"), float("inf")
     for _ in range(2):
-        found = update(moments, (left, right, A, B), torch.tensor([1.0, 2.0, 3.0]), skip=1.0, backend=backend)
+        found = update(moments, (left, right, A, B), torch.tensor([1.0, 2.0, 3.0]), found_inf=1.0, backend=backend)
         assert_same_moments(moments, before)
         assert not any(product.any() for product in found)
     update(moments, inputs(3, 9, 300, 2, torch.float32), torch.tensor([1.0, 2.0, 3.0]), backend=backend)
@@ -239,26 +239,26 @@ def test_a_skipped_step_changes_nothing_whatever_the_gradients_hold(backend, sto
 
 @BACKENDS
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("live", [[1, 2, 4], [3], [0, 4]])
+@pytest.mark.parametrize("entries", [[1, 2, 4], [3], [0, 4]])
 @pytest.mark.parametrize("elements", [2**19, 100])
-def test_entries_that_take_no_part_stay_as_they_are(backend, storage, live, elements, monkeypatch):
+def test_entries_that_take_no_part_stay_as_they_are(backend, storage, entries, elements, monkeypatch):
     monkeypatch.setattr(torch_dense, "_CPU_ELEMENTS", elements)
     moments, steps = random_moments((5, 9, 30), storage), torch.tensor([4.0, 1.0, 7.0, 2.0, 3.0])
     before, operands = copied(moments), inputs(5, 9, 30, 2)
-    others = [entry for entry in range(5) if entry not in live]
+    others = [entry for entry in range(5) if entry not in entries]
     for x in operands:
         x[others] = float("nan")
-    alone = copied([None if x is None else x[live] for x in moments])
-    found = update(moments, operands, steps, backend=backend, live=live)
-    expected = dense_step(*exact(alone), *(x[live] for x in operands), steps[live])[2]
-    together = update(alone, [x[live] for x in operands], steps[live], backend=backend)
+    alone = copied([None if x is None else x[entries] for x in moments])
+    found = update(moments, operands, steps, backend=backend, entries=entries)
+    expected = dense_step(*exact(alone), *(x[entries] for x in operands), steps[entries])[2]
+    together = update(alone, [x[entries] for x in operands], steps[entries], backend=backend)
     for kept, old, of_alone in zip(moments, before, alone, strict=True):
         if kept is not None:
-            assert torch.equal(kept[others], old[others]) and torch.equal(kept[live], of_alone)
+            assert torch.equal(kept[others], old[others]) and torch.equal(kept[entries], of_alone)
     for product, of_alone, formula in zip(found, together, expected, strict=True):
         assert not product[others].any()
-        torch.testing.assert_close(product[live], of_alone, rtol=1e-12, atol=1e-12)
-        assert_near(product[live], formula, 1e-5)  # the moments go through float32 where they are stored in less
+        torch.testing.assert_close(product[entries], of_alone, rtol=1e-12, atol=1e-12)
+        assert_near(product[entries], formula, 1e-5)  # the moments go through float32 where they are stored in less
 
 
 @pytest.mark.parametrize("storage", [torch.float64, *STORAGES[1:]])
@@ -270,10 +270,10 @@ def test_any_tiling_gives_what_one_tile_gives(storage, threads, elements, monkey
     operands, steps = inputs(*shape), torch.tensor([4.0, 1.0, 7.0, 2.0, 3.0])
     whole = random_moments(shape[:3], storage)
     tiled = copied(whole)
-    expected = update(whole, operands, steps, live=[0, 1, 3, 4])
+    expected = update(whole, operands, steps, entries=[0, 1, 3, 4])
     monkeypatch.setattr(torch_dense, "_CPU_ELEMENTS", elements)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    found = update(tiled, operands, steps, live=[0, 1, 3, 4])
+    found = update(tiled, operands, steps, entries=[0, 1, 3, 4])
     if storage == torch.float64:
         torch.testing.assert_close(tiled[:2], whole[:2], rtol=1e-12, atol=1e-12)
     else:  # rounding of the products in float64 is lost in float32

@@ -41,7 +41,7 @@ def compiled(kernel, signature, constants, options):
     assert ".target sm_90" in made.asm["ptx"] and made.asm["cubin"]
     return made
 
-def dense(storage, factors, rank, q, row_side, store, live):
+def dense(storage, factors, rank, q, row_side, store, entries):
     launch = triton_dense.plan(storage, factors, (4, 4096, 4096), rank, q, store=store)
     constants = {name: value for name, value in launch.options.items() if name.isupper()}
     options = {name: value for name, value in launch.options.items() if name.islower()}
@@ -52,14 +52,14 @@ def dense(storage, factors, rank, q, row_side, store, live):
         "tables": (extra,) * 4,
         "factors": (kind,) * 4,
         "sums": (kind,) * 2,
-        "scalars": ("*fp32", kind, "*fp32", "*i64" if live else "constexpr"),
+        "scalars": ("*fp32", kind, "*fp32", "*i64" if entries else "constexpr"),
         **dict.fromkeys(("entries", "m", "n", "row_span", "column_span"), "i32"),
     }
     constants |= {"RANK": rank, "Q": q, "BETAS": (0.9, 0.999), "ROW_SIDE": row_side, "STORE": store}
     made = compiled(dense_kernel, signature, constants, options)
     # What an H100 or H200 gives to one program.
     assert made.metadata.shared <= 227 * 1024
-    print("compiled", storage, rank, q, row_side, store, live)
+    print("compiled", storage, rank, q, row_side, store, entries)
 """
 VARIANTS = {
     "linear": """

@@ -21,7 +21,8 @@ from lorapro_hf.config import MODES
 from lorapro_hf.factors.stacks import Stack
 from lorapro_hf.functional import reference
 from lorapro_hf.optim.memory import StateTooLargeError, require_state_fits, scratch_bytes, state_bytes_by_device
-from lorapro_hf.optim.state import StackMoments
+from lorapro_hf.optim.rules import rule_of
+from lorapro_hf.optim.state import StackState
 
 BY_NAME = {row.name: row for row in ROWS}
 LR, DECAY, STEPS = 1e-4, 0.5, 40
@@ -292,7 +293,7 @@ def test_refusals(monkeypatch):
     pairs = several()
     stand_ins = [(pair.A.detach().float(), pair.B.detach().float()) for pair in pairs]
     with pytest.raises(ValueError, match=r"engine keeps float32 masters.*Leave master_factors out"):
-        StackMoments(Stack(pairs, factors=stand_ins), LoRAProConfig(master_factors=True))
+        StackState(Stack(pairs, factors=stand_ins), rule_of(LoRAProConfig(master_factors=True)).specs(pairs[0]))
     monkeypatch.setattr("lorapro_hf.optim.memory.available_bytes", lambda device: 1)
     message = r"mode='full' with master_factors=True, with a step's working memory, needs.*No mode fits; the smallest, "
     with pytest.raises(
@@ -310,7 +311,7 @@ def test_working_memory_is_allowed_for(mode):
     for seed in range(2):
         give_random(pairs, seed=seed)
         optimizer.step()
-    allowed = sum(scratch_bytes(pairs, mode, master_factors=True).values())
+    allowed = sum(scratch_bytes(pairs, LoRAProConfig(mode=mode, master_factors=True)).values())
     assert allowed / 20 < memory_of(optimizer.step, torch.device("cpu")).peak <= allowed
 
 

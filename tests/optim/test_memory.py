@@ -20,6 +20,7 @@ from lorapro_hf.optim import memory
 from lorapro_hf.optim.memory import StateTooLargeError, available_bytes, require_state_fits, scratch_bytes
 from lorapro_hf.optim.memory import _cgroup_available as cgroup_available
 from lorapro_hf.optim.memory import state_bytes_by_device as estimate
+from lorapro_hf.optim.rules import base, full
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 SETTINGS = [*((mode, "float32") for mode in MODES), ("full", "bfloat16")]
@@ -31,8 +32,8 @@ KIB = 1024
 def _round_working_memory(request, monkeypatch):
     """Four copies of the factors and no tile, unless a test is about the allowance itself: counts that can be read."""
     if "allowance" not in request.node.name:
-        monkeypatch.setattr(memory, "_WORKING_COPIES", 4)
-        monkeypatch.setattr(memory, "_TILE_ARRAYS", 0)
+        monkeypatch.setattr(base, "_WORKING_COPIES", 4)
+        monkeypatch.setattr(full, "_TILE_ARRAYS", 0)
 
 
 def four_layers(dtype: torch.dtype = torch.float32):
@@ -127,7 +128,7 @@ def test_eight_bit_moments_take_at_most_2_1_bytes_per_element_of_a_7b_block():
 @pytest.mark.parametrize(("dtype", "itemsize"), [(torch.bfloat16, 4), (torch.float32, 4), (torch.float64, 8)], ids=str)
 def test_working_memory_is_four_copies_of_the_factors(dtype: torch.dtype, itemsize: int):
     elements = 2 * (300 + 40) + 3 * (40 + 16) + 5 * (16 + 512) + 2 * (512 + 4)
-    assert scratch_bytes(find_lora_pairs(four_layers(dtype)), "full") == {CPU: 4 * elements * itemsize}
+    assert scratch_bytes(find_lora_pairs(four_layers(dtype)), LoRAProConfig()) == {CPU: 4 * elements * itemsize}
 
 
 def test_bytes_are_counted_by_device():
@@ -136,7 +137,7 @@ def test_bytes_are_counted_by_device():
     other = nn.Parameter(torch.zeros(10, dtype=torch.bfloat16))
     assert estimate(pairs, LoRAProConfig(mode="full"), [other]) == {CPU: 8 * 64 * 32 + 40, META: 8 * 32 * 128}
     assert estimate(pairs, LoRAProConfig(mode="efficient")) == {CPU: 8 * 4 * 96, META: 8 * 4 * 160}
-    assert scratch_bytes(pairs, "full") == {CPU: 16 * 4 * 96, META: 16 * 4 * 160}
+    assert scratch_bytes(pairs, LoRAProConfig()) == {CPU: 16 * 4 * 96, META: 16 * 4 * 160}
 
 
 def set_free(monkeypatch: pytest.MonkeyPatch, **free: int | None) -> None:
@@ -353,5 +354,5 @@ def test_allowance_covers_what_a_step_takes(mode):
             pair.A.grad, pair.B.grad = torch.randn_like(pair.A), torch.randn_like(pair.B)
         optimizer.step()
     probe = memory_of(optimizer.step, torch.device("cpu"))
-    allowed = sum(scratch_bytes(optimizer.pairs, mode).values())
+    allowed = sum(scratch_bytes(optimizer.pairs, optimizer.config).values())
     assert allowed / 20 < probe.peak <= allowed

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.functional.bases import row_basis
-from lorapro_hf.functional.factor_steps import Rates
 from lorapro_hf.functional.projection import project_lora_gradients
+from lorapro_hf.functional.step_options import Rates
 from lorapro_hf.functional.trust_region import share_of_A, shares_of_both, square
 
 BLOCK_ELEMENTS = 2**20  # of a matrix of the size of a weight, computed at a time

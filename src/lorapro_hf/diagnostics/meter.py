@@ -19,9 +19,9 @@ from lorapro_hf.diagnostics.figures import (
     exact_dtype,
     intended_step,
     relative_difference,
+    row_blocks,
     shared_scale,
 )
-from lorapro_hf.diagnostics.intended import adam_direction_
 from lorapro_hf.diagnostics.layers import NotMeasured, Recording, choose, sees_another_gradient, shared_factors
 from lorapro_hf.diagnostics.optimizers import decayed_rates, groups_of, loss_scale, steps_of
 from lorapro_hf.diagnostics.settings import GAP_MAX_BYTES, check_gap_layers, check_gap_max_bytes
@@ -29,8 +29,8 @@ from lorapro_hf.distributed.access import Access, access_to
 from lorapro_hf.distributed.ownership import everyone
 from lorapro_hf.factors.pairs import LoRAPair, survey_lora_pairs, unwrapped_name
 from lorapro_hf.factors.stacks import exact_arithmetic
-from lorapro_hf.functional.factor_steps import Rates
 from lorapro_hf.functional.projection import compute_dtype
+from lorapro_hf.functional.step_options import Rates
 from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
 
 
@@ -278,9 +278,14 @@ def _compare(seen: _Seen, shared: float, optimizer: Any) -> _Before:
     )
     groups = groups_of(pair, optimizer)
     u = None
-    if config is not None and config.mode != "efficient":  # along the gradients that the optimizer has
+    if isinstance(optimizer, LoRAProAdamW):
         states = optimizer.state.get(pair.A, {}), optimizer.state.get(pair.B, {})
-        u = adam_direction_(g, factors.adjusted_gradient(rtol), A, B, states, groups[0], config)
+        gradient = factors.adjusted_gradient(rtol)  # the one that the optimizer has
+        direction = optimizer.rule.intended_direction(gradient.rows, A, B, states, groups[0])
+        if direction is not None:
+            u = g
+            for rows in row_blocks(u):
+                u[rows] = direction(rows)
     return _Before(
         pair, gap, (A.clone(), B.clone()), decayed_rates(groups, optimizer), u, steps_of(pair, optimizer) or 0.0
     )

@@ -9,9 +9,8 @@ import torch
 from torch.amp.grad_scaler import OptState
 
 from lorapro_hf.factors.pairs import LoRAPair
-from lorapro_hf.functional.factor_steps import Rates
+from lorapro_hf.functional.step_options import Rates
 from lorapro_hf.optim.lora_pro import LoRAProAdamW
-from lorapro_hf.optim.rules.base import rates_of
 from lorapro_hf.utils.private_names import private
 
 
@@ -42,9 +41,9 @@ def groups_of(pair: LoRAPair, optimizer: Any) -> tuple[Mapping[str, Any], Mappin
 
 def decayed_rates(groups: tuple[Mapping[str, Any], Mapping[str, Any]], optimizer: Any) -> Rates:
     """Learning rates, and what decoupled decay leaves of the factors; other decay counts as part of the step."""
-    if isinstance(optimizer, LoRAProAdamW) and optimizer.config.mode != "efficient":
-        return rates_of((dict(groups[0]), dict(groups[1])), optimizer.config)
-    decoupled = isinstance(optimizer, LoRAProAdamW | torch.optim.AdamW)
+    if isinstance(optimizer, LoRAProAdamW):
+        return optimizer.rule.rates(groups)
+    decoupled = isinstance(optimizer, torch.optim.AdamW)
     lr_A, lr_B = (group.get("lr", 0.0) for group in groups)
     keep_A, keep_B = (
         1 - group.get("lr", 0.0) * group.get("weight_decay", 0.0) if decoupled else 1.0 for group in groups

@@ -169,11 +169,11 @@ class Shares:
             dist.all_reduce(values, group=self.group)
         return values
 
-    def agree(self, norm: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of the pairs of all ranks together, and whether any rank must skip the step.
+    def agree(self, norms: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+        """The norms over the pairs of all ranks together, and whether any rank must skip the step.
 
         Args:
-            norm: that of this rank's pairs.
+            norms: those of this rank's pairs, `(2,)`.
             skip: 1 if this rank has found something that is not finite, else 0; ranks differ in this also where all
                 step all pairs, as other parameters may be sharded.
 
@@ -181,16 +181,16 @@ class Shares:
             RuntimeError: another rank has met an error, see `fail`.
         """
         if self._agreeing is None:
-            return norm, skip
-        share = norm.double().square() if self.group else torch.zeros_like(norm, dtype=torch.float64)
-        both = torch.stack([share, skip.double()])
+            return norms, skip
+        squares = norms.double().square() if self.group else torch.zeros_like(norms, dtype=torch.float64)
+        both = torch.cat([squares, skip.double()[None]])
         dist.all_reduce(both, group=self._agreeing)
         self._progress = _AGREED
-        if self._can_read_flags and both[1] >= _FAILED:
+        if self._can_read_flags and both[-1] >= _FAILED:
             raise RuntimeError(
                 f"all ranks leave out this step, and nothing has been changed: {self._errors_of_others()}"
             )
-        return both[0].sqrt().to(norm.dtype) if self.group else norm, (both[1] > 0).to(skip.dtype)
+        return both[:-1].sqrt().to(norms.dtype) if self.group else norms, (both[-1] > 0).to(skip.dtype)
 
     def fail(self, error: Exception) -> None:
         """Take this rank's part in a step that an error keeps it from, so that all ranks leave that step out.
@@ -208,7 +208,7 @@ class Shares:
             if not self.access.in_place:
                 self._fetch_all()
         nothing = torch.zeros((), dtype=torch.float64, device=self._device)
-        dist.all_reduce(torch.stack([nothing, nothing + _FAILED]), group=self._agreeing)
+        dist.all_reduce(torch.stack([nothing, nothing, nothing + _FAILED]), group=self._agreeing)
         if self._can_read_flags:
             self._tell(f"{type(error).__name__}: {error}")
         else:

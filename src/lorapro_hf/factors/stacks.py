@@ -1,7 +1,7 @@
 """How are many pairs of one shape read and written as one batch?
 
-In rows layout every factor-size quantity of K pairs is `(K, r, length)`: A as it is, B transposed. Packed pairs
-(experts, convolution groups) count one by one: K is the number of layers times those packed in each.
+In rows layout every factor-size quantity of K entries is `(K, r, length)`: A as it is, B transposed. A pair that packs
+several (experts, convolution groups) has an entry for each: K is the number of pairs times the entries packed in one.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from torch import Tensor
 
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.factors.pairs import LoRAPair, check_scaling
-from lorapro_hf.functional.bases import RowBasis, row_bases
-from lorapro_hf.functional.projection import Coordinates, compute_dtype, gradient_coordinates
+from lorapro_hf.functional.bases import Bases, row_bases
+from lorapro_hf.functional.projection import Coordinates, compute_dtype, factor_gradients_, gradient_coordinates
 
 
 class Rows(NamedTuple):
-    """Two factor-size quantities of all pairs of a stack, in the dtype that steps are computed in."""
+    """Two factor-size quantities of all pairs of a stack, in the dtype of the computation."""
 
     A: Tensor  # (K, r, n)
     B: Tensor  # (K, r, m)
 
 
 class Stack:
-    """Pairs whose factors agree in shape, dtype and device, and in the param groups that they are stepped in.
+    """Pairs whose factors agree in shape, dtype, device and param groups.
 
     Args:
         pairs: at least one.
-        groups: positions of the param groups of A and of B, for those who step.
+        groups: positions of the param groups of A and of B.
         factors: whole tensors to read and write in place of the pairs' own, with their gradients in `.grad`.
     """
 
@@ -53,11 +53,11 @@ class Stack:
 
     @property
     def packed(self) -> int:
-        """How many pairs each layer holds."""
+        """How many entries each pair packs."""
         return self.pairs[0].batch
 
     def scaling(self) -> Tensor:
-        """The scalings as they are now, `(K,)`.
+        """The present scalings, `(K,)`.
 
         Raises:
             ValueError: one is 0 or not finite.
@@ -72,19 +72,27 @@ class Stack:
         """`(pairs,)` as `(K,)`."""
         return of_pairs.repeat_interleave(self.packed) if self.packed > 1 else of_pairs
 
-    def entries(self, live: list[int] | None) -> list[int] | None:
-        """The entries of some pairs."""
-        if live is None or self.packed == 1:
-            return live
-        return [index * self.packed + i for index in live for i in range(self.packed)]
+    def entries(self, pair_ids: list[int] | None) -> list[int] | None:
+        """The entries of some pairs, `None` for all."""
+        if pair_ids is None or self.packed == 1:
+            return pair_ids
+        return [index * self.packed + i for index in pair_ids for i in range(self.packed)]
 
-    def mask(self, live: list[int]) -> Tensor:
-        """1 for the given pairs and 0 for the others, `(pairs,)` float32, without waiting for the device."""
-        chosen = set(live)
-        mask = torch.tensor([float(index in chosen) for index in range(len(self.pairs))], device="cpu")
+    def active(self, pair_ids: list[int] | None, found_inf: Tensor) -> Tensor:
+        """Whether each pair takes the step, bool `(pairs,)`; the host does not wait for the device.
+
+        Args:
+            pair_ids: the pairs that have gradients, `None` for all.
+            found_inf: 0-dim; where it is 1 no pair takes the step.
+        """
+        taken = found_inf == 0
+        if pair_ids is None:
+            return taken.expand(len(self.pairs))
+        chosen = set(pair_ids)
+        mask = torch.tensor([index in chosen for index in range(len(self.pairs))], device="cpu")
         if self.device.type == "cuda":
             mask = mask.pin_memory()
-        return mask.to(self.device, non_blocking=True)
+        return taken & mask.to(self.device, non_blocking=True)
 
     @torch.no_grad()
     def read(self) -> Rows:
@@ -93,7 +101,7 @@ class Stack:
         return self.rows(stacked(A, self.dtype), stacked(B, self.dtype))
 
     def read_gradients(self) -> tuple[Rows, list[int] | None] | None:
-        """The gradients and which pairs have some: None for all. None instead of both if no pair has.
+        """The gradients and the pairs that have some, `None` for all; `None` instead of both if no pair has any.
 
         Raises:
             RuntimeError: a gradient is missing for one factor of a pair, or sparse.
@@ -102,32 +110,32 @@ class Stack:
         if None not in found:
             A, B = zip(*found, strict=True)
             return self.rows(stacked(A, self.dtype), stacked(B, self.dtype)), None
-        live = [index for index, gradients in enumerate(found) if gradients is not None]
-        if not live:
+        pair_ids = [index for index, gradients in enumerate(found) if gradients is not None]
+        if not pair_ids:
             return None
         either = [
             gradients or tuple(map(torch.zeros_like, factors))
             for gradients, factors in zip(found, self.factors, strict=True)
         ]
         A, B = zip(*either, strict=True)
-        return self.rows(stacked(A, self.dtype), stacked(B, self.dtype)), live
+        return self.rows(stacked(A, self.dtype), stacked(B, self.dtype)), pair_ids
 
     def write(
-        self, rows: Rows, live: list[int] | None, masters: tuple[Tensor | None, Tensor | None] = (None, None)
+        self, rows: Rows, pair_ids: list[int] | None, masters: tuple[Tensor | None, Tensor | None] = (None, None)
     ) -> None:
         """Store new factors, rounded to the dtype of the parameters.
 
         Args:
             rows: the values.
-            live: the pairs to store, `None` for all.
-            masters: wider tensors `(pairs, *A.shape)` and `(pairs, *B.shape)` that take the values as they are.
+            pair_ids: the pairs to store, `None` for all.
+            masters: wider tensors `(pairs, *A.shape)` and `(pairs, *B.shape)` that take the values unrounded.
         """
-        # Turned over as a batch: layer by layer that takes twice as long.
+        # Transposed as a batch: layer by layer that takes twice as long.
         layers = self.layers_A(rows.A), self.layers_B(rows.B).contiguous()
         for values, master, parameters in zip(layers, masters, zip(*self.factors, strict=True), strict=True):
-            store_layers(parameters, values, live)
+            _store_layers(parameters, values, pair_ids)
             if master is not None:
-                store_layers(master.unbind(), values, live)
+                _store_layers(master.unbind(), values, pair_ids)
 
     def layers_A(self, rows: Tensor) -> Tensor:
         """Rows `(K, r, n)` as `(pairs, *A.shape)`."""
@@ -138,7 +146,7 @@ class Stack:
         return self.pairs[0].factor_B(self.per_layer(rows).mT)
 
     def per_layer(self, stacked: Tensor) -> Tensor:
-        """`(K, ...)` as `(pairs, ...)`, or `(pairs, packed, ...)` where pairs are packed."""
+        """`(K, ...)` as `(pairs, ...)`, or as `(pairs, packed, ...)` where pairs pack several entries."""
         return stacked if self.pairs[0].layout == "matrix" else stacked.unflatten(0, (-1, self.packed))
 
     def rows(self, A: Tensor, B: Tensor) -> Rows:
@@ -151,15 +159,23 @@ class Stack:
 
 
 class StackGradient(NamedTuple):
-    """What a step starts from: a stack's factors, their bases and the equivalent gradient."""
+    """The input of a step: a stack's factors, their bases and the equivalent gradient."""
 
     stack: Stack
-    live: list[int] | None
+    pair_ids: list[int] | None  # the pairs that have gradients, `None` for all
     scaling: Tensor  # (K,)
     factors: Rows
-    basis_A: RowBasis
-    basis_B: RowBasis
+    bases: Bases
     coordinates: Coordinates
+
+    def products(self) -> tuple[Tensor, Tensor]:
+        """`left` `(K, 2r, m)` and `right` `(K, 2r, n)` whose product `leftᵀ right` is the equivalent gradient."""
+        a, b = self.coordinates
+        return torch.cat([self.bases.B.rows, b], dim=-2), torch.cat([a, self.bases.A.rows], dim=-2)
+
+    def projected_gradients_(self, x_mode: str) -> Rows:
+        """The projected gradients `(h_A, h_B)`; overwrites the coordinates."""
+        return Rows(*factor_gradients_(*self.bases, self.coordinates, self.scaling[:, None, None], x_mode))
 
 
 @torch.no_grad()
@@ -174,16 +190,17 @@ def read_stacks(stacks: Iterable[Stack], config: LoRAProConfig) -> list[StackGra
     factors = [stack.read() for stack, _, _ in found]
     bases = row_bases([rows for pair in factors for rows in pair], config.rtol)
     read = []
-    for (stack, gradients, live), own, basis_A, basis_B in zip(found, factors, bases[::2], bases[1::2], strict=True):
+    both = map(Bases, bases[::2], bases[1::2])
+    for (stack, gradients, pair_ids), own, of_factors in zip(found, factors, both, strict=True):
         scaling = stack.scaling()
-        coordinates = gradient_coordinates(basis_A, basis_B, gradients.A, gradients.B, scaling[:, None, None])
-        read.append(StackGradient(stack, live, scaling, own, basis_A, basis_B, coordinates))
+        coordinates = gradient_coordinates(*of_factors, gradients.A, gradients.B, scaling[:, None, None])
+        read.append(StackGradient(stack, pair_ids, scaling, own, of_factors, coordinates))
     return read
 
 
 @contextmanager
 def exact_arithmetic(stacks: Iterable[Stack]) -> Iterator[None]:
-    """Switch off what would silently round the products of a step: autocast, and TF32 on CUDA."""
+    """Switch off autocast, and TF32 on CUDA, which would silently round the products of a step."""
     matmul: Any = torch.backends.cuda.matmul
     setting = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"  # the latter before torch 2.9
     exact = {"fp32_precision": "ieee", "allow_tf32": False}[setting]
@@ -223,20 +240,20 @@ def stacks_of(
 
 @cache
 def _keep_freed_memory() -> None:
-    """Have the C library keep what a step frees for the next one, instead of asking the system for it page by page.
+    """Make the C library keep the memory that a step frees, for the next step.
 
-    glibc returns freed memory beyond a limit that grows with the largest block that was ever freed, up to 32 MB; the
-    pages cost a third of an efficient step otherwise. Training frees such blocks sooner or later; this does it now. The
-    block is never touched, so that it takes no memory. Without effect on other devices and C libraries.
+    glibc returns freed blocks to the system beyond a limit that grows with the largest block ever freed, up to 32 MB.
+    Fetching the pages again costs a third of an efficient step. This frees such a block at once; it is never touched,
+    so it takes no memory. Without effect on other devices and C libraries.
     """
     torch.empty(30 * 2**20, dtype=torch.uint8, device="cpu")
 
 
-def store_layers(parameters: Sequence[Tensor], values: Tensor, live: list[int] | None) -> None:
-    """Copy `values` `(pairs, ...)` into as many parameters, or into those of the live ones."""
+def _store_layers(parameters: Sequence[Tensor], values: Tensor, pair_ids: list[int] | None) -> None:
+    """Copy `values` `(pairs, ...)` into as many parameters, or into those of some pairs."""
     layers = values.unbind()
-    if live is not None:
-        parameters, layers = [parameters[index] for index in live], tuple(layers[index] for index in live)
+    if pair_ids is not None:
+        parameters, layers = [parameters[index] for index in pair_ids], tuple(layers[index] for index in pair_ids)
     torch._foreach_copy_(list(parameters), list(layers))
 
 

@@ -32,6 +32,13 @@ class RowBasis(NamedTuple):
         return self.vectors * self.inverse[..., None, :]
 
 
+class Bases(NamedTuple):
+    """The bases of both factors of K pairs."""
+
+    A: RowBasis
+    B: RowBasis  # of B transposed
+
+
 def row_basis(factor: Tensor, rtol: float | None = None) -> RowBasis:
     """The basis of one factor `(..., r, k)`, see `row_bases`."""
     return row_bases([factor], rtol)[0]

@@ -1,18 +1,21 @@
-r"""How are both factors moved: at once along adjusted gradients, or one after the other along a step direction u?
+r"""How does a step move the factors: both at once along projected gradients, or one after the other along u?
 
-`linear_step` moves both at once along `h_A`, `h_B`, by `−γ s (B h_A + h_B A) + γ² s h_B h_A`, and right after B = 0 the
-last term is as large as the others. `sequential_step` leaves no such term: B takes its part first, and A takes what is
-left through the new B:
+`linear_step` moves both at once along `h_A`, `h_B`, by `−γ s (B h_A + h_B A) + γ² s h_B h_A`. Right after B = 0 the
+last term is as large as the others. `sequential_step` has no such term: B moves first, and A moves along the rest of
+the direction u `(m, n)`, seen through the new B:
 
     B' = B − γ/s · u Aᵀ (AAᵀ)⁺        A' = A − γ/s · (B'ᵀB')⁺ B'ᵀ u (I − P_A)
 
-which gives exactly, not to first order, `s (B'A' − BA) = −γ [u P_A + P_B' u (I − P_A)]`: the best that two factors can
+This gives exactly, not to first order, `s (B'A' − BA) = −γ [u P_A + P_B' u (I − P_A)]`: the best that two factors can
 do for u once B' has its column space, and never longer than γ u. X plays no role. From B = 0 the weight moves by
 `−γ P_B' u` with `col(B') = col(u Aᵀ)`, a low-rank approximation of u sketched by A.
 
-How it is computed: `û = u Âᵀ` and `w = B̂'ᵀ u` in the orthonormal bases of A and of B' are of the size of u whatever the
-scale of the factors, and `ΔB = −γ/s û T⁻¹ Vᵀ`, `ΔA = −γ/s U' Σ'⁻¹ w (I − ÂᵀÂ)`. Absent directions have a zero in T⁻¹
-or Σ'⁻¹, so rank-deficient and zero factors need no case of their own.
+Computation: `û = u Âᵀ` and `w = B̂'ᵀ u` in the orthonormal bases of A and B' are of the size of u whatever the scale of
+the factors, and `ΔB = −γ/s û T⁻¹ Vᵀ`, `ΔA = −γ/s U' Σ'⁻¹ w (I − ÂᵀÂ)`. Absent directions have a zero in T⁻¹ or Σ'⁻¹,
+so rank-deficient and zero factors need no case of their own.
+
+All tensors are in rows layout, with B transposed, and all float32 or all float64. Steps allocate nothing larger than
+the factors and wait for no value.
 """
 
 from __future__ import annotations
@@ -22,25 +25,17 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lorapro_hf.functional.bases import RowBasis, row_basis
+from lorapro_hf.functional.bases import Bases, RowBasis, row_basis
+from lorapro_hf.functional.step_options import StepOptions
 from lorapro_hf.functional.trust_region import share_of_A, shares_of_both, square
-
-
-class Rates(NamedTuple):
-    """How far a step goes: numbers, 0-dim tensors, or one per pair in a tensor `(K,)`."""
-
-    lr_A: float | Tensor
-    lr_B: float | Tensor
-    keep_A: float | Tensor = 1.0  # what the decoupled decay leaves of A
-    keep_B: float | Tensor = 1.0
-    trust_region: float | None = None  # see `lorapro_hf.functional.trust_region`
+from lorapro_hf.kernels.torch_dense import DirectionProducts
 
 
 class Direction(Protocol):
-    """A step direction u `(K, m, n)` that need not be at hand but in its products."""
+    """A step direction u `(K, m, n)`, known by its products."""
 
     def through_A(self, weights: Tensor) -> Tensor:
-        """`weights (u Âᵀ)ᵀ` `(K, r, m)` for weights `(K, r, r)`, Âᵀ being the columns of the basis of A."""
+        """`weights (u Âᵀ)ᵀ` `(K, r, m)` for weights `(K, r, r)`; the columns of Âᵀ are the basis of A."""
         ...
 
     def rest_through_B(self, weights: Tensor, basis_B: RowBasis) -> Tensor:
@@ -49,7 +44,7 @@ class Direction(Protocol):
 
 
 class SequentialStep(NamedTuple):
-    """The factors after a step, in rows layout, and the basis of the new B, which whoever asks next need not redo."""
+    """The factors after a step, and the basis of the new B for the next one."""
 
     A: Tensor  # (K, r, n)
     Bt: Tensor  # (K, r, m)
@@ -58,105 +53,96 @@ class SequentialStep(NamedTuple):
 
 @torch.no_grad()
 def sequential_step(
-    A: Tensor,
-    Bt: Tensor,
-    u_A: Tensor,
-    B_u: Tensor,
-    K_u: Tensor,
-    scaling: float | Tensor,
-    basis_A: RowBasis,
-    basis_B: RowBasis,
-    rates: Rates,
-    *,
-    rtol: float | None = None,
-    live: Tensor | None = None,
-    factor_dtypes: tuple[torch.dtype | None, torch.dtype | None] = (None, None),
+    A: Tensor, Bt: Tensor, products: DirectionProducts, scaling: float | Tensor, bases: Bases, options: StepOptions
 ) -> SequentialStep:
-    """Move K pairs of factors, B first, given the products of the direction u with the bases of the factors.
-
-    All tensors are float32 or all float64. Allocates nothing larger than the factors, and waits for no value.
+    """The factors after a sequential step along a direction u that is known by its products with their bases.
 
     Args:
         A: `(K, r, n)`, before its decay.
-        Bt: `(K, r, m)`, B transposed, before its decay.
-        u_A: `(K, r, m)`, the transpose of `K = u Âᵀ`, Â being `basis_A.rows`.
-        B_u: `(K, r, n)`, `B̂ᵀ u`, B̂ᵀ being `basis_B.rows`.
-        K_u: `(K, r, n)`, `Kᵀ u`.
-        scaling: s in `W = W0 + s B A`; a number or a tensor like the rates.
-        basis_A: `row_basis(A, rtol)`.
-        basis_B: `row_basis(Bt, ALL_DIRECTIONS)`: a direction that is too small to be projected on is part of B' all the
-            same, and this step may make it large enough.
-        rates: learning rates and what decay leaves of the factors; the step acts on the decayed factors.
-        rtol: as in `project_lora_gradients`.
-        live: bool `(K,)`; where it is False the factors come out to the bit as they went in. Default: all take part.
-        factor_dtypes: dtypes in which A and B are stored, `None` for that of the inputs, in which both still come out.
-            A follows the directions of the new B as it is stored; its products with u are those of B before rounding.
+        Bt: `(K, r, m)`, before its decay.
+        products: of u with the rows of the bases; `K_u` is required.
+        scaling: s in `W = W0 + s B A`; a number, a 0-dim tensor, or a tensor `(K,)`.
+        bases: `row_basis(A, rtol)` and `row_basis(Bt, ALL_DIRECTIONS)`: a direction of B that is too small to be
+            projected on is part of B' all the same, and this step may make it large enough.
+        options: see `StepOptions`.
 
     Returns:
         The new factors and the basis of the new B. `s (B'A' − BA)` with the decayed B, A is
-        `−[lr_B u P_A + lr_A P_B' u (I − P_A)]`.
+        `−[lr_B u P_A + lr_A P_B' u (I − P_A)]`. A follows the directions of the new B as it is stored; its products
+        with u are those of B before rounding.
     """
+    rates = options.rates
     moved = per_pair(rates.lr_B, A) * _reciprocal(per_pair(scaling, A) * per_pair(rates.keep_A, A))
-    # What Bᵀu becomes with the step of B, by linearity: B' = B − moved K T⁻¹Vᵀ.
-    through_B = (per_pair(rates.keep_B, A) * basis_B.vectors * basis_B.singular[:, None]) @ B_u
-    through_B = through_B.baddbmm_(moved * basis_A.whitening, K_u, alpha=-1)
-    direction = _Products(u_A, through_B, basis_A)
-    options = {"rtol": rtol, "live": live, "factor_dtypes": factor_dtypes}
-    return spend_direction(A, Bt, direction, scaling, basis_A, rates, **options)  # type: ignore[arg-type]
+    # The product of u with the new B, by linearity: B' = B − moved K T⁻¹Vᵀ.
+    through_B = (per_pair(rates.keep_B, A) * bases.B.vectors * bases.B.singular[:, None]) @ products.B_u
+    assert products.K_u is not None
+    through_B = through_B.baddbmm_(moved * bases.A.whitening, products.K_u, alpha=-1)
+    return spend_direction(A, Bt, _Products(products.u_A, through_B, bases.A), scaling, bases.A, options)
 
 
 @torch.no_grad()
 def spend_direction(
-    A: Tensor,
-    Bt: Tensor,
-    direction: Direction,
-    scaling: float | Tensor,
-    basis_A: RowBasis,
-    rates: Rates,
-    *,
-    rtol: float | None = None,
-    live: Tensor | None = None,
-    factor_dtypes: tuple[torch.dtype | None, torch.dtype | None] = (None, None),
+    A: Tensor, Bt: Tensor, direction: Direction, scaling: float | Tensor, basis_A: RowBasis, options: StepOptions
 ) -> SequentialStep:
-    """The step of `sequential_step` for a direction that can be multiplied by any rows.
+    """The factors after a sequential step along a direction that can be multiplied by any rows.
 
-    Where u itself is at hand in some form this is more accurate than its products with the factors: nothing has to be
-    divided by the singular values of B' that was multiplied by those of B.
+    Where u itself is at hand in some form this is more accurate than `sequential_step`: no product with the singular
+    values of B' has to be divided by them again.
 
     Args:
         A: as in `sequential_step`, like all arguments not named here.
         Bt: as in `sequential_step`.
         direction: u.
         scaling: as in `sequential_step`.
-        basis_A: as in `sequential_step`.
-        rates: as in `sequential_step`.
-        rtol: as in `sequential_step`.
-        live: as in `sequential_step`.
-        factor_dtypes: as in `sequential_step`; A makes up for the B that is stored, in its products too.
+        basis_A: `row_basis(A, rtol)`.
+        options: see `StepOptions`. A makes up for the B that is stored, in its products with u too.
 
     Returns:
         As in `sequential_step`.
     """
-    s = per_pair(scaling, A)
+    rates, s = options.rates, per_pair(scaling, A)
     moved = per_pair(rates.lr_B, A) * _reciprocal(s * per_pair(rates.keep_A, A))
     step_B = direction.through_A(-moved * basis_A.whitening)
     square_B = None if rates.trust_region is None else square(step_B)
-    new_Bt = settle(Bt, step_B, rates.keep_B, live, factor_dtypes[1])
-    basis_B = row_basis(new_Bt, rtol)
+    new_Bt = settle(Bt, step_B, rates.keep_B, options.active, options.factor_dtypes[1])
+    basis_B = row_basis(new_Bt, options.rtol)
     step_A = direction.rest_through_B(-per_pair(rates.lr_A, A) / s * basis_B.whitening, basis_B)
     if rates.trust_region is not None and square_B is not None:
         keep = per_pair(rates.keep_A, A), per_pair(rates.keep_B, A)
         step_A *= share_of_A(A, Bt, step_A, square_B, rates.trust_region, keep)
-    new_A = settle(A, step_A, rates.keep_A, live, factor_dtypes[0])
+    new_A = settle(A, step_A, rates.keep_A, options.active, options.factor_dtypes[0])
     return SequentialStep(new_A, new_Bt, basis_B)
+
+
+@torch.no_grad()
+def linear_step(A: Tensor, Bt: Tensor, h_A: Tensor, h_Bt: Tensor, options: StepOptions) -> tuple[Tensor, Tensor]:
+    """The factors after a step along `h_A` `(K, r, n)` and `h_Bt` `(K, r, m)`, which are overwritten.
+
+    Args:
+        A: `(K, r, n)`, before its decay.
+        Bt: `(K, r, m)`, before its decay.
+        h_A: the direction of A.
+        h_Bt: the direction of B, transposed.
+        options: see `StepOptions`.
+    """
+    rates = options.rates
+    step_A, step_Bt = h_A.mul_(-per_pair(rates.lr_A, A)), h_Bt.mul_(-per_pair(rates.lr_B, A))
+    if rates.trust_region is not None:
+        keep = per_pair(rates.keep_A, A), per_pair(rates.keep_B, A)
+        kept_fractions = shares_of_both(A, Bt, step_A, step_Bt, rates.trust_region, keep)
+        step_A, step_Bt = step_A.mul_(kept_fractions[0]), step_Bt.mul_(kept_fractions[1])
+    return (
+        settle(A, step_A, rates.keep_A, options.active, options.factor_dtypes[0]),
+        settle(Bt, step_Bt, rates.keep_B, options.active, options.factor_dtypes[1]),
+    )
 
 
 def change_through(change: Tensor, Bt: Tensor, basis_B: RowBasis) -> Tensor:
     """`B'⁺ B change` `(K, r, n)`: the change of A that moves `B'A` as `change` moves `BA`, as far as B' can.
 
     With it, and B going to B', `s (B'A' − BA) = s [P_B' B change + (B' − B) A]`: no product of two changes. From B = 0
-    nothing is asked of A, and right after it, where `change` was made for a B that B' has long outgrown, A moves the
-    less, the larger B' is beside B.
+    nothing is asked of A. Where B' has long outgrown the B that `change` was made for, A moves the less, the larger B'
+    is beside B.
 
     Args:
         change: `(K, r, n)`.
@@ -177,31 +163,31 @@ class _Products(NamedTuple):
         return weights @ self.u_A
 
     def rest_through_B(self, weights: Tensor, basis_B: RowBasis) -> Tensor:
-        # from right to left: the product of the two small ones would square the condition number of B'
+        # From right to left: the product of the two small matrices would square the condition number of B'.
         through = weights @ (basis_B.whitening.mT @ self.B_u)
         return through - (through @ self.basis_A.rows.mT) @ self.basis_A.rows
 
 
 def settle(
-    factor: Tensor, step: Tensor, keep: float | Tensor, live: Tensor | None, factor_dtype: torch.dtype | None
+    factor: Tensor, step: Tensor, keep: float | Tensor, active: Tensor | None, factor_dtype: torch.dtype | None
 ) -> Tensor:
-    """`keep * factor + step` as it will be stored, or `factor` where the pair does not take part; overwrites `step`."""
+    """`keep * factor + step` as it will be stored, or `factor` where the pair is not active; overwrites `step`."""
     keep = per_pair(keep, factor)
     new = step.addcmul_(factor, keep) if isinstance(keep, Tensor) else step.add_(factor, alpha=keep)
     if factor_dtype is not None and factor_dtype != new.dtype:
         new = new.to(factor_dtype).to(new.dtype)
-    return select(live, new, factor)
+    return select(active, new, factor)
 
 
-def select(live: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+def select(active: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
     """`new` `(K, ...)` where bool `(K,)` is True and `old` where it is False, to the bit, whatever the other holds."""
-    if live is None:
+    if active is None:
         return new
     of_new, of_old = new.flatten(1), old.flatten(1)
     if new.device.type == "cpu" and _is_wide(of_new) and _is_wide(of_old):
         # On the CPU torch.where goes element by element, which takes three times as long as an addition.
         of_new, of_old = of_new.view(torch.complex128), of_old.view(torch.complex128)
-    return torch.where(live[:, None], of_new, of_old).view(new.dtype).view(new.shape)
+    return torch.where(active[:, None], of_new, of_old).view(new.dtype).view(new.shape)
 
 
 def per_pair(value: float | Tensor, like: Tensor) -> float | Tensor:
@@ -220,43 +206,11 @@ def _reciprocal(value: float | Tensor) -> float | Tensor:
 
 
 def _is_wide(tensor: Tensor) -> bool:
-    """Whether rows can be seen as words of 16 bytes."""
+    """Whether rows can be viewed as words of 16 bytes."""
     words = 16 // tensor.element_size()
     return (
         tensor.is_contiguous()
         and tensor.numel() > 0
         and tensor.shape[1] % words == 0
         and tensor.storage_offset() % words == 0
-    )
-
-
-def linear_step(
-    A: Tensor,
-    Bt: Tensor,
-    h_A: Tensor,
-    h_Bt: Tensor,
-    rates: Rates,
-    *,
-    live: Tensor | None = None,
-    factor_dtypes: tuple[torch.dtype | None, torch.dtype | None] = (None, None),
-) -> tuple[Tensor, Tensor]:
-    """The factors `(K, r, n)` and `(K, r, m)` after a step along `h_A` and `h_Bt`, which are overwritten.
-
-    Args:
-        A: `(K, r, n)`, before its decay.
-        Bt: `(K, r, m)`, B transposed, before its decay.
-        h_A: `(K, r, n)`.
-        h_Bt: `(K, r, m)`.
-        rates: as in `sequential_step`.
-        live: as in `sequential_step`.
-        factor_dtypes: dtypes in which A and B are stored, `None` for that of the inputs.
-    """
-    step_A, step_Bt = h_A.mul_(-per_pair(rates.lr_A, A)), h_Bt.mul_(-per_pair(rates.lr_B, A))
-    if rates.trust_region is not None:
-        keep = per_pair(rates.keep_A, A), per_pair(rates.keep_B, A)
-        shares = shares_of_both(A, Bt, step_A, step_Bt, rates.trust_region, keep)
-        step_A, step_Bt = (step.mul_(share) for step, share in zip((step_A, step_Bt), shares, strict=True))
-    return (
-        settle(A, step_A, rates.keep_A, live, factor_dtypes[0]),
-        settle(Bt, step_Bt, rates.keep_B, live, factor_dtypes[1]),
     )

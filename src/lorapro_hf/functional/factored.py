@@ -1,4 +1,4 @@
-r"""How does AdamW on the equivalent gradient work if nothing of the size of the weight may be stored or formed?
+r"""How does AdamW on the equivalent gradient work without storing or forming anything of the size of the weight?
 
 Rows layout: every factor-size quantity of K pairs is `(K, r, length)`, with B transposed. The first moment stays in the
 tangent space of the factors, `M = B̂ M_a + M_b Â` with `B̂ᵀ M_b = 0`, and is projected onto that of the new factors at
@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorapro_hf.functional.bases import RowBasis, row_bases, row_basis
-from lorapro_hf.functional.factor_steps import Rates, linear_step, per_pair, select, spend_direction
+from lorapro_hf.functional.bases import Bases, RowBasis, row_bases, row_basis
+from lorapro_hf.functional.factor_steps import linear_step, per_pair, select, spend_direction
 from lorapro_hf.functional.projection import Coordinates, factor_gradients_
+from lorapro_hf.functional.step_options import StepOptions
 
 
 class FactoredState(NamedTuple):
@@ -28,13 +29,6 @@ class FactoredState(NamedTuple):
     column: Tensor  # (K, n): average of the column means of g̃∘g̃
     row: Tensor  # (K, m): average of its row means
     steps: Tensor  # (K,)
-
-
-class Bases(NamedTuple):
-    """The bases of both factors of K pairs."""
-
-    A: RowBasis
-    B: RowBasis  # of B transposed
 
 
 class AdamDirection(NamedTuple):
@@ -58,7 +52,7 @@ class AdamDirection(NamedTuple):
         return outside.baddbmm_(through @ self.inner.mT, self.A, alpha=-1)
 
     def coordinates(self, basis_B: RowBasis) -> Coordinates:
-        """Those of the part of u that the factors can follow, in the basis of A and this one of B."""
+        """The coordinates of the part of u that the factors can follow, in the basis of A and this one of B."""
         a = (self._through_B(basis_B) @ self.right).mul_(self.column)
         b = (self.inner @ self.left).mul_(self.row)
         return Coordinates(a, b.baddbmm_(b @ basis_B.rows.mT, basis_B.rows, alpha=-1))
@@ -90,20 +84,12 @@ def factored_step(
     gradient: Coordinates,
     scaling: float | Tensor,
     state: FactoredState,
-    rates: Rates,
-    *,
-    betas: tuple[float, float],
-    eps: float,
-    update: str = "linear",
-    x_mode: str = "sylvester",
-    rtol: float | None = None,
-    live: Tensor | None = None,
-    factor_dtypes: tuple[torch.dtype | None, torch.dtype | None] = (None, None),
+    options: StepOptions,
 ) -> FactoredStep:
     """One AdamW step of K pairs with moments of O((m + n) r); updates `state` in place and returns the new factors.
 
-    Costs O((m + n) r²), allocates nothing larger than twice the factors, and waits for no value. Gradients may hold NaN
-    or Inf where the step is off.
+    Costs O((m + n) r²), allocates nothing larger than twice the factors, and waits for no value. Gradients of pairs
+    that are not active may hold NaN or Inf.
 
     Args:
         A: `(K, r, n)`, float32 or float64 like all tensors here.
@@ -111,35 +97,25 @@ def factored_step(
         bases: of both factors, `Bases(*row_bases([A, Bt], rtol))`.
         gradient: the equivalent gradient, from `gradient_coordinates`.
         scaling: s in `W = W0 + s B A`; a number, a 0-dim tensor, or a tensor `(K,)`.
-        state: what is remembered, from `new_factored_state` at first.
-        rates: learning rates and what decay leaves of the factors.
-        betas: decay rates of the two moments.
-        eps: added to each root of a mean square; rows and columns without any gradient do not move even if it is 0.
-        update: `"linear"`, or `"sequential"`.
-        x_mode: as in `project_lora_gradients`; only for the linear step.
-        rtol: as in `project_lora_gradients`.
-        live: bool `(K,)`, the pairs that take part; the others and their state stay as they are to the bit. Default:
-            all.
-        factor_dtypes: dtypes in which A and B are stored, if others: they are rounded before the moments are
-            transported, so that state and stored factors fit together.
+        state: the moments, from `new_factored_state` at first.
+        options: see `StepOptions`. `eps` is added to each root of a mean square; rows and columns without any gradient
+            do not move even if it is 0.
 
     Returns:
         The new factors, in the dtype of the inputs, and their bases.
     """
-    moments = _updated(state, gradient, bases, betas)
-    u = adam_direction(moments, bases, betas, eps)
-    # Whatever a pair computed that does not take part is dropped here, before it meets an eigendecomposition.
-    if update == "sequential":
-        A, Bt, basis_B = spend_direction(
-            A, Bt, u, scaling, bases.A, rates, rtol=rtol, live=live, factor_dtypes=factor_dtypes
-        )
-        new = Bases(row_basis(A, rtol), basis_B)
+    moments = _updated(state, gradient, bases, options.betas)
+    u = adam_direction(moments, bases, options.betas, options.eps)
+    # The results of pairs that are not active are dropped before they meet an eigendecomposition.
+    if options.sequential:
+        A, Bt, basis_B = spend_direction(A, Bt, u, scaling, bases.A, options)
+        new = Bases(row_basis(A, options.rtol), basis_B)
     else:
-        h_A, h_Bt = factor_gradients_(*bases, u.coordinates(bases.B), per_pair(scaling, A), x_mode)
-        A, Bt = linear_step(A, Bt, h_A, h_Bt, rates, live=live, factor_dtypes=factor_dtypes)
-        new = Bases(*row_bases([A, Bt], rtol))
+        h_A, h_Bt = factor_gradients_(*bases, u.coordinates(bases.B), per_pair(scaling, A), options.x_mode)
+        A, Bt = linear_step(A, Bt, h_A, h_Bt, options)
+        new = Bases(*row_bases([A, Bt], options.rtol))
     M_a, M_b = transport(u.left, u.right, new)
-    _store(state, moments._replace(M_a=M_a, M_b=M_b), live)
+    _store(state, moments._replace(M_a=M_a, M_b=M_b), options.active)
     return FactoredStep(A, Bt, new)
 
 
@@ -179,7 +155,7 @@ def adam_direction(moments: FactoredState, bases: Bases, betas: tuple[float, flo
     Args:
         moments: with the step's gradient and the step counted in, M_a and M_b in the coordinates of the bases.
         bases: of the factors at which the gradient was taken.
-        betas: as in `factored_step`.
+        betas: decay rates of the two moments.
         eps: as in `factored_step`.
     """
     grown_1, grown_2 = (_bias_correction(beta, moments.steps.to(moments.row))[:, None] for beta in betas)
@@ -216,7 +192,7 @@ def _bias_correction(beta: float, steps: Tensor) -> Tensor:
     return -torch.expm1(steps.clamp_min(1) * (math.log(beta) if beta > 0 else -math.inf))
 
 
-def _store(state: FactoredState, new: FactoredState, live: Tensor | None) -> None:
+def _store(state: FactoredState, new: FactoredState, active: Tensor | None) -> None:
     for kept, value in zip(state[:-1], new[:-1], strict=True):
-        kept.copy_(select(live, value, kept))
-    state.steps.add_(1 if live is None else live.to(state.steps))
+        kept.copy_(select(active, value, kept))
+    state.steps.add_(1 if active is None else active.to(state.steps))

@@ -14,11 +14,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
 
-from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.factors.pairs import find_lora_pairs
 from lorapro_hf.hub.settings import Settings
 from lorapro_hf.hub.usage import base_of
 from lorapro_hf.optim.memory import readable_bytes, state_bytes_by_device
+from lorapro_hf.optim.rules import rule_of
+from lorapro_hf.optim.rules.base import UpdateRule
 
 _NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_tokens")
 _ON_HUB = re.compile(r"hf://datasets/([^/@]+/[^/@]+)@")
@@ -75,11 +76,11 @@ def describe_lora_pro(model: nn.Module, settings: Settings) -> dict[str, str]:
 
     Rows that the model cannot tell, such as the pairs of a merged adapter, are left out.
     """
-    config = settings.config
+    config, rule = settings.config, rule_of(settings.config)
     rows = {
         "mode": config.mode,
-        "update": config.described_update,
-        **_limit(config),
+        "update": rule.described_update,
+        **_trust_region(rule),
         **_unusual(config.to_dict()),
     }
     try:
@@ -220,11 +221,11 @@ def number(value: Any) -> str:
     return f"{value:.4f}".rstrip("0").rstrip(".") if value == 0 or abs(value) >= 1e-3 else f"{value:.3g}"
 
 
-def _limit(config: LoRAProConfig) -> dict[str, str]:
+def _trust_region(rule: UpdateRule) -> dict[str, str]:
     """The trust region, where the mode has one."""
-    if config.mode == "efficient":
+    if not rule.has_trust_region:
         return {}
-    return {"trust region": f"{config.step_limit:g}" if config.step_limit else "none"}
+    return {"trust region": f"{rule.trust_region:g}" if rule.trust_region else "none"}
 
 
 def _unusual(settings: Mapping[str, Any]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 from lorapro_hf import __version__
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.optim.lora_pro import LoRAProAdamW
+from lorapro_hf.optim.rules import rule_of
 from lorapro_hf.utils.text_files import parse_json, read_settings_text, shortened, shown, write_text
 
 SETTINGS_FILE = "lorapro_config.json"
@@ -36,7 +37,7 @@ class Settings:
 
     def save(self, folder: Path) -> None:
         """Write `lorapro_config.json` into an existing folder, with the trust region that the mode chose."""
-        config = replace(self.config, trust_region=self.config.step_limit or 0)
+        config = replace(self.config, trust_region=rule_of(self.config).trust_region or 0)
         content = {**config.to_dict(), **self.optimizer, _VERSION: __version__}
         write_text(folder / SETTINGS_FILE, json.dumps(content, indent=2) + "\n")
 

@@ -19,12 +19,12 @@ def dense_update(
     A: Tensor,
     B: Tensor,
     steps: Tensor,
-    skip: Tensor,
+    found_inf: Tensor,
     *,
     betas: tuple[float, float],
     eps: float,
     sequential: bool = False,
-    live: Sequence[int] | None = None,
+    entries: Sequence[int] | None = None,
     backend: str = "auto",
 ) -> DirectionProducts:
     """Take equivalent gradients into their dense moments and give the products of Adam's direction, tile by tile.
@@ -40,11 +40,11 @@ def dense_update(
         A: rows to multiply u with, `(K, r, n)`: A, or better conditioned its orthonormal rows.
         B: likewise for the columns of B, `(K, r, m)`.
         steps: `(K,)` float32, how often each has been stepped, this step included.
-        skip: 0-dim; where it is 1 the moments stay as they are and u counts as 0.
+        found_inf: 0-dim; where it is 1 the moments stay as they are and u counts as 0.
         betas: decay rates of the moments.
         eps: added to the denominator.
         sequential: also give `K_u`.
-        live: the entries that take part, all by default; the others stay as they are and get zeros.
+        entries: the entries that take part, all by default; the others stay as they are and get zeros.
         backend: `"torch"`, `"compiled"`, `"triton"`, or `"auto"`.
 
     Raises:
@@ -56,7 +56,17 @@ def dense_update(
 
         return DirectionProducts(
             *triton_dense.dense_update(
-                moments, left, right, A, B, steps, skip, betas=betas, eps=eps, sequential=sequential, live=live
+                moments,
+                left,
+                right,
+                A,
+                B,
+                steps,
+                found_inf,
+                betas=betas,
+                eps=eps,
+                sequential=sequential,
+                entries=entries,
             )
         )
     from lorapro_hf.kernels import torch_dense
@@ -69,9 +79,9 @@ def dense_update(
         A,
         B,
         steps,
-        skip,
+        found_inf,
         products=products,
-        live=range(len(A)) if live is None else live,
+        entries=range(len(A)) if entries is None else entries,
         betas=betas,
         eps=eps,
         compiled=chosen == "compiled",

@@ -45,8 +45,8 @@ def load(values: Tensor, absmax: Tensor | None, signed: bool, dtype: torch.dtype
     return (exact if signed else exact.square()).to(dtype)
 
 
-def store(values: Tensor, absmax: Tensor | None, exact: Tensor, signed: bool, step: Tensor, skip: Tensor) -> None:
-    """Write a moment back unless `skip` (0-dim) is 1; what is stored as it is computed has been updated in place.
+def store(values: Tensor, absmax: Tensor | None, exact: Tensor, signed: bool, step: Tensor, found_inf: Tensor) -> None:
+    """Write a moment back unless `found_inf` (0-dim) is 1; what is stored as it is computed has been updated in place.
 
     bfloat16 rounds the first moment to nearest and the second stochastically: with `beta2 = 0.999` its changes are
     smaller than half a unit in the last place and would never be taken up. The dither comes from the bits of the value
@@ -65,7 +65,7 @@ def store(values: Tensor, absmax: Tensor | None, exact: Tensor, signed: bool, st
             tiny = whole.view(-1, BLOCK).abs() <= _TINY * scales.view(-1, 1)
             codes = codes.view(-1, BLOCK).masked_fill(tiny, _ZERO)
         # A second quantisation of the same values may move a scale, so that a skipped step has to be left out.
-        keep = skip > 0
+        keep = found_inf > 0
         values.copy_(torch.where(keep, values, codes.view(whole.shape)[..., : values.shape[-1]]))
         absmax.copy_(torch.where(keep, absmax, scales.view(absmax.shape)))
 

@@ -63,10 +63,10 @@ def dense_update(
     A: Tensor,
     B: Tensor,
     steps: Tensor,
-    skip: Tensor,
+    found_inf: Tensor,
     *,
     products: DirectionProducts,
-    live: Sequence[int],
+    entries: Sequence[int],
     betas: tuple[float, float],
     eps: float,
     compiled: bool = False,
@@ -75,13 +75,13 @@ def dense_update(
     advance = _compiled_advance if compiled else _fused_advance
     m, n = moments.exp_avg.shape[1:]
     g = u = left.new_empty(0)
-    for tile in _tiles(live, m, n, left.device, moments.exp_avg.dtype):
+    for tile in _tiles(entries, m, n, left.device, moments.exp_avg.dtype):
         L, R = tile.rows_of(left), tile.columns_of(right)
         shape = (len(L), L.shape[-1], n)
         if g.shape != shape:
             g, u = left.new_empty(shape), left.new_empty(shape)
         torch.bmm(L.mT, R, out=g)
-        u = advance(_stored_rows(moments, tile), g, u, steps[tile.entries], skip, betas, eps)
+        u = advance(_stored_rows(moments, tile), g, u, steps[tile.entries], found_inf, betas, eps)
         u_A = torch.bmm(tile.columns_of(A), u.mT)
         tile.put_rows(products.u_A, u_A)
         tile.add_columns(products.B_u, torch.bmm(tile.rows_of(B), u))
@@ -96,13 +96,13 @@ def tile_elements(device: torch.device, storage: torch.dtype = torch.float32) ->
 
 
 def _tiles(
-    live: Sequence[int], m: int, n: int, device: torch.device, storage: torch.dtype = torch.float32
+    entries: Sequence[int], m: int, n: int, device: torch.device, storage: torch.dtype = torch.float32
 ) -> Iterator[_Tile]:
     if m * n == 0:
         return
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     elements = tile_elements(device, storage) // threads
-    for start, stop in _runs(live):
+    for start, stop in _runs(entries):
         if m * n <= elements:
             together = max(1, threads * elements // (m * n))
             together = max(threads, together - together % threads)
@@ -127,12 +127,12 @@ def _row_cuts(m: int, height: int, threads: int) -> Iterator[tuple[slice, int]]:
         yield slice(start + even, m), 1
 
 
-def _runs(live: Sequence[int]) -> Iterator[tuple[int, int]]:
+def _runs(entries: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Consecutive numbers as `(first, last + 1)`."""
     start = None
-    for index, number in enumerate(live):
+    for index, number in enumerate(entries):
         start = number if start is None else start
-        if index + 1 == len(live) or live[index + 1] != number + 1:
+        if index + 1 == len(entries) or entries[index + 1] != number + 1:
             yield start, number + 1
             start = None
 
@@ -147,7 +147,7 @@ def _stored_rows(moments: Moments, tile: _Tile) -> Moments:
 
 
 def _fused_advance(
-    stored: Moments, g: Tensor, u: Tensor, steps: Tensor, skip: Tensor, betas: tuple[float, float], eps: float
+    stored: Moments, g: Tensor, u: Tensor, steps: Tensor, found_inf: Tensor, betas: tuple[float, float], eps: float
 ) -> Tensor:
     """Update the moments `(entries, rows, n)` with g and give the direction, written to u.
 
@@ -169,14 +169,14 @@ def _fused_advance(
         eps=eps,
         amsgrad=False,
         maximize=False,
-        found_inf=skip,
+        found_inf=found_inf,
     )
-    _store_both(stored, M, V, steps, skip)
+    _store_both(stored, M, V, steps, found_inf)
     return u
 
 
 def _compiled_advance(
-    stored: Moments, g: Tensor, u: Tensor, steps: Tensor, skip: Tensor, betas: tuple[float, float], eps: float
+    stored: Moments, g: Tensor, u: Tensor, steps: Tensor, found_inf: Tensor, betas: tuple[float, float], eps: float
 ) -> Tensor:
     """The same through `torch.compile`."""
     M, V = _load_both(stored, g.dtype)
@@ -184,8 +184,8 @@ def _compiled_advance(
     scales = (1 / (1 - betas[0] ** exact)).to(M), (1 - betas[1] ** exact).rsqrt().to(M)
     # Flat and one by one: every other shape would be compiled anew.
     for each in zip(*(x.reshape(len(M), -1) for x in (M, V, g, u)), *scales, strict=True):
-        _compiled(_adam)(*each, skip, *betas, eps)
-    _store_both(stored, M, V, steps, skip)
+        _compiled(_adam)(*each, found_inf, *betas, eps)
+    _store_both(stored, M, V, steps, found_inf)
     return u
 
 
@@ -196,10 +196,10 @@ def _load_both(stored: Moments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     )
 
 
-def _store_both(stored: Moments, M: Tensor, V: Tensor, steps: Tensor, skip: Tensor) -> None:
+def _store_both(stored: Moments, M: Tensor, V: Tensor, steps: Tensor, found_inf: Tensor) -> None:
     step = steps[:, None, None]
-    store(stored.exp_avg, stored.exp_avg_absmax, M, True, step, skip)
-    store(stored.exp_avg_sq, stored.exp_avg_sq_absmax, V, False, step, skip)
+    store(stored.exp_avg, stored.exp_avg_absmax, M, True, step, found_inf)
+    store(stored.exp_avg_sq, stored.exp_avg_sq_absmax, V, False, step, found_inf)
 
 
 def _adam(
@@ -209,15 +209,15 @@ def _adam(
     u: Tensor,
     scale1: Tensor,
     scale2: Tensor,
-    skip: Tensor,
+    found_inf: Tensor,
     beta1: float,
     beta2: float,
     eps: float,
 ) -> None:
     new_M, new_V = M + (1 - beta1) * (g - M), beta2 * V + (1 - beta2) * (g * g)
-    u.copy_(torch.where(skip > 0, 0, new_M * scale1 / (new_V.sqrt() * scale2 + eps)))
-    M.copy_(torch.where(skip > 0, M, new_M))
-    V.copy_(torch.where(skip > 0, V, new_V))
+    u.copy_(torch.where(found_inf > 0, 0, new_M * scale1 / (new_V.sqrt() * scale2 + eps)))
+    M.copy_(torch.where(found_inf > 0, M, new_M))
+    V.copy_(torch.where(found_inf > 0, V, new_V))
 
 
 @cache

@@ -50,7 +50,7 @@ class Stack(NamedTuple):
     found_inf: Tensor
     betas: tuple[float, float]
     eps: float
-    live: tuple[int, ...] | None
+    entries: tuple[int, ...] | None
 
 
 class Launch(NamedTuple):
@@ -75,7 +75,7 @@ def dense_update(
     betas: tuple[float, float],
     eps: float,
     sequential: bool = False,
-    live: Sequence[int] | None = None,
+    entries: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Take the equivalent gradients `leftᵀ right` of a stack into its dense moments and spend the Adam direction u.
 
@@ -91,7 +91,7 @@ def dense_update(
         betas: decay rates of the moments.
         eps: added to the denominator.
         sequential: also return `Kᵀ u`.
-        live: the entries that take part; the others stay as they are and u counts as 0. None means all.
+        entries: the entries that take part; the others stay as they are and u counts as 0. None means all.
 
     Returns:
         `(A uᵀ (K, r, m), Bᵀ u (K, r, n), Kᵀ u (K, r, n) or None)` with K = u Aᵀ, in the dtype of the factors.
@@ -100,7 +100,7 @@ def dense_update(
         ValueError: moments that are not contiguous or not of a dtype described above.
     """
     _check(moments, A)
-    stack = Stack(moments, left, right, A, steps, found_inf, betas, eps, None if live is None else tuple(live))
+    stack = Stack(moments, left, right, A, steps, found_inf, betas, eps, None if entries is None else tuple(entries))
     if not sequential:
         uAt, Bu = _sweep(stack, Bt, row_side=True, store=True)
         return uAt, Bu, None
@@ -111,15 +111,15 @@ def dense_update(
 
 
 def _sweep(stack: Stack, W: Tensor, *, row_side: bool, store: bool) -> tuple[Tensor, Tensor]:
-    """One launch over all live entries: `A uᵀ` `(K, r, m)` if wanted, and `W u` `(K, q, n)` for W `(K, q, m)`."""
+    """One launch over the active entries: `A uᵀ` `(K, r, m)` if wanted, and `W u` `(K, q, n)` for W `(K, q, m)`."""
     moments, A = stack.moments, stack.A
     count, rank, n = A.shape
     q, m = W.shape[1:]
-    entries = count if stack.live is None else len(stack.live)
+    entries = count if stack.entries is None else len(stack.entries)
     launch = plan(moments.exp_avg.dtype, A.dtype, (count, m, n), rank, q, store=store)
     uAt = A.new_empty(entries, launch.column_splits, rank if row_side else 0, m)
     Wu = A.new_empty(entries, launch.row_splits, q, n)
-    index = None if stack.live is None else _index_on(stack.live, A.device)
+    index = None if stack.entries is None else _index_on(stack.entries, A.device)
     if uAt.numel() or Wu.numel():
         dense_kernel[(launch.row_splits, launch.column_splits, entries)](
             (moments.exp_avg, moments.exp_avg_sq, moments.exp_avg_absmax, moments.exp_avg_sq_absmax),
@@ -188,15 +188,15 @@ def _denominator(stack: Stack) -> Tensor:
 
 
 def _gather(partial: Tensor, index: Tensor | None, count: int) -> Tensor:
-    """Sum `(L, splits, rows, length)` over the splits and put the results of the live entries in their places."""
+    """Sum `(L, splits, rows, length)` over the splits and put the results of these entries in their places."""
     total = partial[:, 0] if partial.shape[1] == 1 else partial.sum(dim=1)
     return total if index is None else total.new_zeros(count, *total.shape[1:]).index_copy_(0, index, total)
 
 
 @lru_cache(maxsize=64)
-def _index_on(live: tuple[int, ...], device: torch.device) -> Tensor:
+def _index_on(entries: tuple[int, ...], device: torch.device) -> Tensor:
     """Positions as an int64 tensor; copied from pinned memory the host need not wait for the device."""
-    index = torch.tensor(live, dtype=torch.int64, pin_memory=device.type == "cuda")
+    index = torch.tensor(entries, dtype=torch.int64, pin_memory=device.type == "cuda")
     return index.to(device, non_blocking=True)
 
 

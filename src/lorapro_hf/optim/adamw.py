@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorapro_hf.distributed.access import local
-from lorapro_hf.optim.rules.base import Group, fused_adamw
 
 
 def step_ordinary(
-    parameters: Sequence[Tensor], state: MutableMapping[Tensor, dict[str, Any]], group: Group, skip: Tensor
+    parameters: Sequence[Tensor], state: MutableMapping[Tensor, dict[str, Any]], group: Mapping[str, Any], skip: Tensor
 ) -> None:
     """One AdamW step of parameters that have gradients; none, not even a count, where `skip` is 1.
 
@@ -39,3 +38,31 @@ def step_ordinary(
             gradients = [local(p.grad) for p in own if p.grad is not None]
             steps = [state[p]["step"] for p in own]
             fused_adamw([local(p) for p in own], gradients, exp_avgs, exp_avg_sqs, steps, group, there)
+
+
+def fused_adamw(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    group: Mapping[str, Any],
+    found_inf: Tensor,
+) -> None:
+    """`torch.optim.AdamW(fused=True)` for steps that have been counted already; does nothing where `found_inf` is 1."""
+    torch._fused_adamw_(
+        parameters,
+        gradients,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        lr=group["lr"],
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+        found_inf=found_inf,
+    )

@@ -1,4 +1,4 @@
-"""Does this optimizer checkpoint belong to this optimizer? Asked before anything is loaded."""
+"""Does a checkpoint belong to this optimizer? Checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.distributed.access import local
 from lorapro_hf.factors.pairs import LoRAPair, unwrapped_name
 from lorapro_hf.optim.finite import find_broken
-from lorapro_hf.optim.state import state_shapes
+from lorapro_hf.optim.rules import rule_of
 from lorapro_hf.utils.text_files import shown
 
 _ADVICE = "It is a checkpoint of another model or rank; resume with the model it was written for."
-# Where the moments of a pair are missing but its steps are not, they were with another rank.
+# Raised where a pair has its step count but no moments: another rank held them.
 _PARTIAL = (
-    "the checkpoint has only part of the optimizer's state, as the state_dict() of a rank other than 0 does. Save and "
-    "load that of rank 0, for which all ranks call state_dict() or consolidate_state_dict(). Under FSDP2 leave out "
-    "flatten_optimizer_state_dict."
+    "the checkpoint has only part of the optimizer's state, as the state_dict() of a rank other than 0 does. Call "
+    "state_dict() or consolidate_state_dict() on all ranks, and save and load the one of rank 0. Under FSDP2 leave "
+    "out flatten_optimizer_state_dict."
 )
 
 
@@ -30,12 +30,10 @@ def check_state_dict(
     config: LoRAProConfig,
     needed: Sequence[LoRAPair] | None = None,
 ) -> None:
-    """Raise a `ValueError` that says what is wrong if `state_dict` is of another optimizer, mode, rank or model.
-
-    So it does where the state holds NaN or Inf: of a training that could only leave out each step.
+    """Raise a `ValueError` if `state_dict` is of another optimizer, mode, rank or model, or holds NaN or Inf.
 
     Args:
-        state_dict: what is to be loaded.
+        state_dict: the checkpoint.
         param_groups: of the optimizer that loads it.
         pairs: of that optimizer.
         config: of that optimizer.
@@ -60,12 +58,12 @@ def check_state_dict(
     for saved, own in zip(saved_groups, param_groups, strict=True):
         _check_group(saved, own)
     of_needed = {id(factor) for pair in (pairs if needed is None else needed) for factor in (pair.A, pair.B)}
+    rule = rule_of(config)
     expected: dict[int, dict[str, tuple[int, ...]]] = {}
     for pair in pairs:
-        for factor, shapes in zip(
-            (pair.A, pair.B), state_shapes(pair, config.mode, config.master_factors), strict=True
-        ):
-            expected[id(factor)] = shapes
+        expected[id(pair.A)], expected[id(pair.B)] = {}, {}
+        for spec in rule.specs(pair):
+            expected[id(pair.A if spec.side == "A" else pair.B)][spec.name] = spec.shape
     held = []
     for saved, own in zip(saved_groups, param_groups, strict=True):
         for key, name, parameter in zip(saved["params"], _names(own), own["params"], strict=True):
@@ -90,7 +88,7 @@ def _check_shapes(name: str, state: dict[str, Any], shapes: dict[str, tuple[int,
 
 
 def _kind(group: dict[str, Any]) -> str | None:
-    """How a message names what is kept of the pairs; what a group does not say has its default."""
+    """How a message names the state of the pairs; a setting that a group lacks has its default."""
     mode, moments_dtype = group.get("lora_pro_mode"), group.get("moments_dtype", "float32")
     if mode is None:
         return None

@@ -1,7 +1,8 @@
 """How does state that is spread over ranks become a checkpoint that any number of ranks can load?
 
-Where every rank holds whole factors, one rank collects the state of all pairs. Where factors are DTensors their state
-is cut into rows as DTensors on the same mesh, as distributed checkpoints want it. All functions are collective.
+Where every rank holds whole factors, one rank collects the state of all pairs. Where factors are DTensors, their state
+is cut into rows, as DTensors on the same mesh, which distributed checkpoints require. All functions are collective
+unless they say otherwise.
 """
 
 from __future__ import annotations
@@ -18,36 +19,43 @@ from lorapro_hf.distributed.access import ShardedAccess
 from lorapro_hf.distributed.attendance import Absence, Attendance
 from lorapro_hf.distributed.ownership import Shares
 from lorapro_hf.factors.pairs import LoRAPair, unwrapped_name
-from lorapro_hf.optim.state import state_dtype, state_shapes
+from lorapro_hf.optim.rules import rule_of
+from lorapro_hf.optim.rules.base import UpdateRule
+from lorapro_hf.optim.state import StateSpec
 
 States = dict[Tensor, dict[str, Tensor]]
 
 
 class _Entry(NamedTuple):
     parameter: Tensor
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    spec: StateSpec
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    def of(self, state: Mapping[Tensor, dict[str, Any]]) -> Tensor:
+        return state[self.parameter][self.name]
 
 
 def collect_states(shares: Shares, state: Mapping[Tensor, dict[str, Any]], config: LoRAProConfig, to: int) -> States:
     """The state of all pairs, on the CPU of the rank `to` of the group.
 
-    The other ranks get the state of their own pairs and the steps of the others', so that all ranks have an entry for
-    each pair that has been stepped. Distributed checkpoints take from a rank what it has, and put it together.
+    The other ranks get the state of their own pairs and the step counts of the others, so that every rank has an entry
+    for each pair that has been stepped. Distributed checkpoints combine the entries of all ranks.
     """
     assert shares.group is not None
-    found: States = {}
-    for index, (pair, steps) in enumerate(zip(shares.pairs, _steps(shares, state), strict=True)):
+    rule, found = rule_of(config), States()
+    for index, (pair, steps) in enumerate(zip(shares.pairs, _steps(shares, state, rule), strict=True)):
         owner = shares.owner_of(index)
-        for entry in [] if steps is None else _entries(pair, config):
+        for entry in [] if steps is None else _entries(pair, rule):
             own = None
             if shares.rank == owner:
-                own = state[entry.parameter][entry.name].contiguous()
+                own = entry.of(state).contiguous()
                 if owner != to:
                     dist.send(own, dst=dist.get_global_rank(shares.group, to), group=shares.group)
             elif shares.rank == to:
-                own = torch.empty(entry.shape, dtype=entry.dtype, device=pair.A.device)
+                own = torch.empty(entry.spec.shape, dtype=entry.spec.dtype, device=pair.A.device)
                 dist.recv(own, src=dist.get_global_rank(shares.group, owner), group=shares.group)
             elif entry.name == "step":
                 own = torch.tensor(steps, dtype=torch.float32)
@@ -57,24 +65,24 @@ def collect_states(shares: Shares, state: Mapping[Tensor, dict[str, Any]], confi
 
 
 def shard_states(shares: Shares, state: Mapping[Tensor, dict[str, Any]], config: LoRAProConfig) -> States:
-    """The state of all pairs in rows: a DTensor on the mesh of the factors for each moment, steps on every rank."""
+    """The state of all pairs, each moment a DTensor of rows on the mesh of the factors, step counts on every rank."""
     access = shares.access
     assert isinstance(access, ShardedAccess)
-    found: States = {}
-    for index, (pair, steps) in enumerate(zip(shares.pairs, _steps(shares, state), strict=True)):
-        for entry in [] if steps is None else _entries(pair, config):
+    rule, found = rule_of(config), States()
+    for index, (pair, steps) in enumerate(zip(shares.pairs, _steps(shares, state, rule), strict=True)):
+        for entry in [] if steps is None else _entries(pair, rule):
             owner = shares.owner_of(index) if shares.group else None
-            own = state[entry.parameter][entry.name] if owner in (None, shares.rank) else None
+            own = entry.of(state) if owner in (None, shares.rank) else None
             found.setdefault(entry.parameter, {})[entry.name] = _rows_of(access, entry, own, owner)
     return found
 
 
 def await_all(attendance: Attendance, saves: bool) -> None:
-    """Wait until all ranks have come to give their parts of the state.
+    """Wait until all ranks are ready to give their parts of the state.
 
     Args:
         attendance: of the ranks.
-        saves: whether it is known that all ranks save together; otherwise `state_dict()` may have been called on some.
+        saves: whether all ranks are known to save together; otherwise `state_dict()` may have been called on some only.
 
     Raises:
         RuntimeError: a rank has ended, or has not come within the limit of the process group.
@@ -83,78 +91,79 @@ def await_all(attendance: Attendance, saves: bool) -> None:
         absence = attendance.wait_for_all()
     except dist.DistError as error:
         raise RuntimeError(
-            "the store of the process group has gone with the process that kept it, rank 0 or its launcher, before "
-            f"the optimizer's state was collected. {_GO_ON}"
+            "the process that kept the store of the process group, rank 0 or its launcher, ended before the "
+            f"optimizer's state was collected. {_GO_ON}"
         ) from error
     if absence is not None:
         raise RuntimeError(_reason(absence, attendance, saves))
 
 
-_GO_ON = "See its output for the reason, and go on from the last complete checkpoint."
+_GO_ON = "See its output for the reason, and resume from the last complete checkpoint."
 
 
 def _reason(absence: Absence, attendance: Attendance, saves: bool) -> str:
     several = len(absence.ranks) > 1
     who = f"rank{'s' if several else ''} {', '.join(map(str, absence.ranks))}"
     if absence.ended:
-        return f"{who} ended before the optimizer's state was collected, of which each rank holds a part. {_GO_ON}"
+        return f"{who} ended before giving its part of the optimizer's state. {_GO_ON}"
     limit = f"{attendance.limit.total_seconds():g} seconds"
     if saves:
         return (
             f"saving takes all ranks: rank {dist.get_rank()} has waited {limit}, the limit of the process group, for "
-            f"{who} to come and give its part of the optimizer's state. It ended, or still writes other files. Raise "
-            "the limit where a disk is that slow: ddp_timeout in the arguments of a trainer, or "
+            f"{who} to give its part of the optimizer's state. It ended, or is still writing other files. If its disk "
+            "is that slow, raise the limit: ddp_timeout in the arguments of a trainer, or "
             "init_process_group(timeout=...)."
         )
     return (
-        f"state_dict() was called on rank {dist.get_rank()}, but not on all ranks that share the optimizer's state "
-        f"out among themselves: {who} did not call it within {limit}, the limit of the process group. Call it on all "
-        "ranks (under DDP optimizer.consolidate_state_dict() on all ranks first will do), or keep the whole state on "
-        "each with LoRAProConfig(shard_states=False)."
+        f"state_dict() was called on rank {dist.get_rank()}, but not on all ranks that share the optimizer's state: "
+        f"{who} did not call it within {limit}, the limit of the process group. Call it on all ranks (under DDP, or "
+        "optimizer.consolidate_state_dict() on all ranks before it), or keep the whole state on each with "
+        "LoRAProConfig(shard_states=False)."
     )
 
 
 def own_state(shares: Shares, state: Mapping[Tensor, dict[str, Any]], config: LoRAProConfig) -> dict[str, Tensor]:
-    """The state of this rank's pairs by names that hold on any number of ranks. Not collective."""
+    """The state of this rank's pairs, by names that are the same on any number of ranks. Not collective."""
+    rule = rule_of(config)
     return {
-        f"{_key(pair, entry)}.{entry.name}": state[entry.parameter][entry.name].contiguous()
+        f"{_key(pair, entry)}.{entry.name}": entry.of(state).contiguous()
         for pair in shares.own
-        for entry in _entries(pair, config)
-        if "exp_avg" in state.get(pair.A, {})
+        if _has_begun(pair, rule, state)
+        for entry in _entries(pair, rule)
     }
 
 
 def read_own_state(shares: Shares, read: Callable[[str], Tensor | None], config: LoRAProConfig) -> States:
-    """The inverse of `own_state`, from what any number of ranks have saved. Not collective.
+    """The state of this rank's pairs from files written by `own_state` on any number of ranks. Not collective.
 
     Args:
-        shares: who steps what now.
+        shares: the present ownership of the pairs.
         read: gives the tensor of a name, `None` where there is none.
-        config: mode and dtype of the moments.
+        config: the settings of the optimizer.
 
     Raises:
         ValueError: a pair has part of its state only, or state of another shape.
     """
-    found: States = {}
+    rule, found = rule_of(config), States()
     for pair in shares.own:
-        entries = _entries(pair, config)
+        entries = _entries(pair, rule)
         names = [f"{_key(pair, entry)}.{entry.name}" for entry in entries]
         values = [read(name) for name in names]
         if all(value is None for value in values):  # never stepped
             continue
         for entry, name, value in zip(entries, names, values, strict=True):
-            if value is None or tuple(value.shape) != entry.shape:
-                what = "missing" if value is None else f"of shape {tuple(value.shape)} instead of {entry.shape}"
+            if value is None or tuple(value.shape) != entry.spec.shape:
+                fault = "missing" if value is None else f"of shape {tuple(value.shape)} instead of {entry.spec.shape}"
                 raise ValueError(
-                    f"the checkpoint does not fit: {name} is {what}. Resume with the model, rank and mode it was "
+                    f"the checkpoint does not fit: {name} is {fault}. Resume with the model, rank and mode it was "
                     "written with, or from an earlier checkpoint."
                 )
-            found.setdefault(entry.parameter, {})[entry.name] = value.to(pair.A.device, entry.dtype, copy=True)
+            found.setdefault(entry.parameter, {})[entry.name] = value.to(pair.A.device, entry.spec.dtype, copy=True)
     return found
 
 
 def _key(pair: LoRAPair, entry: _Entry) -> str:
-    return f"{unwrapped_name(pair.name)}.{pair.adapter_name}.{'A' if entry.parameter is pair.A else 'B'}"
+    return f"{unwrapped_name(pair.name)}.{pair.adapter_name}.{entry.spec.side}"
 
 
 def whole(tensor: Any) -> Tensor:
@@ -163,53 +172,56 @@ def whole(tensor: Any) -> Tensor:
 
 
 def _rows_of(access: ShardedAccess, entry: _Entry, own: Tensor | None, owner: int | None) -> Tensor:
-    """This rank's part of a tensor that its owner holds, or every rank if there is no owner."""
+    """This rank's part of a tensor that its owner holds; without an owner every rank holds it."""
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     group, device = access.group, entry.parameter.device
+    shape, dtype = entry.spec.shape, entry.spec.dtype
     source = None if owner is None else dist.get_global_rank(group, owner)
-    if not entry.shape:
-        step = torch.empty((), dtype=entry.dtype, device=device) if own is None else own.clone()
+    if not shape:
+        step = torch.empty((), dtype=dtype, device=device) if own is None else own.clone()
         if source is not None:
             dist.broadcast(step, src=source, group=group)
         return step
     ranks, rank = group.size(), group.rank()
-    height = -(-entry.shape[0] // ranks)
-    rows = max(0, min(height, entry.shape[0] - rank * height))
+    height = -(-shape[0] // ranks)
+    rows = max(0, min(height, shape[0] - rank * height))
     if source is None or not height:
-        part = torch.empty(0, *entry.shape[1:], dtype=entry.dtype, device=device) if own is None else own
+        part = torch.empty(0, *shape[1:], dtype=dtype, device=device) if own is None else own
         part = part[rank * height : rank * height + rows].clone()
     else:
         cut = None if own is None else list(_padded(own, height * ranks).split(height))
-        part = torch.empty(height, *entry.shape[1:], dtype=entry.dtype, device=device)
+        part = torch.empty(height, *shape[1:], dtype=dtype, device=device)
         dist.scatter(part, cut, src=source, group=group)
         part = part[:rows].contiguous()
     placements = [Replicate() for _ in range(access.mesh.ndim)]
     placements[access.mesh_dim or 0] = Shard(0)  # type: ignore[call-overload]
-    stride = torch.empty(entry.shape, device="meta").stride()
-    return DTensor.from_local(
-        part, access.mesh, placements, run_check=False, shape=torch.Size(entry.shape), stride=stride
-    )
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(part, access.mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
 def _padded(tensor: Tensor, rows: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])])
 
 
-def _entries(pair: LoRAPair, config: LoRAProConfig) -> list[_Entry]:
+def _entries(pair: LoRAPair, rule: UpdateRule) -> list[_Entry]:
+    specs = rule.specs(pair)
     entries = []
-    for parameter, shapes in zip((pair.A, pair.B), state_shapes(pair, config.mode, config.master_factors), strict=True):
-        entries.append(_Entry(parameter, "step", (), torch.float32))
-        entries += [
-            _Entry(parameter, name, tuple(shape), state_dtype(pair, config, name)) for name, shape in shapes.items()
-        ]
+    for side, parameter in (("A", pair.A), ("B", pair.B)):
+        entries.append(_Entry(parameter, StateSpec("step", side, (), torch.float32)))
+        entries += [_Entry(parameter, spec) for spec in specs if spec.side == side]
     return entries
 
 
-def _steps(shares: Shares, state: Mapping[Tensor, dict[str, Any]]) -> list[float | None]:
+def _has_begun(pair: LoRAPair, rule: UpdateRule, state: Mapping[Tensor, dict[str, Any]]) -> bool:
+    """Whether the state of a pair exists: before its first step, distributed checkpoints keep a step count alone."""
+    return all(entry.name in state.get(entry.parameter, {}) for entry in _entries(pair, rule))
+
+
+def _steps(shares: Shares, state: Mapping[Tensor, dict[str, Any]], rule: UpdateRule) -> list[float | None]:
     """How often each pair has been stepped, as its owner knows; `None` for a pair without any state."""
-    own = {id(pair) for pair in shares.own}
-    known = [state.get(pair.A, {}) if id(pair) in own else {} for pair in shares.pairs]
-    flags = [[float("exp_avg" in each) for each in known], [float(each.get("step", 0)) for each in known]]
+    begun = [_has_begun(pair, rule, state) for pair in shares.own]
+    known = {id(pair): float(state[pair.A]["step"]) for pair, has in zip(shares.own, begun, strict=True) if has}
+    flags = [[float(id(pair) in known) for pair in shares.pairs], [known.get(id(pair), 0.0) for pair in shares.pairs]]
     together = shares.total(torch.tensor(flags, dtype=torch.float32, device=shares.pairs[0].A.device)).tolist()
     return [steps if has_begun else None for has_begun, steps in zip(*together, strict=True)]

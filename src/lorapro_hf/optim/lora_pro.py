@@ -13,21 +13,10 @@ from lorapro_hf.distributed.access import local
 from lorapro_hf.distributed.ownership import Shares
 from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.factors.stacks import StackGradient, exact_arithmetic, global_norm, read_stacks
-from lorapro_hf.kernels.dense import require_backend
 from lorapro_hf.optim.adamw import step_ordinary
 from lorapro_hf.optim.finite import can_be_read, require_finite_rates
 from lorapro_hf.optim.pair_optimizer import PairOptimizer
-from lorapro_hf.optim.rules.base import (
-    adjusted_gradients_,
-    efficient_step,
-    factored_mode_step,
-    full_step,
-    longest_adjusted,
-)
-from lorapro_hf.optim.state import state_dtype
-
-# Mode factored sums squares of what it reads; beyond this they overflow in float32.
-_LARGEST = 1e15
+from lorapro_hf.optim.rules import rule_of
 
 
 class LoRAProAdamW(PairOptimizer):
@@ -93,9 +82,9 @@ class LoRAProAdamW(PairOptimizer):
         **settings: Any,
     ) -> None:
         config = LoRAProConfig.of(config, **settings)
-        if config.keeps_dense_moments:
-            for pair in pairs:
-                require_backend(config.backend, pair.A.device, state_dtype(pair, config, "exp_avg"))
+        rule = rule_of(config)
+        for device in {pair.A.device for pair in pairs}:
+            rule.check_device(device)
         self.last_grad_norm: Tensor | None = None
         self._pairs_skipped: Tensor | None = None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -184,49 +173,51 @@ class LoRAProAdamW(PairOptimizer):
         gradients = [local(p.grad) for _, parameters in ordinary for p in parameters if p.grad is not None]
         if any(gradient.is_sparse for gradient in gradients):
             raise RuntimeError("a parameter has a sparse gradient, which AdamW does not take; use sparse=False.")
-        norm, skip = self._measure(read, [gradient for gradient in gradients if gradient.numel()])
-        adjusted = []
-        if self.config.mode == "efficient":
-            adjusted = [adjusted_gradients_(each, self.config.x_mode) for each in read]
+        norms, found_inf = self._measure(read, [gradient for gradient in gradients if gradient.numel()])
         # Allocated before anything is stepped: where memory does not suffice, no rank has changed anything.
-        moments_of = [self._moments_of(each.stack) for each in read]
-        self.last_grad_norm, skip = shares.agree(norm, skip)
+        states = [self._moments_of(each.stack) for each in read]
+        norms, found_inf = shares.agree(norms, found_inf)
+        self.last_grad_norm, shared_norm = norms
         if not self._is_being_captured():
             self._require_finite_start()
-        if can_be_read(skip) and skip:
+        if can_be_read(found_inf) and found_inf:
             self.require_finite(state=False)
-        self._pairs_skipped = skip
-        self._skipped = skip.clone() if self._skipped is None else self._skipped.add_(skip.to(self._skipped.device))
+        self._pairs_skipped = found_inf
+        if self._skipped is None:
+            self._skipped = found_inf.clone()
+        else:
+            self._skipped.add_(found_inf.to(self._skipped.device))
         for group, parameters in ordinary:
-            step_ordinary(parameters, self.state, group, skip)
-        while read:  # what a stack was read into is let go once it is stepped
-            each, moments = read.pop(), moments_of.pop()
-            there = skip.to(each.stack.device)
+            step_ordinary(parameters, self.state, group, found_inf)
+        rule = self.rule
+        while read:  # frees the buffers of each stack as soon as it has been stepped
+            each, state = read.pop(), states.pop()
             groups = (self.param_groups[each.stack.groups[0]], self.param_groups[each.stack.groups[1]])
-            moments.count_step(each.live, there)
-            if self.config.mode == "efficient":
-                efficient_step(each, adjusted.pop(), moments, groups, there, self.config)
-            elif self.config.mode == "factored":
-                factored_mode_step(each, moments, groups, there, self.config)
-            else:
-                full_step(each, moments, groups, there, self.config)
+            rule.take_step(each, state, groups, found_inf.to(each.stack.device), shared_norm)
 
     def _measure(self, read: list[StackGradient], gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The norm of this rank's pairs, and 1 if it must skip the step, else 0: float32 on the first pair's device."""
+        """The norms to share with other ranks `(2,)`, and 1 if this rank must skip the step, else 0, 0-dim float32.
+
+        Args:
+            read: the stacks of this rank.
+            gradients: of the parameters of no pair.
+
+        Returns:
+            The norm of the equivalent gradients and `UpdateRule.shared_norm`, and whether to skip; on the first pair's
+            device.
+        """
+        rule = self.rule
         norm = global_norm(read).to(self.pairs[0].A.device)
+        shared = rule.shared_norm(read)
         # A norm tells whether all that it was taken of is finite, without another pass over it.
-        lengths = [norm]
-        if self.config.mode == "efficient":
-            lengths += [longest_adjusted(each, norm) for each in read]
+        lengths = [norm, *rule.more_norms(read, norm)]
         if gradients:
             lengths.append(_largest(gradients))
         dtype = torch.float64 if any(length.dtype == torch.float64 for length in lengths) else torch.float32
         longest = torch.stack([length.to(norm.device, dtype) for length in lengths]).amax()
-        exact = {each.stack.dtype for each in read} or {torch.float32}
-        limit = min(torch.finfo(dtype).max ** 0.5 for dtype in exact)  # beyond it second moments overflow
-        if self.config.mode == "factored":
-            limit = _LARGEST
-        return norm, (~(longest <= limit)).float()  # NaN is not less than anything
+        limit = min(rule.largest_norm(dtype) for dtype in {each.stack.dtype for each in read} or {torch.float32})
+        shared = torch.zeros_like(norm) if shared is None else shared.to(norm)
+        return torch.stack([norm, shared]), (~(longest <= limit)).float()  # NaN is not less than anything
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "last_grad_norm": None, "_pairs_skipped": None}
@@ -241,6 +232,6 @@ def unwrap_optimizer(optimizer: Any) -> Any:
 
 def _largest(tensors: list[Tensor]) -> Tensor:
     """The largest magnitude in any of the tensors; NaN and Inf come through."""
-    if tensors[0].device.type == "cpu":  # where norms of infinite order take twenty times as long
+    if tensors[0].device.type == "cpu":  # norms of infinite order take twenty times as long there
         return torch.stack([x.double() for tensor in tensors for x in torch.aminmax(tensor)]).abs().amax()
     return torch.nn.utils.get_total_norm(tensors, norm_type=float("inf"))

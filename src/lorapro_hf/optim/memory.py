@@ -1,26 +1,16 @@
-"""How much memory does LoRA-Pro's optimizer need on each device, is it there, and which modes would do with less?"""
+"""How much memory does LoRA-Pro's optimizer need on each device, is it free, and which modes need less?"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
 
-from lorapro_hf.config import MODES, LoRAProConfig
+from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.factors.pairs import LoRAPair
-from lorapro_hf.functional.projection import compute_dtype
-from lorapro_hf.kernels.torch_dense import tile_elements
-from lorapro_hf.optim.state import dense_shape, state_dtype, state_shapes
-
-# A step packs factors and gradients into batches, shape by shape, and works on about so many copies of that size.
-_WORKING_COPIES = 12
-_MASTER_COPIES = 4  # more with master copies of the factors, which have bases of their own
-# Arrays of a tile of dense moments: gradient, direction, and the moments and codes on their way where they are not kept
-# as they are computed.
-_TILE_ARRAYS = 10
+from lorapro_hf.optim.rules import all_settings, rule_of
 
 # Files of a control group: its limit, what is in use, and the entry of memory.stat for caches that the kernel drops
 # when memory is short.
@@ -30,7 +20,7 @@ _NO_LIMIT = 2**60  # version 1 says "no limit" with the largest number of pages
 
 
 class StateTooLargeError(ValueError):
-    """The optimizer state of the chosen mode does not fit on a device; the message names the modes that would."""
+    """The optimizer state of the chosen mode does not fit on a device; the message names the modes that fit."""
 
 
 def readable_bytes(count: float) -> str:
@@ -57,46 +47,39 @@ def state_bytes_by_device(
             those of a pair have no moments and do not belong here.
     """
     total: dict[torch.device, int] = {}
+    rule = rule_of(config)
     for pair in pairs:
-        _add(total, pair.A.device, _state_bytes_of_pair(pair, config))
+        _add(total, pair.A.device, sum(spec.nbytes for spec in rule.specs(pair)))
     for parameter in others:
         _add(total, parameter.device, 2 * parameter.numel() * parameter.element_size())
     return total
 
 
 def scratch_bytes(
-    pairs: Iterable[LoRAPair], mode: str, master_factors: bool = False, place: torch.device | None = None
+    pairs: Iterable[LoRAPair], config: LoRAProConfig, place: torch.device | None = None
 ) -> dict[torch.device, int]:
-    """Bytes on each device that a step may need beyond the state: copies of all factors, and a tile of dense moments.
+    """Bytes on each device that a step may need beyond the state: an allowance, not a count.
 
-    An allowance, not a count. Activations, parameters and their gradients are not in it.
+    Activations, parameters and their gradients are not included.
 
     Args:
-        pairs: those stepped together.
-        mode: of LoRA-Pro.
-        master_factors: whether float32 copies of the factors are stepped.
-        place: the kind of device to reckon with, for factors on the meta device; by default that of each factor.
+        pairs: stepped together.
+        config: its `mode` and `master_factors` count.
+        place: the device to assume, for factors on the meta device; by default that of each factor.
     """
-    total: dict[torch.device, int] = {}
-    dense: dict[torch.device, int] = {}
-    copies = _WORKING_COPIES + (_MASTER_COPIES if master_factors else 0)
+    on: dict[torch.device, list[LoRAPair]] = {}
     for pair in pairs:
-        A, B = pair.A, pair.B
-        _add(dense, A.device, torch.Size(dense_shape(pair)).numel())
-        elements = pair.shape_A.numel() + pair.shape_B.numel()
-        _add(total, A.device, copies * elements * compute_dtype(A, B).itemsize)
-    if LoRAProConfig(mode=mode).keeps_dense_moments:
-        for device, elements in dense.items():
-            total[device] += _TILE_ARRAYS * min(tile_elements(place or device), elements) * torch.float32.itemsize
-    return total
+        on.setdefault(pair.A.device, []).append(pair)
+    rule = rule_of(config)
+    return {device: rule.scratch_bytes(some, place or device) for device, some in on.items()}
 
 
 def available_bytes(device: torch.device) -> int | None:
     """Bytes that can still be allocated on a device, or `None` where that is not known.
 
-    CUDA: what the driver has left and what PyTorch's caching allocator holds without using it. CPU: what the system
-    has left (`psutil`, which accelerate brings) within the memory limits of the process's control groups; caches
-    that the kernel would drop count as available. Other devices, and a CPU without psutil and without limits: `None`.
+    CUDA: the driver's free memory and the unused memory of PyTorch's caching allocator. CPU: the system's available
+    memory (`psutil`, which accelerate brings) within the limits of the process's control groups; caches that the
+    kernel would drop count as available. Other devices, and a CPU without psutil and without limits: `None`.
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -108,19 +91,19 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def require_state_fits(pairs: Sequence[LoRAPair], config: LoRAProConfig, others: Sequence[Tensor] = ()) -> None:
-    """Refuse a mode whose optimizer state cannot fit, before anything of it is allocated.
+    """Refuse a mode whose optimizer state cannot fit, before any of it is allocated.
 
-    To be called when the optimizer is built, while it has no state yet. Passing says nothing of activations and
-    gradients, which need memory as well. A device whose free memory is not known is never refused.
+    Call it when the optimizer is built, while it has no state yet. Activations and gradients, which need memory as
+    well, are not counted. A device whose free memory is not known is never refused.
 
     Args:
-        pairs: those that this process will step, on the devices they will be trained on.
+        pairs: the pairs that this process steps, on the devices they are trained on.
         config: the settings of the optimizer.
         others: trainable parameters of no pair.
 
     Raises:
-        StateTooLargeError: state and working memory exceed what a device has left. The message gives both in bytes and
-            names the modes that would fit.
+        StateTooLargeError: state and working memory exceed the free memory of a device. The message gives both and
+            names the modes that fit.
     """
     need = _need(pairs, config, others)
     free = {device: available_bytes(device) for device in need}
@@ -141,7 +124,7 @@ def require_state_fits(pairs: Sequence[LoRAPair], config: LoRAProConfig, others:
 def _remedies(
     pairs: Sequence[LoRAPair], config: LoRAProConfig, others: Sequence[Tensor], free: dict[torch.device, int | None]
 ) -> str:
-    """What to do where the chosen mode does not fit, with the modes that do."""
+    """The sentence that says what to do, with the modes that fit."""
     together = " (all devices together)" if len(free) > 1 else ""
     needs = [(setting, _need(pairs, setting, others)) for setting in all_settings(config.master_factors)]
     fitting = [_described(setting, sum(need.values())) for setting, need in needs if not _devices_short_of(need, free)]
@@ -158,13 +141,6 @@ def _remedies(
     )
 
 
-def all_settings(master_factors: bool) -> list[LoRAProConfig]:
-    """Every mode and dtype of its moments, in the order of the modes."""
-    modes = [LoRAProConfig(mode=mode, master_factors=master_factors) for mode in MODES]
-    modes.insert(1 + MODES.index("full"), replace(modes[MODES.index("full")], moments_dtype="bfloat16"))
-    return modes
-
-
 def _setting_name(config: LoRAProConfig, prefix: str = "") -> str:
     extras = [f"moments_dtype={config.moments_dtype!r}"] if config.moments_dtype != "float32" else []
     extras += ["master_factors=True"] if config.master_factors else []
@@ -172,15 +148,15 @@ def _setting_name(config: LoRAProConfig, prefix: str = "") -> str:
 
 
 def _described(config: LoRAProConfig, count: int) -> str:
-    # Its moments are those of the factors: with the rate of the other modes it would hardly move.
-    rates = ", with learning rates of LoRA" if config.mode == "efficient" else ""
+    # At the rates of the other modes such a training would hardly move.
+    rates = ", with learning rates of LoRA" if rule_of(config).takes_lora_rates else ""
     return f"{_setting_name(config)} ({readable_bytes(count)}{rates})"
 
 
 def _need(pairs: Sequence[LoRAPair], config: LoRAProConfig, others: Sequence[Tensor]) -> dict[torch.device, int]:
     """State and working memory together."""
     need = state_bytes_by_device(pairs, config, others)
-    for device, count in scratch_bytes(pairs, config.mode, config.master_factors).items():
+    for device, count in scratch_bytes(pairs, config).items():
         _add(need, device, count)
     return need
 
@@ -188,18 +164,10 @@ def _need(pairs: Sequence[LoRAPair], config: LoRAProConfig, others: Sequence[Ten
 def _devices_short_of(need: dict[torch.device, int], free: dict[torch.device, int | None]) -> list[torch.device]:
     short = []
     for device, count in need.items():
-        there = free[device]
-        if there is not None and count > there:
+        room = free[device]
+        if room is not None and count > room:
             short.append(device)
     return short
-
-
-def _state_bytes_of_pair(pair: LoRAPair, config: LoRAProConfig) -> int:
-    return sum(
-        torch.Size(shape).numel() * state_dtype(pair, config, name).itemsize
-        for shapes in state_shapes(pair, config.mode, config.master_factors)
-        for name, shape in shapes.items()
-    )
 
 
 def _add(total: dict[torch.device, int], device: torch.device, count: int) -> None:

@@ -29,7 +29,9 @@ from lorapro_hf.optim.finite_checks import FiniteChecks
 from lorapro_hf.optim.first_steps import FirstSteps
 from lorapro_hf.optim.groups import check_hyperparameters, name_parameters
 from lorapro_hf.optim.memory import state_bytes_by_device
-from lorapro_hf.optim.state import StackMoments, state_dtype
+from lorapro_hf.optim.rules import rule_of
+from lorapro_hf.optim.rules.base import UpdateRule
+from lorapro_hf.optim.state import StackState
 
 
 class PairOptimizer(FiniteChecks):
@@ -63,7 +65,7 @@ class PairOptimizer(FiniteChecks):
         self.saved_collectively = False
         self._shares: Shares | None = None
         self._stacks: list[Stack] = []
-        self._moments: dict[Stack, StackMoments] = {}
+        self._moments: dict[Stack, StackState] = {}
         self._signature: list[Any] = []
         self._positions: dict[int, tuple[int, int]] = {}
         self._of_pairs: set[int] = set()
@@ -75,6 +77,11 @@ class PairOptimizer(FiniteChecks):
         self.param_groups[0].setdefault("skipped_steps", 0)
         self._positions = self._groups_of_pairs()
 
+    @property
+    def rule(self) -> UpdateRule:
+        """The update rule of the mode."""
+        return rule_of(self.config)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of ordinary parameters or of factors, as in `torch.optim.Optimizer`.
 
@@ -83,11 +90,7 @@ class PairOptimizer(FiniteChecks):
         """
         merged = {**self.defaults, **param_group}
         check_hyperparameters(merged)
-        if self.config.mode != "factored" and merged["eps"] < torch.finfo(torch.float32).tiny:
-            raise ValueError(
-                f"eps={merged['eps']!r} is 0 in float32: in mode {self.config.mode!r} elements that have had no "
-                "gradient yet would become NaN. Use 1e-8, or mode 'factored'."
-            )
+        self.rule.check_group(merged)
         name_parameters(param_group, self.param_groups, self.pairs)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -139,11 +142,11 @@ class PairOptimizer(FiniteChecks):
                 self._shares.fail(error)
             raise
 
-    def _moments_of(self, stack: Stack) -> StackMoments:
-        """What is remembered of a stack; taken over from the state when that has been loaded or moved."""
+    def _moments_of(self, stack: Stack) -> StackState:
+        """The state of a stack, taken from `self.state` after that has been loaded or moved."""
         moments = self._moments.get(stack)
         if moments is None or not moments.is_shown_by(self.state):
-            moments = self._moments[stack] = StackMoments(stack, self.config)
+            moments = self._moments[stack] = StackState(stack, self.rule.specs(stack.pairs[0]))
             moments.adopt(self.state)
         return moments
 
@@ -192,15 +195,9 @@ class PairOptimizer(FiniteChecks):
             )
 
     def _check_groups(self, name: str, position_A: int, position_B: int) -> None:
-        """Raise if the two groups of a pair ask for what one pair of moments cannot give."""
-        of_A, of_B = self.param_groups[position_A], self.param_groups[position_B]
-        if of_A is of_B or self.config.mode == "efficient":
-            return
-        if (*of_A["betas"], of_A["eps"]) != (*of_B["betas"], of_B["eps"]):
-            raise ValueError(
-                f"{name}: lora_A and lora_B have different betas or eps, but mode {self.config.mode!r} keeps one pair "
-                "of moments for both. Give both groups the same, or use mode 'efficient'."
-            )
+        """Raise if the two groups of a pair contradict each other."""
+        if position_A != position_B:
+            self.rule.check_groups(name, self.param_groups[position_A], self.param_groups[position_B])
 
     def _ordinary(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
         """The parameters of no pair, group by group, once the pairs' are known from `_current_shares`."""
@@ -322,16 +319,19 @@ class PairOptimizer(FiniteChecks):
                 self.state[parameter]["step"] = step.clone()
 
     def _state_as_kept(self, pair: LoRAPair, parameter: Tensor, state: dict[str, Any]) -> dict[str, Tensor]:
-        dtypes = {name: state_dtype(pair, self.config, name) for name in state if name != "step"}
-        kept = {n: torch.as_tensor(state[n]).to(parameter.device, d, copy=True) for n, d in dtypes.items()}
+        specs = [spec for spec in self.rule.specs(pair) if parameter is (pair.A if spec.side == "A" else pair.B)]
+        kept = {
+            spec.name: torch.as_tensor(state[spec.name]).to(parameter.device, spec.dtype, copy=True)
+            for spec in specs
+            if spec.name in state
+        }
         if "step" in state:
             kept["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device).clone()
         return kept
 
     def __repr__(self) -> str:
-        config, groups = self.config, self.param_groups
-        limit = "" if config.mode == "efficient" else f", trust_region={config.step_limit or 0:g}"
-        lines = [f"{len(self.pairs)} pairs, mode={config.mode}, update={config.described_update}{limit}"]
+        groups = self.param_groups
+        lines = [f"{len(self.pairs)} pairs, {self.rule.description}"]
         lines += [
             f"group {position}: lr={float(group['lr']):g}, weight_decay={group['weight_decay']:g}, "
             f"parameters={len(group['params'])}"

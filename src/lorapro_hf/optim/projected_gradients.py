@@ -1,4 +1,4 @@
-"""What are the adjusted gradients of these pairs now, for an optimizer that is not ours?"""
+"""What are the projected gradients of these pairs, for any other optimizer?"""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from lorapro_hf.distributed.ownership import Shares
 from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.factors.stacks import StackGradient, exact_arithmetic, global_norm, read_stacks, stacks_of
 from lorapro_hf.optim.finite import can_be_read, of_factors, require_finite
-from lorapro_hf.optim.rules.base import adjusted_gradients_
 
 
 @torch.no_grad()
 def project_pair_gradients_(pairs: Sequence[LoRAPair], config: LoRAProConfig) -> Tensor:
-    """Overwrite the `.grad` of every pair's factors with the adjusted gradients, ahead of any optimizer's step.
+    """Overwrite the `.grad` of every pair's factors with the projected gradients, before any optimizer's step.
 
-    Factors that tied layers hold a second time lose their `.grad`: the first layer's carries the sum.
+    Tied layers hold factors a second time; these lose their `.grad`, as the first layer's carries the sum.
 
     Args:
-        pairs: as `find_lora_pairs` gives them; pairs without gradients are left out.
+        pairs: from `find_lora_pairs`; pairs without gradients are left out.
         config: its `x_mode` and `rtol` are used.
 
     Returns:
@@ -44,7 +43,7 @@ def project_pair_gradients_(pairs: Sequence[LoRAPair], config: LoRAProConfig) ->
         if can_be_read(norm) and not norm.isfinite():
             require_finite(of_factors(pairs, access), access.group)
         for each in read:
-            h = adjusted_gradients_(each, config.x_mode)
+            h = each.projected_gradients_(config.x_mode)
             for factor, values in (("A", each.stack.layers_A(h.A)), ("B", each.stack.layers_B(h.B))):
                 _store_gradients(each, factor, values, access)
         return norm
@@ -52,12 +51,12 @@ def project_pair_gradients_(pairs: Sequence[LoRAPair], config: LoRAProConfig) ->
 
 def _store_gradients(read: StackGradient, factor: str, values: Tensor, access: Access) -> None:
     pairs = read.stack.pairs
-    taking_part = range(len(pairs)) if read.live is None else read.live
-    for pair in (pairs[index] for index in taking_part):
+    pair_ids = range(len(pairs)) if read.pair_ids is None else read.pair_ids
+    for pair in (pairs[index] for index in pair_ids):
         parameter = getattr(pair, factor)
-        if parameter.grad is None:  # a tied layer had it
+        if parameter.grad is None:  # the tied layer had it
             parameter.grad = torch.empty_like(parameter)
         for tied in pair.tied_parameters:
             tied.grad = None
-    gradients = [getattr(pairs[index], factor).grad for index in taking_part]
-    access.store(gradients, [values[index] for index in taking_part])
+    gradients = [getattr(pairs[index], factor).grad for index in pair_ids]
+    access.store(gradients, [values[index] for index in pair_ids])

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 from lorapro_hf.config import BACKENDS, MODES, MOMENTS_DTYPES, UPDATES, X_MODES, LoRAProConfig, check_choice
 from lorapro_hf.diagnostics.settings import check_gap_layers, check_gap_max_bytes
 from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
+from lorapro_hf.optim.rules import rule_of
 from lorapro_hf.trainer.callback import LoRAProCallback
 
 _GAP = "lora_pro_gap_"
@@ -172,7 +173,7 @@ class LoRAProTrainingArguments(TrainingArguments):
             self.lora_pro_rtol = self._number("rtol", self.lora_pro_rtol)
         if self.lora_pro_trust_region is not None:
             self.lora_pro_trust_region = self._number("trust_region", self.lora_pro_trust_region)
-        _ = self.lora_pro_config  # validates the rest
+        rule_of(self.lora_pro_config)  # validates the rest
         super().__post_init__()
 
     def get_warmup_steps(self, num_training_steps: int) -> int:

@@ -25,6 +25,7 @@ from lorapro_hf.optim.finite import of_factors, require_finite
 from lorapro_hf.optim.first_steps import FirstSteps
 from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.optim.projected_gradients import project_pair_gradients_
+from lorapro_hf.optim.rules import rule_of
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class LoRAProCallback(TrainerCallback):
         if config is None or isinstance(config, Mapping):
             config = {"mode": "efficient", **(config or {})}
         config = LoRAProConfig.of(config)
-        if config.mode != "efficient":
+        if not rule_of(config).projects_gradients:
             raise ValueError(
                 f"LoRAProCallback cannot run mode={config.mode!r}: its moments live in LoRAProAdamW. Use "
                 'LoRAProConfig(mode="efficient"), or train with LoRAProTrainer or LoRAProAdamW.'

@@ -299,11 +299,9 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
         if self.args.log_level not in ("warning", "error", "critical"):
             _make_visible(logging.getLogger("lorapro_hf"))
         logger.info(
-            "LoRA-Pro: %d pairs, mode=%s, update=%s, %soptimizer state about %s",
+            "LoRA-Pro: %d pairs, %s, optimizer state about %s",
             len(optimizer.pairs),
-            optimizer.config.mode,
-            optimizer.config.described_update,
-            "" if optimizer.config.mode == "efficient" else f"trust_region={optimizer.config.step_limit or 0:g}, ",
+            optimizer.rule.description,
             readable_bytes(optimizer.estimated_state_bytes()),
         )
 

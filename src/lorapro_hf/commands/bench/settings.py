@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorapro_hf.config import MODES
+from lorapro_hf.optim.rules import RULES
 from lorapro_hf.options import UsageError
 
 BASELINE = "adamw"
@@ -46,7 +47,7 @@ METHODS: Mapping[str, Method] = {
     for method in (
         Method(BASELINE, "AdamW (fused)"),
         # a mode that is not known to be small is taken for dense
-        *(Method(mode, f"LoRA-Pro {mode}", mode, dense=mode not in ("efficient", "factored")) for mode in MODES),
+        *(Method(mode, f"LoRA-Pro {mode}", mode, dense=RULES[mode].keeps_dense_moments) for mode in MODES),
         *(
             Method(f"adamw_{mode}", f"lora-pro-adamw {mode}", None, "lora_pro", "lora-pro-adamw==0.2.1", dense=True)
             for mode in ("efficient", "full")

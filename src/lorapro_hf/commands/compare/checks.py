@@ -14,6 +14,7 @@ from peft import LoraConfig
 from transformers import get_scheduler
 
 from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.optim.rules import rule_of
 from lorapro_hf.options import UsageError
 
 _NAME = re.compile(r"[\w.-]+")
@@ -79,7 +80,7 @@ def require_settings(name: str, optimizer: str, settings: Mapping[str, Any]) -> 
             known = ", ".join(each.name for each in fields(LoRAProConfig))
             raise UsageError(f"Method {name}: optimizer has {unknown}, unknown to LoRA-Pro, which knows {known}.")
         try:
-            LoRAProConfig(**settings)
+            rule_of(LoRAProConfig(**settings))
         except (TypeError, ValueError) as error:
             raise UsageError(f"Method {name}: {error}") from error
         return

@@ -18,7 +18,7 @@ from lorapro_hf.commands.compare.checks import (
     require_types,
 )
 from lorapro_hf.config import MODES, UPDATES, LoRAProConfig
-from lorapro_hf.kernels.dense import require_backend
+from lorapro_hf.optim.rules import RULES, rule_of
 from lorapro_hf.options import UsageError
 
 _LORA_RATES = (3e-4, 1e-3, 3e-3)
@@ -65,7 +65,7 @@ class Method:
         settings = dict(self.settings)
         if self.is_lora_pro:  # spelled out: a default may change
             config = LoRAProConfig(**settings)
-            settings = {**asdict(config), "trust_region": config.step_limit}
+            settings = {**asdict(config), "trust_region": rule_of(config).trust_region}
         return {
             "optimizer": self.optimizer,
             "settings": settings,
@@ -82,13 +82,10 @@ class Method:
             )
         if not self.is_lora_pro:
             return
-        config = LoRAProConfig(**self.settings)
-        if config.keeps_dense_moments:
-            storage = torch.uint8 if config.mode == "full_8bit" else torch.float32
-            try:
-                require_backend(config.backend, device, storage)
-            except (ImportError, RuntimeError) as error:
-                raise UsageError(f"Method {self.name}: {error}") from error
+        try:
+            rule_of(LoRAProConfig(**self.settings)).check_device(device)
+        except (ImportError, RuntimeError) as error:
+            raise UsageError(f"Method {self.name}: {error}") from error
 
 
 def _lora_pro() -> list[Method]:
@@ -96,11 +93,7 @@ def _lora_pro() -> list[Method]:
     found = []
     for mode in MODES:
         for update in UPDATES:
-            try:
-                LoRAProConfig(mode=mode, update=update)
-            except ValueError:  # a combination that has no meaning
-                continue
-            rates = _LORA_RATES if mode == "efficient" else _LIMITED_RATES
+            rates = _LORA_RATES if RULES[mode].takes_lora_rates else _LIMITED_RATES
             settings = {"mode": mode, "update": update}
             title = f"LoRA-Pro {mode}, {update}"
             found.append(Method(f"pro_{mode}_{update}", title, "lorapro", rates, settings))

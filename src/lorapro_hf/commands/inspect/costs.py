@@ -11,7 +11,9 @@ from lorapro_hf.commands.inspect.report import ModeCost
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.distributed.ownership import assign_owners, group_alike
 from lorapro_hf.factors.pairs import LoRAPair
-from lorapro_hf.optim.memory import all_settings, available_bytes, scratch_bytes, state_bytes_by_device
+from lorapro_hf.optim.memory import available_bytes, scratch_bytes, state_bytes_by_device
+from lorapro_hf.optim.rules import all_settings, rule_of
+from lorapro_hf.optim.rules.base import UpdateRule
 
 # Where full fine-tuning's rates fall with the size of the model: parameters up to which a range holds.
 _RATES_OF_THE_WEIGHT = ((1e9, (1e-4, 1e-3)), (3e9, (3e-5, 2e-4)), (float("inf"), (7e-6, 6e-5)))
@@ -21,14 +23,14 @@ Bytes = dict[torch.device, int]
 Needs = tuple[Bytes, Bytes]
 
 
-def learning_rates(mode: str, parameters: int) -> tuple[float, float]:
+def learning_rates(rule: UpdateRule, parameters: int) -> tuple[float, float]:
     """The range to try.
 
     Args:
-        mode: of LoRA-Pro.
+        rule: of the mode.
         parameters: of the base model.
     """
-    if mode == "efficient":
+    if rule.takes_lora_rates:
         return _RATES_OF_LORA
     return next(rates for most, rates in _RATES_OF_THE_WEIGHT if parameters <= most)
 
@@ -76,7 +78,7 @@ def mode_costs(
         fits = _fits((state, scratch, gradients, more), free)
         total = None if weights is None else sum(map(_total, (state, scratch, gradients, more)))
         fits = None if fits and weights is None else fits  # what fits may not any more beside the weights
-        rates = learning_rates(config.mode, parameters)
+        rates = learning_rates(rule_of(config), parameters)
         costs.append(ModeCost(config.mode, config.moments_dtype, _total(state), _total(scratch), total, fits, rates))
     return costs, {str(places[device]): room for device, room in free.items()}
 
@@ -84,7 +86,7 @@ def mode_costs(
 def _need(own: Sequence[LoRAPair], ordinary: Sequence[Tensor], config: LoRAProConfig, here: torch.device) -> Needs:
     """State and scratch of one rank."""
     place = here if own and own[0].A.device.type == "meta" else None
-    return state_bytes_by_device(own, config, ordinary), scratch_bytes(own, config.mode, place=place)
+    return state_bytes_by_device(own, config, ordinary), scratch_bytes(own, config, place)
 
 
 def _fits(needs: Iterable[Bytes], free: Mapping[torch.device, int | None]) -> bool | None:

@@ -1,1 +1,36 @@
-"""How does each mode step a stack of pairs?"""
+"""Which update rule serves which mode?"""
+
+from __future__ import annotations
+
+from lorapro_hf.config import MOMENTS_DTYPES, LoRAProConfig
+from lorapro_hf.optim.rules.base import UpdateRule
+from lorapro_hf.optim.rules.efficient import Efficient
+from lorapro_hf.optim.rules.factored import Factored
+from lorapro_hf.optim.rules.full import Full, Full8Bit
+
+RULES: dict[str, type[UpdateRule]] = {
+    "full": Full,
+    "full_8bit": Full8Bit,
+    "factored": Factored,
+    "efficient": Efficient,
+}
+"""The rule of each mode, in the order of `lorapro_hf.config.MODES`."""
+
+
+def rule_of(config: LoRAProConfig) -> UpdateRule:
+    """The rule that settings select.
+
+    Raises:
+        ValueError: a setting has no meaning for this rule.
+    """
+    return RULES[config.mode](config)
+
+
+def all_settings(master_factors: bool) -> list[LoRAProConfig]:
+    """Every mode with every dtype of its moments, in the order of the modes."""
+    return [
+        LoRAProConfig(mode=mode, moments_dtype=dtype, master_factors=master_factors)
+        for mode, rule in RULES.items()
+        for dtype in MOMENTS_DTYPES
+        if dtype in rule.moments_dtypes
+    ]

@@ -1,0 +1,104 @@
+"""Mode factored: Adam on the equivalent gradient, with moments of the size of the factors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorapro_hf.factors.pairs import LoRAPair
+from lorapro_hf.factors.stacks import Rows, StackGradient
+from lorapro_hf.functional.bases import RowBasis, row_basis
+from lorapro_hf.functional.factored import FactoredState, factored_step
+from lorapro_hf.functional.projection import Coordinates, compute_dtype, outside_
+from lorapro_hf.functional.step_options import Group, StepOptions
+from lorapro_hf.optim.rules.base import PairState, RowsOf, UpdateRule, stepped_factors
+from lorapro_hf.optim.state import MASTER, StackState, StateSpec, matrix_shapes
+
+_LARGEST = 1e15  # the mode sums squares of gradients; beyond this norm the sums overflow in float32
+_BLOCK_ELEMENTS = 2**20  # of a matrix of the size of a weight that diagnostics form at a time
+
+
+class Factored(UpdateRule):
+    """Adam's direction of the weight as a product of rank 2r, spent on the factors."""
+
+    name = "factored"
+
+    def state_spec(self, pair: LoRAPair) -> list[StateSpec]:
+        """The first moment in the tangent space of the factors, and the column and row means of the second."""
+        (A, B), dtype = matrix_shapes(pair), compute_dtype(pair.A, pair.B)
+        return [
+            StateSpec("exp_avg", "A", A, dtype),
+            StateSpec("exp_avg_sq", "A", (*A[:-2], A[-1]), dtype),
+            StateSpec("exp_avg", "B", B, dtype, "rows"),
+            StateSpec("exp_avg_sq", "B", B[:-1], dtype),
+        ]
+
+    def check_group(self, group: Group) -> None:
+        """Nothing: an `eps` of 0 is no division by zero here."""
+
+    def largest_norm(self, dtype: torch.dtype) -> float:
+        """The same for every dtype."""
+        return _LARGEST
+
+    def step(self, read: StackGradient, state: StackState, options: StepOptions) -> Rows:
+        """The step of `factored_step`."""
+        factors, bases = stepped_factors(read, state, options.rtol)
+        coordinates = read.coordinates
+        if bases is not read.bases:
+            left, right = read.products()
+            a = (bases.B.rows @ left.mT) @ right
+            coordinates = Coordinates(a, outside_((bases.A.rows @ right.mT) @ left, bases.B))
+        moments = FactoredState(
+            state["A", "exp_avg"],
+            state["B", "exp_avg"],
+            state["A", "exp_avg_sq"],
+            state["B", "exp_avg_sq"],
+            read.stack.per_entry(state.steps) - 1,  # the step counts again, on this copy
+        )
+        new = factored_step(*factors, bases, coordinates, read.scaling, moments, options)
+        return Rows(new.A, new.Bt)
+
+    def intended_direction(self, gradient: RowsOf, A: Tensor, B: Tensor, state: PairState, group: Group) -> RowsOf:
+        """Adam's direction from the stored moments."""
+        (beta1, beta2), eps = group["betas"], group["eps"]
+        steps, started = float(state[0].get("step", torch.zeros(()))) + 1, "exp_avg" in state[0]
+        grown_1, grown_2 = 1 - beta1**steps, 1 - beta2**steps
+        row, column = (mean * (1 - beta2) for mean in _mean_squares(gradient, B.shape[0], A))
+        if started:
+            row += beta2 * state[1]["exp_avg_sq"]
+            column += beta2 * state[0]["exp_avg_sq"]
+            left, right = _first_moment(A, B, state, self.config.rtol)
+        row, column = row / grown_2, column / grown_2
+        divided = (column.sqrt() + eps) / (row.mean().sqrt() + eps)
+
+        def direction(rows: slice) -> Tensor:
+            M = gradient(rows).mul_(1 - beta1)
+            if started:
+                M.add_(left[rows] @ right, alpha=beta1)
+            root = torch.outer(row[rows].sqrt() + eps, divided)
+            return torch.where(root > 0, M.div_(grown_1) / root, 0)
+
+        return direction
+
+
+def _mean_squares(gradient: RowsOf, m: int, A: Tensor) -> tuple[Tensor, Tensor]:
+    """The means of the squares of a gradient's rows `(m,)` and columns `(n,)`."""
+    row, column = A.new_zeros(m), A.new_zeros(A.shape[1])
+    height = max(1, _BLOCK_ELEMENTS // A.shape[1])
+    for rows in (slice(start, start + height) for start in range(0, m, height)):
+        square = gradient(rows).square_()
+        row[rows] = square.mean(1)
+        column += square.sum(0) / m
+    return row, column
+
+
+def _first_moment(A: Tensor, B: Tensor, state: PairState, rtol: float | None) -> tuple[Tensor, Tensor]:
+    """`M = B̂ M_a + M_b Â` as a product `left @ right`, with the polar factors of the stepped factors."""
+    of_A = row_basis(state[0].get(MASTER, A).to(A.dtype), rtol)
+    of_B = row_basis(state[1].get(MASTER, B).to(A.dtype).mT.contiguous(), rtol)
+    left = torch.cat([_polar(of_B).mT, state[1]["exp_avg"]], dim=1)
+    return left, torch.cat([state[0]["exp_avg"], _polar(of_A)])
+
+
+def _polar(basis: RowBasis) -> Tensor:
+    return basis.vectors @ basis.rows

@@ -1,0 +1,125 @@
+"""Modes full and full_8bit: Adam on the equivalent gradient, with moments of the size of the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lorapro_hf.config import MOMENTS_DTYPES
+from lorapro_hf.factors.pairs import LoRAPair
+from lorapro_hf.factors.stacks import Rows, StackGradient
+from lorapro_hf.functional.bases import ALL_DIRECTIONS, Bases, row_basis
+from lorapro_hf.functional.factor_steps import linear_step, sequential_step
+from lorapro_hf.functional.projection import Coordinates, compute_dtype, factor_gradients_, outside_
+from lorapro_hf.functional.step_options import Group, StepOptions
+from lorapro_hf.kernels.dense import dense_update, require_backend
+from lorapro_hf.kernels.dynamic_map import tables_on
+from lorapro_hf.kernels.storage import BLOCK, Moments
+from lorapro_hf.kernels.torch_dense import tile_elements
+from lorapro_hf.optim.rules.base import PairState, RowsOf, UpdateRule, stepped_factors
+from lorapro_hf.optim.state import StackState, StateSpec, dense_shape
+
+# Arrays of a tile: gradient, direction, and the moments and codes in transit where they are not stored as computed.
+_TILE_ARRAYS = 10
+
+
+class Full(UpdateRule):
+    """Adam's direction of the weight, spent on the factors."""
+
+    name = "full"
+    keeps_dense_moments = True
+    moments_dtypes: ClassVar[tuple[str, ...]] = MOMENTS_DTYPES
+
+    def state_spec(self, pair: LoRAPair) -> list[StateSpec]:
+        """Both moments, of the shape of the weight."""
+        dtype = compute_dtype(pair.A, pair.B) if self.config.moments_dtype == "float32" else torch.bfloat16
+        return [StateSpec(name, "A", dense_shape(pair), dtype) for name in ("exp_avg", "exp_avg_sq")]
+
+    def check_device(self, device: torch.device) -> None:
+        """Raise if the backend cannot serve the device."""
+        require_backend(self.config.backend, device, torch.float32)
+
+    def scratch_bytes(self, pairs: Sequence[LoRAPair], device: torch.device) -> int:
+        """Copies of the factors, and a tile of the dense moments."""
+        elements = sum(torch.Size(dense_shape(pair)).numel() for pair in pairs)
+        tile = _TILE_ARRAYS * min(tile_elements(device), elements) * torch.float32.itemsize
+        return super().scratch_bytes(pairs, device) + tile
+
+    def step(self, read: StackGradient, state: StackState, options: StepOptions) -> Rows:
+        """Adam's direction, of which only the products with the bases of the factors are formed."""
+        stack, moments = read.stack, state.of_side("A")
+        factors, bases = stepped_factors(read, state, options.rtol)
+        if options.sequential:
+            bases = Bases(bases.A, row_basis(factors.B, ALL_DIRECTIONS))
+        assert options.found_inf is not None
+        products = dense_update(
+            Moments(*(moments.get(name) for name in Moments._fields)),  # type: ignore[arg-type]
+            *read.products(),
+            bases.A.rows,
+            bases.B.rows,
+            stack.per_entry(state.steps),
+            options.found_inf,
+            betas=options.betas,
+            eps=options.eps,
+            sequential=options.sequential,
+            entries=stack.entries(read.pair_ids),
+            backend=self.config.backend,
+        )
+        if options.sequential:
+            new = sequential_step(*factors, products, read.scaling, bases, options)
+            return Rows(new.A, new.Bt)
+        coordinates = Coordinates(products.B_u, outside_(products.u_A, bases.B))
+        h_A, h_B = factor_gradients_(*bases, coordinates, read.scaling[:, None, None], options.x_mode)
+        return Rows(*linear_step(*factors, h_A, h_B, options))
+
+    def intended_direction(self, gradient: RowsOf, A: Tensor, B: Tensor, state: PairState, group: Group) -> RowsOf:
+        """Adam's direction from the stored moments."""
+        (beta1, beta2), moments = group["betas"], state[0]
+        steps, started = float(moments.get("step", torch.zeros(()))) + 1, "exp_avg" in moments
+        grown_1, grown_2 = 1 - beta1**steps, 1 - beta2**steps
+
+        def direction(rows: slice) -> Tensor:
+            M = gradient(rows)
+            root = M.square() * (1 - beta2)
+            M = M.mul_(1 - beta1)
+            if started:
+                root.add_(_stored_moment(moments, "exp_avg_sq", rows, root.dtype), alpha=beta2)
+                M.add_(_stored_moment(moments, "exp_avg", rows, M.dtype), alpha=beta1)
+            root = (root / grown_2).sqrt_().add_(group["eps"])
+            return torch.where(root > 0, M.div_(grown_1) / root, 0)
+
+        return direction
+
+
+class Full8Bit(Full):
+    """The same with moments in 8-bit codes, each block of which has a scale."""
+
+    name = "full_8bit"
+    moments_dtypes = ("float32",)
+
+    def state_spec(self, pair: LoRAPair) -> list[StateSpec]:
+        """The codes of both moments, and the scales of their blocks."""
+        shape = dense_shape(pair)
+        scales = (*shape[:-1], -(-shape[-1] // BLOCK))
+        return [
+            *(StateSpec(name, "A", shape, torch.uint8) for name in ("exp_avg", "exp_avg_sq")),
+            *(StateSpec(f"{name}_absmax", "A", scales, torch.float32) for name in ("exp_avg", "exp_avg_sq")),
+        ]
+
+    def check_device(self, device: torch.device) -> None:
+        """Raise if the backend cannot serve the device, or the quantisers are missing."""
+        require_backend(self.config.backend, device, torch.uint8)
+
+
+def _stored_moment(state: Mapping[str, Tensor], name: str, rows: slice, dtype: torch.dtype) -> Tensor:
+    values, absmax = state[name][rows], state.get(f"{name}_absmax")
+    if absmax is None:
+        return values.to(dtype)
+    signed = name == "exp_avg"
+    code = tables_on(values.device)[0 if signed else 2]
+    exact = code.index_select(0, values.flatten().int()).view(values.shape)
+    exact *= absmax[rows].repeat_interleave(BLOCK, dim=-1)[..., : values.shape[-1]]
+    return (exact if signed else exact.square_()).to(dtype)  # the second moment is stored as its root

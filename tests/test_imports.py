@@ -27,7 +27,7 @@ FLOORS = (
     ("distributed",),
     ("optim",),
     ("checkpoints",),
-    ("hub", "deepspeed", "diagnostics"),
+    ("hub", "deepspeed", "diagnostics", "methods"),
     ("trainer",),
     ("recipes",),
     ("commands.common",),

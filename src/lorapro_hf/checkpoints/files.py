@@ -16,10 +16,10 @@ from lorapro_hf.checkpoints.adapters import tensor_shapes
 from lorapro_hf.utils.unpickling import read_tensors
 
 STATE, OPTIMIZER, SCHEDULER, SCALER = "trainer_state.json", "optimizer.pt", "scheduler.pt", "scaler.pt"
-RNG = "rng_state*.pth"
+RNG, METHODS = "rng_state*.pth", "lora_method_*.pt"
 NAME = r"checkpoint-(\d+)"
 BY_ENGINE = ("pytorch_model_fsdp*", "optimizer.bin", "optimizer_*", "global_step*", "latest", "zero_to_fp32.py")
-_WRITTEN_BY_TORCH = (OPTIMIZER, SCHEDULER, SCALER, RNG, "**/adapter_model.bin")
+_WRITTEN_BY_TORCH = (OPTIMIZER, SCHEDULER, SCALER, RNG, METHODS, "**/adapter_model.bin")
 _WRITTEN_BY_SAFETENSORS = "**/adapter_model.safetensors"
 
 
@@ -94,6 +94,15 @@ def read_scheduler_state(file: Path) -> dict[str, Any]:
     return state
 
 
+def read_method_file(file: Path) -> dict[str, Any]:
+    """The content of a method's file: its state, and the factors where the adapter is saved in another form.
+
+    Raises:
+        ValueError: the file is cut off, or not of a method.
+    """
+    return _read_state(file, {"state", "factors"}, "a method")
+
+
 def _read_scaler_state(file: Path) -> Any:
     state = read_tensors(file)
     return state if state == {} else _read_state(file, {"scale"}, "a gradient scaler")  # empty while it is off
@@ -115,6 +124,7 @@ _READERS: dict[str, Callable[[Path], Any]] = {
     SCHEDULER: read_scheduler_state,
     SCALER: _read_scaler_state,
     RNG: _read_random_state,
+    METHODS: read_method_file,
 }
 
 

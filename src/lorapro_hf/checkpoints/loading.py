@@ -47,6 +47,11 @@ class LoadingMixin(_Base):
     lora_pro_config: LoRAProConfig | None = None
     loaded_best_checkpoint: str | None
 
+    @property
+    def _exports(self) -> bool:
+        """Whether checkpoints hold another form of the adapter than the one that is trained."""
+        return False
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         """As the parent, but all adapters are loaded, into the parameters that are there."""
         parent = super()._load_from_checkpoint
@@ -56,7 +61,7 @@ class LoadingMixin(_Base):
         if _is_overridden(parent):
             with left_alone(self.model):
                 parent(resume_from_checkpoint, *args, **kwargs)
-        load_adapters(Path(resume_from_checkpoint), self.model)
+        load_adapters(Path(resume_from_checkpoint), self.model, factors=not self._exports)
 
     def _load_best_model(self) -> None:
         """As the parent, but all adapters are loaded, into the parameters that are there; a failure is a warning."""
@@ -69,7 +74,7 @@ class LoadingMixin(_Base):
             if _is_overridden(parent):
                 with left_alone(self.model):
                     parent()
-            load_adapters(Path(folder), self.model)
+            load_adapters(Path(folder), self.model, factors=not self._exports)
         except Exception as error:  # whatever it is, a training that has come to its end does not fail for it
             logger.warning(
                 "The best checkpoint could not be loaded: %s\nThe model keeps the weights of its last step, and the "
@@ -85,7 +90,7 @@ class LoadingMixin(_Base):
         return bool(self.is_deepspeed_enabled or self.is_fsdp_enabled)
 
     def _loads_adapters(self, folder: str) -> bool:
-        is_ours = self.lora_pro_config is not None and not self._is_by_engine
+        is_ours = (self.lora_pro_config is not None or self._exports) and not self._is_by_engine
         return is_ours and holds_adapters(Path(folder), self.model)
 
 
@@ -94,8 +99,13 @@ def holds_adapters(folder: Path, model: nn.Module) -> bool:
     return bool(active_adapters(model)) and bool(_places(folder))
 
 
-def require_adapters(folder: Path, model: nn.Module) -> dict[str, Path]:
+def require_adapters(folder: Path, model: nn.Module, factors: bool = True) -> dict[str, Path]:
     """Raise if a checkpoint of adapters lacks one that is trained, or holds one that does not fit.
+
+    Args:
+        folder: the checkpoint.
+        model: the model, unwrapped.
+        factors: compare A and B as well, instead of the other tensors alone.
 
     Returns:
         The files, as of `adapter_files`; none if it is no checkpoint of adapters, or the model has none.
@@ -109,8 +119,8 @@ def require_adapters(folder: Path, model: nn.Module) -> dict[str, Path]:
     for adapter, file in files.items():
         shapes = tensor_shapes(file)
         own = {name: list(tensor.shape) for name, tensor in _tensors(model, adapter, shapes.keys()).items()}
-        for name in (*own, *(name for name in shapes if "lora_" in name)):
-            if shapes.get(name) != own.get(name):
+        for name in (*own, *(name for name in shapes if _is_factor(name))):
+            if (factors or not _is_factor(name)) and shapes.get(name) != own.get(name):
                 raise ValueError(
                     f"{file}: {shortened(name)} {told(shapes.get(name))} in the checkpoint, but "
                     f"{told(own.get(name))} in the model. It is a checkpoint of another model or rank; resume with the "
@@ -120,17 +130,24 @@ def require_adapters(folder: Path, model: nn.Module) -> dict[str, Path]:
 
 
 @torch.no_grad()
-def load_adapters(folder: Path, model: nn.Module) -> None:
+def load_adapters(folder: Path, model: nn.Module, factors: bool = True) -> None:
     """Load every adapter of a model that a checkpoint holds; which are active, and which train, stays as it is.
+
+    Args:
+        folder: the checkpoint.
+        model: the model, unwrapped.
+        factors: load A and B as well, instead of the other tensors alone.
 
     Raises:
         ValueError: the adapters do not fit. Nothing has been changed then.
     """
-    contents = {adapter: read_adapter(file) for adapter, file in require_adapters(folder, model).items()}
+    contents = {adapter: read_adapter(file) for adapter, file in require_adapters(folder, model, factors).items()}
     owned = {_address(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())}
     copies: list[tuple[Tensor, Tensor]] = []
     for adapter, content in contents.items():
         for name, tensor in _tensors(model, adapter, content.keys()).items():
+            if _is_factor(name) and not factors:
+                continue
             if _address(tensor) not in owned:
                 raise ValueError(f"{folder}: PEFT saves {name} as a copy, so that it cannot be loaded in place.")
             copies.append((tensor, content[name]))
@@ -189,6 +206,10 @@ def _require_trained(folder: Path, model: nn.Module, files: Collection[str]) -> 
 def _places(folder: Path) -> set[Path]:
     """The folders of the adapters that a checkpoint holds."""
     return {file.parent for name in ADAPTER_FILES for file in folder.rglob(name)}  # names may hold slashes
+
+
+def _is_factor(name: str) -> bool:
+    return "lora_" in name
 
 
 def _address(tensor: Tensor) -> int:

@@ -21,7 +21,7 @@ from typing import Any
 
 from lorapro_hf import __version__
 from lorapro_hf.checkpoints.adapters import WEIGHTS
-from lorapro_hf.checkpoints.files import BY_ENGINE, OPTIMIZER, RNG, SCALER, SCHEDULER, STATE
+from lorapro_hf.checkpoints.files import BY_ENGINE, METHODS, OPTIMIZER, RNG, SCALER, SCHEDULER, STATE
 from lorapro_hf.utils.text_files import write_text
 
 MANIFEST = "lorapro_manifest.json"
@@ -29,7 +29,7 @@ _FORMAT = 1
 _MAX_BYTES = 2**26  # about a hundred are needed for each file
 # CRC-32 takes less time than torch takes to write; threads share the pieces of a large file.
 _PIECE, _READ = 2**26, 2**22
-_OF_STATE = (OPTIMIZER, SCHEDULER, SCALER, RNG, *BY_ENGINE)
+_OF_STATE = (OPTIMIZER, SCHEDULER, SCALER, RNG, METHODS, *BY_ENGINE)
 _BESIDE_IT = ("zero_to_fp32.py", ".nfs*", "*.tmp")  # a program of DeepSpeed's, and files that pass
 _SHARD = re.compile(r"(adapter_model|model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)")
 

@@ -123,13 +123,14 @@ def _find_mixture(folder: Path, checksums: bool) -> str | None:
         return f"{name} is damaged ({error})"
 
 
-def require_same_training(folder: Path, optimizer: LoRAProAdamW | None, model: Any) -> bool:
+def require_same_training(folder: Path, optimizer: LoRAProAdamW | None, model: Any, factors: bool = True) -> bool:
     """Raise if a complete checkpoint is of another training than this one.
 
     Args:
         folder: the checkpoint.
         optimizer: what would be given the state; `None` if that is not known.
         model: what would be given the adapter.
+        factors: whether the checkpoint holds A and B as they are trained.
 
     Returns:
         Whether the checkpoint has the state of an optimizer.
@@ -138,7 +139,7 @@ def require_same_training(folder: Path, optimizer: LoRAProAdamW | None, model: A
         ValueError: it is of another mode, rank or model, or of another optimizer.
     """
     try:
-        require_adapters(folder, model)
+        require_adapters(folder, model, factors)
     except ValueError as error:
         raise ValueError(f"cannot resume from {error}") from error
     saved = saved_state(folder)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import gather_object
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
@@ -29,11 +27,12 @@ from lorapro_hf.checkpoints.resume import (
     unverified,
 )
 from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
+from lorapro_hf.trainer.method_calls import MethodsMixin
 
 logger = logging.getLogger(__name__)
 
 
-class CheckpointMixin(LoadingMixin):
+class CheckpointMixin(MethodsMixin, LoadingMixin):
     """The part of `LoRAProTrainerMixin` that writes and resumes checkpoints; while LoRA-Pro is off it is the parent."""
 
     optimizer: Any
@@ -52,11 +51,13 @@ class CheckpointMixin(LoadingMixin):
             folder = get_last_checkpoint(self.args.output_dir) if asked is True else asked
             if folder:
                 require_without_lora_pro(Path(folder))
+                self._examine_methods(Path(folder))
             return asked
         checkpoint = self._newest_complete() if asked is True else Path(asked)
         if checkpoint is None:
             return False
         self._together(lambda: self._require_complete(checkpoint))
+        self._examine_methods(checkpoint)
         self._together(lambda: self._require_same_training(checkpoint))
         return str(checkpoint)
 
@@ -110,41 +111,22 @@ class CheckpointMixin(LoadingMixin):
             self.optimizer, self._lora_pro_announces = before, True
         if not isinstance(optimizer, LoRAProAdamW):  # the first log says so
             optimizer = None
-        return require_same_training(folder, optimizer, self.accelerator.unwrap_model(self.model))
-
-    def _together(self, check: Callable[[], None]) -> None:
-        """Run a check on all ranks; where it fails on one it fails on all, none of which then waits for another."""
-        own: Exception | None = None
-        try:
-            check()
-        except Exception as error:  # each has to be told
-            own = error
-        said = self._agreed(None if own is None else str(own))
-        if own is not None:
-            raise own
-        if said is not None:
-            raise ValueError(said)
-
-    def _agreed(self, said: str | None) -> str | None:
-        """What the first rank says that says anything."""
-        return next((each for each in self._gathered(said) if each is not None), None)
-
-    def _gathered(self, own: Any) -> list[Any]:
-        """What each rank has, in their order."""
-        return list(gather_object([own])) if self.accelerator.num_processes > 1 else [own]
+        return require_same_training(folder, optimizer, self._bare_model(), not self._exports)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> None:
-        """As the parent, which would put the state of all ranks onto the device of each of them first."""
+        """As the parent, which would first put the state of all ranks onto the device of each rank; and the methods'."""
         parents = super()._load_optimizer_and_scheduler
-        by_engine = self._is_by_engine
         files = [Path(checkpoint, name) for name in (OPTIMIZER, SCHEDULER)] if checkpoint else []
         is_ours = isinstance(unwrap_optimizer(self.optimizer), LoRAProAdamW) and all(file.is_file() for file in files)
         # a parent that overrides it may load more than these two
-        if by_engine or not files or not is_ours or parents.__func__ is not Trainer._load_optimizer_and_scheduler:
+        is_plain = parents.__func__ is Trainer._load_optimizer_and_scheduler
+        if files and is_ours and is_plain and not self._is_by_engine:
+            for target, file in zip((self.optimizer, self.lr_scheduler), files, strict=True):
+                target.load_state_dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+        else:
             parents(checkpoint, *args, **kwargs)
-            return
-        for target, file in zip((self.optimizer, self.lr_scheduler), files, strict=True):
-            target.load_state_dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+        if checkpoint:
+            self._load_methods(Path(checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
         """As the parent, with a manifest; an older checkpoint in the same folder counts as unfinished from now on.

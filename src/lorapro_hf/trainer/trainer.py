@@ -267,17 +267,22 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
         """
         self.loaded_best_checkpoint, self._lora_pro_first_step = None, None
         given = handed(type(self), LoRAProTrainerMixin, "train", args, kwargs)
-        if given.get("resume_from_checkpoint"):
-            self._resolve_lora_pro()
-            checkpoint = self._examine(given["resume_from_checkpoint"])
-            args, kwargs = replaced(given, args, kwargs, resume_from_checkpoint=checkpoint)
         try:
+            if given.get("resume_from_checkpoint") or self.lora_methods:
+                self._resolve_lora_pro()
+            self._lead_methods()
+            if given.get("resume_from_checkpoint"):
+                checkpoint = self._examine(given["resume_from_checkpoint"])
+                args, kwargs = replaced(given, args, kwargs, resume_from_checkpoint=checkpoint)
+            if not self._methods_begun:
+                self._begin_methods()
             output = super().train(*args, **kwargs)
             optimizer = unwrap_optimizer(self.optimizer)
             if isinstance(optimizer, LoRAProAdamW):
                 optimizer.finish_training()
             return output
         finally:  # after an exception nobody else would
+            self._release_methods()
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, GradientGapCallback):
                     callback.stop()

@@ -1,0 +1,86 @@
+"""A throw-away method, and trainings with it in the processes of `killable`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainingArguments
+
+from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments, find_lora_pairs
+from lorapro_hf.methods import LoRAMethod, found_inf
+from trainer_helpers import arguments, build, factors, tiny_lora
+
+
+class NoisyAverage(LoRAMethod):
+    """Trains under noise on the output of each layer, from a generator of its own, and exports the factors' average."""
+
+    name = "noisy_average"
+    conflicts: ClassVar = {"other": "Keep one.", "lora_pro_mode=full_8bit": "Use full."}
+
+    def __init__(self, decay: float = 0.5) -> None:
+        self.decay, self.generator = decay, torch.Generator().manual_seed(3)
+        self.average: dict[str, torch.Tensor] = {}
+        self.model: Any = None
+        self.calls: list[Any] = []
+
+    def _factors(self) -> dict[str, torch.Tensor]:
+        return {f"{p.name}.{x}": f.data for p in find_lora_pairs(self.model) for x, f in (("A", p.A), ("B", p.B))}
+
+    def before_training(self, model, batches) -> None:
+        self.model, self.average = model, {}
+        self.calls.append(None if batches is None else len(next(iter(batches))["input_ids"]))
+
+    @contextlib.contextmanager
+    def forward_context(self) -> Iterator[None]:
+        def disturb(layer: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+            return output + 0.01 * torch.randn(output.shape, generator=self.generator)
+
+        handles = [pair.layer.register_forward_hook(disturb) for pair in find_lora_pairs(self.model)]
+        yield
+        for handle in handles:
+            handle.remove()
+
+    def after_step(self, optimizer, step) -> None:
+        left_out = found_inf(optimizer)
+        self.calls.append((step, bool(left_out)))
+        for name, value in self._factors().items():
+            average = self.average.get(name, value)
+            self.average[name] = torch.lerp(average, value, 1 - self.decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self.average, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state) -> None:
+        self.average = state["average"]
+        self.generator.set_state(state["generator"])
+
+    @contextlib.contextmanager
+    def export(self, model) -> Iterator[None]:
+        trained = {name: value.clone() for name, value in self._factors().items()}
+        for values in (self.average, trained):
+            for name, value in self._factors().items():
+                value.copy_(values[name])
+            if values is self.average:
+                yield
+
+
+def trainer_of(folder: Path, *callbacks: TrainerCallback, cls: type = LoRAProTrainer, **settings: Any) -> Any:
+    """A trainer whose steps have two micro-batches, and which saves every second step."""
+    kind = LoRAProTrainingArguments if cls is LoRAProTrainer else TrainingArguments
+    steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
+    args = arguments(folder, kind, **{**steps, "per_device_train_batch_size": 2, **settings})
+    return build(cls, args, model=tiny_lora(lora_dropout=0.1), callbacks=[*callbacks])
+
+
+def train(job: dict[str, Any], rank: int) -> dict[str, Any]:
+    """A training on two ranks with the method, perhaps from a checkpoint on."""
+    method = NoisyAverage()
+    trainer = trainer_of(Path(job["folder"]), method, per_device_train_batch_size=1, ddp_backend="gloo")
+    trainer.train(resume_from_checkpoint=job.get("resume"))
+    return {"factors": factors(trainer), "average": method.average, "calls": json.dumps(method.calls)}

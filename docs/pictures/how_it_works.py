@@ -65,11 +65,10 @@ def word_problem_batches(tokenizer: Any) -> list[dict[str, Tensor]]:
     """Word problems with their answers; the loss is that of the answers."""
     from transformers import DataCollatorForSeq2Seq
 
-    from lorapro_hf.commands.demo.problems import encode, load_problems
-    from lorapro_hf.commands.demo.settings import DemoSettings
+    from lorapro_hf.commands.common.problems import encode, load_problems
 
     count = (STEPS + 1) * BATCH
-    rows, _ = load_problems(DemoSettings(steps=STEPS + 1, batch_size=BATCH))
+    rows, _ = load_problems(count, 64)
     examples = encode(rows, tokenizer, max_length=512)[:count]
     collate = DataCollatorForSeq2Seq(tokenizer)
     features = [
@@ -161,7 +160,7 @@ def main() -> None:
     """Measure, draw, and write the figures that the page quotes."""
     from peft import LoraConfig, get_peft_model
 
-    from lorapro_hf.commands.demo.base_model import load_base_model
+    from lorapro_hf.commands.common.base_model import load_base_model
 
     torch.manual_seed(0)
     base = load_base_model(None)

@@ -16,7 +16,7 @@ from lorapro_hf import cli, find_lora_pairs
 from lorapro_hf.commands.bench import peers, ratios, run
 from lorapro_hf.commands.bench.growth import exponents, fitted_exponent, series
 from lorapro_hf.commands.bench.measure import Contender, turns
-from lorapro_hf.commands.bench.peers import build_optimizer, kept_bytes, missing, state_bytes
+from lorapro_hf.commands.bench.peers import build_optimizer, missing
 from lorapro_hf.commands.bench.probes import kernels_of, memory_of
 from lorapro_hf.commands.bench.ratios import Forecasts, Ratios
 from lorapro_hf.commands.bench.report import ratio_sections, slug
@@ -26,6 +26,7 @@ from lorapro_hf.commands.bench.settings import BASELINE, METHODS, MODELS, BenchS
 from lorapro_hf.commands.bench.targets import targets_of
 from lorapro_hf.commands.bench.training import computes_bf16
 from lorapro_hf.commands.bench.workloads import Task, Workload
+from lorapro_hf.commands.common.meters import kept_bytes, state_bytes
 from lorapro_hf.config import MODES
 from lorapro_hf.options import UsageError
 
@@ -151,17 +152,17 @@ def test_state_and_kept_bytes() -> None:
         if missing(METHODS[name]) is None:
             contender = Contender(name, TINY, CPU)
             assert state_bytes(contender.optimizer) == moments
-            assert kept_bytes(contender.optimizer, contender.task) == moments
+            assert kept_bytes(contender.optimizer, contender.task.model) == moments
     contender = Contender("efficient", TINY, CPU)
     assert state_bytes(contender.optimizer) >= 8 * TINY.factor_elements
-    assert kept_bytes(contender.optimizer, contender.task) >= state_bytes(contender.optimizer)
+    assert kept_bytes(contender.optimizer, contender.task.model) >= state_bytes(contender.optimizer)
 
 
 def test_buffers_beside_the_state_count_as_kept() -> None:
     contender = Contender(BASELINE, TINY, CPU)
-    before = kept_bytes(contender.optimizer, contender.task)
+    before = kept_bytes(contender.optimizer, contender.task.model)
     contender.optimizer.workspace = {"buffers": [torch.zeros(100), contender.task.factors[0].detach().view(-1)]}
-    assert kept_bytes(contender.optimizer, contender.task) == before + 400
+    assert kept_bytes(contender.optimizer, contender.task.model) == before + 400
     assert state_bytes(contender.optimizer) == before
 
 

@@ -12,7 +12,6 @@ import time
 from io import StringIO
 from pathlib import Path
 
-import evaluate
 import pytest
 import torch
 from datasets import Dataset
@@ -22,13 +21,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from lorapro_hf import cli
-from lorapro_hf.commands.demo import base_model, run
-from lorapro_hf.commands.demo.evaluation import METRIC, Evaluator, Score
-from lorapro_hf.commands.demo.problems import encode, load_problems
-from lorapro_hf.commands.demo.report import results_table, smooth
+from lorapro_hf.commands.common import base_model
+from lorapro_hf.commands.common.plots import smooth
+from lorapro_hf.commands.common.problems import encode, load_problems
+from lorapro_hf.commands.common.scoring import Evaluator, Score, final_answer_scores
+from lorapro_hf.commands.common.word_problems import TEMPLATES, generate_problems, word_problems
+from lorapro_hf.commands.demo import run
+from lorapro_hf.commands.demo.report import results_table
 from lorapro_hf.commands.demo.settings import COMPARED, METHODS, DemoSettings
 from lorapro_hf.commands.demo.training import MethodResult, StopRequest, train_method, training_arguments
-from lorapro_hf.commands.evaluate.word_problems import TEMPLATES, generate_problems, word_problems
 from lorapro_hf.options import UsageError
 
 STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+) [a-z]+")
@@ -105,19 +106,17 @@ def test_too_many_or_negative_problems_are_refused() -> None:
 
 
 def test_metric_compares_the_number_after_the_hashes() -> None:
-    metric = evaluate.load(str(METRIC), keep_in_memory=True)
     reference = "2*500=1000 dollars\n#### 1,000"
     texts = {"#### 1000": 1, "1*1=1\n#### 1,000": 1, "1000": 0, "": 0, "####1000": 0, "#### -1000": 0, "#### 1000.5": 0}
     for text, expected in texts.items():
-        assert metric.compute(predictions=[text], references=[reference])["exact_match"] == expected, text
-    scores = metric.compute(predictions=list(texts), references=[reference] * len(texts))
+        assert final_answer_scores([text], [reference])["exact_match"] == expected, text
+    scores = final_answer_scores(list(texts), [reference] * len(texts))
     assert scores == {"exact_match": 2 / 7, "answered": 4 / 7}
 
 
 def test_metric_refuses_a_reference_without_a_number() -> None:
-    metric = evaluate.load(str(METRIC), keep_in_memory=True)
     with pytest.raises(ValueError, match="'twelve' has no final answer"):
-        metric.compute(predictions=["#### 12"], references=["twelve"])
+        final_answer_scores(["#### 12"], ["twelve"])
 
 
 # What the model sees
@@ -160,8 +159,7 @@ def test_datasets_from_files_and_folders(tmp_path: Path) -> None:
     rows.to_csv(tmp_path / "rows.csv")
     rows.train_test_split(10, seed=0).save_to_disk(tmp_path / "saved")
     for name in ("rows.jsonl", "rows.csv", "saved"):
-        settings = DemoSettings(dataset=str(tmp_path / name), steps=2, batch_size=4, eval_size=5)
-        train, held_out = load_problems(settings)
+        train, held_out = load_problems(8, 5, dataset=str(tmp_path / name))
         assert (len(train), len(held_out)) == (8, 5)
         assert not set(train["question"]) & set(held_out["question"])
 
@@ -218,7 +216,7 @@ def test_methods_differ_in_learning_rate_and_lora_pro_alone(tmp_path: Path) -> N
 def test_adapter_in_the_folder_is_the_trained_one(tiny: str, tmp_path: Path) -> None:
     base = base_model.load_base_model(tiny)
     settings = DemoSettings(steps=2, batch_size=2, output_dir=tmp_path)
-    examples = encode(load_problems(settings)[0], base.tokenizer, 512)
+    examples = encode(load_problems(4, 64)[0], base.tokenizer, 512)
     model = run.add_adapter(base, settings.seed)
     initial = {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
     train_method(model, initial, base.tokenizer, examples, settings, METHODS["lora_pro"])
@@ -380,8 +378,8 @@ def test_the_parser_refuses(options: list[str], message: str, capsys: pytest.Cap
         (["--methods", "lora", "lora"], "A method is named twice"),
         (["--dataset_config", "main"], "--dataset_config goes with --dataset"),
         (["--dataset", "no/such_dataset"], "Cannot load the dataset 'no/such_dataset'"),
-        (["--dataset", "{tmp}/notes.txt"], "has the columns ['text']; the demo needs 'question'"),
-        (["--dataset", "{tmp}/columns.csv"], "needs 'question' and 'answer'"),
+        (["--dataset", "{tmp}/notes.txt"], "has the columns ['text']; 'question' and 'answer' are needed"),
+        (["--dataset", "{tmp}/columns.csv"], "'question' and 'answer' are needed"),
         (["--dataset", "{tmp}/answers.csv"], "does not end with '#### ' and a number"),
         (["--dataset", "{tmp}/short.csv"], "too few different problems"),
         (["--model", "no/such_model"], "Cannot load the model 'no/such_model'"),

@@ -14,8 +14,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evaluation_helpers import GSM8K, answer_with, read_rows, tiny_adapter, tiny_model, write_rows
+from lorapro_hf.commands.common.generation import complete, cut_at
 from lorapro_hf.commands.evaluate.answers import FinalAnswer, flexible_answer, judge, normalized, strict_answer
-from lorapro_hf.commands.evaluate.generation import complete, cut_at
 from lorapro_hf.commands.evaluate.gsm8k import evaluate_gsm8k, evaluate_word_problems
 from lorapro_hf.commands.evaluate.humaneval import evaluate_humaneval
 from lorapro_hf.commands.evaluate.sandbox import Limits, Sandbox
@@ -193,12 +193,11 @@ def test_no_problem_is_its_own_example(
 def test_word_problems_are_those_that_the_demo_holds_out(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorapro_hf.commands.demo.problems import load_problems
-    from lorapro_hf.commands.demo.settings import DemoSettings
+    from lorapro_hf.commands.common.problems import load_problems
 
     batches = answer_with(monkeypatch, lambda prompt: "")
     assert evaluate_word_problems(model, tokenizer, solving=Solving(batch_size=64))["problems"] == 64
-    held_out = load_problems(DemoSettings())[1]["question"]
+    held_out = load_problems(0, 64)[1]["question"]
     assert sorted(batches[0]) == sorted(f"Question: {question}\nAnswer:" for question in held_out)
 
 

@@ -11,11 +11,10 @@ import pytest
 from datasets import Dataset, Image
 from transformers import TrainingArguments
 
+from lorapro_hf.commands.common.datasets import load_rows
+from lorapro_hf.commands.common.problems import load_problems
 from lorapro_hf.commands.compare.settings import TaskSettings
 from lorapro_hf.commands.compare.tasks.sources import table
-from lorapro_hf.commands.demo.problems import load_problems
-from lorapro_hf.commands.demo.settings import DemoSettings
-from lorapro_hf.commands.evaluate.data import load_rows
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.cells import complete_rows, with_texts
 from lorapro_hf.recipes.data import load_splits
@@ -290,7 +289,7 @@ def test_a_score_leaves_no_problem_out() -> None:
 def test_demo_and_comparison_leave_blank_rows_out() -> None:
     rows = [{"question": f"{n}?", "answer": f"#### {n}"} for n in range(9)] + [{"question": "9?"}]
     Path("rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    train, held_out = load_problems(DemoSettings(dataset="rows.jsonl", eval_size=3))
+    train, held_out = load_problems(100, 3, dataset="rows.jsonl")
     assert len(train) + len(held_out) == 9
     task = TaskSettings(name="t", kind="classification", dataset="rows.jsonl", validation_size=2, test_size=2)
     assert sum(map(len, table(task, ("question", "answer")).values())) == 9

@@ -15,11 +15,10 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 from transformers import TrainingArguments
 
+from lorapro_hf.commands.common.datasets import load_rows
+from lorapro_hf.commands.common.problems import load_problems
 from lorapro_hf.commands.compare.settings import TaskSettings
 from lorapro_hf.commands.compare.tasks.sources import table
-from lorapro_hf.commands.demo.problems import load_problems
-from lorapro_hf.commands.demo.settings import DemoSettings
-from lorapro_hf.commands.evaluate.data import load_rows
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes import files
 from lorapro_hf.recipes.data import DataArguments, load_splits
@@ -80,7 +79,7 @@ def test_all_programs_read_exactly_the_named_file(name: str) -> None:
     splits = load_splits(DataArguments(train_file=name), TrainingArguments("out", do_train=True, use_cpu=True))
     assert list(splits["train"]) == rows
     assert load_rows(name, ("question", "answer")) == rows
-    train, held_out = load_problems(DemoSettings(dataset=name, eval_size=3))
+    train, held_out = load_problems(100, 3, dataset=name)
     assert sorted([*train["question"], *held_out["question"]]) == [row["question"] for row in rows]
     task = TaskSettings(name="t", kind="text", dataset=name, text_column="question", validation_size=2, test_size=2)
     found = [question for part in table(task, ("question",)).values() for question in part["question"]]

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from lorapro_hf.commands.bench.peers import build_optimizer, kept_bytes, state_bytes
+from lorapro_hf.commands.bench.peers import build_optimizer
 from lorapro_hf.commands.bench.probes import capture, kernels_of, memory_of, waits_for_device
 from lorapro_hf.commands.bench.results import Result
 from lorapro_hf.commands.bench.workloads import Task, Workload
+from lorapro_hf.commands.common.meters import kept_bytes, state_bytes
 from lorapro_hf.optim.lora_pro import LoRAProAdamW
 
 WARM_UP, MOST_WARM_UP = 3, 8
@@ -98,7 +99,7 @@ class Contender:
     def probe(self, result: Result) -> None:
         """Fill in what is looked at in steps that are not timed: memory, kernels and, on CUDA, waiting."""
         result.state_bytes = state_bytes(self.optimizer)
-        result.kept_bytes = kept_bytes(self.optimizer, self.task)
+        result.kept_bytes = kept_bytes(self.optimizer, self.task.model)
         memory = memory_of(self._fresh_step(), self.device, twice=self.estimate_ms < _SLOW_MS)
         result.peak_bytes, result.largest_bytes, result.largest_shape = memory.peak, memory.largest, memory.shape
         dense = self.task.workload.dense_shapes

@@ -15,11 +15,12 @@ import psutil
 import torch
 
 from lorapro_hf.commands.bench.measure import Contender, measure_in_turns
-from lorapro_hf.commands.bench.peers import kept_bytes, missing
+from lorapro_hf.commands.bench.peers import missing
 from lorapro_hf.commands.bench.results import Outcome, Result
 from lorapro_hf.commands.bench.roofline import MachineProbe, roofline
 from lorapro_hf.commands.bench.settings import BASELINE, METHODS, MODELS, BenchSettings, Method, ModelShapes
 from lorapro_hf.commands.bench.workloads import Workload
+from lorapro_hf.commands.common.meters import kept_bytes
 
 _MEMORY_SHARE = 0.6  # of what is available, for all contenders of a batch
 _BLOCK_FACTOR = 2  # times the seconds of a method: longest step of one block
@@ -140,7 +141,7 @@ class Ratios:
             try:
                 contender = Contender(method.name, block, self.device, self.settings.seed)
                 factors = sum(2 * factor.nbytes for factor in contender.task.factors)
-                size = factors + kept_bytes(contender.optimizer, contender.task)
+                size = factors + kept_bytes(contender.optimizer, contender.task.model)
                 took_ms = contender.estimate_ms
                 self.forecasts.note(method, block, took_ms)
                 if took_ms <= self.settings.seconds * _BLOCK_FACTOR * 1e3:

@@ -20,8 +20,8 @@ from lorapro_hf.commands.bench.report import all_sections, device_name, markdown
 from lorapro_hf.commands.bench.results import Outcome
 from lorapro_hf.commands.bench.settings import BenchSettings
 from lorapro_hf.commands.bench.training import measure_shares
+from lorapro_hf.commands.common.console import INTERRUPTED, prepare_output
 from lorapro_hf.commands.common.progress import progress_bars
-from lorapro_hf.commands.demo.run import INTERRUPTED, prepare_output
 from lorapro_hf.options import UsageError
 
 _FOREIGN = 0.05  # of one core: from here on the figures are marked

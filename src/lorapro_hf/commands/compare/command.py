@@ -212,10 +212,10 @@ def _prepare_processes(settings: Any, kind: str, source: Path | None) -> None:
     """Do once, before several processes start, what each of them would find done or missing."""
     import torch
 
+    from lorapro_hf.commands.common.console import prepare_output
     from lorapro_hf.commands.compare.folders import take_over
     from lorapro_hf.commands.compare.plan import plan
     from lorapro_hf.commands.compare.store import Store
-    from lorapro_hf.commands.demo.run import prepare_output
 
     for method in settings.methods:
         method.require_usable(torch.device(kind))

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from lorapro_hf.commands.common.records import without_nan
 from lorapro_hf.commands.compare.provenance import step_spread
 from lorapro_hf.commands.compare.store import keys_of
 from lorapro_hf.commands.compare.summary import Comparison, Rate, Row
-from lorapro_hf.commands.demo.report import without_nan
 
 
 def content_of(

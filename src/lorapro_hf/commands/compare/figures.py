@@ -12,9 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from lorapro_hf.commands.common.plots import smooth
 from lorapro_hf.commands.compare.store import FINISHED
 from lorapro_hf.commands.compare.summary import MISSING, Comparison, Row
-from lorapro_hf.commands.demo.report import smooth
 
 _OURS = ("#D55E00", "#E69F00", "#CC79A7", "#882255", "#009E73", "#44AA99", "#6A3D9A", "#56B4E9")
 _THEIRS = ("#4d4d4d", "#7f7f7f", "#a6a6a6", "#8c6d4f", "#8c9fb3", "#b59f7f", "#5f6f5f", "#9a7f9a")

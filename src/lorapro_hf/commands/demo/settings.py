@@ -10,12 +10,6 @@ from pathlib import Path
 from lorapro_hf.options import UsageError
 
 
-def is_missing_path(name: str, suffixes: tuple[str, ...] = ()) -> bool:
-    """Whether `name` can only be meant as a local path, by its start or its suffix, and nothing is there."""
-    local = name.startswith((".", "/", "~")) or Path(name).suffix in suffixes
-    return local and not Path(name).exists()
-
-
 @dataclass(frozen=True)
 class Method:
     """A way of training the adapter.
@@ -99,6 +93,11 @@ class DemoSettings:
                 raise UsageError(f"The learning rate of {name} is {rate}; it must be a positive number.")
         if self.dataset_config is not None and self.dataset is None:
             raise UsageError("--dataset_config goes with --dataset; the built-in word problems have none.")
+
+    @property
+    def train_size(self) -> int:
+        """Problems that a training sees."""
+        return self.steps * self.batch_size
 
     def learning_rate(self, method: Method) -> float:
         """The learning rate that `method` trains with."""

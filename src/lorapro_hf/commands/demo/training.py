@@ -20,8 +20,9 @@ from peft import PeftModel, set_peft_model_state_dict
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
-from lorapro_hf.commands.demo.evaluation import Score
-from lorapro_hf.commands.demo.problems import Example
+from lorapro_hf.commands.common.meters import state_bytes
+from lorapro_hf.commands.common.problems import Example
+from lorapro_hf.commands.common.scoring import Score
 from lorapro_hf.commands.demo.settings import DemoSettings, Method
 from lorapro_hf.hub.card import CARD, keep_edited, without_card_of_peft
 from lorapro_hf.hub.compose import Training, compose_card
@@ -113,12 +114,6 @@ class _Watcher(TrainerCallback):
         if logs and "loss" in logs:
             self.result.losses.append(logs["loss"])
             self.on_step(logs["loss"])
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """The memory that the tensors of an optimizer's state take."""
-    tensors = (value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value))
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def training_arguments(settings: DemoSettings, method: Method, output_dir: Path) -> LoRAProTrainingArguments:

@@ -18,10 +18,10 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 import lorapro_hf
+from lorapro_hf.commands.common.models import load, this_process
 from lorapro_hf.commands.common.progress import progress_bars
 from lorapro_hf.commands.evaluate.gsm8k import evaluate_gsm8k, evaluate_word_problems
 from lorapro_hf.commands.evaluate.humaneval import evaluate_humaneval
-from lorapro_hf.commands.evaluate.models import load, this_process
 from lorapro_hf.commands.evaluate.sandbox import Limits, Sandbox
 from lorapro_hf.commands.evaluate.solving import Solving
 from lorapro_hf.options import UsageError

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from lorapro_hf.commands.common.problems import encode, load_problems
+from lorapro_hf.commands.common.scoring import Evaluator
 from lorapro_hf.commands.compare.settings import TaskSettings
 from lorapro_hf.commands.compare.tasks.base import IGNORED, Batch, Features, Task, language_loss
 from lorapro_hf.commands.compare.tasks.models import causal_model
 from lorapro_hf.commands.compare.tasks.vocabulary import cut_vocabulary
-from lorapro_hf.commands.demo.evaluation import Evaluator
-from lorapro_hf.commands.demo.problems import encode, load_problems
-from lorapro_hf.commands.demo.settings import DemoSettings
 from lorapro_hf.options import UsageError
 
 
@@ -30,15 +29,7 @@ def load_questions(settings: TaskSettings) -> Task:
     model, tokenizer = causal_model(settings.model, settings.layers)
     held_out = settings.validation_size + settings.test_size
     train, rest = load_problems(
-        DemoSettings(
-            dataset=settings.dataset,
-            dataset_config=settings.dataset_config,
-            steps=settings.examples,
-            batch_size=1,
-            eval_size=held_out,
-            max_length=settings.max_length,
-            seed=settings.data_seed,
-        )
+        settings.examples, held_out, settings.data_seed, settings.dataset, settings.dataset_config
     )
     examples = encode(rest, tokenizer, settings.max_length)
     if len(examples) < 2:

@@ -16,8 +16,8 @@ from typing import Any
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetsError
 
+from lorapro_hf.commands.common.datasets import is_missing_path
 from lorapro_hf.commands.compare.settings import TaskSettings
-from lorapro_hf.commands.demo.settings import is_missing_path
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.cells import complete_rows, require_plain, with_texts
 from lorapro_hf.recipes.files import KINDS, fault_in, read_file, read_named

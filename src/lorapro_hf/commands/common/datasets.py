@@ -71,3 +71,9 @@ def _named(source: str, config: str | None, split: str | None) -> Dataset:
             raise UsageError(f"{source} has the splits {sorted(found)}; name one of these by --dataset_split.")
         return found[split]
     return found
+
+
+def is_missing_path(name: str, suffixes: tuple[str, ...] = ()) -> bool:
+    """Whether the start or suffix of `name` shows that it is a local path, and no file is there."""
+    local = name.startswith((".", "/", "~")) or Path(name).suffix in suffixes
+    return local and not Path(name).exists()

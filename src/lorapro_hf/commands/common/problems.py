@@ -1,4 +1,4 @@
-"""Which problems does the demo train on and hold out, and what does the model see of them?"""
+"""Which problems are trained on and held out, and which tokens does the model see?"""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
-from lorapro_hf.commands.demo.settings import DemoSettings, is_missing_path
-from lorapro_hf.commands.evaluate.word_problems import word_problems
+from lorapro_hf.commands.common.datasets import is_missing_path
+from lorapro_hf.commands.common.word_problems import word_problems
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.cells import with_texts
 from lorapro_hf.recipes.files import KINDS, fault_in, read_file, read_named
@@ -24,7 +24,7 @@ _FINAL_ANSWER = re.compile(r"#### -?[0-9.,]")
 
 @dataclass(frozen=True)
 class Example:
-    """A problem as text and as tokens; the answer's tokens end with the end-of-sequence token."""
+    """A problem as text and as tokens; `answer_ids` end with the end-of-sequence token."""
 
     prompt: str
     answer: str
@@ -32,7 +32,7 @@ class Example:
     answer_ids: list[int]
 
     def features(self) -> dict[str, list[int]]:
-        """What the model trains on: the loss counts on the answer only."""
+        """The inputs and labels of training: only the answer has a loss."""
         return {
             "input_ids": self.prompt_ids + self.answer_ids,
             "attention_mask": [1] * (len(self.prompt_ids) + len(self.answer_ids)),
@@ -40,32 +40,40 @@ class Example:
         }
 
 
-def load_problems(settings: DemoSettings) -> tuple[Dataset, Dataset]:
+def load_problems(
+    train_size: int, eval_size: int, seed: int = 0, dataset: str | None = None, config: str | None = None
+) -> tuple[Dataset, Dataset]:
     """The problems to train on and those held out, with the columns `question` and `answer`.
 
+    Args:
+        train_size: Most problems to train on.
+        eval_size: Most problems to hold out.
+        seed: Decides the built-in problems, or the order of a dataset.
+        dataset: Hub name, local folder or file; `None` for the built-in word problems.
+        config: Configuration of a hub dataset.
+
     Raises:
-        UsageError: if there is no such dataset, a column is missing, a held-out answer has no number after `####`, or
-            nothing is left to train on.
+        UsageError: there is no such dataset, it lacks a column, a held-out answer has no number after `####`, or no
+            problem is left to train on.
     """
-    wanted = settings.steps * settings.batch_size
-    if settings.dataset is None:
+    if dataset is None:
         try:
-            return word_problems(min(wanted, _MOST_WORD_PROBLEMS), settings.eval_size, seed=settings.seed)
+            return word_problems(min(train_size, _MOST_WORD_PROBLEMS), eval_size, seed=seed)
         except ValueError as error:
             raise UsageError(f"{error} Lower --eval_size.") from error
-    train, held_out = _splits(_load(settings.dataset, settings.dataset_config), settings)
-    held_out = held_out.select(range(min(settings.eval_size, len(held_out))))
+    train, held_out = _splits(_load(dataset, config), dataset, eval_size, seed)
+    held_out = held_out.select(range(min(eval_size, len(held_out))))
     for row in held_out:
         if not _FINAL_ANSWER.search(row["answer"]):
             raise UsageError(
-                f"The answer {row['answer']!r} of {settings.dataset!r} does not end with '#### ' and a number, so "
-                "there is nothing to compare with. Write the answers as GSM8K does."
+                f"The answer {row['answer']!r} of {dataset!r} does not end with '#### ' and a number, so no generated "
+                "answer could be compared with it. Write the answers as GSM8K does."
             )
     seen = set(held_out["question"])
     train = train.select([index for index, question in enumerate(train["question"]) if question not in seen])
     if not len(train) or not len(held_out):
-        raise UsageError(f"The dataset {settings.dataset!r} has too few different problems to train and hold some out.")
-    return train.select(range(min(wanted, len(train)))), held_out
+        raise UsageError(f"The dataset {dataset!r} has too few different problems to train and hold some out.")
+    return train.select(range(min(train_size, len(train)))), held_out
 
 
 def _load(name: str, config: str | None) -> Dataset | DatasetDict:
@@ -84,21 +92,21 @@ def _load(name: str, config: str | None) -> Dataset | DatasetDict:
         ) from error
 
 
-def _splits(data: Dataset | DatasetDict, settings: DemoSettings) -> tuple[Dataset, Dataset]:
-    """Training and held-out part, both shuffled; without a split for it, the held-out part is taken from the other."""
+def _splits(data: Dataset | DatasetDict, dataset: str, eval_size: int, seed: int) -> tuple[Dataset, Dataset]:
+    """The training and the held-out split, shuffled; a dataset with one split is divided."""
     parts = dict(data) if isinstance(data, DatasetDict) else {"train": data}
     for name, part in parts.items():
         if not {"question", "answer"} <= set(part.column_names):
             raise UsageError(
-                f"The dataset {settings.dataset!r} has the columns {part.column_names}; the demo needs 'question' and "
-                "'answer'. Rename its columns."
+                f"The dataset {dataset!r} has the columns {part.column_names}; 'question' and 'answer' are "
+                "needed. Rename its columns."
             )
-        parts[name] = with_texts(part, ("question", "answer"), f"the {name} set of {settings.dataset!r}")
-    train = parts.get("train", next(iter(parts.values()))).shuffle(seed=settings.seed)
+        parts[name] = with_texts(part, ("question", "answer"), f"the {name} set of {dataset!r}")
+    train = parts.get("train", next(iter(parts.values()))).shuffle(seed=seed)
     for name in _HELD_OUT_SPLITS:
         if name in parts and len(parts) > 1:
-            return train, parts[name].shuffle(seed=settings.seed)
-    count = min(settings.eval_size, len(train) // 2)
+            return train, parts[name].shuffle(seed=seed)
+    count = min(eval_size, len(train) // 2)
     return train.select(range(count, len(train))), train.select(range(count))
 
 
@@ -106,7 +114,7 @@ def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -
     """The problems as tokens, without those longer than `max_length`.
 
     Raises:
-        UsageError: if all are longer.
+        UsageError: all are longer.
     """
     prompts = [f"Question: {question}\nAnswer:" for question in rows["question"]]
     answers = [f" {answer.strip()}" for answer in rows["answer"]]

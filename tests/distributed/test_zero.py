@@ -280,13 +280,13 @@ def uneven(rank, ranks, stages):
         engine = launch({"mode": "full"}, stage=stage)
         train(engine, rank, ranks, range(3))
         before = result(engine)
-        moments = {name: tensor.clone() for name, tensor in engine.optimizer.optimizer.own_state().items()}
+        moments = {name: tensor.clone() for name, tensor in engine.optimizer.optimizer.pair_state().items()}
         batch = share(batches(torch.float32)[3], rank, ranks).clone()
         batch[0, 0] = float("inf") if rank == 0 else 0.0
         engine.backward(loss_of(engine, batch))
         engine.step()
         assert_close(result(engine), before, 0)
-        for name, tensor in engine.optimizer.optimizer.own_state().items():
+        for name, tensor in engine.optimizer.optimizer.pair_state().items():
             assert torch.equal(tensor, moments[name]), name
         assert engine.skipped_steps == 1
         engine.destroy()

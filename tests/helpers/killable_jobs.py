@@ -67,7 +67,7 @@ def train(job: dict[str, Any], rank: int) -> dict[str, Any]:
         fatal.arm(trainer, kill["when"], kill["step"])
     trainer.train(resume_from_checkpoint=job.get("resume"))
     optimizer = trainer.optimizer.optimizer
-    own = sum(tensor.numel() for tensor in optimizer.own_state().values()) if hasattr(optimizer, "own_state") else 0
+    own = sum(tensor.numel() for tensor in optimizer.pair_state().values()) if hasattr(optimizer, "pair_state") else 0
     saved = optimizer.state_dict()
     return {
         "parameters": factors(trainer),

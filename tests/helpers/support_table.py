@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lorapro_hf.utils.private_names import REPLACED, tested
 from support_cases import GROUPS
 from support_rows import COLUMNS, Case
 
@@ -76,11 +77,25 @@ def versions() -> list[str]:
     ]
 
 
+def replaced() -> list[str]:
+    """The methods of other libraries that are wrapped or overridden."""
+    rows = [f"| `{m.name}` of `{m.owner}` | {m.reason} | {tested(m.package)} |" for m in REPLACED]
+    return [
+        "LoRA-Pro wraps or overrides these methods, which their libraries do not document as a place to do so. A "
+        "release without one of them is refused with an error that names it.",
+        "",
+        "| method | what LoRA-Pro adds | tested with |",
+        "|---|---|---|",
+        *rows,
+    ]
+
+
 def page() -> str:
     parts = [HEAD]
     for group, cases in GROUPS.items():
         parts += [f"## {HEADINGS.get(group, group)}", "", *listing(cases), ""]
     parts += ["## Versions", "", *versions(), ""]
+    parts += ["## Replaced methods of other libraries", "", *replaced(), ""]
     return "\n".join(parts)
 
 

@@ -42,7 +42,7 @@ def train(folder: Path, ranks: int, kind: str = "own", gradient_accumulation_ste
 def result(trainer: Any) -> dict[str, Any]:
     """Where the training has ended, what it has logged, and how much of the state this rank holds."""
     optimizer = trainer.optimizer.optimizer
-    own = optimizer.own_state() if hasattr(optimizer, "own_state") else {}
+    own = optimizer.pair_state() if hasattr(optimizer, "pair_state") else {}
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "parameters": factors(trainer),

@@ -112,14 +112,6 @@ def test_different_moments_settings_for_one_pair_are_refused_in_full_mode():
     LoRAProAdamW(groups, [pair], config=LoRAProConfig(mode="efficient"))
 
 
-def test_closure_is_refused_where_an_engine_steps():
-    model = small_model()
-    optimizer = create_lorapro_optimizer(model, lr=1e-2)
-    optimizer.engine_step = optimizer.step_pairs
-    with pytest.raises(RuntimeError, match=r"no closure under DeepSpeed.*engine\.backward\(loss\) and engine"):
-        optimizer.step(lambda: pytest.fail("the closure ran"))
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -40,23 +40,6 @@ def test_an_empty_state_stays_empty_when_it_is_loaded():
     assert len(optimizer.state) == 0
 
 
-def test_engines_step_ordinary_parameters_only_with_the_pairs():
-    model = small_model()
-    optimizer = create_lorapro_optimizer(model, lr=1e-2, config={"mode": "factored"})
-    ordinary = [group for group in optimizer.param_groups if not group["lora_pro_factors"]]
-    before = snapshot(optimizer)[0]
-    backward(model)
-    optimizer.pairs[0].B.grad.mul_(1e20)
-    optimizer.step_pairs()
-    optimizer.step_ordinary(ordinary)
-    assert optimizer.skipped_steps == 1
-    assert all(torch.equal(one, two) for one, two in zip(before, snapshot(optimizer)[0], strict=True))
-    optimizer.begin_engine_step()
-    optimizer.step_ordinary(ordinary)
-    moved = [p for group in ordinary for p in group["params"]]
-    assert not any(torch.equal(one, two) for one, two in zip(before[4:], moved, strict=True))
-
-
 def test_codes_of_8_bits_are_loaded_as_they_are():
     model = small_model()
     optimizer = create_lorapro_optimizer(model, lr=1e-2, config={"mode": "full_8bit"})

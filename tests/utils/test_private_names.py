@@ -19,7 +19,7 @@ import lorapro_hf
 from lorapro_hf import LoRAProTrainer, LoRAProTrainerMixin, LoRAProTrainingArguments
 from lorapro_hf.distributed.zero import ZERO_OPTIMIZERS, ZeroAccess
 from lorapro_hf.utils import private_names
-from lorapro_hf.utils.private_names import METHODS_OF_TRAINER, PRIVATE, TESTED, private, warn_if_newer
+from lorapro_hf.utils.private_names import PRIVATE, REPLACED, TESTED, private, warn_if_newer
 from trainer_helpers import arguments, build
 
 ROOT = Path(__file__).parents[2]
@@ -152,7 +152,23 @@ def overridden(sources: dict[str, ast.AST]) -> set[tuple[type, str]]:
 def test_overridden_methods_are_the_parents(overridden: set[tuple[type, str]]) -> None:
     names = {name for _, name in overridden}
     assert {name for name in names if not hasattr(Trainer, name)} == set()
-    assert {name for name in names if name.startswith("_")} == set(METHODS_OF_TRAINER) - {"_get_output_dir"}
+    listed = {method.name for method in REPLACED if method.owner == "Trainer"}
+    assert {name for name in names if name.startswith("_")} == listed
+
+
+def test_replaced_methods_of_deepspeed_are_in_the_table(sources: dict[str, ast.AST]) -> None:
+    """Whatever `deepspeed/` sets on an engine or its optimizer, values aside."""
+    values = {"clip_grad", "_global_grad_norm"}
+    found = {
+        node.attr
+        for name, tree in sources.items()
+        if name.startswith("deepspeed/")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and ast.unparse(node.value) in ("engine", "engine.optimizer", "self.zero", "zero")
+    }
+    assert found - values == {method.name for method in REPLACED if method.package == "deepspeed"}
 
 
 def test_a_trainer_that_lacks_a_method_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def _clipping(engine: Any) -> str | None:
 def _groups(optimizer: LoRAProAdamW) -> str | None:
     held: dict[int, int] = {}
     for pair in optimizer.pairs:
-        for position in optimizer._positions[id(pair)]:
+        for position in optimizer.group_positions(pair):
             held[position] = held.get(position, 0) + 1
     for position, group in enumerate(optimizer.param_groups):
         expected = len(group["param_shapes"]) if group.get("lora_pro_factors") else 0

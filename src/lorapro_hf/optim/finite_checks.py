@@ -1,64 +1,56 @@
-"""When does an optimizer of factor pairs look for NaN and Inf, and how many steps has it left out?"""
+"""When does an optimizer of factor pairs look for NaN and Inf, and how many steps has it skipped?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorapro_hf.distributed.ownership import Shares
-from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.optim.finite import of_factors, of_groups, of_others, of_states, require_finite
 from lorapro_hf.optim.first_steps import FirstSteps
+from lorapro_hf.optim.held_pairs import HeldPairs
 
 
-class FiniteChecks(torch.optim.Optimizer):
-    """The part of `PairOptimizer` that looks at values; its subclass knows the pairs and who of the ranks steps them.
+class FiniteChecks(HeldPairs):
+    """Checks of factors, moments, learning rates and the number of skipped steps.
 
     Attributes:
-        first_steps: what the first steps of this training have left out.
+        first_steps: warns of what the first steps of this training have skipped.
     """
 
-    pairs: list[LoRAPair]
-    engine_step: Callable[[], None] | None
-    first_steps: FirstSteps
-    _skipped: Tensor | None
-    _starts_finite: bool
-    _seen: tuple[int, int]
-    """Steps left out and steps taken, when the number of the former was last checked."""
-    _is_being_saved = False
-
-    def _current_shares(self) -> Shares:
-        raise NotImplementedError
-
-    def _ordinary(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
-        raise NotImplementedError
+    def _forget_run(self) -> None:
+        super()._forget_run()
+        self._skipped: Tensor | None = None  # steps skipped since the groups were last settled, on the device
+        self._starts_finite = False
+        self._is_being_saved = False
+        self.first_steps = FirstSteps(self.pairs)
+        self._seen = (0, 0)  # skipped steps and steps at the last check
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were left out because a gradient was not finite; reading it waits for the device."""
+        """The number of steps skipped because a gradient was not finite; reading it waits for the device."""
         recent = 0 if self._skipped is None else int(self._skipped.item())
-        return self.param_groups[0]["skipped_steps"] + recent
+        return self._whole_groups[0]["skipped_steps"] + recent
 
     def checked_skipped_steps(self) -> int:
-        """`skipped_steps`, once it is clear that it is gradients that were not finite; call it on all ranks.
+        """`skipped_steps`, after a check that parameters are finite where steps were skipped; call it on all ranks.
 
         Raises:
-            ValueError: a parameter holds NaN or Inf, so that every further step would be left out.
+            ValueError: a parameter holds NaN or Inf, so that all further steps would be skipped.
         """
         seen = skipped, steps = self.skipped_steps, self.first_steps.steps
-        if skipped > self._seen[0] or steps == self._seen[1]:  # a gradient scaler or an engine may leave out steps too
+        if skipped > self._seen[0] or steps == self._seen[1]:  # gradient scalers and engines skip steps themselves
             self.require_finite(state=False)
         self._seen = seen
         return skipped
 
     def finish_training(self) -> None:
-        """Warn of pairs that had no gradient and of steps left out, as the tenth step does; the next step is a first.
+        """Warn of pairs without gradients and of skipped steps, as the tenth step does; the next step is a first.
 
-        For trainings of fewer steps. `LoRAProTrainer` calls it.
+        For trainings of fewer than ten steps. `LoRAProTrainer` calls it.
         """
         self.require_finite(state=False)
         self.first_steps.warn(self.skipped_steps)
@@ -67,17 +59,17 @@ class FiniteChecks(torch.optim.Optimizer):
     def require_finite(self, state: bool = True) -> None:
         """Raise if a parameter, its state or a learning rate holds NaN or Inf; this waits for the device.
 
-        Call it on all ranks that shard parameters or share the state out: all of them raise if one has to.
+        Call it on all ranks that shard parameters or share the state: if one raises, all do.
 
         Args:
-            state: whether to look at moments, too.
+            state: whether to check the moments, too.
 
         Raises:
             ValueError: the message names the parameter.
         """
         shares = self._current_shares()
-        named = [*of_factors(self.pairs, shares.access), *of_groups(self.param_groups)]
-        if self.engine_step is None:
+        named = [*of_factors(self.pairs, shares.access), *of_groups(self._whole_groups)]
+        if not self.has_engine:
             named += of_others(self._ordinary(), self.state if state else None)
         if state:
             named += of_states(shares.own, self.state)
@@ -87,7 +79,7 @@ class FiniteChecks(torch.optim.Optimizer):
 
     @contextmanager
     def saving_finite(self) -> Iterator[None]:
-        """Look before the first file of a checkpoint, and no more at any part of it that is saved within.
+        """Check once before the first file of a checkpoint, and not again at the files saved within.
 
         Raises:
             ValueError: a parameter or its state holds NaN or Inf.
@@ -100,7 +92,7 @@ class FiniteChecks(torch.optim.Optimizer):
             self._is_being_saved = False
 
     def require_finite_save(self) -> None:
-        """`require_finite`, unless `saving_finite` has seen to it."""
+        """`require_finite`, unless `saving_finite` has checked already."""
         if not self._is_being_saved:
             self.require_finite()
 
@@ -115,9 +107,19 @@ class FiniteChecks(torch.optim.Optimizer):
         self._seen = (self.skipped_steps, 0)
 
     def _settle_skipped(self) -> None:
-        self.param_groups[0]["skipped_steps"] = self.skipped_steps
+        """Write the number of skipped steps into the groups, from where checkpoints save it."""
+        self._whole_groups[0]["skipped_steps"] = self.skipped_steps
         self._skipped = None
 
     def _is_being_captured(self) -> bool:
         """Whether a CUDA graph is being recorded, which forbids to wait for the device."""
         return self.pairs[0].A.is_cuda and torch.cuda.is_current_stream_capturing()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle_skipped()
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "pairs" in state:
+            self._begin_training()

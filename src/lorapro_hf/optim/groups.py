@@ -1,4 +1,4 @@
-"""What must a param group say, and how are its parameters called?"""
+"""Which settings and names must param groups have, and which of them hold the factors?"""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from lorapro_hf.factors.pairs import LoRAPair
 
 
 def name_parameters(param_group: dict[str, Any], groups: Sequence[dict[str, Any]], pairs: Sequence[LoRAPair]) -> None:
-    """Give names to a new group where others have some, and to the others where it has: torch wants all or none.
+    """Name the parameters of all groups if some parameters have names: torch wants names for all or for none.
 
     Args:
         param_group: the new group.
-        groups: the optimizer's.
-        pairs: of the optimizer, whose factors get their names in the model.
+        groups: the groups that the optimizer has already.
+        pairs: the pairs of the optimizer, whose factors get their names in the model.
     """
     given = param_group["params"]
-    if isinstance(given, set):  # for torch to refuse
+    if isinstance(given, set):  # torch refuses sets
         return
     given = param_group["params"] = [given] if isinstance(given, Tensor) else list(given)
     has_names = "param_names" in param_group or any(isinstance(each, tuple) for each in given)
@@ -31,16 +31,16 @@ def name_parameters(param_group: dict[str, Any], groups: Sequence[dict[str, Any]
             group["param_names"] = [name for name, _ in _with_names(group["params"], position, of_factors)]
     if "param_names" not in param_group:
         param_group["params"] = _with_names(given, len(groups), of_factors)
-    if not given:  # torch takes an empty group for one without names
+    if not given:  # an empty group looks like one without names to torch
         param_group["param_names"] = []
 
 
 def check_hyperparameters(group: Mapping[str, Any], where: str = "") -> None:
-    """Raise if a group asks for what AdamW cannot do.
+    """Raise if a setting of a group is out of range.
 
     Args:
         group: lr, betas, eps and weight_decay.
-        where: what a message says behind the setting.
+        where: text that a message adds behind the setting.
 
     Raises:
         ValueError: one is out of range.
@@ -56,8 +56,64 @@ def check_hyperparameters(group: Mapping[str, Any], where: str = "") -> None:
         raise ValueError(f"weight_decay={weight_decay!r}{where} must be at least 0.")
 
 
+def group_positions(pairs: Iterable[LoRAPair], groups: Sequence[Mapping[str, Any]]) -> dict[int, tuple[int, int]]:
+    """The positions of the groups of A and of B, by the id of each pair.
+
+    Raises:
+        ValueError: a factor is in no group.
+    """
+    positions = {id(p): position for position, group in enumerate(groups) for p in group["params"]}
+    of_pairs = {}
+    for pair in pairs:
+        A, B = pair.A, pair.B
+        if any(id(factor) not in positions for factor in (A, B, *pair.tied_parameters)):
+            raise ValueError(
+                f"{pair.name}: its factors are not in the optimizer's param_groups. Build the optimizer from the model "
+                "it trains, after moving or wrapping it or loading an adapter into it: "
+                "create_lorapro_optimizer(model, lr=...). A plain Trainer has PEFT make new factors of those in "
+                "bfloat16 and float16 when it resumes: use LoRAProTrainer. Under DeepSpeed, call "
+                "attach_deepspeed(engine, optimizer) before the first step."
+            )
+        of_pairs[id(pair)] = positions[id(A)], positions[id(B)]
+    return of_pairs
+
+
+def require_same_pairs(
+    of_optimizer: Sequence[LoRAPair], groups: Iterable[Mapping[str, Any]], of_model: Sequence[LoRAPair]
+) -> None:
+    """Raise if a model no longer trains the pairs that an optimizer was built for.
+
+    Args:
+        of_optimizer: the pairs of the optimizer.
+        groups: the param groups of the optimizer.
+        of_model: the pairs that `find_lora_pairs` finds in the model now.
+
+    Raises:
+        ValueError: pairs were added or removed, or their factors are new parameters.
+    """
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    trained = {(id(pair.layer), pair.adapter_name) for pair in of_model}
+    added = [pair for pair in of_model if id(pair.A) not in held or id(pair.B) not in held]
+    removed = [pair for pair in of_optimizer if (id(pair.layer), pair.adapter_name) not in trained]
+    differences = [
+        f"{len(pairs)} {difference}, to begin with {pairs[0].name} of adapter {pairs[0].adapter_name!r}"
+        for pairs, difference in (
+            (added, "of the model are not in the optimizer"),
+            (removed, "of the optimizer are not trained"),
+        )
+        if pairs
+    ]
+    if differences:
+        raise ValueError(
+            f"the model's LoRA pairs are not those that the optimizer was built for: {'; '.join(differences)}. "
+            "Adapters were added, activated, deactivated, deleted or replaced since, or it is the optimizer of another "
+            "model. Set trainer.optimizer = None, so that one is built for the model as it is now, or make a new "
+            "trainer."
+        )
+
+
 def _with_names(params: Iterable[Any], position: int, of_factors: Mapping[int, str]) -> list[tuple[str, Any]]:
-    """Parameters of the group at a position with their names; names that exist are kept."""
+    """The parameters of the group at a position with their names, the given names among them."""
     return [
         each if isinstance(each, tuple) else (of_factors.get(id(each), f"param_group_{position}.{index}"), each)
         for index, each in enumerate(params)

@@ -86,7 +86,6 @@ class LoRAProAdamW(PairOptimizer):
         for device in {pair.A.device for pair in pairs}:
             rule.check_device(device)
         self.last_grad_norm: Tensor | None = None
-        self._pairs_skipped: Tensor | None = None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, pairs, defaults, config)
 
@@ -108,7 +107,7 @@ class LoRAProAdamW(PairOptimizer):
                 has met an error (known at once on CPUs alone); or a closure is given under DeepSpeed. The step has
                 changed nothing in any of these cases, on any rank that shares the state.
         """
-        if closure is not None and self.engine_step is not None:
+        if closure is not None and self.has_engine:
             raise RuntimeError(
                 "LoRAProAdamW takes no closure under DeepSpeed, whose engine runs the backward pass and the step. Call "
                 "engine.backward(loss) and engine.step()."
@@ -117,34 +116,12 @@ class LoRAProAdamW(PairOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.engine_step is not None:
-            self.engine_step()
+        if self._on_step is not None:
+            self._on_step()
         else:
             with self._together():
                 self._step(self._current_shares(), self._ordinary())
         return loss
-
-    @torch.no_grad()
-    def step_pairs(self) -> None:
-        """Step the pairs and nothing else; for engines that step the other parameters at another time."""
-        with self._together():
-            self._step(self._current_shares(), [])
-
-    @torch.no_grad()
-    def step_ordinary(self, groups: Iterable[dict[str, Any]]) -> None:
-        """AdamW on all parameters of some groups; for engines that put their own tensors there.
-
-        Left out like the pairs' step where that has been left out by `step_pairs` since `begin_engine_step`.
-        """
-        for group in groups:
-            parameters = [p for p in group["params"] if p.grad is not None]
-            skip = torch.zeros(()) if self._pairs_skipped is None else self._pairs_skipped
-            step_ordinary(parameters, self.state, group, skip)
-
-    def begin_engine_step(self) -> None:
-        """Forget whether the pairs' last step has been left out; see that the training starts from finite values."""
-        self._require_finite_start()  # an engine may leave out each step before it gets here
-        self._pairs_skipped = None
 
     def _step(self, shares: Shares, ordinary: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
         has_gradient = shares.fetch()
@@ -153,7 +130,7 @@ class LoRAProAdamW(PairOptimizer):
                 f"none of the {len(self.pairs)} LoRA pairs has a gradient. Call loss.backward() before step(), and "
                 "build the optimizer from the model that is trained, with the adapter active that it was built for."
             )
-        require_finite_rates(self.param_groups)
+        require_finite_rates(self._whole_groups)
         self._consolidated = None
         with exact_arithmetic(self._stacks):
             self._step_all(shares, read_stacks(self._stacks, self.config), ordinary)
@@ -192,7 +169,7 @@ class LoRAProAdamW(PairOptimizer):
         rule = self.rule
         while read:  # frees the buffers of each stack as soon as it has been stepped
             each, state = read.pop(), states.pop()
-            groups = (self.param_groups[each.stack.groups[0]], self.param_groups[each.stack.groups[1]])
+            groups = (self._whole_groups[each.stack.groups[0]], self._whole_groups[each.stack.groups[1]])
             rule.take_step(each, state, groups, found_inf.to(each.stack.device), shared_norm)
 
     def _measure(self, read: list[StackGradient], gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -220,7 +197,7 @@ class LoRAProAdamW(PairOptimizer):
         return torch.stack([norm, shared]), (~(longest <= limit)).float()  # NaN is not less than anything
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "last_grad_norm": None, "_pairs_skipped": None}
+        return {**super().__getstate__(), "last_grad_norm": None}
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:

@@ -180,6 +180,6 @@ class CheckpointMixin(MethodsMixin, LoadingMixin):
     def _save_optimizer_and_scheduler(self, *args: Any, **kwargs: Any) -> None:
         """As the parent, which asks rank 0 alone for a state that the ranks may share out."""
         optimizer = unwrap_optimizer(self.optimizer)
-        if isinstance(optimizer, LoRAProAdamW) and optimizer.engine_step is None:
+        if isinstance(optimizer, LoRAProAdamW) and not optimizer.has_engine:
             optimizer.consolidate_state_dict()
         super()._save_optimizer_and_scheduler(*args, **kwargs)

@@ -18,6 +18,7 @@ from lorapro_hf.distributed.engines import require_supported_engine
 from lorapro_hf.distributed.zero_configuration import require_configuration, settle_clipping
 from lorapro_hf.factors.pairs import find_lora_pairs
 from lorapro_hf.optim.factory import LoRAProOptimizerFactory, create_lorapro_optimizer, take_settings
+from lorapro_hf.optim.groups import require_same_pairs
 from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.optim.memory import readable_bytes
 from lorapro_hf.trainer.arguments import LoRAProTrainingArguments
@@ -229,7 +230,8 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
             self.optimizer = self._build_lora_pro_optimizer(self.model if model is None else model)
             self._lora_pro_announced = False
         elif not self._is_by_engine:
-            unwrap_optimizer(self.optimizer).require_pairs(find_lora_pairs(self.model))
+            optimizer = unwrap_optimizer(self.optimizer)
+            require_same_pairs(optimizer.pairs, optimizer.param_groups, find_lora_pairs(self.model))
         self._announce()
         return self.optimizer
 

@@ -1,9 +1,10 @@
-"""Which names that other libraries do not promise does LoRA-Pro use, and with which releases has it been tested?
+"""Which names and methods that other libraries do not promise does LoRA-Pro use, and which releases were tested?
 
 A private name may change with any release. Each is read through `private`, which raises an error that names the release
-and the name where it is gone. No default takes its place: it could stand for an older gradient or another scale. A
-release that is newer than the newest tested one is a warning for DeepSpeed alone, whose names hold the gradients and
-masters of each step; torch and transformers would warn every user at each release.
+and the name where it is gone. No default takes its place: it could stand for an older gradient or another scale.
+
+A release newer than the newest tested one is a warning for DeepSpeed alone, whose names hold the gradients and masters
+of each step. For torch and transformers it would warn every user at each release.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from importlib import import_module, metadata
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 # The oldest and the newest release that the tests have run with; a test compares them with requirements/.
 TESTED = {
@@ -28,13 +28,41 @@ logger = logging.getLogger(__name__)
 _warned: set[str] = set()
 
 
-@dataclass(frozen=True)
-class PrivateName:
+class PrivateName(NamedTuple):
     """A name, the package that has it, and its use as a clause that begins with "which"."""
 
     package: str
     name: str
     use: str
+
+
+class ReplacedMethod(NamedTuple):
+    """A method of another package that LoRA-Pro wraps or overrides without a promise that the package calls it."""
+
+    package: str
+    owner: str
+    name: str
+    reason: str
+
+
+REPLACED = (
+    ReplacedMethod("deepspeed", "ZeRO optimizer", "step", "copies the raw gradients before ZeRO frees or scales them"),
+    ReplacedMethod("deepspeed", "DeepSpeedEngine", "save_checkpoint", "writes the moments before `latest` is updated"),
+    ReplacedMethod("deepspeed", "DeepSpeedEngine", "load_checkpoint", "checks the moments first and loads them last"),
+    ReplacedMethod("transformers", "Trainer", "_save", "writes settings and card, and checks the saved adapter"),
+    ReplacedMethod("transformers", "Trainer", "_save_checkpoint", "writes the manifest when all files are complete"),
+    ReplacedMethod("transformers", "Trainer", "_save_rng_state", "waits for the files of all ranks"),
+    ReplacedMethod("transformers", "Trainer", "_save_optimizer_and_scheduler", "collects the state that ranks share"),
+    ReplacedMethod("transformers", "Trainer", "_load_optimizer_and_scheduler", "loads no state of other ranks"),
+    ReplacedMethod("transformers", "Trainer", "_load_from_checkpoint", "loads all adapters into their parameters"),
+    ReplacedMethod("transformers", "Trainer", "_load_best_model", "loads all adapters into their parameters"),
+    ReplacedMethod("transformers", "Trainer", "_maybe_log_save_evaluate", "checks skipped steps on all ranks"),
+    ReplacedMethod("transformers", "Trainer", "_push_from_checkpoint", "pushes settings, card and manifest"),
+    ReplacedMethod("transformers", "Trainer", "_finish_current_push", "reports pushes that failed in the background"),
+)
+"""The table of `docs/support.md`; each method calls the one that it replaces."""
+
+METHODS_OF_TRAINER = (*(method.name for method in REPLACED if method.owner == "Trainer"), "_get_output_dir")
 
 
 def _named(library: str, use: str, *names: str) -> Iterable[tuple[str, PrivateName]]:
@@ -47,12 +75,6 @@ _SECTIONS = ("zero_config", "float16_config", "bfloat16_config", "compile_config
 _MASTERS = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat")
 _FRAGMENT = ("_hp_mapping", "lp_fragment_address", "hp_fragment_address", "param_group_index")
 _PARTITION = ("ds_shape", "ds_numel", "partition_numel", "grad_position", "get_param_id")
-METHODS_OF_TRAINER = (
-    *("_save", "_save_checkpoint", "_save_rng_state", "_save_optimizer_and_scheduler", "_get_output_dir"),
-    "_maybe_log_save_evaluate",
-    *("_load_optimizer_and_scheduler", "_load_from_checkpoint", "_load_best_model"),
-    *("_push_from_checkpoint", "_finish_current_push"),
-)
 _GRADIENTS = ("get_lp_grad_fragment", "_index_in_param_group", "grad_partitions_flat_buffer")
 _SCALES = ("loss_scale", "clip_grad", "_global_grad_norm")
 
@@ -81,11 +103,11 @@ def private(holder: object, name: str) -> Any:
     """An attribute that a library does not promise.
 
     Args:
-        holder: the object that has it, or the whole name of the module that has it.
+        holder: the object that has it, or the full name of the module that has it.
         name: one of `PRIVATE`.
 
     Raises:
-        RuntimeError: the installed release has no such name. The message says which releases have been tested.
+        RuntimeError: the installed release has no such name. The message names the tested releases.
     """
     row = PRIVATE[name]
     try:
@@ -100,14 +122,14 @@ def private(holder: object, name: str) -> Any:
 
 
 def tested(library: str) -> str:
-    """A library and its releases that have been tested."""
+    """The title of a library and its tested releases."""
     oldest, newest = TESTED[library]
     releases = oldest if oldest == newest else f"{oldest} to {newest}"
     return f"{_TITLES.get(library, library)} {releases}"
 
 
 def warn_if_newer(library: str) -> None:
-    """Warn, once in a process, that a library is newer than the newest release that has been tested."""
+    """Warn, once in a process, if the installed release of a library is newer than the newest tested one."""
     if library in _warned or _numbers(metadata.version(library)) <= _numbers(TESTED[library][1]):
         return
     _warned.add(library)

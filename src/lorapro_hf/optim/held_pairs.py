@@ -1,0 +1,159 @@
+"""Which pairs and param groups does an optimizer hold, which rank steps which pair, and where are its moments?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.distributed.access import Access, access_to, local
+from lorapro_hf.distributed.ownership import Shares, everyone
+from lorapro_hf.factors.pairs import LoRAPair
+from lorapro_hf.factors.stacks import Stack, stacks_of
+from lorapro_hf.optim.groups import check_hyperparameters, group_positions, name_parameters
+from lorapro_hf.optim.memory import state_bytes_by_device
+from lorapro_hf.optim.rules import rule_of
+from lorapro_hf.optim.rules.base import UpdateRule
+from lorapro_hf.optim.state import StackState
+
+Groups = list[dict[str, Any]]
+
+
+class HeldPairs(torch.optim.Optimizer):
+    """The pairs and param groups of an optimizer, as `PairOptimizer` describes them."""
+
+    def __init__(
+        self, params: Iterable[Any], pairs: Sequence[LoRAPair], defaults: dict[str, Any], config: LoRAProConfig
+    ) -> None:
+        if not pairs:
+            raise ValueError("no LoRA pairs to optimize; pass find_lora_pairs(model), or use torch.optim.AdamW.")
+        check_hyperparameters(defaults)
+        self.config = config
+        self.pairs = list(pairs)
+        self._forget_run()
+        super().__init__(params, {**defaults, "betas": tuple(defaults["betas"])})
+        self.param_groups[0].setdefault("skipped_steps", 0)
+        self._find_groups()
+
+    def _forget_run(self) -> None:
+        """Set all attributes that are neither pickled nor copied to what they are before the first step."""
+        self.access: Access | None = None
+        self.saved_collectively = False
+        self._on_step: Callable[[], None] | None = None
+        self._groups_in_step: Groups | None = None
+        self._positions: dict[int, tuple[int, int]] = {}
+        self._shares: Shares | None = None
+        self._stacks: list[Stack] = []
+        self._moments: dict[Stack, StackState] = {}
+        self._signature: list[Any] = []
+        self._of_pairs: set[int] = set()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of factors or of other parameters, as in `torch.optim.Optimizer`.
+
+        If some parameters of the optimizer have names, the others get one: a factor its name in the model, any other
+        parameter its place, such as `"param_group_4.0"` for the first of the fifth group.
+        """
+        merged = {**self.defaults, **param_group}
+        check_hyperparameters(merged)
+        self.rule.check_group(merged)
+        name_parameters(param_group, self.param_groups, self.pairs)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        # A checkpoint must agree in these; state_dict saves what a group holds.
+        group["lora_pro_mode"] = self.config.mode
+        group["moments_dtype"] = self.config.moments_dtype
+        group["master_factors"] = self.config.master_factors
+        group["param_shapes"] = [list(parameter.shape) for parameter in group["params"]]
+
+    def estimated_state_bytes(self) -> int:
+        """Bytes of optimizer state on this rank once all parameters have been stepped."""
+        own = self._current_shares().own
+        ordinary = [local(p) for _, parameters in self._ordinary() for p in parameters if p.requires_grad]
+        return sum(state_bytes_by_device(own, self.config, ordinary).values())
+
+    @property
+    def rule(self) -> UpdateRule:
+        """The update rule of the mode."""
+        return rule_of(self.config)
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether an engine decides when parameters are stepped, see `attach_engine`."""
+        return self._on_step is not None
+
+    def group_positions(self, pair: LoRAPair) -> tuple[int, int]:
+        """The positions of the param groups that A and B of a pair belong to."""
+        return self._positions[id(pair)]
+
+    def _current_shares(self) -> Shares:
+        """Who steps which pairs; the stacks are built anew when parameters or groups have been replaced."""
+        factors = [factor for pair in self.pairs for factor in (pair.A, pair.B, *pair.tied_parameters)]
+        shared = self.config.shard_states
+        signature = [
+            list(map(id, factors)),
+            [factor.dtype for factor in factors],
+            [factor.device for factor in factors],
+            [] if self.has_engine else [list(map(id, group["params"])) for group in self.param_groups],
+            (self.access, self.saved_collectively if shared is None else shared),
+        ]
+        if self._shares is None or signature != self._signature:
+            if not self.has_engine:
+                self._find_groups()
+            access = self.access or access_to(self.pairs, everyone())
+            keeps_all = shared is False or (shared is None and access.in_place and not self.saved_collectively)
+            self._shares = Shares(self.pairs, access, shared=not keeps_all)
+            self._stacks = stacks_of(self._shares.own, self.group_positions, factors=self._shares.factors)
+            self._moments, self._signature = {}, signature
+            self._of_pairs = set(map(id, factors))
+        for stack in self._stacks:
+            self._check_groups(stack.pairs[0].name, *stack.groups)
+        return self._shares
+
+    def _moments_of(self, stack: Stack) -> StackState:
+        """The moments of a stack, read from `state` after that was loaded or moved."""
+        moments = self._moments.get(stack)
+        if moments is None or not moments.is_shown_by(self.state):
+            moments = self._moments[stack] = StackState(stack, self.rule.specs(stack.pairs[0]))
+            moments.adopt(self.state)
+        return moments
+
+    @property
+    def _whole_groups(self) -> Groups:
+        """All param groups, also while an engine has cut them down in its step."""
+        return self.param_groups if self._groups_in_step is None else self._groups_in_step
+
+    def _ordinary(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
+        """The groups with their parameters that belong to no pair; call `_current_shares` first."""
+        return [(group, [p for p in group["params"] if id(p) not in self._of_pairs]) for group in self.param_groups]
+
+    def _find_groups(self) -> None:
+        self._positions = group_positions(self.pairs, self.param_groups)
+        for pair in self.pairs:
+            self._check_groups(pair.name, *self.group_positions(pair))
+
+    def _check_groups(self, name: str, position_A: int, position_B: int) -> None:
+        """Raise if the two groups of a pair contradict each other."""
+        if position_A != position_B:
+            self.rule.check_groups(name, self._whole_groups[position_A], self._whole_groups[position_B])
+
+    def __repr__(self) -> str:
+        groups = self.param_groups
+        lines = [f"{len(self.pairs)} pairs, {self.rule.description}"]
+        lines += [
+            f"group {position}: lr={float(group['lr']):g}, weight_decay={group['weight_decay']:g}, "
+            f"parameters={len(group['params'])}"
+            for position, group in enumerate(groups)
+        ]
+        return "\n".join([f"{type(self).__name__} (", *(f"    {line}" for line in lines), ")"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "pairs": self.pairs, "config": self.config}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "pairs" in state:  # torch calls this with the groups and state of a checkpoint, too
+            self._forget_run()

@@ -92,7 +92,7 @@ def describe_lora_pro(model: nn.Module, settings: Settings) -> dict[str, str]:
         }
     rows |= _targets(adapter)
     if pairs:
-        layers_of = Counter(_layer_kind(pair.name) for pair in pairs)
+        layers_of = Counter(layer_kind(pair.name) for pair in pairs)
         rows["adapted layers"] = ", ".join(f"`{name}` ({count})" for name, count in sorted(layers_of.items()))
         of_pairs = {id(p) for pair in pairs for p in (pair.A, pair.B, *pair.tied_parameters)}
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -147,7 +147,7 @@ def _unusual(settings: Mapping[str, Any]) -> dict[str, str]:
     return rows
 
 
-def _layer_kind(name: str) -> str:
+def layer_kind(name: str) -> str:
     """`"q_proj"` for `"model.layers.0.self_attn.q_proj"`."""
     parts = [part for part in name.split(".") if not part.isdigit() and part != "base_layer"]
     return parts[-1] if parts else name

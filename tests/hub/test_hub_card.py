@@ -145,7 +145,8 @@ def test_snippet_loads_the_adapter(make: Any, tag: str, runs: bool, head: str | 
 
 
 @pytest.mark.parametrize(
-    ("make", "head", "size"), [(vit, "classifier", "num_labels"), (wav2vec2, "lm_head", "vocab_size")]
+    ("make", "head", "size"),
+    [pytest.param(vit, "classifier", "num_labels", marks=pytest.mark.slow), (wav2vec2, "lm_head", "vocab_size")],
 )
 def test_snippet_replaces_the_head_of_the_checkpoint(make: Any, head: str, size: str, tmp_path: Path) -> None:
     base, inputs = make()

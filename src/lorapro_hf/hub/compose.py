@@ -40,10 +40,9 @@ class CardFacts:
         tags: tags besides `lora-pro`, `lora` and `peft`.
         license: the adapter's license, by the Hub's name for it.
         language: language of the data.
-        best_step: the step whose weights were loaded at the end.
         evaluated_on: `type`, `name`, `config` and `split` of the evaluation data.
         trained_with: library and method of the training, in Markdown.
-        badges, sentences, citations: Markdown of other libraries.
+        markdown: lists of Markdown from other libraries: `badges`, `sentences` and `citations`.
         metadata: further metadata.
         with_picture: whether to draw the losses.
         reported: reasons of earlier warnings, see `write_or_warn`.
@@ -61,12 +60,9 @@ class CardFacts:
     tags: str | Sequence[str] = ()
     license: str | None = None
     language: str | Sequence[str] | None = None
-    best_step: int | None = None
     evaluated_on: dict[str, str] = field(default_factory=dict)
     trained_with: str = ""
-    badges: list[str] = field(default_factory=list)
-    sentences: list[str] = field(default_factory=list)
-    citations: list[str] = field(default_factory=list)
+    markdown: Mapping[str, list[str]] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     with_picture: bool = True
     reported: set[str] = field(default_factory=set)
@@ -85,10 +81,11 @@ def compose_card(model: Any, settings: Settings | None, folder: Path, facts: Car
     loading = loading_values(model, facts.processing_class)
     during, _ = split_at_end(facts.log_history)
     optimizer = describe_optimizer(settings) if settings else {}
-    metrics = numbers_of(facts.metrics or {}) or final_evaluation(facts.log_history, facts.best_step)
+    metrics = numbers_of(facts.metrics or {}) or final_evaluation(facts.log_history)
     datasets = [name for name in listed(facts.datasets) if name_on_hub(name)]
     values = {
         **loading,
+        **facts.markdown,
         **_evaluations(evaluations_by_step(during)),
         "title": facts.model_name or (facts.repo_id or folder.resolve().name).split("/")[-1],
         "base_model": base_model,
@@ -102,9 +99,6 @@ def compose_card(model: Any, settings: Settings | None, folder: Path, facts: Car
         "picture": _picture(during, folder / PICTURE, facts.reported) if facts.with_picture else "",
         "versions": _versions(with_trl=bool(facts.trained_with)),
         "trained_with": facts.trained_with,
-        "badges": facts.badges,
-        "sentences": facts.sentences,
-        "citations": facts.citations,
     }
     tags = ["lora", "peft", *listed(facts.metadata.get("tags")), *listed(facts.tags)]
     tags += ["lora-pro"] if settings else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import re
@@ -18,7 +19,6 @@ from lorapro_hf.hub.card import (
     CARD,
     add_to_card,
     content_of,
-    is_replaceable,
     kept_metadata,
     library_of,
     restore,
@@ -27,6 +27,7 @@ from lorapro_hf.hub.card import (
 )
 from lorapro_hf.hub.compose import CardFacts, compose_card, listed
 from lorapro_hf.hub.describe import dataset_names, describe_lora_pro, describe_optimizer, name_on_hub
+from lorapro_hf.hub.logs import final_evaluation
 from lorapro_hf.hub.push import explained, make_branch, remedy
 from lorapro_hf.hub.settings import Settings
 from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
@@ -38,18 +39,7 @@ else:
     _Base = object
 
 # Names that `datasets` gives to data of local files.
-_GENERIC = {
-    "csv",
-    "json",
-    "text",
-    "parquet",
-    "arrow",
-    "pandas",
-    "generator",
-    "imagefolder",
-    "audiofolder",
-    "webdataset",
-}
+_LOCAL = {"csv", "json", "text", "parquet", "arrow", "pandas", "generator", "imagefolder", "audiofolder", "webdataset"}
 
 logger = logging.getLogger(__name__)
 
@@ -75,16 +65,18 @@ class HubMixin(_Base):
         output_dir = kwargs.get("output_dir", args[0] if args else None)
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         card = folder / CARD
-        before, replaceable = content_of(card), is_replaceable(card)
+        before, kept = content_of(card), None
+        with contextlib.suppress(OSError):  # then the card stays as it is
+            kept = kept_metadata(card)
         model = self.accelerator.unwrap_model(self.model)
         if hasattr(model, "add_model_tags"):
             model.add_model_tags("lora-pro")  # PEFT and push_to_hub of the model take the tags of a card from there
         with without_card_of_peft(model):
             super()._save(*args, **kwargs)
         self._lora_pro_settings().save(folder)
-        if replaceable:
+        if kept is not None:
             from_parent = content_of(card) != before
-            self._write_card(card, lambda: self._renew_card(folder, from_parent))
+            self._write_card(card, lambda: self._renew_card(folder, kept, from_parent))
         elif before is not None:
             restore(card, before)
 
@@ -110,7 +102,7 @@ class HubMixin(_Base):
                 return
             if not library_of(card):
                 self._card_request = (given, ModelCard.load(card, ignore_metadata_errors=True))
-            self._renew_card(card.parent, True, kept)
+            self._renew_card(card.parent, kept, True)
 
         self._write_card(card, write)
         return made
@@ -121,13 +113,13 @@ class HubMixin(_Base):
             self._reported_of_cards = set()
         write_or_warn(card, write, self._reported_of_cards)
 
-    def _renew_card(self, folder: Path, from_parent: bool, kept: Mapping[str, Any] | None = None) -> None:
+    def _renew_card(self, folder: Path, kept: Mapping[str, Any], from_parent: bool) -> None:
         """Write the card of a saved folder, with the last arguments of `create_model_card`.
 
         Args:
             folder: where the adapter lies.
+            kept: metadata of the earlier card, from `kept_metadata`.
             from_parent: whether the parent has just written the card.
-            kept: metadata of the earlier card; by default of the card in the folder.
         """
         model, settings, card = self.accelerator.unwrap_model(self.model), self._lora_pro_settings(), folder / CARD
         if library_of(card):
@@ -136,7 +128,7 @@ class HubMixin(_Base):
             return
         given, written = self._card_request
         facts = self._card_facts(given, written or ModelCard("---\n{}\n---\n"))
-        facts.metadata = {**(kept_metadata(card) if kept is None else kept), **facts.metadata}
+        facts.metadata = {**kept, **facts.metadata}
         if self._reported_of_cards is not None:
             facts.reported = self._reported_of_cards
         if folder.resolve() != Path(self.args.output_dir).resolve():
@@ -218,7 +210,7 @@ class HubMixin(_Base):
         metadata, best = card.data.to_dict(), self.loaded_best_checkpoint
         stated = listed(given.get("dataset_tags")) or listed(given.get("dataset_name"))
         datasets = stated or dataset_names(self.train_dataset) or listed(metadata.get("datasets"))
-        datasets = [name for name in datasets if name not in _GENERIC and name_on_hub(name)]
+        datasets = [name for name in datasets if name not in _LOCAL and name_on_hub(name)]
         if metadata.get("base_model") is None or given.get("finetuned_from") is None:
             metadata.pop("base_model", None)  # a path or nothing, if the model does not know better
         if isinstance(given.get("tasks"), str):
@@ -233,13 +225,13 @@ class HubMixin(_Base):
             data=" and ".join(listed(given.get("dataset"))) or ("" if datasets else self._data()),
             evaluated_on=self._evaluated_on(given, datasets),
             log_history=self.state.log_history,
-            best_step=int(best.rsplit("-", 1)[-1]) if best is not None else None,
+            metrics=final_evaluation(self.state.log_history, None if best is None else int(best.rsplit("-", 1)[-1])),
             hyperparameters=self._hyperparameters(),
             processing_class=self.processing_class,
             trained_with=self._trained_with(),
             tags=["generated_from_trainer", *listed(given.get("tags")), *listed(model_tags)],
             metadata=metadata,
-            **_markdown_of_parent(card.text),
+            markdown=_markdown_of_parent(card.text),
         )
 
     def _hyperparameters(self) -> dict[str, str]:
@@ -280,7 +272,7 @@ class HubMixin(_Base):
         return ""
 
 
-def _markdown_of_parent(text: str) -> dict[str, Any]:
+def _markdown_of_parent(text: str) -> dict[str, list[str]]:
     """Badges of experiment trackers, the method's paper and citations in the card of another library."""
     cited = re.findall(r"^(Cite [^\n]+:)\s*\n\s*```bibtex\n(.*?)\n```", text, re.MULTILINE | re.DOTALL)
     return {

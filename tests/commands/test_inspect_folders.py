@@ -20,7 +20,7 @@ from lorapro_hf.checkpoints.manifest import MANIFEST
 from lorapro_hf.checkpoints.resume import find_flaw
 from lorapro_hf.commands.inspect.report import Report
 from lorapro_hf.commands.inspect.show import show
-from lorapro_hf.commands.inspect.sources import Wish, inspect_source
+from lorapro_hf.commands.inspect.sources import Request, inspect_source
 from lorapro_hf.options import UsageError
 from trainer_helpers import arguments, build, tiny_base
 
@@ -97,7 +97,7 @@ def resumes(kind: str, root: Path, checkpoint: Path | bool, output: Path) -> boo
 
 def inspected(folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, Report]:
     """Exit code, screen and report, as the command has them."""
-    report = inspect_source(Wish(str(folder)))
+    report = inspect_source(Request(str(folder)))
     show(report)
     return 0 if report.is_trainable else 1, " ".join(capsys.readouterr().out.split()), report
 
@@ -125,7 +125,17 @@ CHECKPOINTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", CHECKPOINTS)
+def grid(cases: dict[str, Any], fast: set[str]) -> list[Any]:
+    return [pytest.param(case, marks=() if case in fast else pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize(
+    "case",
+    grid(
+        CHECKPOINTS,
+        {"complete, two adapters", "save_only_model, with a name", "no state", "named adapter cut off", "no adapter"},
+    ),
+)
 def test_a_checkpoint_is_ready_where_the_trainer_resumes(
     case: str, root: Path, copied: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -140,6 +150,37 @@ def test_a_checkpoint_is_ready_where_the_trainer_resumes(
     if code == 0:
         assert [each.name for each in report.adapters] == ADAPTERS[kind]
         assert sum(group.count for group in report.pairs) == 4
+
+
+WEIGHTS_ALONE = "only its weights, for a new training"
+
+
+@pytest.mark.parametrize(
+    ("change", "verdict"),
+    [
+        (lambda f: cut(f / "optimizer.pt"), WEIGHTS_ALONE),
+        (lambda f: remove(f, STATE), WEIGHTS_ALONE),
+        (lambda f: cut(f / WEIGHTS), "no, see below"),
+        (lambda f: remove(f, WEIGHTS), "no, see below"),
+        (change_rank, "no, see below"),
+    ],
+    ids=["optimizer cut off", "no state", "adapter cut off", "no adapter", "another rank"],
+)
+def test_a_damaged_checkpoint_tells_the_ways_on(
+    change: Callable[[Path], None], verdict: str, copied: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+):
+    folder = copied("plain") / "checkpoint-2"
+    change(folder)
+    code, screen, _ = inspected(folder, capsys)
+    assert code == 1 and f"ready for LoRA-Pro {verdict}" in screen
+    assert ("is_trainable=True" in screen) is (verdict == WEIGHTS_ALONE)
+    beside = folder.with_name("checkpoint-1")
+    assert (f"The newest complete checkpoint beside it is {beside}" in screen) is (change is not change_rank)
+    if verdict == WEIGHTS_ALONE:
+        PeftModel.from_pretrained(tiny_base(), folder, is_trainable=True)
+    remove(beside, STATE)
+    _, screen, _ = inspected(folder, capsys)
+    assert "There is no complete checkpoint beside it" in screen or change is change_rank
 
 
 def test_an_adapter_that_does_not_fit_its_settings_is_refused_as_by_resume(
@@ -184,7 +225,7 @@ def test_a_checkpoint_of_another_optimizer(copied: Callable[[str], Path]):
     weight.sum().backward()
     optimizer.step()
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-    found = inspect_source(Wish(str(folder))).checkpoint
+    found = inspect_source(Request(str(folder))).checkpoint
     assert found is not None and found.optimizer == "another optimizer" and found.settings == {"learning_rate": 3e-4}
 
 
@@ -224,7 +265,9 @@ OUTPUTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", OUTPUTS)
+@pytest.mark.parametrize(
+    "case", grid(OUTPUTS, {"finished, two adapters", "stopped, with a name", "newest unfinished", "none finished"})
+)
 def test_an_output_folder_says_which_checkpoints_it_holds(
     case: str, root: Path, copied: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ):
@@ -253,12 +296,12 @@ def test_a_finished_training_without_checkpoints(copied: Callable[[str], Path], 
 def test_trainings_inside_a_training_are_not_its_adapters(copied: Callable[[str], Path]):
     folder = copied("plain")
     copied("two").rename(folder / "second")
-    assert [each.name for each in inspect_source(Wish(str(folder))).adapters] == ["default"]
+    assert [each.name for each in inspect_source(Request(str(folder))).adapters] == ["default"]
 
 
 def test_a_folder_of_trainings(root: Path):
     with pytest.raises(UsageError) as raised:
-        inspect_source(Wish(str(root)))
+        inspect_source(Request(str(root)))
     assert str(raised.value).endswith(
         f"Did you mean {', '.join(str(root / name) for name in ('base', *sorted(ADAPTERS)))}?"
     )
@@ -272,7 +315,7 @@ def test_what_peft_saves_by_itself(root: Path, tmp_path: Path, capsys: pytest.Ca
             assert code == 0 and [each.name for each in report.adapters] == names
             assert report.checkpoint is None and not report.checkpoints and not report.notes
     with pytest.raises(UsageError, match=r"Did you mean .*named/mine\?"):
-        inspect_source(Wish(str(tmp_path / "named")))
+        inspect_source(Request(str(tmp_path / "named")))
 
 
 def test_a_named_adapter_whose_base_is_not_there(copied: Callable[[str], Path], capsys: pytest.CaptureFixture[str]):

@@ -1,6 +1,6 @@
-"""What the tests of the Hub run in processes of their own, whose endpoint is the server in hub_server.py.
+"""What the tests of the Hub run in a process of its own, whose endpoint is the server in hub_server.py.
 
-`python hub_jobs.py JOB FOLDER` prints one line of JSON, the last.
+`python hub_jobs.py FOLDER` prints one line of JSON, the last.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def push(folder: Path) -> dict[str, Any]:
     trainer = trainer_of(folder / "branches", model_of(folder / "base"), flags)
     trainer.train()
     trainer.push_to_hub("Last", revision="end")
-    return {"commit": commit.oid, "settings": load_lora_pro_config("writer/plain").to_dict(), "failed": fail(folder)}
+    settings = load_lora_pro_config("writer/plain").to_dict()
+    return {"commit": commit.oid, "settings": settings, "failed": fail(folder), "loaded": load(folder)}
 
 
 def fail(folder: Path) -> dict[str, Any]:
@@ -86,7 +87,9 @@ def fail(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Load what was pushed as the card says, where this package cannot be imported."""
+    """Load what was pushed as the card says, without this package, which cannot be imported from here on."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lorapro_hf"]:
+        del sys.modules[name]
     sys.modules["lorapro_hf"] = None  # type: ignore[assignment]
     from huggingface_hub import ModelCard, snapshot_download
 
@@ -104,4 +107,4 @@ def load(folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps({"push": push, "load": load}[sys.argv[1]](Path(sys.argv[2]))))
+    print(json.dumps(push(Path(sys.argv[1]))))

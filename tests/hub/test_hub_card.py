@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import (
     BertConfig,
@@ -33,9 +33,10 @@ from hub_server import card_problems
 from lorapro_hf import LoRAProConfig, LoRAProTrainer, LoRAProTrainingArguments, create_lorapro_optimizer
 from lorapro_hf.hub import create_model_card, load_lora_pro_config, push_adapter, save_adapter
 from lorapro_hf.hub.curves import draw_curves, loss_curves
-from lorapro_hf.hub.describe import dataset_names, evaluations_by_step, final_evaluation, number
+from lorapro_hf.hub.describe import dataset_names
+from lorapro_hf.hub.logs import evaluations_by_step, final_evaluation, number
 from lorapro_hf.hub.usage import task_of
-from lorapro_hf.trainer.hub_mixin import _of_parents_text
+from lorapro_hf.trainer.hub_mixin import _markdown_of_parent
 from trainer_helpers import arguments, build, sequences, tiny_lora
 
 TOKENS = {"vocab_size": 48, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -43,11 +44,19 @@ SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "i
 IDS = torch.arange(3, 11)[None]
 
 
-def trained(folder: Path, **settings: Any) -> LoRAProTrainer:
-    settings = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, **settings}
-    trainer = build(LoRAProTrainer, arguments(folder, LoRAProTrainingArguments, **settings))
-    trainer.train()
-    return trainer
+def trainer_in(folder: Path, **settings: Any) -> LoRAProTrainer:
+    return build(LoRAProTrainer, arguments(folder, LoRAProTrainingArguments, **settings))
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory: pytest.TempPathFactory) -> LoRAProTrainer:
+    """A trainer after two steps, each with an evaluation and a checkpoint."""
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    made = trainer_in(
+        tmp_path_factory.mktemp("trained") / "run", lora_pro_mode="factored", weight_decay=0.1, **settings
+    )
+    made.train()
+    return made
 
 
 def heard(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -98,11 +107,11 @@ def whisper() -> tuple[Any, dict[str, Any]]:
     ("make", "tag", "runs", "head"),
     [
         (bert, "text-classification", True, "classifier"),
-        (reward, "text-classification", True, "score"),
+        pytest.param(reward, "text-classification", True, "score", marks=pytest.mark.slow),
         (t5, "text2text-generation", True, None),
-        (vit, "image-classification", False, "classifier"),
+        pytest.param(vit, "image-classification", False, "classifier", marks=pytest.mark.slow),
         (wav2vec2, "automatic-speech-recognition", False, "lm_head"),
-        (whisper, "automatic-speech-recognition", False, None),
+        pytest.param(whisper, "automatic-speech-recognition", False, None, marks=pytest.mark.slow),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -136,7 +145,8 @@ def test_snippet_loads_the_adapter(make: Any, tag: str, runs: bool, head: str | 
 
 
 @pytest.mark.parametrize(
-    ("make", "head", "size"), [(vit, "classifier", "num_labels"), (wav2vec2, "lm_head", "vocab_size")]
+    ("make", "head", "size"),
+    [pytest.param(vit, "classifier", "num_labels", marks=pytest.mark.slow), (wav2vec2, "lm_head", "vocab_size")],
 )
 def test_snippet_replaces_the_head_of_the_checkpoint(make: Any, head: str, size: str, tmp_path: Path) -> None:
     base, inputs = make()
@@ -156,11 +166,11 @@ def test_snippet_replaces_the_head_of_the_checkpoint(make: Any, head: str, size:
         torch.testing.assert_close(names["model"](**inputs).logits, model(**inputs).logits)
 
 
-def test_card_of_a_trainer(tmp_path: Path) -> None:
-    trainer = trained(tmp_path / "run", lora_pro_mode="factored", weight_decay=0.1)
+def test_card_of_a_trainer(trainer: LoRAProTrainer) -> None:
+    folder = Path(trainer.args.output_dir)
     trainer.save_model()
     trainer.create_model_card(finetuned_from="someone/llama", license="mit", dataset="sums", dataset_tags="me/sums")
-    card = ModelCard.load(tmp_path / "run" / "README.md")
+    card = ModelCard.load(folder / "README.md")
     assert card_problems(card.content) == []
     data, text = card.data, card.text
     assert data.base_model == "someone/llama" and data.to_dict()["library_name"] == "peft" and data.license == "mit"
@@ -171,7 +181,7 @@ def test_card_of_a_trainer(tmp_path: Path) -> None:
     assert (result.dataset_type, result.dataset_name, result.metric_type) == ("me/sums", "sums", "loss")
     assert result.metric_value == trainer.state.log_history[-2]["eval_loss"]
     assert text.count("# run\n") == 1 and "![Loss against step](training_curves.png)" in text
-    assert (tmp_path / "run" / "training_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "training_curves.png").read_bytes().startswith(b"\x89PNG")
     for row in (
         "| mode | factored |", "| update | linear (sylvester) |", "| trust region | 0.03 |",
         "| rank r | 4 |", "| alpha | 8 |", "| DoRA | no |",
@@ -181,20 +191,22 @@ def test_card_of_a_trainer(tmp_path: Path) -> None:
     assert "weight decay 0.1" in text and "LoRAProAdamW" in text and "adamw_torch" not in text
     assert "`q_proj` (2)" in text and text.count("- PEFT ") == 1 and "wang2025lorapro" in text
     assert 'from_pretrained("someone/llama")' in text
-
-
-def test_settings_travel_with_the_adapter(tmp_path: Path) -> None:
-    trainer = trained(tmp_path, save_strategy="steps", save_steps=1, lora_pro_mode="factored")
     trainer.save_model()
-    for folder in (tmp_path, tmp_path / "checkpoint-1"):
+    assert ModelCard.load(folder / "README.md").content == card.content
+
+
+def test_settings_travel_with_the_adapter(trainer: LoRAProTrainer) -> None:
+    trainer.save_model()
+    run = Path(trainer.args.output_dir)
+    for folder in (run, run / "checkpoint-1"):
         content = json.loads((folder / "lorapro_config.json").read_text())
         assert content["learning_rate"] == 0.01 and content["betas"] == [0.9, 0.999]
         assert load_lora_pro_config(folder) == LoRAProConfig(mode="factored", trust_region=0.03)
-    assert "lora-pro" in ModelCard.load(tmp_path / "checkpoint-1" / "README.md").data.tags
+    assert "lora-pro" in ModelCard.load(run / "checkpoint-1" / "README.md").data.tags
 
 
 def test_off_is_the_parent(tmp_path: Path) -> None:
-    trainer = trained(tmp_path, lora_pro=False)
+    trainer = trainer_in(tmp_path, lora_pro=False)
     trainer.save_model()
     trainer.create_model_card()
     assert not (tmp_path / "lorapro_config.json").exists()
@@ -202,40 +214,42 @@ def test_off_is_the_parent(tmp_path: Path) -> None:
     assert "lora-pro" not in ModelCard.load(tmp_path / "README.md").data.tags
 
 
-def test_later_save_leaves_the_card_alone(tmp_path: Path) -> None:
-    trainer = trained(tmp_path)
-    trainer.create_model_card(tags="mine")
-    before = (tmp_path / "README.md").read_text()
-    trainer.save_model()
-    assert (tmp_path / "README.md").read_text() == before and "- mine\n" in before
-
-
 def test_text_of_the_user_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    trainer, file = trained(tmp_path), tmp_path / "README.md"
-    trainer.save_model()  # PEFT's form
+    trainer, file = trainer_in(tmp_path), tmp_path / "README.md"
+    trainer.save_model()
     trainer.create_model_card(license="mit")
     trainer.create_model_card()
     assert heard(caplog) == [] and ModelCard.load(file).data.license == "mit"
     edited = file.read_text().replace("## Use it", "## Limits\n\nIt cannot swim.\n\n## Use it")
     file.write_text(edited)
     trainer.save_model()
+    assert heard(caplog) == []
     trainer.create_model_card()
     (warning,) = heard(caplog)
-    assert "edited by hand" in warning and "_README.edited-1.md" in warning
-    assert (tmp_path / "_README.edited-1.md").read_text() == edited
-    assert "swim" not in file.read_text()
-    file.write_text(file.read_text() + "\nAnother remark.\n")
+    assert f"{file} was edited by hand" in warning and "rename or delete it" in warning
+    trainer.is_in_train = True  # where the same warning is not repeated
     trainer.create_model_card()
-    assert "Another remark" in (tmp_path / "_README.edited-2.md").read_text()
+    trainer.create_model_card()
+    assert len(heard(caplog)) == 1 and file.read_text() == edited
+    file.unlink()
+    trainer.create_model_card()
+    assert "LoRA-Pro" in file.read_text()
 
 
-def test_card_of_another_program_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tmp_path.joinpath("README.md").write_text("---\nlicense: apache-2.0\nthumbnail: x.png\n---\n\n# By hand\n")
-    model = tiny_lora()
+def test_metadata_of_the_user_is_kept(tmp_path: Path) -> None:
+    model, file = tiny_lora(), tmp_path / "README.md"
     create_model_card(model, None, tmp_path)
-    assert "By hand" in (tmp_path / "_README.edited-1.md").read_text() and len(heard(caplog)) == 1
-    data = ModelCard.load(tmp_path / "README.md").data
-    assert data.license == "apache-2.0" and data.thumbnail == "x.png"
+    file.write_text(file.read_text().replace("---\n", "---\nlicense: apache-2.0\nthumbnail: x.png\n", 1))
+    data = create_model_card(model, None, tmp_path, language="en").data
+    assert (data.license, data.thumbnail, data.language) == ("apache-2.0", "x.png", "en")
+
+
+def test_card_of_another_program_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / "README.md"
+    file.write_text("# By hand\n")
+    with pytest.raises(FileExistsError, match=r"README\.md was edited by hand or written by another program"):
+        create_model_card(tiny_lora(), None, tmp_path)
+    assert file.read_text() == "# By hand\n"
 
 
 def test_without_matplotlib_there_is_no_picture(
@@ -315,7 +329,7 @@ def test_other_libraries_keep_their_say() -> None:
         "introduced in [A Title](https://x).\n\n## Citations\n\nCite DPO as:\n\n```bibtex\n@a{b}\n```\n\nCite TRL as:\n"
         "    \n```bibtex\n@c{d}\n```\n"
     )
-    found = _of_parents_text(text)
+    found = _markdown_of_parent(text)
     assert found["badges"] == ["[<img src='x' width='150'/>](https://runs/1)"]
     assert len(found["sentences"]) == 1 and [each[:8] for each in found["citations"]] == ["Cite DPO", "Cite TRL"]
 
@@ -371,11 +385,16 @@ def test_adapter_of_another_name(tmp_path: Path) -> None:
     assert 'subfolder="second"' in text and "| rank r | 2 |" in text
 
 
-def test_peft_template_is_what_save_pretrained_writes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_empty_form_of_peft_is_replaced(tmp_path: Path) -> None:
     tiny_lora().save_pretrained(tmp_path)
-    assert ModelCard.from_template(ModelCardData()).text.strip()[:40] in (tmp_path / "README.md").read_text()
-    create_model_card(tiny_lora(), None, tmp_path)
-    assert heard(caplog) == []
+    assert "More Information Needed" in (tmp_path / "README.md").read_text()
+    assert "LoRA-Pro" in create_model_card(tiny_lora(), None, tmp_path).text
+    (tmp_path / "README.md").unlink()
+    tiny_lora().save_pretrained(tmp_path)
+    form = (tmp_path / "README.md").read_text().replace("[More Information Needed]", "Me", 1)
+    (tmp_path / "README.md").write_text(form)
+    with pytest.raises(FileExistsError):
+        create_model_card(tiny_lora(), None, tmp_path)
 
 
 @pytest.mark.parametrize(

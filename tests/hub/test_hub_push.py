@@ -28,19 +28,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("hub")
 
 
-def run(job: str, folder: Path, hub: Hub, **environment: Any) -> Any:
-    command = [sys.executable, str(Path(__file__).parents[1] / "helpers" / "hub_jobs.py"), job, str(folder)]
-    # a new home for each: what is downloaded comes from the server
-    own = hub.environment(str(folder / f"home-{job}"), **environment)
-    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def pushed(hub: Hub, folder: Path) -> Any:
     hub.failures = {"writer/broken/commit": 500, "writer/broken-saves/commit": 500, "broken-storage.git": 403}
-    return run("push", folder, hub)
+    command = [sys.executable, str(Path(__file__).parents[1] / "helpers" / "hub_jobs.py"), str(folder)]
+    own = hub.environment(str(folder / "home"))  # a new home: downloads come from the server
+    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_every_save_pushes_adapter_settings_and_card(pushed: Any, hub: Hub) -> None:
@@ -106,8 +101,8 @@ def test_missing_branch_is_made(pushed: Any, hub: Hub, name: str, branch: str, t
     assert [commit.title for commit in repository.commits[1:]] == ([title] if name == "plain" else [])
 
 
-def test_pushed_adapter_loads_with_stock_peft(pushed: Any, hub: Hub, folder: Path) -> None:
-    loaded = run("load", folder, hub)
+def test_pushed_adapter_loads_with_stock_peft(pushed: Any, hub: Hub) -> None:
+    loaded = pushed["loaded"]
     assert loaded["same"] and loaded["adapter"] == "writer/every-save"
     assert set(loaded["files"]) == set(hub.repositories["writer/every-save"].files)
     assert "lora-pro" in loaded["tags"]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hub_helpers import model_of
 from hub_server import card_problems
-from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
+from lorapro_hf import LoRAProTrainer, LoRAProTrainerMixin, LoRAProTrainingArguments
 from lorapro_hf.hub import create_model_card, save_adapter
 from lorapro_hf.hub.describe import name_on_hub
 from trainer_helpers import arguments, build, tiny_base, tiny_lora
@@ -43,10 +43,10 @@ def test_every_save_writes_our_card(tmp_path: Path) -> None:
         assert (folder / "training_curves.png").exists() == ("training_curves" in card.text) == (folder == run)
 
 
-def test_save_renews_a_card_with_what_it_was_told(tmp_path: Path) -> None:
+def test_save_renews_a_card_with_the_arguments_of_the_last(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path)
     trainer.create_model_card(tags="mine", license="mit", dataset="sums")
-    trainer.train()
+    trainer.state.log_history.append({"step": 2, "eval_loss": 0.5})
     trainer.save_model()
     card = ModelCard.load(tmp_path / "README.md")
     assert "mine" in card.data.tags and card.data.license == "mit"
@@ -62,7 +62,34 @@ def test_save_leaves_the_text_of_an_author(ours: bool, tmp_path: Path) -> None:
     before = card.read_bytes()
     trainer.save_model()
     save_adapter(tiny_lora(), None, tmp_path)
-    assert card.read_bytes() == before and not list(tmp_path.glob("_README*"))
+    assert card.read_bytes() == before
+
+
+class OtherLibrary(Trainer):
+    """A trainer whose saves write a card of its own kind."""
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        card = "---\nlibrary_name: other\nlicense: mit\n---\n\n# Theirs\n\n\nTwo lines apart.\n"
+        Path(output_dir or self.args.output_dir, "README.md").write_text(card)
+
+
+class InOtherLibrary(LoRAProTrainerMixin, OtherLibrary):
+    pass
+
+
+def test_card_of_another_library_gets_a_section_until_it_is_edited(tmp_path: Path) -> None:
+    trainer, card = build(InOtherLibrary, arguments(tmp_path, LoRAProTrainingArguments)), tmp_path / "README.md"
+    for _ in range(2):
+        trainer.save_model()
+        written = ModelCard.load(card)
+        assert "# Theirs\n\n\nTwo lines apart.\n" in written.text and written.data.license == "mit"
+        assert written.text.count("## LoRA-Pro\n") == 1 and "| mode | full |" in written.text
+        assert "## Use it" not in written.text and "lora-pro" in written.data.tags
+    edited = card.read_text().replace("Theirs", "Mine")
+    card.write_text(edited)
+    trainer.save_model()
+    assert card.read_text() == edited
 
 
 def test_save_to_another_folder(tmp_path: Path) -> None:

@@ -2,112 +2,159 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from lorapro_hf.hub.card import Facts, write_card
+from lorapro_hf import __version__
+from lorapro_hf.hub.card import CARD, write_card, write_or_warn
 from lorapro_hf.hub.curves import PICTURE, draw_curves
-from lorapro_hf.hub.describe import (
-    adapter_of,
-    base_model_name,
-    describe_lora_pro,
-    describe_optimizer,
-    evaluations_by_step,
-    final_evaluation,
-    split_at_end,
-)
-from lorapro_hf.hub.failures import write_or_warn
+from lorapro_hf.hub.describe import adapter_of, base_model_name, describe_lora_pro, describe_optimizer, name_on_hub
+from lorapro_hf.hub.logs import evaluations_by_step, final_evaluation, number, numbers_of, split_at_end
 from lorapro_hf.hub.settings import Settings
-from lorapro_hf.hub.usage import Source, base_of, class_name, loading_snippet, task_of
+from lorapro_hf.hub.usage import Task, base_of, class_name, loading_values
+
+_VERSIONS = {"PEFT": "peft", "TRL": "trl", "Transformers": "transformers", "PyTorch": "torch", "Datasets": "datasets"}
+_MOST_ROWS = 20
 
 
 @dataclass
-class Training:
-    """What there is to say about a training besides its model; whatever is missing is not mentioned.
+class CardFacts:
+    """The facts of a card that the model does not know. The card leaves out what is not given.
 
     Args:
-        model_name: title of the card.
-        repo_id: the adapter's place on the Hub.
-        base_model: name of the base model, where the model does not know it.
-        datasets: names of the data on the Hub.
-        data: the data in words.
+        repo_id: the adapter's name on the Hub, for the title and the code that loads it.
+        model_name: the title, instead of the repository's or the folder's name.
+        base_model: the base model's name on the Hub, if the model does not know it.
+        datasets: names of the data on the Hub; others are left out.
+        data: the data in words, instead of those names.
+        metrics: results of the final evaluation, by name; by default those of `log_history`.
+        log_history: logged values in `Trainer`'s form: `{"step": 10, "loss": 0.5}`, `{"step": 20, "eval_loss": 0.6}`.
+        hyperparameters: further settings, such as `{"batch size": 8, "epochs": 3}`.
+        processing_class: tokenizer or other processor, if it is saved in the same folder.
+        tags: tags besides `lora-pro`, `lora` and `peft`.
+        license: the adapter's license, by the Hub's name for it.
+        language: language of the data.
         evaluated_on: `type`, `name`, `config` and `split` of the evaluation data.
-        metrics: results of the evaluation, where the log does not have them.
-        log_history: as in `trainer.state.log_history`.
-        best_step: the step whose weights were loaded at the end.
-        hyperparameters: names and values.
-        processor: tokenizer or other processor, if one lies beside the adapter.
-        trained_with: library and method, in Markdown.
-        badges, sentences, citations: Markdown for the card.
-        metadata: of the card.
+        trained_with: library and method of the training, in Markdown.
+        markdown: lists of Markdown from other libraries: `badges`, `sentences` and `citations`.
+        metadata: further metadata.
         with_picture: whether to draw the losses.
-        reported: errors of which a warning told already, see `write_or_warn`.
+        reported: reasons of earlier warnings, see `write_or_warn`.
     """
 
-    model_name: str
     repo_id: str | None = None
+    model_name: str = ""
     base_model: str | None = None
-    datasets: list[str] = field(default_factory=list)
+    datasets: str | Sequence[str] = ()
     data: str = ""
-    evaluated_on: dict[str, str] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, Any] | None = None
     log_history: Sequence[Mapping[str, Any]] = ()
-    best_step: int | None = None
-    hyperparameters: dict[str, str] = field(default_factory=dict)
-    processor: Any = None
+    hyperparameters: Mapping[str, Any] | None = None
+    processing_class: Any = None
+    tags: str | Sequence[str] = ()
+    license: str | None = None
+    language: str | Sequence[str] | None = None
+    evaluated_on: dict[str, str] = field(default_factory=dict)
     trained_with: str = ""
-    badges: list[str] = field(default_factory=list)
-    sentences: list[str] = field(default_factory=list)
-    citations: list[str] = field(default_factory=list)
+    markdown: Mapping[str, list[str]] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     with_picture: bool = True
     reported: set[str] = field(default_factory=set)
 
 
-def compose_card(model: Any, settings: Settings | None, folder: Path, training: Training) -> ModelCard:
-    """Write `README.md` and, where there is something to draw, the picture of the training beside it.
+def compose_card(model: Any, settings: Settings | None, folder: Path, facts: CardFacts) -> ModelCard:
+    """Write `README.md` and the picture of the training beside it, and return the card; call `kept_metadata` first.
 
     Args:
         model: the PEFT model.
         settings: of LoRA-Pro; `None` for an adapter of plain LoRA.
         folder: where the adapter lies.
-        training: what else the card tells.
+        facts: what the model does not know.
     """
-    base, task = base_of(model), task_of(model)
-    name, _ = adapter_of(model)
-    base_model = base_model_name(model, training.base_model)
-    source = Source(
-        base=base_model,
-        adapter=training.repo_id or "path/to/this/folder",
-        subfolder="" if name == "default" else name,
-        processor=training.processor is not None,
-    )
-    during, _ = split_at_end(training.log_history)
-    facts = Facts(
-        model_name=training.model_name,
-        task=task,
-        snippet=loading_snippet(model, task, source, training.processor),
-        base_model=base_model,
-        base_class=class_name(base)[0],
-        datasets=training.datasets,
-        data=training.data,
-        trained_with=training.trained_with,
-        lora_pro=describe_lora_pro(model, settings) if settings else {},
-        hyperparameters={**(describe_optimizer(settings) if settings else {}), **training.hyperparameters},
-        metrics=training.metrics or final_evaluation(training.log_history, training.best_step),
-        evaluated_on=training.evaluated_on,
-        progress=evaluations_by_step(during),
-        picture=_picture(during, folder / PICTURE, training.reported) if training.with_picture else "",
-        badges=training.badges,
-        sentences=training.sentences,
-        citations=training.citations,
-    )
-    tags = [*(training.metadata.get("tags") or []), *(["transformers"] if class_name(base)[1] else [])]
-    return write_card(folder, facts, {**training.metadata, "tags": tags})
+    base_model, (adapter, _) = base_model_name(model, facts.base_model), adapter_of(model)
+    loading = loading_values(model, facts.processing_class)
+    during, _ = split_at_end(facts.log_history)
+    optimizer = describe_optimizer(settings) if settings else {}
+    metrics = numbers_of(facts.metrics or {}) or final_evaluation(facts.log_history)
+    datasets = [name for name in listed(facts.datasets) if name_on_hub(name)]
+    values = {
+        **loading,
+        **facts.markdown,
+        **_evaluations(evaluations_by_step(during)),
+        "title": facts.model_name or (facts.repo_id or folder.resolve().name).split("/")[-1],
+        "base_model": base_model,
+        "datasets": datasets,
+        "data": facts.data,
+        "adapter": facts.repo_id or "path/to/this/folder",
+        "subfolder": "" if adapter == "default" else adapter,
+        "lora_pro": describe_lora_pro(model, settings) if settings else {},
+        "hyperparameters": {**optimizer, **(facts.hyperparameters or {})},
+        "metrics": {name.replace("_", " "): number(value) for name, value in metrics.items()},
+        "picture": _picture(during, folder / PICTURE, facts.reported) if facts.with_picture else "",
+        "versions": _versions(with_trl=bool(facts.trained_with)),
+        "trained_with": facts.trained_with,
+    }
+    tags = ["lora", "peft", *listed(facts.metadata.get("tags")), *listed(facts.tags)]
+    tags += ["lora-pro"] if settings else []
+    tags += ["transformers"] if class_name(base_of(model))[1] else []
+    metadata = {**_metadata(facts, loading["task"]), "base_model": base_model, "datasets": datasets or None}
+    tags = [tag for tag in tags if not tag.startswith("base_model:")]
+    tags += [f"base_model:adapter:{base_model}"] if base_model else []
+    results = _results(metrics, facts.evaluated_on, loading["task"])
+    data = ModelCardData(**metadata, tags=sorted(set(tags)), model_name=values["title"], eval_results=results or None)
+    return write_card(folder / CARD, data, values)
+
+
+def listed(value: Any) -> list[str]:
+    """One name, several or none as a list."""
+    return [value] if isinstance(value, str) and value else [each for each in value or () if each]
+
+
+def _metadata(facts: CardFacts, task: Task) -> dict[str, Any]:
+    """The metadata but for names, tags and results."""
+    left_out = ("model-index", "eval_results", "licence", "model_name", "tags")
+    data = {name: value for name, value in facts.metadata.items() if name not in left_out}
+    data |= {k: v for k, v in {"license": facts.license, "language": facts.language}.items() if v is not None}
+    if task.tag and task.tag != "text2text-generation":  # which the Hub has given up
+        data.setdefault("pipeline_tag", task.tag)
+    return {**data, "library_name": "peft"}
+
+
+def _results(metrics: Mapping[str, float], data: Mapping[str, str], task: Task) -> list[EvalResult]:
+    tag = task.tag or "other"
+    return [
+        EvalResult(
+            task_type=tag,
+            task_name=tag.replace("-", " ").title(),
+            dataset_type=data.get("type", "unknown"),
+            dataset_name=data.get("name", "held-out data"),
+            dataset_config=data.get("config"),
+            dataset_split=data.get("split"),
+            metric_type=name,
+            metric_name=name.replace("_", " "),
+            metric_value=value,
+        )
+        for name, value in metrics.items()
+        if math.isfinite(value)
+    ]
+
+
+def _evaluations(rows: list[dict[str, float]]) -> dict[str, Any]:
+    """The table of evaluations, thinned out if there are many."""
+    last = len(rows) - 1
+    shown = rows if last < _MOST_ROWS else [rows[round(i * last / (_MOST_ROWS - 1))] for i in range(_MOST_ROWS)]
+    columns = list(dict.fromkeys(name for row in shown for name in row))
+    return {
+        "evaluation_count": len(rows),
+        "evaluation_columns": ["held-out loss" if name == "loss" else name.replace("_", " ") for name in columns],
+        "evaluations": [[number(row[name]) if name in row else "" for name in columns] for row in shown],
+    }
 
 
 def _picture(log_history: Sequence[Mapping[str, Any]], file: Path, reported: set[str]) -> str:
@@ -115,3 +162,14 @@ def _picture(log_history: Sequence[Mapping[str, Any]], file: Path, reported: set
     drawn: list[bool] = []
     write_or_warn(file, lambda: drawn.append(draw_curves(log_history, file)), reported)
     return file.name if any(drawn) else ""
+
+
+def _versions(with_trl: bool) -> dict[str, str]:
+    """Versions by name; PEFT writes its own line in the same form, so that it does not add another."""
+    found: dict[str, str] = {}
+    for name, package in _VERSIONS.items():
+        try:
+            found |= {} if package == "trl" and not with_trl else {name: version(package)}
+        except PackageNotFoundError:  # pragma: no cover - all but TRL are required
+            continue
+    return {**found, "lorapro_hf": __version__}

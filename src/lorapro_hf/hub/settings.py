@@ -21,14 +21,14 @@ _OF_OPTIMIZER = ("learning_rate", "betas", "eps", "weight_decay")
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of LoRA-Pro and what is known of its optimizer: `learning_rate`, `betas`, `eps`, `weight_decay`."""
+    """The settings of LoRA-Pro and, if known, the optimizer's `learning_rate`, `betas`, `eps` and `weight_decay`."""
 
     config: LoRAProConfig
     optimizer: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, given: LoRAProAdamW | LoRAProConfig | Mapping[str, Any] | None) -> Settings:
-        """From an optimizer, which knows all, or from the settings of LoRA-Pro alone."""
+        """The settings of an optimizer, or those of LoRA-Pro alone."""
         if not isinstance(given, LoRAProAdamW):
             return cls(LoRAProConfig.of(given))
         stated = given.defaults
@@ -45,20 +45,17 @@ class Settings:
 def load_lora_pro_config(
     folder_or_repo: str | Path, *, revision: str | None = None, token: str | bool | None = None
 ) -> LoRAProConfig:
-    """The settings that an adapter was trained with, from the `lorapro_config.json` beside it.
+    """Return LoRA-Pro's settings from the `lorapro_config.json` beside an adapter, with `update` spelled out.
 
     Args:
         folder_or_repo: a local folder, or the name of a repository on the Hub.
         revision: branch, tag or commit of the repository.
         token: an access token for the Hub; by default the one of `hf auth login`.
 
-    Returns:
-        The settings, with `update` spelled out. Learning rate and the like are in the file, but no part of them.
-
     Raises:
         FileNotFoundError: the folder holds no such file.
         ValueError: the file is damaged, or holds settings that this version does not know.
-        huggingface_hub.errors.HfHubHTTPError: the repository or the file in it cannot be had.
+        huggingface_hub.errors.HfHubHTTPError: the Hub does not deliver the file.
     """
     file = Path(folder_or_repo, SETTINGS_FILE)
     if not Path(folder_or_repo).is_dir():
@@ -87,7 +84,7 @@ def load_lora_pro_config(
 
 
 def _plain(value: Any) -> Any:
-    """Without tensors, which capturable optimizers take as learning rate."""
+    """Plain numbers; capturable optimizers take tensors as learning rate."""
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     return float(value)

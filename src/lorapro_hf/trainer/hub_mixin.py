@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import re
@@ -18,109 +19,92 @@ from lorapro_hf.hub.card import (
     CARD,
     add_to_card,
     content_of,
-    is_replaceable,
-    keep_edited,
+    kept_metadata,
     library_of,
+    restore,
     without_card_of_peft,
+    write_or_warn,
 )
-from lorapro_hf.hub.compose import Training, compose_card
+from lorapro_hf.hub.compose import CardFacts, compose_card, listed
 from lorapro_hf.hub.describe import dataset_names, describe_lora_pro, describe_optimizer, name_on_hub
-from lorapro_hf.hub.failures import write_or_warn
+from lorapro_hf.hub.logs import final_evaluation
 from lorapro_hf.hub.push import explained, make_branch, remedy
 from lorapro_hf.hub.settings import Settings
 from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.trainer.parents import accepted, handed
-from lorapro_hf.utils.text_files import replace_file
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
 else:
     _Base = object
 
-_GENERIC = {
-    "csv",
-    "json",
-    "text",
-    "parquet",
-    "arrow",
-    "pandas",
-    "generator",
-    "imagefolder",
-    "audiofolder",
-    "webdataset",
-}
+# Names that `datasets` gives to data of local files.
+_LOCAL = {"csv", "json", "text", "parquet", "arrow", "pandas", "generator", "imagefolder", "audiofolder", "webdataset"}
 
 logger = logging.getLogger(__name__)
 
 
 class HubMixin(_Base):
-    """The part of `LoRAProTrainerMixin` that saves and pushes; while LoRA-Pro is off it is the parent.
+    """The part of `LoRAProTrainerMixin` that saves and pushes; without LoRA-Pro it behaves as the parent.
 
     Each saved folder gets a `lorapro_config.json` and a model card. A card that cannot be written is a warning.
     """
 
     lora_pro_config: LoRAProConfig | None = None
     loaded_best_checkpoint: str | None = None
-    """The checkpoint whose weights the model has since the end of a training; `None` where it has the last step's."""
+    """The checkpoint whose weights the model has since the end of a training; `None` if it has the last step's."""
     _card_request: tuple[Mapping[str, Any], ModelCard | None] = ({}, None)
     _reported_of_cards: set[str] | None = None
     _explicit_branch: tuple[str, str | None] | None = None
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
-        """As the parent, with the settings and a card of our own in the place of PEFT's."""
+        """Save like the parent, with LoRA-Pro's settings, and our card instead of PEFT's."""
         if self.lora_pro_config is None or not self.args.should_save:
             super()._save(*args, **kwargs)
             return
         output_dir = kwargs.get("output_dir", args[0] if args else None)
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
         card = folder / CARD
-        before, replaceable = content_of(card), is_replaceable(card)
+        before, kept = content_of(card), None
+        with contextlib.suppress(OSError):  # then the card stays as it is
+            kept = kept_metadata(card)
         model = self.accelerator.unwrap_model(self.model)
         if hasattr(model, "add_model_tags"):
             model.add_model_tags("lora-pro")  # PEFT and push_to_hub of the model take the tags of a card from there
         with without_card_of_peft(model):
             super()._save(*args, **kwargs)
-        is_new = content_of(card) != before
-        if is_new and not replaceable and before is not None:
-            replace_file(card, before)
         self._lora_pro_settings().save(folder)
-
-        def write() -> None:
-            if is_new and library_of(card):
-                self._add_to_card(folder)
-            else:
-                self._compose_card(folder)
-
-        if replaceable:
-            self._write_card(card, write)
+        if kept is not None:
+            from_parent = content_of(card) != before
+            self._write_card(card, lambda: self._renew_card(folder, kept, from_parent))
+        elif before is not None:
+            restore(card, before)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> Any:
-        """Write a model card, with what the parent's would say; arguments as the parent's.
+        """Write a model card, with the contents of the parent's; arguments as the parent's.
 
-        A card that was edited by hand is kept under another name, of which a warning tells. A parent of another library
-        than transformers, PEFT and TRL keeps its own card, to which LoRA-Pro's settings are added.
+        A card that was edited by hand is left alone, with a warning. A parent of another library than transformers,
+        PEFT and TRL keeps its own card, to which LoRA-Pro's settings are added.
         """
         parent = super().create_model_card
         if self.lora_pro_config is None or not self.is_world_process_zero():
             return parent(*args, **kwargs)
-        inspect.signature(parent).bind(*args, **kwargs)  # what the parent does not take is the caller's to mend
+        inspect.signature(parent).bind(*args, **kwargs)  # a wrong argument is an error, not a card that failed
         given = handed(type(self), HubMixin, "create_model_card", args, kwargs)
-        folder, made = Path(self.args.output_dir), None
+        card, made = Path(self.args.output_dir, CARD), None
 
         def write() -> None:
             nonlocal made
-            folder.mkdir(parents=True, exist_ok=True)
-            kept = keep_edited(folder)
+            card.parent.mkdir(parents=True, exist_ok=True)
+            kept = kept_metadata(card)
             made = parent(*args, **kwargs)
-            if not (folder / CARD).is_file():
+            if not card.is_file():
                 return
-            if library_of(folder / CARD):
-                self._add_to_card(folder)
-                return
-            self._card_request = (given, ModelCard.load(folder / CARD, ignore_metadata_errors=True))
-            self._compose_card(folder, kept)
+            if not library_of(card):
+                self._card_request = (given, ModelCard.load(card, ignore_metadata_errors=True))
+            self._renew_card(card.parent, kept, True)
 
-        self._write_card(folder / CARD, write)
+        self._write_card(card, write)
         return made
 
     def _write_card(self, card: Path, write: Callable[[], None]) -> None:
@@ -129,31 +113,31 @@ class HubMixin(_Base):
             self._reported_of_cards = set()
         write_or_warn(card, write, self._reported_of_cards)
 
-    def _compose_card(self, folder: Path, kept: Mapping[str, Any] | None = None) -> None:
-        """Write the card of a saved folder, with what `create_model_card` was told last.
+    def _renew_card(self, folder: Path, kept: Mapping[str, Any], from_parent: bool) -> None:
+        """Write the card of a saved folder, with the last arguments of `create_model_card`.
 
         Args:
             folder: where the adapter lies.
-            kept: metadata of an earlier card; by default that of the card in the folder, which must be replaceable.
+            kept: metadata of the earlier card, from `kept_metadata`.
+            from_parent: whether the parent has just written the card.
         """
+        model, settings, card = self.accelerator.unwrap_model(self.model), self._lora_pro_settings(), folder / CARD
+        if library_of(card):
+            if from_parent:
+                add_to_card(card, {**describe_lora_pro(model, settings), **describe_optimizer(settings)})
+            return
         given, written = self._card_request
-        kept = keep_edited(folder) if kept is None else kept
-        training = self._told(given, written or ModelCard("---\n{}\n---\n"))
-        training.metadata = {**kept, **training.metadata}
+        facts = self._card_facts(given, written or ModelCard("---\n{}\n---\n"))
+        facts.metadata = {**kept, **facts.metadata}
         if self._reported_of_cards is not None:
-            training.reported = self._reported_of_cards
+            facts.reported = self._reported_of_cards
         if folder.resolve() != Path(self.args.output_dir).resolve():
-            training.repo_id = None
-            training.with_picture = not folder.name.startswith(PREFIX_CHECKPOINT_DIR)  # which takes a second to draw
-        compose_card(self.accelerator.unwrap_model(self.model), self._lora_pro_settings(), folder, training)
-
-    def _add_to_card(self, folder: Path) -> None:
-        """Add LoRA-Pro's settings to the card of another library."""
-        model, settings = self.accelerator.unwrap_model(self.model), self._lora_pro_settings()
-        add_to_card(folder, {**describe_lora_pro(model, settings), **describe_optimizer(settings)})
+            facts.repo_id = None
+            facts.with_picture = not folder.name.startswith(PREFIX_CHECKPOINT_DIR)  # drawing takes a second
+        compose_card(model, settings, folder, facts)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent, but a branch that is missing is made; a failure says what is saved and what to do."""
+        """Push like the parent; make a missing branch, and let a failure say what is saved and what to do."""
         if self.lora_pro_config is None:
             return super().push_to_hub(*args, **kwargs)
         given = handed(type(self), HubMixin, "push_to_hub", args, kwargs)
@@ -166,8 +150,8 @@ class HubMixin(_Base):
             self._explicit_branch = None
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        """As the parent, and the branch of `hub_revision` is made; a failure says what to do."""
-        if not getattr(self.args, "lora_pro", True):  # the parent's __init__ asks, before anything is resolved
+        """Make the repository like the parent, and the branch of `hub_revision`; a failure says what to do."""
+        if not getattr(self.args, "lora_pro", True):  # the parent's __init__ calls this before settings are resolved
             super().init_hf_repo(*args, **kwargs)
             return
         with explained("No repository was made."):
@@ -178,7 +162,7 @@ class HubMixin(_Base):
                 make_branch(self.hub_model_id, getattr(self.args, "hub_revision", None), token or self.args.hub_token)
 
     def _push_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """As the parent, which pushes neither settings nor card before the training has ended."""
+        """Push like the parent, which would leave out settings and card until the training has ended."""
         if self.lora_pro_config is not None and self.is_world_process_zero() and self.args.hub_strategy != "end":
             self._report_failed_pushes()
             pending = getattr(self, "push_in_progress", None)
@@ -189,7 +173,7 @@ class HubMixin(_Base):
         super()._push_from_checkpoint(*args, **kwargs)
 
     def _finish_current_push(self) -> None:
-        """As the parent, which says nothing of pushes that failed in the background."""
+        """Wait like the parent, and report pushes that failed in the background."""
         super()._finish_current_push()
         if self.lora_pro_config is not None:
             self._report_failed_pushes()
@@ -214,50 +198,47 @@ class HubMixin(_Base):
                 pending.jobs.remove(job)
 
     def _lora_pro_settings(self) -> Settings:
-        """From the optimizer once there is one."""
+        """The settings, from the optimizer once it exists."""
         optimizer = unwrap_optimizer(self.optimizer)
         if isinstance(optimizer, LoRAProAdamW):
             return Settings.of(optimizer)
         assert self.lora_pro_config is not None
         return Settings(self.lora_pro_config)
 
-    def _told(self, given: Mapping[str, Any], card: ModelCard) -> Training:
-        """What arguments of `create_model_card`, trainer and the parent's own card say."""
-        args, state, metadata = self.args, self.state, card.data.to_dict()
-        best = self.loaded_best_checkpoint
-        stated = _listed(given.get("dataset_tags")) or _listed(given.get("dataset_name"))
-        datasets = stated or dataset_names(self.train_dataset) or _listed(metadata.get("datasets"))
-        datasets = [name for name in datasets if name not in _GENERIC and name_on_hub(name)]
-        model_name = given.get("model_name") or Path(args.output_dir).absolute().name
-        # once more: PEFT, which the parent calls, drops tags that are not its own
-        model_tags = getattr(self.accelerator.unwrap_model(self.model), "model_tags", None)
-        own_tags = ["generated_from_trainer", *_listed(given.get("tags")), *_listed(model_tags)]
-        metadata["tags"] = [*_listed(metadata.get("tags")), *own_tags]
+    def _card_facts(self, given: Mapping[str, Any], card: ModelCard) -> CardFacts:
+        """The facts from the arguments of `create_model_card`, from the trainer and from the parent's card."""
+        metadata, best = card.data.to_dict(), self.loaded_best_checkpoint
+        stated = listed(given.get("dataset_tags")) or listed(given.get("dataset_name"))
+        datasets = stated or dataset_names(self.train_dataset) or listed(metadata.get("datasets"))
+        datasets = [name for name in datasets if name not in _LOCAL and name_on_hub(name)]
         if metadata.get("base_model") is None or given.get("finetuned_from") is None:
-            metadata.pop("base_model", None)  # a path or nothing, where the model does not know better
+            metadata.pop("base_model", None)  # a path or nothing, if the model does not know better
         if isinstance(given.get("tasks"), str):
             metadata["pipeline_tag"] = given["tasks"]
-        return Training(
-            model_name=model_name,
+        # the tags once more: PEFT, which the parent calls, drops tags that are not its own
+        model_tags = getattr(self.accelerator.unwrap_model(self.model), "model_tags", None)
+        return CardFacts(
             repo_id=self.hub_model_id,
+            model_name=given.get("model_name") or Path(self.args.output_dir).absolute().name,
             base_model=given.get("finetuned_from"),
             datasets=datasets,
-            data=" and ".join(_listed(given.get("dataset"))) or ("" if datasets else self._data()),
+            data=" and ".join(listed(given.get("dataset"))) or ("" if datasets else self._data()),
             evaluated_on=self._evaluated_on(given, datasets),
-            log_history=state.log_history,
-            best_step=int(best.rsplit("-", 1)[-1]) if best is not None else None,
+            log_history=self.state.log_history,
+            metrics=final_evaluation(self.state.log_history, None if best is None else int(best.rsplit("-", 1)[-1])),
             hyperparameters=self._hyperparameters(),
-            processor=self.processing_class,
+            processing_class=self.processing_class,
             trained_with=self._trained_with(),
+            tags=["generated_from_trainer", *listed(given.get("tags")), *listed(model_tags)],
             metadata=metadata,
-            **_of_parents_text(card.text),
+            markdown=_markdown_of_parent(card.text),
         )
 
     def _hyperparameters(self) -> dict[str, str]:
-        """Those that transformers would list, but with the optimizer that is used."""
+        """The hyperparameters that transformers would list, but with the actual optimizer."""
         found = extract_hyperparameters_from_trainer(self)
-        optimizer = unwrap_optimizer(self.optimizer)
-        left_out = {"optimizer", "learning_rate"} if isinstance(optimizer, LoRAProAdamW) else {"optimizer"}
+        is_ours = isinstance(unwrap_optimizer(self.optimizer), LoRAProAdamW)
+        left_out = {"optimizer", "learning_rate"} if is_ours else {"optimizer"}
         found = {name: str(value) for name, value in found.items() if name not in left_out}
         found["max_grad_norm"] = str(self.args.max_grad_norm)
         if self.args.bf16:
@@ -271,15 +252,13 @@ class HubMixin(_Base):
             return ""
 
     def _evaluated_on(self, given: Mapping[str, Any], datasets: list[str]) -> dict[str, str]:
-        """For the metadata of the results; nothing is made up where the data has no name."""
+        """The evaluation data for the metadata; empty if the data has no name on the Hub."""
         if not datasets:
             return {}
-        names = _listed(given.get("dataset"))
-        configs = _listed(given.get("dataset_args"))
-        split = getattr(self.eval_dataset, "split", None)
+        configs, split = listed(given.get("dataset_args")), getattr(self.eval_dataset, "split", None)
         known = {
             "type": datasets[0],
-            "name": names[0] if names else datasets[0],
+            "name": next(iter(listed(given.get("dataset"))), datasets[0]),
             "config": configs[0] if configs else getattr(self.eval_dataset, "config_name", None),
             "split": str(split) if split is not None else None,
         }
@@ -293,16 +272,11 @@ class HubMixin(_Base):
         return ""
 
 
-def _of_parents_text(text: str) -> dict[str, Any]:
-    """What other libraries want to be in a card: badges of experiment trackers, the method's paper, citations."""
+def _markdown_of_parent(text: str) -> dict[str, list[str]]:
+    """Badges of experiment trackers, the method's paper and citations in the card of another library."""
     cited = re.findall(r"^(Cite [^\n]+:)\s*\n\s*```bibtex\n(.*?)\n```", text, re.MULTILINE | re.DOTALL)
-    badges = [badge for line in text.splitlines() for badge in re.findall(r"\[<img [^\]]*\]\([^)]*\)", line)]
-    sentences = [line.strip() for line in text.splitlines() if "a method introduced in" in line]
-    citations = [f"{title}\n\n```bibtex\n{entry.strip()}\n```" for title, entry in cited]
-    return {"badges": badges, "sentences": sentences, "citations": citations}
-
-
-def _listed(value: Any) -> list[str]:
-    if value is None or value == "":
-        return []
-    return [value] if isinstance(value, str) else [each for each in value if each]
+    return {
+        "badges": re.findall(r"\[<img [^\]\n]*\]\([^)\n]*\)", text),
+        "sentences": [line.strip() for line in text.splitlines() if "a method introduced in" in line],
+        "citations": [f"{title}\n\n```bibtex\n{entry.strip()}\n```" for title, entry in cited],
+    }

@@ -24,10 +24,8 @@ from lorapro_hf.commands.common.meters import state_bytes
 from lorapro_hf.commands.common.problems import Example
 from lorapro_hf.commands.common.scoring import Score
 from lorapro_hf.commands.demo.settings import DemoSettings, Method
-from lorapro_hf.hub.card import CARD, keep_edited, without_card_of_peft
-from lorapro_hf.hub.compose import Training, compose_card
-from lorapro_hf.hub.describe import name_on_hub
-from lorapro_hf.hub.failures import write_or_warn
+from lorapro_hf.hub.card import CARD, kept_metadata, without_card_of_peft, write_or_warn
+from lorapro_hf.hub.compose import CardFacts, compose_card
 from lorapro_hf.hub.settings import Settings
 from lorapro_hf.optim.lora_pro import unwrap_optimizer
 from lorapro_hf.trainer.arguments import LoRAProTrainingArguments
@@ -201,13 +199,13 @@ def _write_plain_card(
     """Write the card of an adapter of plain LoRA, for which `LoRAProTrainer` leaves the card to its parent."""
     folder = settings.output_dir / method.name
     rows = {"learning rate": settings.learning_rate(method), "batch size": settings.batch_size, "seed": settings.seed}
-    training = Training(
+    facts = CardFacts(
         model_name=method.title,
-        datasets=[settings.dataset] if settings.dataset and name_on_hub(settings.dataset) else [],
+        datasets=settings.dataset or "",
         data="" if settings.dataset else "word problems",
         log_history=log,
         hyperparameters={name: f"{value:g}" for name, value in rows.items()},
-        processor=tokenizer,
-        metadata=keep_edited(folder),
+        processing_class=tokenizer,
+        metadata=kept_metadata(folder / CARD),
     )
-    compose_card(model, None, folder, training)
+    compose_card(model, None, folder, facts)

@@ -1,4 +1,4 @@
-"""What would LoRA-Pro make of a model: what can it train, what not and why, and what would each mode cost?"""
+"""What can LoRA-Pro train in a model, what not and why, and how much memory does each mode need?"""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ __all__ = ["inspect_model"]
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from lorapro_hf.commands.inspect.model import inspect_model  # takes seconds, which the command line has not
+    from lorapro_hf.commands.inspect.model import inspect_model  # takes seconds, too long for the command line
 
     return inspect_model

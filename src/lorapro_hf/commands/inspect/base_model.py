@@ -1,4 +1,4 @@
-"""Which model does a configuration describe? Built without weights and without memory."""
+"""Which model does a configuration describe? It is built without weights and without memory."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lorapro_hf.utils.private_names import private
 def base_on_meta(
     name: str, task: str | None, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> tuple[PreTrainedModel, str]:
-    """The model that a configuration describes, without weights or memory, and the task.
+    """The model of a configuration, on the meta device, and its task.
 
     Args:
         name: a folder with a `config.json`, or a name on the Hub.
-        task: a key of `TASKS`; `None` for that of the class which the configuration names.
+        task: a key of `TASKS`; `None` for the task of the class that the configuration names.
         trust_remote_code: run code that comes with the model.
         revision: branch, tag or commit on the Hub.
 
@@ -43,7 +43,7 @@ def base_on_meta(
 
 
 def head_of(model: PreTrainedModel, task: str) -> list[str]:
-    """The layers that a task adds and that are trained whole, where PEFT does not see to that by itself."""
+    """The layers of a task that are trained whole and that PEFT does not know of."""
     return ["classifier"] if task == "image-classification" and hasattr(model, "classifier") else []
 
 

@@ -1,4 +1,4 @@
-"""What does a checkpoint of a training hold, and can a training go on from it?"""
+"""What does a checkpoint of a training hold, and can a training go on from it or from its weights?"""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from lorapro_hf.checkpoints.engines import DDP, ONE_PROCESS, written_by
 from lorapro_hf.checkpoints.files import OPTIMIZER, STATE, read_optimizer_state
 from lorapro_hf.checkpoints.manifest import MANIFEST
-from lorapro_hf.checkpoints.resume import find_flaw, require_same_training
+from lorapro_hf.checkpoints.resume import checkpoints_in, find_flaw, require_same_training
 from lorapro_hf.commands.inspect.report import ENGINE, Checkpoint
 
 
 def read_checkpoints(folders: Sequence[Path]) -> list[Checkpoint]:
-    """Several, the newest first; as resuming does, it reads whole files as far as the first complete one."""
+    """Read checkpoints, the newest first; like resuming, compare whole files up to the first complete one."""
     found: list[Checkpoint] = []
     for folder in folders:
         found.append(read_checkpoint(folder, checksums=all(each.flaw is not None for each in found)))
@@ -25,7 +25,7 @@ def read_checkpoints(folders: Sequence[Path]) -> list[Checkpoint]:
 
 
 def read_checkpoint(folder: Path, checksums: bool = True) -> Checkpoint:
-    """What a checkpoint folder of a `Trainer` holds, and whether it is complete and of one save."""
+    """Read the content of a `Trainer`'s checkpoint, and its flaw if it is incomplete or mixes two saves."""
     by_engine = not {ONE_PROCESS, DDP}.issuperset(written_by(folder))
     known: dict[str, Any] = {"folder": str(folder), "flaw": find_flaw(folder, checksums)}
     with suppress(OSError, ValueError, TypeError, KeyError):
@@ -36,7 +36,7 @@ def read_checkpoint(folder: Path, checksums: bool = True) -> Checkpoint:
     known["processes"] = states or None
     if by_engine:
         known["optimizer"] = ENGINE
-    with suppress(OSError, ValueError):  # there is none, or the flaw says what is wrong with it
+    with suppress(OSError, ValueError):  # there is none, or the flaw names it
         known |= _optimizer(folder / OPTIMIZER)
     return Checkpoint(**known)
 
@@ -50,6 +50,18 @@ def compared(checkpoint: Checkpoint, model: Any) -> Checkpoint:
     except ValueError as error:
         return replace(checkpoint, flaw=str(error).removeprefix("cannot resume from "))
     return checkpoint
+
+
+def advice(checkpoint: Checkpoint) -> list[str]:
+    """The ways on from a checkpoint that cannot be resumed; none for a complete one."""
+    if checkpoint.flaw is None:
+        return []
+    folder = Path(checkpoint.folder).resolve()
+    beside = checkpoints_in(folder.parent)
+    other = next((each for each in beside if each != folder and find_flaw(each) is None), None)
+    if other is None or folder not in beside:
+        return ["There is no complete checkpoint beside it to resume from."]
+    return [f"The newest complete checkpoint beside it is {other}: resume from that one."]
 
 
 def _optimizer(file: Path) -> dict[str, Any]:

@@ -1,20 +1,22 @@
-"""What can be said on the command line of `lorapro inspect`?"""
+"""Which options does `lorapro inspect` take?"""
 
 from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
 
 from lorapro_hf.commands.inspect.tasks import TASKS
 from lorapro_hf.options import at_least_one, rate
 
 INSPECT = """\
-Say what LoRA-Pro would make of a model: its pairs of factors by shape, what else is trained, what is refused and why,
-and for each mode the memory of optimizer state and step against what is free here, with the learning rates to try.
+Report how LoRA-Pro would train a model: its pairs of factors by shape, other trained parameters, refused layers and the
+reason, and for each mode the memory of optimizer state and step against the free memory here, with learning rates to
+try.
 
-MODEL is a base model (only its configuration is read, so that one of 70B parameters takes seconds and no memory), to
-which a new LoRA adapter is added by the options; or a saved adapter; or a checkpoint of a training, which is then also
-examined for completeness; or the output folder of a training, whose checkpoints are listed.
+MODEL is a base model (only its configuration is read, so 70B parameters take seconds and no memory), to which the
+options add a new LoRA adapter; or a saved adapter; or a checkpoint of a training, which is also examined for
+completeness; or the output folder of a training, whose checkpoints are listed.
 """
 
 INSPECT_EXAMPLES = """\
@@ -40,8 +42,8 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
         "--task",
         choices=tuple(TASKS),
         metavar="TASK",
-        help="what a base model is for, which decides its class and head; by default its configuration or the adapter "
-        f"tells: any of {', '.join(TASKS)}",
+        help="task of a base model, which decides its class and head; by default its configuration or the adapter "
+        f"tells it: one of {', '.join(TASKS)}",
     )
     parser.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
     parser.add_argument(
@@ -49,59 +51,44 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--pairs", action="store_true", help="name every pair instead of grouping them by shape")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    _add_lora(parser.add_argument_group("new adapter, for a base model"))
+    lora = parser.add_argument_group("new adapter, for a base model")
+    for name, settings in _LORA.items():
+        other_names = ["--target_parameters"] if name == "lora_target_parameters" else []
+        lora.add_argument(f"--{name}", *other_names, default=argparse.SUPPRESS, **settings)
     parser.set_defaults(run=_inspect)
 
 
-# What an option of the adapter is called in lorapro_hf.recipes.model.
-_LORA = (
-    "lora_r",
-    "lora_alpha",
-    "lora_target_modules",
-    "lora_target_parameters",
-    "lora_modules_to_save",
-    "use_rslora",
-    "use_dora",
-)
-
-
-def _add_lora(lora: argparse._ArgumentGroup) -> None:
-    """The options, which have no value unless they are given: a saved adapter takes none of them."""
-    unset = argparse.SUPPRESS
-    lora.add_argument("--lora_r", type=at_least_one, default=unset, metavar="R", help="rank (default: 8)")
-    lora.add_argument(
-        "--lora_alpha", type=rate, default=unset, metavar="ALPHA", help="scaled by alpha / r (default: 16)"
-    )
-    lora.add_argument(
-        "--lora_target_modules",
-        nargs="+",
-        default=unset,
-        metavar="NAME",
-        help="layers to adapt, or one regular expression (default: all-linear, all but the head)",
-    )
-    lora.add_argument(
-        "--lora_target_parameters",
-        "--target_parameters",
-        nargs="+",
-        default=unset,
-        metavar="NAME",
-        help="parameters to adapt that are no layer of their own, such as packed experts",
-    )
-    lora.add_argument("--lora_modules_to_save", nargs="+", default=unset, metavar="NAME", help="layers to train whole")
-    lora.add_argument("--use_rslora", action="store_true", default=unset, help="scale by alpha / sqrt(r)")
-    lora.add_argument("--use_dora", action="store_true", default=unset, help="weight-decomposed adapter")
+# The names are those of lorapro_hf.recipes.model.AdapterArguments. Without a default, an option that is not given is
+# absent: a saved adapter takes none of them.
+_LORA: dict[str, dict[str, Any]] = {
+    "lora_r": {"type": at_least_one, "metavar": "R", "help": "rank (default: 8)"},
+    "lora_alpha": {"type": rate, "metavar": "ALPHA", "help": "scaled by alpha / r (default: 16)"},
+    "lora_target_modules": {
+        "nargs": "+",
+        "metavar": "NAME",
+        "help": "layers to adapt, or one regular expression (default: all-linear, all but the head)",
+    },
+    "lora_target_parameters": {
+        "nargs": "+",
+        "metavar": "NAME",
+        "help": "parameters to adapt that are no layer of their own, such as packed experts",
+    },
+    "lora_modules_to_save": {"nargs": "+", "metavar": "NAME", "help": "layers to train whole"},
+    "use_rslora": {"action": "store_true", "help": "scale by alpha / sqrt(r)"},
+    "use_dora": {"action": "store_true", "help": "weight-decomposed adapter"},
+}
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from transformers.utils import logging as transformers_logging  # takes seconds: the arguments have been checked
 
     from lorapro_hf.commands.inspect.show import show
-    from lorapro_hf.commands.inspect.sources import Wish, inspect_source
+    from lorapro_hf.commands.inspect.sources import Request, inspect_source
 
     transformers_logging.set_verbosity_error()
     given = vars(arguments)
     report = inspect_source(
-        Wish(
+        Request(
             arguments.model,
             {name: given[name] for name in _LORA if name in given},
             task=arguments.task,

@@ -1,4 +1,4 @@
-"""What does the file of an adapter say by itself?"""
+"""Which layers does the file of an adapter describe by itself?"""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from lorapro_hf.commands.inspect.model import PREFIX
+from lorapro_hf.checkpoints.adapters import ADAPTER_FILES, PREFIX
 from lorapro_hf.options import UsageError
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = ADAPTER_FILES[0]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def tensor_shapes(file: Path) -> Shapes:
-    """Names and shapes of the tensors in a safetensors file, of which only the header is read.
+    """Names and shapes of the tensors in a safetensors file; only its header is read.
 
     Raises:
         UsageError: it cannot be read.
@@ -32,11 +32,11 @@ def tensor_shapes(file: Path) -> Shapes:
 
 
 def differences(model: PeftModel, adapter: str, found: Shapes) -> list[str]:
-    """In what way the tensors of an adapter's file are not those of a model with the adapter; nothing if they are."""
+    """Differences between the tensors of an adapter's file and those of a model with the adapter."""
     state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     own = {name: tuple(tensor.shape) for name, tensor in state.items()}
     missing = sorted(own.keys() - found.keys())
-    # embeddings are saved whole beside their factors when PEFT thinks that they may have grown
+    # PEFT also saves embeddings whole if they may have grown
     other = sorted(name for name in found.keys() - own.keys() if ".lora_" in name)
     shapes = sorted(name for name in own.keys() & found.keys() if own[name] != found[name])
     notes = []
@@ -61,12 +61,7 @@ class Experts(nn.Module):
 
 
 def skeleton(shapes: Shapes, config: LoraConfig) -> tuple[nn.Module, LoraConfig]:
-    """Bare layers of the sizes that an adapter's tensors have, on the meta device, and the adapter's settings for them.
-
-    Args:
-        shapes: of the tensors in the adapter's file.
-        config: the adapter's settings.
-    """
+    """Bare layers on the meta device for an adapter's tensors of these shapes, and the adapter's settings for them."""
     root = nn.Module()
     targets: list[str] = []
     parameters: list[str] = []
@@ -74,7 +69,7 @@ def skeleton(shapes: Shapes, config: LoraConfig) -> tuple[nn.Module, LoraConfig]
         layer, found, rest = key.removeprefix(PREFIX).partition(".lora_A.weight")
         if found and not rest:
             other = shapes[key.replace("lora_A", "lora_B")]
-            # layers nested into each other for several parameters of one module stand side by side here
+            # PEFT nests the layers of several parameters of one module; here they stand side by side
             name = layer.replace(".base_layer", "_inner")
             module = _bare(shape, other, _experts(layer, shape, config))
             (parameters if isinstance(module, Experts) else targets).append(name)
@@ -94,7 +89,7 @@ def skeleton(shapes: Shapes, config: LoraConfig) -> tuple[nn.Module, LoraConfig]
 
 
 def _experts(layer: str, shape: tuple[int, ...], config: LoraConfig) -> int:
-    """How many experts are packed into factors: their rows are `r` times as many."""
+    """The number of experts that are packed into the rows of a factor; 0 for an ordinary layer."""
     ends = [name.rpartition(".")[0] for name in getattr(config, "target_parameters", None) or []]
     is_packed = any(layer.replace(".base_layer", "").endswith(end) for end in ends)
     return max(1, shape[0] // config.r) if is_packed else 0

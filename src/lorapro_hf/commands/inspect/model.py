@@ -1,4 +1,4 @@
-"""What is in a model that is there, in memory or on the meta device?"""
+"""What does LoRA-Pro find in a model, in memory or on the meta device?"""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from lorapro_hf.checkpoints.adapters import PREFIX, active_adapters
 from lorapro_hf.commands.inspect.costs import mode_costs
 from lorapro_hf.commands.inspect.report import Adapter, Base, Ordinary, PairGroup, Report, Unsupported
 from lorapro_hf.factors.pairs import LoRAPair, Refusal, survey_lora_pairs
+from lorapro_hf.hub.describe import describe_quantization
+from lorapro_hf.hub.usage import base_of
 from lorapro_hf.optim.state import dense_shape
 
-PREFIX = "base_model.model."  # which PEFT's wrappers put before every name
 _OPTIONS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters")
 
 
 def inspect_model(model: nn.Module, *, ranks: int = 1, source: str | None = None, base: Base | None = None) -> Report:
-    """What LoRA-Pro would make of a model: pairs, other trainable parameters, what it refuses, and costs by mode.
+    """Report the pairs of a model, other trainable parameters, refused layers, and costs by mode.
 
     Nothing is changed or allocated; the model may be on the meta device.
 
     Args:
         model: a `PeftModel`, or any module that holds PEFT layers.
-        ranks: how many processes would share the pairs out.
-        source: how the report names it; by default its class.
-        base: what is known of the base model where this model only has layers of its sizes.
+        ranks: number of processes that would share the pairs out.
+        source: the report's name for it; by default its class.
+        base: facts about the base model, if this model only has layers of its sizes.
 
     Raises:
         TypeError: `model` is no module.
@@ -66,14 +68,8 @@ def inspect_model(model: nn.Module, *, ranks: int = 1, source: str | None = None
     )
 
 
-def without_adapters(model: nn.Module) -> nn.Module:
-    """The model without PEFT's wrappers, which has the configuration."""
-    found = getattr(model, "get_base_model", None)
-    return found() if callable(found) else model
-
-
 def _base(model: nn.Module) -> Base:
-    inner = without_adapters(model)
+    inner = base_of(model)
     config = getattr(inner, "config", None)
     of_adapters = {id(parameter) for _, parameter in _adapter_parameters(model)}
     own = [parameter for parameter in model.parameters() if id(parameter) not in of_adapters]
@@ -90,26 +86,19 @@ def _base(model: nn.Module) -> Base:
         parameters=sum(map(_elements, own)),
         dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         bytes=None if is_packed and on_meta else _bytes(own),
-        quantization=None if not is_packed else _quantization(quantization),
+        quantization=_quantization(quantization) if is_packed else None,
     )
 
 
 def _elements(parameter: Tensor) -> int:
-    """How many weights there are: bitsandbytes packs two of 4 bits into a byte."""
+    """The number of weights; bitsandbytes packs two of 4 bits into a byte."""
     packed = getattr(parameter, "quant_state", None)
     shape = getattr(packed, "shape", None) or getattr(parameter, "ds_shape", None)
     return parameter.numel() if shape is None else torch.Size(shape).numel()
 
 
 def _quantization(settings: Any) -> str:
-    if settings is None:
-        return "4 bits (bitsandbytes)"
-    known = settings if isinstance(settings, dict) else settings.to_dict()
-    method = known.get("quant_method", "unknown method")
-    method = str(getattr(method, "value", method))
-    bits = 4 if known.get("load_in_4bit") else 8 if known.get("load_in_8bit") else known.get("bits")
-    kind = f", {known['bnb_4bit_quant_type']}" if known.get("load_in_4bit") else ""
-    return f"{bits} bits ({method}{kind})" if bits else method
+    return "4 bits (bitsandbytes)" if settings is None else describe_quantization(settings)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -130,7 +119,7 @@ def _of_adapter(layer: BaseTunerLayer) -> list[tuple[str, Any]]:
 
 
 def _adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """All parameters that adapters have brought, with the adapter's name."""
+    """All parameters of adapters, with the adapter's name."""
     found = []
     for _, layer in _tuner_layers(model):
         for name, held in _of_adapter(layer):
@@ -161,7 +150,7 @@ def _adapter(name: str, layers: list[BaseTunerLayer], trainable: bool, model: nn
         name=name,
         kind=str(getattr(kind, "value", kind)),
         layers=len(layers),
-        active=active if layers else name in _active_names(model),
+        active=active if layers else name in active_adapters(model),
         trainable=trainable,
         merged=any(name in layer.merged_adapters for layer in layers),
         rank=getattr(config, "r", None),
@@ -175,12 +164,6 @@ def _option(name: str, value: Any) -> str:
     if value is True:
         return name
     return f"{name}={dict(value) if isinstance(value, dict) else sorted(map(str, value))}"
-
-
-def _active_names(model: nn.Module) -> list[str]:
-    found = getattr(model, "active_adapters", [])
-    found = found() if callable(found) else found  # a method in models that took their adapter without PEFT
-    return list(found)
 
 
 def _grouped(pairs: list[LoRAPair]) -> list[PairGroup]:
@@ -202,7 +185,7 @@ def _kind(layer: Any) -> str:
 
 
 def _ordinary(model: nn.Module, pairs: list[LoRAPair], refusals: list[Refusal]) -> list[tuple[str, nn.Parameter]]:
-    """Trainable parameters of no pair, with the names of the model; not the factors of layers that are refused."""
+    """Trainable parameters outside the pairs, by name, without the factors of refused layers."""
     of_pairs = {id(p) for pair in pairs for p in (pair.A, pair.B, *pair.tied_parameters)}
     refused = tuple(f"{refusal.name}." for refusal in refusals if refusal.name)
     return [

@@ -1,4 +1,4 @@
-"""What is there to say of a model, an adapter or a checkpoint? Plain values, ready for JSON."""
+"""What does a report on a model, an adapter or a checkpoint hold? Plain values, ready for JSON."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import lorapro_hf
 
 @dataclass(frozen=True)
 class Base:
-    """The model without its adapters.
+    """The model without its adapters; `None` marks what is not known.
 
-    `parameters`, `bytes` and `dtype` are `None` where only the files of an adapter could be read, `quantization` where
-    there is none. `bytes` is what the weights take in memory, `None` also for a quantized model that is not loaded.
+    `bytes` is the memory of the weights, `None` for a quantized model that is not loaded.
     """
 
     model_class: str | None
@@ -42,7 +41,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class PairGroup:
-    """Pairs that are alike; each has `batch` matrices of `m x n` (experts, groups of a convolution), else one."""
+    """Pairs of one shape; each has `batch` matrices of `m x n`: experts, groups of a convolution, or one."""
 
     kind: str
     m: int
@@ -55,13 +54,13 @@ class PairGroup:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """The number of pairs."""
         return len(self.pairs)
 
 
 @dataclass(frozen=True)
 class Ordinary:
-    """Trainable parameters of no pair whose names differ in numbers only; plain AdamW steps them."""
+    """Trainable parameters outside the pairs, grouped by name without numbers; plain AdamW steps them."""
 
     name: str
     tensors: int
@@ -70,7 +69,7 @@ class Ordinary:
 
 @dataclass(frozen=True)
 class Unsupported:
-    """Layers that are refused for the same reason, none where it is the model as a whole."""
+    """Layers that are refused for the same reason; none if the model as a whole is refused."""
 
     reason: str
     kind: str
@@ -79,17 +78,10 @@ class Unsupported:
 
 @dataclass(frozen=True)
 class ModeCost:
-    """What a mode costs the process that has most to do.
+    """Memory that a mode needs on the busiest process, and the range of learning rates to try.
 
-    Args:
-        mode: of LoRA-Pro.
-        moments_dtype: of LoRA-Pro.
-        state_bytes: optimizer state.
-        scratch_bytes: what a step may need beside it.
-        total_bytes: both, the gradients, and the weights unless they are in memory already; `None` if those of a
-            quantized model are not known.
-        fits: whether the memory that is free now would do for that; `None` if that is not known.
-        learning_rates: the range to try.
+    `scratch_bytes` is what a step may need beside the state. `total_bytes` adds gradients, and weights that are not
+    loaded; it is `None` if their size is not known, as is `fits`, whether the free memory suffices.
     """
 
     mode: str
@@ -111,14 +103,13 @@ class Checkpoint:
     Args:
         folder: where it lies.
         flaw: why a training cannot go on from it, `None` if it can.
-        step: optimizer steps done, `None` where the file with it is missing.
-        max_steps: of the whole training.
-        epoch: epochs done.
-        processes: how many processes wrote it, `None` if it says nothing of that.
-        optimizer: what the state is of: `"LoRA-Pro"`, `"another optimizer"`, `ENGINE` or `"none"`.
+        step, max_steps, epoch: of the training; `None` if the file with them is missing.
+        processes: the number of processes that wrote it, `None` if it does not tell.
+        optimizer: owner of the state: `"LoRA-Pro"`, `"another optimizer"`, `ENGINE` or `"none"`.
         settings: mode, dtype of the moments and master factors of LoRA-Pro, and the learning rate.
-        stepped_tensors: parameters that have a state.
-        has_manifest: the sizes and checksums of its files are known.
+        stepped_tensors: number of parameters that have a state.
+        has_manifest: whether the sizes and checksums of its files are known.
+        usable_weights: whether a new training could start from its adapter; not in the JSON.
     """
 
     folder: str
@@ -131,28 +122,29 @@ class Checkpoint:
     settings: dict[str, Any] = field(default_factory=dict)
     stepped_tensors: int | None = None
     has_manifest: bool = False
+    usable_weights: bool = False
 
 
 @dataclass(frozen=True)
 class Report:
-    """All of it.
+    """A report on a model, an adapter, a checkpoint or an output folder.
 
     Args:
-        source: what was inspected, as it was named.
+        source: the name that was given.
         base: the model without its adapters, `None` if none was found.
-        adapters: all there are.
+        adapters: all adapters.
         pairs: grouped by shape.
-        pair_parameters: trainable elements in pairs.
+        pair_parameters: number of trainable elements in pairs.
         ordinary: other trainable parameters.
-        unsupported: what LoRA-Pro refuses.
-        costs: for each mode.
-        ranks: how many processes share the pairs out.
-        memory: bytes that are free by device, `None` where that is not known.
-        loaded: whether weights are in memory already.
+        unsupported: layers that LoRA-Pro refuses.
+        costs: by mode.
+        ranks: number of processes that share the pairs out.
+        memory: free bytes by device, `None` if not known.
+        loaded: whether the weights are in memory already.
         settings: `lorapro_config.json` beside the adapter.
-        checkpoint: of the folder, if it is one.
-        checkpoints: in the folder, if it is the output folder of a training; the newest first.
-        notes: what else there is to know.
+        checkpoint: the folder itself, if it is a checkpoint.
+        checkpoints: those in an output folder, the newest first.
+        notes: sentences for the reader.
     """
 
     source: str
@@ -173,7 +165,7 @@ class Report:
 
     @property
     def is_trainable(self) -> bool:
-        """Whether LoRA-Pro can train it as it is, and go on from it or from the newest complete checkpoint in it."""
+        """Whether LoRA-Pro can train the model and resume from the checkpoint, or from one in the output folder."""
         found = self.checkpoints if self.checkpoint is None else [self.checkpoint]
         newest = next((each for each in found if each.flaw is None), None)
         if self.unsupported or (found and newest is None):
@@ -182,8 +174,11 @@ class Report:
         return bool(self.pairs) or in_files_of_engine
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain values, with counts and sums; the keys stay as they are from version to version."""
+        """The report as plain values, with counts and sums; the keys are the same in each version."""
         content = asdict(self)
+        for checkpoint in (content["checkpoint"], *content["checkpoints"]):
+            if checkpoint is not None:
+                del checkpoint["usable_weights"]
         for group, own in zip(content["pairs"], self.pairs, strict=True):
             group["count"] = own.count
         content["pair_count"] = sum(group.count for group in self.pairs)

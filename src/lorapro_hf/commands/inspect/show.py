@@ -1,26 +1,24 @@
-"""How does a report look: tables on a terminal, aligned text elsewhere?"""
+"""How does a report look as text?"""
 
 from __future__ import annotations
 
-import sys
 import textwrap
-from collections import Counter
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+from lorapro_hf.checkpoints.adapters import PREFIX
 from lorapro_hf.checkpoints.manifest import MANIFEST
 from lorapro_hf.checkpoints.resume import newest_complete
-from lorapro_hf.commands.inspect.model import PREFIX
 from lorapro_hf.commands.inspect.report import Checkpoint, PairGroup, Report
+from lorapro_hf.hub.describe import layer_kind
 from lorapro_hf.optim.memory import readable_bytes
 
-_LISTED = 4  # so many layers are named, where there are more
+_LISTED = 4  # names of refused layers, if there are more
 
 
 class Section(NamedTuple):
-    """A table with a title; lines of text stand below it. Columns whose name ends in `>` are numbers."""
+    """A table with a title and lines of text below. Columns whose name ends in `>` are numbers."""
 
     title: str
     columns: Sequence[str]
@@ -28,13 +26,13 @@ class Section(NamedTuple):
     lines: Sequence[str] = ()
 
 
-def sections(report: Report, every_pair: bool = False) -> list[Section]:
-    """All that there is to show.
+def show(report: Report, every_pair: bool = False) -> None:
+    """Print a report; with `every_pair` it names each pair instead of grouping them by shape."""
+    print("\n\n".join(map(plain, sections(report, every_pair))))
 
-    Args:
-        report: what was found.
-        every_pair: name each pair instead of grouping them.
-    """
+
+def sections(report: Report, every_pair: bool = False) -> list[Section]:
+    """The tables of a report."""
     found = [_overview(report)]
     if report.checkpoint is not None:
         found.append(_checkpoint(report.checkpoint))
@@ -46,20 +44,12 @@ def sections(report: Report, every_pair: bool = False) -> list[Section]:
         found.append(_every_pair(report) if every_pair else _pairs(report))
     if report.ordinary:
         rows = [(each.name, f"{each.tensors}", f"{each.parameters:,}") for each in report.ordinary]
-        found.append(Section("Trained besides, by plain AdamW", ("parameters", "tensors>", "elements>"), rows))
+        found.append(Section("Other trained parameters, by plain AdamW", ("parameters", "tensors>", "elements>"), rows))
     if report.unsupported:
         found.append(_unsupported(report))
     if report.costs:
         found.append(_costs(report))
     return found
-
-
-def show(report: Report, every_pair: bool = False) -> None:
-    """Print a report: with rich on a terminal, if it is installed, else as plain text."""
-    if sys.stdout.isatty() and find_spec("rich") is not None:
-        _show_rich(sections(report, every_pair))
-    else:
-        print("\n\n".join(map(plain, sections(report, every_pair))))
 
 
 def plain(section: Section) -> str:
@@ -78,33 +68,6 @@ def plain(section: Section) -> str:
     return "\n".join(text)
 
 
-def _show_rich(found: Sequence[Section]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.padding import Padding
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    for section in found:
-        console.print(Text(f"\n{section.title}", style="bold"))
-        table = Table(box=box.SIMPLE_HEAD if any(section.columns) else None, show_header=any(section.columns))
-        for name in section.columns:
-            is_number = name.endswith(">")
-            table.add_column(
-                Text(name.removesuffix(">")),
-                justify="right" if is_number else "left",
-                overflow="fold",
-                no_wrap=is_number,
-            )
-        for row in section.rows:
-            table.add_row(*map(Text, row))
-        if section.rows:
-            console.print(table if any(section.columns) else Padding(table, (0, 0, 0, 1)))
-        for line in section.lines:
-            console.print(Padding(Text(line, style="dim"), (0, 0, 0, 2)))
-
-
 def _overview(report: Report) -> Section:
     rows = []
     base = report.base
@@ -119,13 +82,20 @@ def _overview(report: Report) -> Section:
     ordinary = sum(each.parameters for each in report.ordinary)
     if report.pairs:
         count = sum(group.count for group in report.pairs)
-        rows.append(("trained", f"{report.pair_parameters:,} in {count} pairs of factors, {ordinary:,} besides"))
+        rows.append(("trained", f"{report.pair_parameters:,} in {count} pairs of factors, {ordinary:,} other"))
     if report.settings is not None:
         said = ", ".join(f"{name}={value}" for name, value in report.settings.items() if value is not None)
         rows.append(("trained with", said))
-    verdict = "yes" if report.is_trainable else "no, see below"
-    rows.append(("ready for LoRA-Pro", verdict))
+    rows.append(("ready for LoRA-Pro", _verdict(report)))
     return Section(report.source, ("", ""), rows, report.notes)
+
+
+def _verdict(report: Report) -> str:
+    if report.is_trainable:
+        return "yes"
+    found = report.checkpoint
+    weights_alone = report.pairs and not report.unsupported and found is not None and found.usable_weights
+    return "only its weights, for a new training" if weights_alone else "no, see below"
 
 
 def _checkpoint(found: Checkpoint) -> Section:
@@ -140,14 +110,14 @@ def _checkpoint(found: Checkpoint) -> Section:
 
 
 def _checkpoints(found: Sequence[Checkpoint]) -> Section:
-    """Those of an output folder, the newest first, and the one that resuming takes."""
+    """The checkpoints of an output folder, and the one that resuming takes."""
     rows = [(Path(each.folder).name, _step(each), _state(each), each.flaw or "complete") for each in found]
     line = f"resume_from_checkpoint=True {_taken({Path(each.folder): each.flaw for each in found})}."
     return Section("Checkpoints in it", ("name", "step>", "optimizer state", "files"), rows, [line])
 
 
 def _taken(flaws: dict[Path, str | None]) -> str:
-    """What a trainer does with checkpoints of which these flaws are known, the newest first."""
+    """What `resume_from_checkpoint=True` does with checkpoints of these flaws, the newest first."""
     newest = next(iter(flaws))
     try:
         whole, _ = newest_complete(newest.parent, list(flaws), flaws.__getitem__)
@@ -198,8 +168,7 @@ def _adapters(report: Report) -> Section:
 
 
 def _targets(names: Sequence[str]) -> str:
-    is_pattern = len(names) == 1  # whose dots and digits are its own
-    return names[0] if is_pattern else _layers(names)
+    return names[0] if len(names) == 1 else _layers(names)  # a single name may be a pattern
 
 
 def _pairs(report: Report) -> Section:
@@ -222,18 +191,8 @@ def _sizes(group: PairGroup) -> tuple[str, ...]:
 
 def _layers(names: Sequence[str]) -> str:
     """`q_proj, o_proj` for the names of their layers."""
-    last = Counter(_last(name) for name in names)
-    return _names(list(last))
-
-
-def _last(name: str) -> str:
-    parts = [part for part in name.split(" ")[0].split(".") if not part.isdigit() and part != "base_layer"]
-    return parts[-1] if parts else name
-
-
-def _names(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 2 * _LISTED} more" if len(names) > 2 * _LISTED else ""
-    return ", ".join(names[: 2 * _LISTED]) + more
+    kinds, most = list(dict.fromkeys(layer_kind(name.split(" ")[0]) for name in names)), 2 * _LISTED
+    return ", ".join(kinds[:most]) + (f" and {len(kinds) - most} more" if len(kinds) > most else "")
 
 
 def _unsupported(report: Report) -> Section:
@@ -264,7 +223,7 @@ def _costs(report: Report) -> Section:
     columns = ("mode", "state>", "step scratch>", "in all>", "fits here", "learning rate")
     lines = (
         f"In all: {counted}, state and scratch, without activations. Free memory here: {free}.",
-        "Learning rates are where to begin: efficient takes those of plain LoRA, the others those of full fine-tuning",
-        "or, with a trust region, higher ones.",
+        "Learning rates are a start: efficient takes those of plain LoRA, the others those of full fine-tuning, or "
+        "higher ones with a trust region.",
     )
     return Section(f"Memory and learning rate by mode{each}", columns, rows, lines)

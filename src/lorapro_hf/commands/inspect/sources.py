@@ -1,4 +1,4 @@
-"""What does the name that was given stand for: a base model, an adapter or a checkpoint?"""
+"""Does a name stand for a base model, an adapter, a checkpoint or an output folder?"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorapro_hf.checkpoints.adapters import ADAPTER_FILES
 from lorapro_hf.checkpoints.files import STATE
 from lorapro_hf.checkpoints.resume import checkpoints_in, is_checkpoint
 from lorapro_hf.commands.inspect.base_model import base_on_meta, head_of
-from lorapro_hf.commands.inspect.checkpoints import compared, read_checkpoint, read_checkpoints
+from lorapro_hf.commands.inspect.checkpoints import advice, compared, read_checkpoint, read_checkpoints
 from lorapro_hf.commands.inspect.files import WEIGHTS, Shapes, differences, skeleton, tensor_shapes
 from lorapro_hf.commands.inspect.model import adapters_of, inspect_model
 from lorapro_hf.commands.inspect.report import ENGINE, Base, Checkpoint, Report, Unsupported
@@ -31,14 +31,14 @@ _ADAPTER, _CONFIG, _ARGUMENTS = "adapter_config.json", "config.json", "training_
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What is to be inspected and how.
+class Request:
+    """What to inspect and how.
 
     Args:
         name: a folder, or a name on the Hub.
-        lora: options of a new adapter, by the names of `AdapterArguments`; only those that were given.
-        task: a key of `TASKS`, `None` for the one that the model's configuration or the adapter tells.
-        ranks: how many processes would share the pairs out.
+        lora: the given options of a new adapter, by the names of `AdapterArguments`.
+        task: a key of `TASKS`; `None` for the one that the model's configuration or the adapter tells.
+        ranks: number of processes that would share the pairs out.
         trust_remote_code: run code that comes with the model.
     """
 
@@ -49,62 +49,71 @@ class Wish:
     trust_remote_code: bool = False
 
 
-def inspect_source(wish: Wish) -> Report:
+def inspect_source(request: Request) -> Report:
     """The report on a folder or a name on the Hub.
 
     Raises:
-        UsageError: there is nothing of that name that can be inspected, or options that do not go with it.
+        UsageError: the name stands for nothing that can be inspected, or an option does not fit.
     """
-    folder = Path(wish.name)
-    if not folder.exists() and _is_path(wish.name):
-        raise UsageError(f"there is no folder {wish.name}.")
+    folder = Path(request.name)
+    if not folder.exists() and _is_path(request.name):
+        raise UsageError(f"there is no folder {request.name}.")
     if folder.is_file():
-        raise UsageError(f"{wish.name} is a file: name the folder it is in, {folder.parent}.")
+        raise UsageError(f"{request.name} is a file: name the folder it is in, {folder.parent}.")
     if not folder.is_dir():
-        return _of_adapter(wish, _adapters_in(wish.name)) if _adapter_file(wish.name) is not None else _of_base(wish)
+        return (
+            _of_adapter(request, _adapters_in(request.name))
+            if _adapter_file(request.name) is not None
+            else _of_base(request)
+        )
     if checkpoints := read_checkpoints(checkpoints_in(folder)):
-        return replace(_of_output(wish, checkpoints), checkpoints=checkpoints)
+        return replace(_of_output(request, checkpoints), checkpoints=checkpoints)
     if is_checkpoint(folder):
-        return _of_checkpoint(wish, read_checkpoint(folder))
+        return _of_checkpoint(request, read_checkpoint(folder))
     if not any((folder / name).is_file() for name in (_ADAPTER, _CONFIG)):
         raise UsageError(_nothing_there(folder))
-    return _of_files(wish)
+    return _of_files(request)
 
 
-def _of_files(wish: Wish, checkpoint: Checkpoint | None = None) -> Report:
-    """A folder with an adapter, with several, or with the configuration of a base model."""
-    folder = Path(wish.name)
-    adapters = _adapters_in(wish.name)
+def _of_files(request: Request, checkpoint: Checkpoint | None = None) -> Report:
+    """The report on a folder with adapters or with the configuration of a base model."""
+    folder = Path(request.name)
+    adapters = _adapters_in(request.name)
     if adapters and ("default" in adapters or checkpoint is not None or not (folder / _CONFIG).is_file()):
-        return _of_adapter(wish, adapters, checkpoint)
-    return replace(_of_base(wish), checkpoint=checkpoint)
+        return _of_adapter(request, adapters, checkpoint)
+    return replace(_of_base(request), checkpoint=checkpoint)
 
 
-def _of_checkpoint(wish: Wish, checkpoint: Checkpoint) -> Report:
-    """A checkpoint, in which an engine may have the adapter in files of its own."""
-    if not _adapters_in(wish.name) and not Path(wish.name, _CONFIG).is_file():
+def _of_checkpoint(request: Request, checkpoint: Checkpoint) -> Report:
+    """The report on a checkpoint; an engine may keep the adapter in files of its own."""
+    ways_on = advice(checkpoint)
+    if not _adapters_in(request.name) and not Path(request.name, _CONFIG).is_file():
         note = f"There is neither {_ADAPTER} nor {_CONFIG} in this checkpoint."
         if checkpoint.optimizer == ENGINE:
             note += " The files of FSDP or DeepSpeed hold the adapter; the training that wrote them can load them."
-        return Report(wish.name, checkpoint=checkpoint, notes=[note])
+        return Report(request.name, checkpoint=checkpoint, notes=[note, *ways_on])
     try:
-        return _of_files(wish, checkpoint)
+        report = _of_files(request, checkpoint)
     except UsageError as error:
         if checkpoint.flaw is None:
             raise
-        return Report(wish.name, checkpoint=checkpoint, notes=[_line(error)])
+        return Report(request.name, checkpoint=checkpoint, notes=[_line(error), *ways_on])
+    if report.checkpoint is not None and report.checkpoint.usable_weights:
+        loading = f"PeftModel.from_pretrained(base_model, {request.name!r}, is_trainable=True)"
+        ways_on.append(f"Its weights are whole, and a new training can start from them: {loading}.")
+    return replace(report, notes=[*ways_on, *report.notes])
 
 
-def _of_output(wish: Wish, checkpoints: Sequence[Checkpoint]) -> Report:
-    """The output folder of a training: what it has saved at the end, or else in its newest complete checkpoint."""
+def _of_output(request: Request, checkpoints: Sequence[Checkpoint]) -> Report:
+    """The report on an output folder: its final adapter, or else that of the newest complete checkpoint."""
     newest = next((each for each in checkpoints if each.flaw is None), None)
-    if _adapters_in(wish.name) or Path(wish.name, _CONFIG).is_file():
-        return _of_files(wish)
+    if _adapters_in(request.name) or Path(request.name, _CONFIG).is_file():
+        return _of_files(request)
     if newest is None:
-        return Report(wish.name, notes=["No checkpoint in it is complete: the training has to start again."])
-    report = _of_checkpoint(replace(wish, name=newest.folder), newest)
+        return Report(request.name, notes=["No checkpoint in it is complete: the training has to start again."])
+    report = _of_checkpoint(replace(request, name=newest.folder), newest)
     note = f"The training has not saved an adapter at its end: this is {Path(newest.folder).name}."
-    return replace(report, source=wish.name, checkpoint=None, notes=[note, *report.notes])
+    return replace(report, source=request.name, checkpoint=None, notes=[note, *report.notes])
 
 
 def _is_path(name: str) -> bool:
@@ -121,33 +130,33 @@ def _nothing_there(folder: Path) -> str:
 def _adapter_file(name: str) -> str | None:
     try:
         found: str | None = find_adapter_config_file(name)
-    except (OSError, ValueError):  # what is the matter is said when the model's configuration is asked for
+    except (OSError, ValueError):  # reading the model's configuration will tell
         return None
     return found
 
 
-def _of_base(wish: Wish) -> Report:
-    """A base model with a new adapter."""
-    model, task = base_on_meta(wish.name, wish.task, trust_remote_code=wish.trust_remote_code)
+def _of_base(request: Request) -> Report:
+    """The report on a base model with a new adapter."""
+    model, task = base_on_meta(request.name, request.task, trust_remote_code=request.trust_remote_code)
     head = head_of(model, task)
-    config = AdapterArguments(**wish.lora).lora_config(TASKS[task].peft_name)
+    config = AdapterArguments(**request.lora).lora_config(TASKS[task].peft_name)
     require_known_names(model, config)
     config.modules_to_save = [*(config.modules_to_save or []), *head] or None
-    report = inspect_model(_adapted(model, {"default": config}), ranks=wish.ranks, source=wish.name)
+    report = inspect_model(_adapted(model, {"default": config}), ranks=request.ranks, source=request.name)
     return replace(report, notes=[*report.notes, f"The adapter is a new one, for the task {task}."])
 
 
-def _of_adapter(wish: Wish, folders: Mapping[str, str], checkpoint: Checkpoint | None = None) -> Report:
-    """Saved adapters, on the base model that the first of them names if that can be had.
+def _of_adapter(request: Request, folders: Mapping[str, str], checkpoint: Checkpoint | None = None) -> Report:
+    """The report on saved adapters, on the base model that the first of them names if its configuration is there.
 
     Args:
-        wish: what is to be inspected.
-        folders: of each adapter, by its name.
-        checkpoint: which the adapters are part of.
+        request: what to inspect.
+        folders: the folder of each adapter, by its name.
+        checkpoint: the checkpoint that the adapters are part of.
     """
-    if wish.lora:
-        given = ", ".join(f"--{name}" for name in wish.lora)
-        raise UsageError(f"{wish.name} is an adapter with settings of its own: leave out {given}, or name its base.")
+    if request.lora:
+        given = ", ".join(f"--{name}" for name in request.lora)
+        raise UsageError(f"{request.name} is an adapter with settings of its own: leave out {given}, or name its base.")
     configs = {name: _config(folder) for name, folder in folders.items()}
     shapes = {name: tensor_shapes(file) for name, folder in folders.items() if (file := _weights(folder)) is not None}
     bare = [folder for name, folder in folders.items() if name not in shapes]
@@ -160,40 +169,51 @@ def _of_adapter(wish: Wish, folders: Mapping[str, str], checkpoint: Checkpoint |
     adapter, first = next(iter(configs.items()))
     if not isinstance(first, LoraConfig) or first.is_prompt_learning:
         raise UsageError(
-            f"{wish.name} is an adapter of the kind {getattr(first.peft_type, 'value', first.peft_type)}, which has no "
-            "LoRA factors; LoRA-Pro needs an adapter made from LoraConfig."
+            f"{request.name} is an adapter of the kind {getattr(first.peft_type, 'value', first.peft_type)}, which has "
+            "no LoRA factors; LoRA-Pro needs an adapter made from LoraConfig."
         )
-    name = first.base_model_name_or_path
+    differing: list[str] = []
     try:
-        if not name:
-            raise UsageError("the adapter does not name its base model")
-        model, _ = base_on_meta(
-            str(name),
-            wish.task or _task_named(first),
-            trust_remote_code=wish.trust_remote_code,
-            revision=first.revision,
-        )
+        model = _base_of(request, first)
     except UsageError as error:
         if adapter not in shapes:
             raise
         notes.append(f"Read from the adapter's file alone: {_line(error)}")
-        report = _alone(wish, adapter, first, shapes[adapter])
+        report = _alone(request, adapter, first, shapes[adapter])
     else:
         adapted = _adapted(model, configs)
-        notes += [line for name, each in shapes.items() for line in differences(adapted, name, each)]
-        report = inspect_model(adapted, ranks=wish.ranks, source=wish.name)
+        differing = [line for name, each in shapes.items() for line in differences(adapted, name, each)]
+        report = inspect_model(adapted, ranks=request.ranks, source=request.name)
         checkpoint = None if checkpoint is None else compared(checkpoint, adapted)
-    settings = _settings(wish.name)
-    unsupported = [*report.unsupported, *refused]
+    if checkpoint is not None and checkpoint.flaw is not None:
+        named = any(name in checkpoint.flaw for name in ADAPTER_FILES)
+        checkpoint = replace(checkpoint, usable_weights=not (bare or differing or named))
     return replace(
-        report, checkpoint=checkpoint, settings=settings, unsupported=unsupported, notes=[*notes, *report.notes]
+        report,
+        checkpoint=checkpoint,
+        settings=_settings(request.name),
+        unsupported=[*report.unsupported, *refused],
+        notes=[*notes, *differing, *report.notes],
     )
 
 
-def _adapters_in(name: str) -> dict[str, str]:
-    """The folders of the adapters that PEFT has saved together, by name: `default` itself, others inside.
+def _base_of(request: Request, config: LoraConfig) -> Any:
+    """The base model that an adapter names, on the meta device."""
+    if not config.base_model_name_or_path:
+        raise UsageError("the adapter does not name its base model")
+    model, _ = base_on_meta(
+        str(config.base_model_name_or_path),
+        request.task or _task_named(config),
+        trust_remote_code=request.trust_remote_code,
+        revision=config.revision,
+    )
+    return model
 
-    Checkpoints and output folders of other trainings inside hold adapters too, which do not belong to it.
+
+def _adapters_in(name: str) -> dict[str, str]:
+    """The folders of the adapters that PEFT has saved together, by name: `default` at the top, others inside.
+
+    Checkpoints and output folders of other trainings inside are left out.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -231,7 +251,7 @@ def _adapted(model: Any, configs: Mapping[str, PeftConfig]) -> PeftModel:
     (first, config), *others = [(name, copy.deepcopy(config)) for name, config in configs.items()]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about names and patterns, which say nothing of the model
+            warnings.simplefilter("ignore")  # about names and patterns
             config.inference_mode = False
             adapted = get_peft_model(model, config, adapter_name=first, low_cpu_mem_usage=True)
             for name, other in others:
@@ -241,17 +261,17 @@ def _adapted(model: Any, configs: Mapping[str, PeftConfig]) -> PeftModel:
     return adapted
 
 
-def _alone(wish: Wish, adapter: str, config: LoraConfig, shapes: Shapes) -> Report:
+def _alone(request: Request, adapter: str, config: LoraConfig, shapes: Shapes) -> Report:
     bare, settings = skeleton(shapes, config)
     if not settings.target_modules and not getattr(settings, "target_parameters", None):
-        raise UsageError(f"{wish.name}: its {WEIGHTS} holds no LoRA factors.")
+        raise UsageError(f"{request.name}: its {WEIGHTS} holds no LoRA factors.")
     settings.task_type = None
     base = Base(None, config.base_model_name_or_path, None, None, None, None)
     model = _adapted(bare, {adapter: settings})
-    report = inspect_model(model, ranks=wish.ranks, source=wish.name, base=base)
-    model.peft_config[adapter] = config  # which names what the adapter itself does
+    report = inspect_model(model, ranks=request.ranks, source=request.name, base=base)
+    model.peft_config[adapter] = config  # which has the adapter's own targets
     whole = [name for name in shapes if ".lora_" not in name and ".base_layer." not in name]
-    notes = [f"{len(whole)} tensors of it are of layers that are trained whole."] if whole else []
+    notes = [f"{len(whole)} of its tensors belong to layers that are trained whole."] if whole else []
     return replace(report, adapters=adapters_of(model), notes=[*notes, *report.notes])
 
 

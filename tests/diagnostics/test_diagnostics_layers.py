@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_iter
 from lorapro_hf import create_lorapro_optimizer, find_lora_pairs
 from lorapro_hf.diagnostics import GradientGapMeter
 from lorapro_hf.diagnostics.figures import shared_scale
-from lorapro_hf.diagnostics.layers import Recording
+from lorapro_hf.factors import recording
 from lorapro_hf.functional.reference import projected_gradient
 
 
@@ -220,8 +220,7 @@ def _storage(tensor):
 
 @pytest.mark.parametrize("mode", ["full", "full_8bit", "factored", "adamw"])
 def test_a_measured_step_needs_no_second_matrix(mode, monkeypatch):
-    for module in ("figures", "recording"):
-        monkeypatch.setattr(f"lorapro_hf.diagnostics.{module}.BLOCK_ELEMENTS", 2**13)
+    monkeypatch.setattr(recording, "BLOCK_ELEMENTS", 2**13)
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(512, 512)), LoraConfig(r=2, target_modules=["0"]))
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -247,12 +246,12 @@ def test_a_measured_step_needs_no_second_matrix(mode, monkeypatch):
 
 
 def test_inputs_are_cast_some_tokens_at_a_time(monkeypatch):
-    monkeypatch.setattr("lorapro_hf.diagnostics.layers.BLOCK_ELEMENTS", 2**10)
+    monkeypatch.setattr(recording, "BLOCK_ELEMENTS", 2**10)
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(16, 12)).bfloat16(), LoraConfig(r=2, target_modules=["0"]))
-    recording = Recording(find_lora_pairs(model)[0])
+    sum_of_passes = recording.Recording(find_lora_pairs(model)[0])
     x, dy = torch.randn(4096, 16).bfloat16(), torch.randn(4096, 12).bfloat16()
     with Allocations() as allocated:
-        recording.add(x, dy)
+        sum_of_passes.add(x, dy)
     assert allocated.most < 0.1 * 4 * (x.numel() + dy.numel())
-    torch.testing.assert_close(recording.gradient.double(), dy.double().mT @ x.double(), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(sum_of_passes.gradient.double(), dy.double().mT @ x.double(), rtol=1e-5, atol=1e-3)

@@ -7,19 +7,19 @@ one, and then a block of rows at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.factors.recording import row_blocks
 from lorapro_hf.functional.bases import row_basis
 from lorapro_hf.functional.factor_steps import Rates
 from lorapro_hf.functional.projection import project_lora_gradients
 from lorapro_hf.functional.trust_region import share_of_A, shares_of_both, square
 
-BLOCK_ELEMENTS = 2**20  # of a matrix of the size of a weight, computed at a time
 _ROUNDING = 1e-7
 
 
@@ -92,12 +92,6 @@ def _distance_from(g: Tensor, q: Halves, scale: float) -> float:
         torch.linalg.vector_norm(torch.addmm(g[rows], q.left[rows], q.right, alpha=-scale)) for rows in row_blocks(g)
     ]
     return float(torch.stack(lengths).to(exact_dtype(g)).norm())
-
-
-def row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """The rows of a matrix, as many at a time as have about `BLOCK_ELEMENTS` elements."""
-    step = max(1, BLOCK_ELEMENTS // matrix.shape[1])
-    return (slice(start, start + step) for start in range(0, matrix.shape[0], step))
 
 
 class Fit(NamedTuple):

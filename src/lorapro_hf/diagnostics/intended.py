@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lorapro_hf.config import LoRAProConfig
-from lorapro_hf.diagnostics.figures import Halves, row_blocks
+from lorapro_hf.diagnostics.figures import Halves
+from lorapro_hf.factors.recording import row_blocks
 from lorapro_hf.functional.bases import RowBasis, row_basis
 from lorapro_hf.kernels.dynamic_map import tables_on
 from lorapro_hf.kernels.storage import BLOCK

@@ -22,12 +22,14 @@ from lorapro_hf.diagnostics.figures import (
     shared_scale,
 )
 from lorapro_hf.diagnostics.intended import adam_direction_
-from lorapro_hf.diagnostics.layers import NotMeasured, Recording, choose, sees_another_gradient, shared_factors
+from lorapro_hf.diagnostics.layers import NotMeasured, choose, sees_another_gradient
 from lorapro_hf.diagnostics.optimizers import decayed_rates, groups_of, loss_scale, steps_of
 from lorapro_hf.diagnostics.settings import GAP_MAX_BYTES, check_gap_layers, check_gap_max_bytes
 from lorapro_hf.distributed.access import Access, access_to
 from lorapro_hf.distributed.ownership import everyone
+from lorapro_hf.factors.adapted_weights import holders_of_factors
 from lorapro_hf.factors.pairs import LoRAPair, survey_lora_pairs, unwrapped_name
+from lorapro_hf.factors.recording import Recording
 from lorapro_hf.factors.stacks import exact_arithmetic
 from lorapro_hf.functional.factor_steps import Rates
 from lorapro_hf.functional.projection import compute_dtype
@@ -137,7 +139,7 @@ class GradientGapMeter:
         pairs, refusals = survey_lora_pairs(model)
         if not pairs:
             raise refusals[0].error
-        chosen = choose(pairs, layers, max_bytes, shared_factors(model))
+        chosen = choose(pairs, layers, max_bytes, holders_of_factors(model))
         self._turns = chosen.turns
         self.turns = [[unwrapped_name(pair.name) for pair in turn] for turn in chosen.turns]
         self.left_out = [NotMeasured(unwrapped_name(r.name), str(r.error)) for r in refusals if r.name]
@@ -156,7 +158,7 @@ class GradientGapMeter:
         self.stop()
         turn = self._next if turn is None else turn
         self._next = turn + 1
-        self._recordings = [Recording(pair) for pair in self._turns[turn % len(self._turns)]]
+        self._recordings = [Recording(pair).listen(pair) for pair in self._turns[turn % len(self._turns)]]
 
     def stop(self) -> None:
         """Forget what has been recorded and leave all layers as they were."""

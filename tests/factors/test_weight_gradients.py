@@ -10,14 +10,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from lora_layers import ALL_ROWS, Row, needs_weight_tying, tied_llama
 from lorapro_hf import find_lora_pairs, weight_gradients
-from processes import run
 from trainer_helpers import tiny_lora
-from training import batches, build, loss_of
 
 ROWS = {row.name: row for row in ALL_ROWS if set(row.settings) <= set(LoraConfig.__dataclass_fields__)}
 IN_DEFAULT_RUN = {"Conv1D of GPT-2", "embedding", "Conv2d", "experts (in, out)", "experts (out, in)"}
@@ -458,20 +455,3 @@ def test_sharded_parameters_are_refused():
     model.base_model.model.body.get_base_layer().weight.ds_shape = (5, 6)
     with pytest.raises(RuntimeError, match=r"body.base_layer.weight is sharded .* Call it before the model is sharded"):
         weight_gradients(model, [0])
-
-
-def on_a_rank(rank, ranks):
-    """Two batches on the first rank and one on the second."""
-    model = DistributedDataParallel(build())
-    own = list(batches(steps=3))[rank::ranks]
-    return gradients_of(model, own, loss_of, max_bytes=0)
-
-
-@pytest.mark.distributed
-def test_ranks_average_over_the_batches_of_all(tmp_path):
-    expected = gradients_of(build(), list(batches(steps=3)), loss_of)
-    model = build()
-    data = batches(steps=3)
-    assert_close(expected, of_autograd(model, lambda model: sum(loss_of(model, batch) for batch in data) / 3))
-    for found in run(on_a_rank, 2, tmp_path):
-        assert_close(found, expected)

@@ -53,9 +53,10 @@ def weight_gradients(
         loss_fn: `loss_fn(model, batch)`, a scalar. By default `model(**batch).loss`, with the batch's tensors moved to
             the device of the model's first parameter.
         max_bytes: the memory for gradients; 0 for one layer at a time. A layer that needs more is computed alone.
-        dtype: of the gradients; by default float32, or float64 for float64 factors. Products are computed in it, but
-            for experts, layers of custom classes, `nn.MultiheadAttention`, and DoRA with dropout, whose parts have the
-            precision of the weight.
+        dtype: of the gradients; by default float32, or float64 for float64 factors. Linear layers, embeddings and
+            convolutions are computed in it (convolutions on CUDA in TF32, unless it is switched off). Each backward
+            pass of experts, `nn.MultiheadAttention`, DoRA and layers with a forward of their own is computed in the
+            dtype of the weight.
         group: the ranks to average over; by default all, if `torch.distributed` is initialised. Each rank gives batches
             of its own, any number of them, and gets the same gradients.
 
@@ -148,7 +149,7 @@ def _average(recordings: Sequence[Recording], count: int, group: dist.ProcessGro
     """Divide the sums by the number of batches, those of all ranks together."""
     device = recordings[0].gradient.device
     counts = [float(count), *(float(r.passes) for r in recordings), *(float(r.lost) for r in recordings)]
-    known = torch.tensor(counts, dtype=torch.float64, device=device)
+    known = torch.tensor(counts, device=device)
     if group is not None:
         dist.all_reduce(known, group=group)
     total, *of_layers = known.tolist()

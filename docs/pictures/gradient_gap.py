@@ -64,9 +64,9 @@ def counted(folder: Path) -> dict[str, float]:
     both = [row for each in rows.values() for row in each]
     return {
         "measured": len(both),
-        "closer": sum(row["lora_pro_gap"] < row["lora_scaled_gap"] for row in both),
-        "measured_steps": len({row["step"] for row in rows["lora_pro"]}),
-        "largest_step_error": max(row["step_error"] for row in rows["lora_pro"]),
+        "closer": sum(row.figures["lora_pro_gap"] < row.figures["lora_scaled_gap"] for row in both),
+        "measured_steps": len({row.step for row in rows["lora_pro"]}),
+        "largest_step_error": max(row.figures["step_error"] for row in rows["lora_pro"]),
     }
 
 

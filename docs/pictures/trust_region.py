@@ -62,7 +62,7 @@ def quartiles(folder: Path) -> dict[int, list[float]]:
     """What is left of each measured step: the quartiles over the layers."""
     shares: dict[int, list[float]] = {}
     for row in read(folder / FILE):
-        shares.setdefault(row["step"], []).append(row["step_share"])
+        shares.setdefault(row.step, []).append(row.figures["step_share"])
     return {step: statistics.quantiles(each, n=4, method="inclusive") for step, each in sorted(shares.items())}
 
 

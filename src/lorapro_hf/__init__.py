@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lorapro_hf.deepspeed.engine import attach_deepspeed
     from lorapro_hf.diagnostics import GradientGapCallback
     from lorapro_hf.factors.pairs import LoRAPair, find_lora_pairs
+    from lorapro_hf.factors.weight_gradients import weight_gradients
     from lorapro_hf.functional.projection import equivalent_gradient, project_lora_gradients
     from lorapro_hf.hub import create_model_card, load_lora_pro_config, push_adapter, save_adapter
     from lorapro_hf.optim.factory import LoRAProOptimizerFactory, create_lorapro_optimizer
@@ -62,6 +63,7 @@ __all__ = [
     "project_lora_gradients",
     "push_adapter",
     "save_adapter",
+    "weight_gradients",
 ]
 
 _HOMES = {
@@ -92,6 +94,7 @@ _HOMES = {
     "project_lora_gradients": "functional.projection",
     "push_adapter": "hub",
     "save_adapter": "hub",
+    "weight_gradients": "factors.weight_gradients",
 }
 
 

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback
 
 from lorapro_hf import LoRAProCallback, LoRAProTrainer, LoRAProTrainingArguments, find_lora_pairs
 from lorapro_hf.diagnostics import GradientGapCallback
+from lorapro_hf.diagnostics import callback as callback_module
 from lorapro_hf.diagnostics.records import FILE, keep_until
 from trainer_helpers import arguments, assert_same, build, factors, logged, run, tiny_lora
 
@@ -155,30 +156,11 @@ def test_resumed_run_has_the_file_of_an_uninterrupted_one(tmp_path):
     assert file.read_text() == whole
 
 
-def test_new_run_starts_the_file_anew(tmp_path):
-    (tmp_path / FILE).write_text('{"step": 1, "layer": "old", "lora_gap": 1.0}\n')
-    run(tmp_path, lora_pro_log_gap=6, max_steps=1)
-    assert {record["layer"] for record in records(tmp_path)}.isdisjoint({"old"})
-
-
-def test_layers_take_turns_over_measured_steps(tmp_path):
-    callback = GradientGapCallback(every=2, layers=["q_proj"], max_bytes=32 * 32 * 4)
-    run(tmp_path, Trainer, {"callbacks": [callback]})
-    layers = [(record["step"], int(record["layer"].split(".")[4])) for record in records(tmp_path)]
-    assert layers == [(1, 0), (3, 1), (5, 0)]
-
-
-def test_dropout_is_told_once(tmp_path, caplog):
-    model = tiny_lora(lora_dropout=0.3)
+def test_dropout_and_layers_left_out_are_told_once(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="lorapro_hf"):
-        run(tmp_path, Trainer, {"model": model, "callbacks": [GradientGapCallback(every=1)]}, max_steps=2)
+        callback = GradientGapCallback(every=1, layers=["q_proj", "up_proj"], max_bytes=32 * 32 * 4)
+        run(tmp_path, Trainer, {"model": tiny_lora(lora_dropout=0.3), "callbacks": [callback]}, max_steps=2)
     assert len([r for r in caplog.records if "an estimate" in r.message]) == 1
-
-
-def test_layers_left_out_are_told_once(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, logger="lorapro_hf"):
-        callback = GradientGapCallback(layers=["q_proj", "up_proj"], max_bytes=32 * 32 * 4)
-        run(tmp_path, Trainer, {"callbacks": [callback]}, max_steps=1)
     (told,) = [r.message for r in caplog.records if "not measured" in r.message]
     assert "layers.0.mlp.up_proj and 1 more not measured: its gradient takes 6,144 bytes" in told
 
@@ -193,13 +175,13 @@ def test_rewritten_gradients_are_refused_after_and_seen_before(tmp_path):
     assert max(record["residual"] for record in records(tmp_path)) < 1e-4
 
 
-@pytest.mark.parametrize("every", [0, -1, 2.0, True])
+@pytest.mark.parametrize("every", [0, True])
 def test_callback_refuses_steps_that_are_none(every):
     with pytest.raises(ValueError, match="must be a whole number of steps"):
         GradientGapCallback(every=every)
 
 
-@pytest.mark.parametrize("settings", [{"layers": "q_proj"}, {"layers": [1]}, {"max_bytes": "1GB"}, {"max_bytes": 0}])
+@pytest.mark.parametrize("settings", [{"layers": "q_proj"}, {"max_bytes": 0}])
 def test_callback_refuses_settings_of_another_type(settings):
     with pytest.raises(ValueError, match=r"must be a (list of names|positive whole number)"):
         GradientGapCallback(**settings)
@@ -212,9 +194,7 @@ def test_callback_refuses_settings_of_another_type(settings):
         ({"lora_pro_gap_layers": ["q_proj"]}, "lora_pro_gap_layers would be ignored"),
         ({"lora_pro_gap_max_bytes": 10}, "lora_pro_gap_max_bytes would be ignored"),
         ({"lora_pro_log_gap": 1, "lora_pro_gap_layers": "q_proj"}, "lora_pro_gap_layers='q_proj' must be a list"),
-        ({"lora_pro_log_gap": 1, "lora_pro_gap_layers": []}, "lora_pro_gap_layers=.* must be a list"),
         ({"lora_pro_log_gap": 1, "lora_pro_gap_max_bytes": 0}, "lora_pro_gap_max_bytes=0 must be a positive"),
-        ({"lora_pro_log_gap": 1, "lora_pro_gap_max_bytes": "1GB"}, "lora_pro_gap_max_bytes='1GB' must be a positive"),
     ],
 )
 def test_arguments_refuse(tmp_path, settings, message):
@@ -234,11 +214,12 @@ def test_a_second_callback_is_refused_before_it_writes(tmp_path):
     assert not (tmp_path / FILE).exists()
 
 
-def test_the_same_callback_may_train_again(tmp_path):
+def test_the_same_callback_may_train_again_and_starts_the_file_anew(tmp_path):
+    (tmp_path / FILE).write_text('{"step": 1, "layer": "old", "lora_gap": 1.0}\n')
     trainer = build(Trainer, arguments(tmp_path, max_steps=1), callbacks=[GradientGapCallback(1)])
     trainer.train()
     trainer.train()
-    assert len(records(tmp_path)) == 14
+    assert len(records(tmp_path)) == 14 and "old" not in {record["layer"] for record in records(tmp_path)}
 
 
 def test_a_pattern_without_a_layer_is_refused_when_the_trainer_is_built(tmp_path):
@@ -247,20 +228,21 @@ def test_a_pattern_without_a_layer_is_refused_when_the_trainer_is_built(tmp_path
         build(LoRAProTrainer, args)
 
 
-def test_turns_are_told_with_what_to_change(tmp_path, caplog):
+def test_layers_take_turns_over_measured_steps(tmp_path, caplog):
     settings = {"lora_pro_log_gap": 2, "lora_pro_gap_layers": ["q_proj"], "lora_pro_gap_max_bytes": 32 * 32 * 4}
     with caplog.at_level(logging.WARNING, logger="lorapro_hf"):
-        run(tmp_path, max_steps=3, **settings)
+        run(tmp_path, max_steps=5, **settings)
     (told,) = [r.message for r in caplog.records if "take turns" in r.message]
     assert "there are 2, so that each layer is measured every 4 steps" in told and "--lora_pro_gap_max_bytes" in told
-    assert [record["step"] for record in records(tmp_path)] == [1, 3]
+    layers = [(record["step"], int(record["layer"].split(".")[4])) for record in records(tmp_path)]
+    assert layers == [(1, 0), (3, 1), (5, 0)]
 
 
 def test_a_file_that_cannot_be_written_ends_no_training(tmp_path, caplog, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lorapro_hf.diagnostics.callback.append", full)
+    monkeypatch.setattr(callback_module, "append", full)
     with caplog.at_level(logging.WARNING, logger="lorapro_hf"):
         trainer = run(tmp_path, lora_pro_log_gap=1, max_steps=2)
     assert len([r for r in caplog.records if "No space left on device" in r.message]) == 1
@@ -270,7 +252,7 @@ def test_a_file_that_cannot_be_written_ends_no_training(tmp_path, caplog, monkey
 def test_a_file_that_is_not_text_is_named(tmp_path):
     (tmp_path / FILE).write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=rf"{FILE} is not text.* Move it away"):
-        run(tmp_path, lora_pro_log_gap=1)
+        keep_until(tmp_path / FILE, 0)
 
 
 def test_an_interrupted_rewriting_leaves_the_old_file(tmp_path, monkeypatch):
@@ -305,8 +287,8 @@ def test_refuses_deepspeed(monkeypatch):
     class State:
         distributed_type = "DEEPSPEED"
 
-    monkeypatch.setattr("lorapro_hf.diagnostics.callback.is_initialized", lambda: True)
-    monkeypatch.setattr("lorapro_hf.diagnostics.callback.AcceleratorState", State)
+    monkeypatch.setattr(callback_module, "is_initialized", lambda: True)
+    monkeypatch.setattr(callback_module, "AcceleratorState", State)
     with pytest.raises(RuntimeError, match="cannot be measured under DeepSpeed"):
         GradientGapCallback().on_train_begin(_Arguments(), None, None, model=tiny_lora())
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from lorapro_hf.commands.plot import add_plot
-from lorapro_hf.diagnostics.meter import LayerGap
 from lorapro_hf.diagnostics.plot import plot_gap
-from lorapro_hf.diagnostics.records import FILE, append
+from lorapro_hf.diagnostics.records import FILE, LayerGap, append
 from lorapro_hf.diagnostics.runs import read_run, read_runs, short_names
 from lorapro_hf.options import UsageError
 
@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that would have been saved."""
     figures: list[Any] = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *args, **kwargs: figures.append(figure))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
     return figures
 
 
@@ -123,7 +123,7 @@ def test_refuses_other_formats(folder: Path):
         plot(str(folder), "--output", "gap.pdf")
 
 
-def test_draws_what_is_there_of_a_file_without_some_figure(folder: Path):
+def test_draws_what_is_there_of_a_file_without_some_figure(folder: Path, drawn: list[Any]):
     records = [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
     for record in records:
         del record["lora_scaled_gap"]

@@ -1,6 +1,6 @@
-"""How far is a step of the factors from the step that full fine-tuning would take? Measured in a running training.
+"""How far are gradients and steps of LoRA factors from those of full fine-tuning? Measured in a running training.
 
-The names are loaded on first use, so that what only reads measurements needs neither torch nor transformers.
+The names are loaded on first use: reading measurements needs neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lorapro_hf.diagnostics.callback import GradientGapCallback
-    from lorapro_hf.diagnostics.meter import GradientGapMeter, LayerGap
+    from lorapro_hf.diagnostics.meter import GradientGapMeter
+    from lorapro_hf.diagnostics.records import LayerGap
 
 __all__ = ["GradientGapCallback", "GradientGapMeter", "LayerGap"]
 
-_HOMES = {"GradientGapCallback": "callback", "GradientGapMeter": "meter", "LayerGap": "meter"}
+_HOMES = {"GradientGapCallback": "callback", "GradientGapMeter": "meter", "LayerGap": "records"}
 
 
 def __getattr__(name: str) -> object:

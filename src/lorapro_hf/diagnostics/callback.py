@@ -1,4 +1,4 @@
-"""How does any `Trainer` measure and log the gradient gap?"""
+"""How does a `Trainer` measure and log the gradient gap?"""
 
 from __future__ import annotations
 
@@ -11,41 +11,39 @@ from accelerate import DistributedType
 from accelerate.state import AcceleratorState, is_initialized
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lorapro_hf.diagnostics.meter import GradientGapMeter, LayerGap
-from lorapro_hf.diagnostics.records import FILE, append, keep_until, medians
+from lorapro_hf.diagnostics.meter import GradientGapMeter
+from lorapro_hf.diagnostics.records import FILE, LayerGap, append, keep_until, medians
 from lorapro_hf.diagnostics.settings import GAP_MAX_BYTES, check_gap_layers, check_gap_max_bytes
 from lorapro_hf.distributed.engines import require_supported_engine
 from lorapro_hf.factors.pairs import survey_lora_pairs
 from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
 
-# Rounding in bf16 stays below it, dropout and DoRA do not.
-TOLERANCE = 0.05
+_TOLERANCE = 0.05  # of residuals: roundings in bfloat16 are smaller, dropout and DoRA give more
 _SECOND = "the trainer has a GradientGapCallback already (--lora_pro_log_gap adds one). Keep one of them."
 
 logger = logging.getLogger(__name__)
 
 
 class GradientGapCallback(TrainerCallback):
-    """Measures how far LoRA's and LoRA-Pro's gradients are from those of full fine-tuning, whatever the optimizer.
+    """Measures how far LoRA's and LoRA-Pro's gradients are from those of full fine-tuning, with any optimizer.
 
     ```python
     trainer = Trainer(model, args, train_dataset=data)
     GradientGapCallback(every=50).attach(trainer)
     ```
 
-    Measured are steps 1, 1 + every, 1 + 2 every, ...; all others cost nothing. Each measurement goes to
-    `lora_pro_gap.jsonl` in the output folder, a line for each layer, and its medians over the layers go to the logs as
-    `lora_pro_gap/...`. `lorapro plot` draws the file. The training itself is the same to the bit.
+    It measures steps 1, 1 + every, 1 + 2 every, ...; other steps cost nothing. Each measurement adds a line for each
+    layer to `lora_pro_gap.jsonl` in the output folder, which `lorapro plot` draws, and logs its medians over the layers
+    as `lora_pro_gap/...`. The training itself is the same to the bit.
 
-    `Trainer(callbacks=[GradientGapCallback()])` works as well, but nothing but the file and `state.log_history` gets
-    the figures then, since a callback alone cannot log.
+    A callback alone cannot log: with `Trainer(callbacks=[GradientGapCallback()])` only the file and
+    `state.log_history` get the figures.
 
     Args:
-        every: how many steps from one measurement to the next.
+        every: the number of steps from one measurement to the next.
         layers: names of layers, last parts of names, or patterns with `*`; by default all.
-        max_bytes: what the gradients of the layers measured at a time may take. If those of all do not fit, the layers
-            take turns from one measurement to the next, each turn being a sample of all kinds and depths, and a warning
-            says so.
+        max_bytes: the memory for the gradients of the layers measured at a time. If the gradients of all layers do not
+            fit, the layers take turns from one measurement to the next, and a warning says so.
 
     Raises:
         ValueError: for arguments out of range, and at the start of training if there is no layer to measure, if there
@@ -67,18 +65,18 @@ class GradientGapCallback(TrainerCallback):
         self._told: set[str] = set()
 
     def attach(self, trainer: Trainer) -> GradientGapCallback:
-        """Become the first callback of a trainer, and log through it, so that reporters get the figures.
+        """Become the first callback of a trainer and log through it, so that reporters get the figures.
 
         Returns:
             This callback.
 
         Raises:
-            ValueError: the trainer has one already, or its model has LoRA layers, but none to measure.
+            ValueError: the trainer has such a callback already, or its model has LoRA layers, but none to measure.
         """
         callbacks = trainer.callback_handler.callbacks
         if any(isinstance(callback, GradientGapCallback) for callback in callbacks):
             raise ValueError(_SECOND)
-        if survey_lora_pairs(trainer.model)[0]:  # others may come until the training begins
+        if survey_lora_pairs(trainer.model)[0]:  # adapters may still be added until the training begins
             GradientGapMeter(trainer.model, self.layers, self.max_bytes)
         callbacks.insert(0, self)
         self._trainer = trainer
@@ -87,7 +85,7 @@ class GradientGapCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Choose the layers, and refuse where gradients could not be seen."""
+        """Choose the layers; refuse engines that hide the gradients."""
         _require_visible_gradients(args, kwargs["model"])
         other: Any = getattr(state, "_lora_pro_gap_callback", self)
         if other is not self and other._meter is not None:
@@ -100,33 +98,19 @@ class GradientGapCallback(TrainerCallback):
             return
         file = Path(args.output_dir) / FILE
         self._write(file, lambda: keep_until(file, state.global_step))
-        if (turns := len(self._meter.turns)) > 1:
-            logger.warning(
-                "gradient gap: the gradients of all layers together do not fit into max_bytes=%s, so that the layers "
-                "take turns: there are %d, so that each layer is measured every %d steps. Choose fewer layers "
-                "(--lora_pro_gap_layers), or raise max_bytes (--lora_pro_gap_max_bytes).",
-                f"{self.max_bytes:,}",
-                turns,
-                turns * self.every,
-            )
-        by_reason: dict[str, list[str]] = {}
-        for name, reason in self._meter.left_out:
-            by_reason.setdefault(reason, []).append(name)
-        for reason, names in by_reason.items():
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            logger.warning("gradient gap: %s%s not measured: %s", names[0], more, reason)
+        self._tell_of_turns_and_layers_left_out()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start to record, if the step is to be measured."""
+        """Start recording in each step that is measured."""
         if self._meter is not None and state.global_step % self.every == 0:
             self._meter.start(state.global_step // self.every)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Compare the gradients."""
+        """Compare the gradients, unless they have been rewritten."""
         if self._meter is None:
             return
         rewriting = getattr(state, "_lora_pro_callback", None)
@@ -147,7 +131,7 @@ class GradientGapCallback(TrainerCallback):
             self._gaps = self._meter.after_step(kwargs["optimizer"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Report, now that the step has its number."""
+        """Write and log the figures, as the step has its number now."""
         gaps, self._gaps = self._gaps, []
         self._warn_of_unseen()
         if not gaps:
@@ -160,8 +144,8 @@ class GradientGapCallback(TrainerCallback):
         if self._trainer is None:
             state.log_history.append({**metrics, "epoch": state.epoch, "step": state.global_step})
             return
-        should_log = control.should_log  # a log of ours is not the one that is due
-        # not the trainer's own `log`: TRL's would empty there what it has gathered for the log that is due
+        should_log = control.should_log  # our log does not replace the one that is due
+        # not the trainer's own `log`: TRL's would empty the metrics that it has gathered for the log that is due
         Trainer.log(self._trainer, metrics)
         control.should_log = should_log
 
@@ -172,13 +156,31 @@ class GradientGapCallback(TrainerCallback):
         self.stop()
 
     def stop(self) -> None:
-        """Measure no more, and leave the model as it was; for a training that has ended with an exception."""
+        """Stop measuring and leave the model as it was, as after a training that an exception has ended."""
         if self._meter is not None:
             self._meter.stop()
         self._meter, self._gaps = None, []
 
+    def _tell_of_turns_and_layers_left_out(self) -> None:
+        assert self._meter is not None
+        if (turns := len(self._meter.turns)) > 1:
+            logger.warning(
+                "gradient gap: the gradients of all layers do not fit into max_bytes=%s together, so the layers take "
+                "turns: there are %d, so that each layer is measured every %d steps. Choose fewer layers "
+                "(--lora_pro_gap_layers), or raise max_bytes (--lora_pro_gap_max_bytes).",
+                f"{self.max_bytes:,}",
+                turns,
+                turns * self.every,
+            )
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self._meter.left_out:
+            by_reason.setdefault(reason, []).append(name)
+        for reason, names in by_reason.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            logger.warning("gradient gap: %s%s not measured: %s", names[0], more, reason)
+
     def _write(self, file: Path, write: Callable[[], None]) -> None:
-        """A full disk is no reason to end a training."""
+        """Write to the file; a full disk does not end the training."""
         try:
             write()
         except OSError as error:
@@ -191,13 +193,13 @@ class GradientGapCallback(TrainerCallback):
 
     def _warn(self, gaps: Sequence[LayerGap]) -> None:
         worst = max(gaps, key=lambda gap: gap.residual)
-        if worst.residual > TOLERANCE:
+        if worst.residual > _TOLERANCE:
             self._tell_once(
                 "residual",
-                "gradient gap: the gradients of the factors of %s are not those that the gradient g of its weight "
-                "gives them, by %.0f %%. With lora_dropout, DoRA, or an embedding of padded batches this is so: the "
-                "gaps are those of g, and grad_norm is an estimate. Otherwise g is not theirs, and the figures say "
-                "little: backward passes that add nothing to .grad (torch.autograd.grad) do that.",
+                "gradient gap: the gradients of the factors of %s differ by %.0f %% from those that the gradient g of "
+                "its weight gives them. This is expected with lora_dropout, DoRA, or an embedding of padded batches: "
+                "the gaps are those of g, and grad_norm is an estimate. Otherwise the figures are wrong, as backward "
+                "passes were recorded that add nothing to .grad (torch.autograd.grad).",
                 worst.layer,
                 100 * worst.residual,
             )
@@ -206,16 +208,15 @@ class GradientGapCallback(TrainerCallback):
         if unseen := self._meter.unseen if self._meter else []:
             self._tell_once(
                 "unseen",
-                "gradient gap: %s and %d more have gradients, but no backward pass has been seen in them: something "
-                "computes with their weights without calling them (fused kernels), or writes over their inputs. They "
-                "are left out.",
+                "gradient gap: %s and %d more have gradients, but no backward pass was seen in them: their weights are "
+                "used without calling the layers (fused kernels), or their inputs are overwritten. They are left out.",
                 unseen[0],
                 len(unseen) - 1,
             )
 
-    def _tell_once(self, what: str, message: str, *values: object) -> None:
-        if what not in self._told:
-            self._told.add(what)
+    def _tell_once(self, subject: str, message: str, *values: object) -> None:
+        if subject not in self._told:
+            self._told.add(subject)
             logger.warning(f"{message} This is said once.", *values)
 
 

@@ -1,25 +1,25 @@
 """How far are two gradients, or two steps, of one weight from each other?
 
-A low-rank matrix is given by its halves `left` `(m, k)` and `right` `(k, n)`; it is formed only where it meets a dense
-one, and then a block of rows at a time.
+A low-rank matrix is given by its halves `left` `(m, k)` and `right` `(k, n)`. It is formed only to be compared with a
+dense one, a block of rows at a time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.factors.recording import row_blocks
 from lorapro_hf.functional.bases import row_basis
 from lorapro_hf.functional.projection import project_lora_gradients
 from lorapro_hf.functional.step_options import Rates
 from lorapro_hf.functional.trust_region import share_of_A, shares_of_both, square
 
-BLOCK_ELEMENTS = 2**20  # of a matrix of the size of a weight, computed at a time
 _ROUNDING = 1e-7
 
 
@@ -30,7 +30,7 @@ class Halves(NamedTuple):
     right: Tensor  # (k, n)
 
     def rows(self, rows: slice) -> Tensor:
-        """Some of its rows, formed."""
+        """The given rows, as a dense matrix."""
         return self.left[rows] @ self.right
 
     def norm(self) -> float:
@@ -40,7 +40,7 @@ class Halves(NamedTuple):
 
 
 class Distance(NamedTuple):
-    """How far a matrix q is from the whole gradient g."""
+    """How far a matrix q is from the gradient g of the weight."""
 
     gap: float  # ‖g − q‖ / ‖g‖
     scaled_gap: float  # the same for the multiple of q that is closest to g, √(1 − cosine²)
@@ -48,7 +48,7 @@ class Distance(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """The values and gradients of a pair, whole."""
+    """The whole values and gradients of a pair."""
 
     A: Tensor  # (r, n)
     B: Tensor  # (m, r)
@@ -64,8 +64,8 @@ class Factors(NamedTuple):
         """The same pair with other gradients, in its dtype."""
         return self._replace(grad_A=grad_A.to(self.A), grad_B=grad_B.to(self.B))
 
-    def adjusted_gradient(self, rtol: float | None = None) -> Halves:
-        """The direction in which LoRA-Pro's gradients move the weight, as close to g as the factors can come."""
+    def equivalent_gradient(self, rtol: float | None = None) -> Halves:
+        """The direction in which LoRA-Pro's gradients move the weight, as close to g as is possible."""
         h = project_lora_gradients(self.A, self.B, self.grad_A, self.grad_B, self.scaling, rtol=rtol)
         return equivalent_halves(self.A, self.B, *h, self.scaling)
 
@@ -76,7 +76,7 @@ def equivalent_halves(A: Tensor, B: Tensor, h_A: Tensor, h_B: Tensor, scaling: f
 
 
 def distance(g: Tensor, q: Halves) -> Distance:
-    """How far q is from g `(m, n)`, which is not zero; neither may be so large or small that its squares are not."""
+    """How far q is from g `(m, n)`, which is not zero. Squares of the elements of both must be representable."""
     exact = exact_dtype(g)
     length, other = float(torch.linalg.vector_norm(g)), q.norm()
     if other == 0:
@@ -87,37 +87,35 @@ def distance(g: Tensor, q: Halves) -> Distance:
 
 
 def _distance_from(g: Tensor, q: Halves, scale: float) -> float:
-    """`‖g − scale · q‖` from blocks of rows, so that no second matrix of the size of g is needed."""
+    """`‖g − scale · q‖`, in blocks of rows: a second matrix of the size of g would not fit into memory."""
     lengths = [
         torch.linalg.vector_norm(torch.addmm(g[rows], q.left[rows], q.right, alpha=-scale)) for rows in row_blocks(g)
     ]
     return float(torch.stack(lengths).to(exact_dtype(g)).norm())
 
 
-def row_blocks(matrix: Tensor) -> Iterator[slice]:
-    """The rows of a matrix, as many at a time as have about `BLOCK_ELEMENTS` elements."""
-    step = max(1, BLOCK_ELEMENTS // matrix.shape[1])
-    return (slice(start, start + step) for start in range(0, matrix.shape[0], step))
-
-
 class Fit(NamedTuple):
-    """How the gradients `s Bᵀ g` and `s g Aᵀ` that a matrix g gives the factors fit those that they have.
+    """How the gradients `s Bᵀ g` and `s g Aᵀ` that a matrix g gives the factors fit their own.
 
-    The scale between them undoes loss scaling, clipping, and whatever the loss is divided by while it accumulates.
+    The scale between them undoes loss scaling, clipping, and the division of accumulated losses.
+
+    Attributes:
+        expected: the gradients of A and B that g gives them.
+        own: the gradients that A and B have.
     """
 
-    expected: tuple[Tensor, Tensor]  # of g
-    found: tuple[Tensor, Tensor]  # those that the factors have
+    expected: tuple[Tensor, Tensor]
+    own: tuple[Tensor, Tensor]
 
     @classmethod
     def of(cls, g: Tensor, factors: Factors) -> Fit:
-        """Of g `(m, n)` and a pair; in float64 where the device has it, as squares of tiny gradients vanish."""
+        """Of g `(m, n)` and a pair; in float64 where the device has it, as squares of tiny gradients underflow."""
         exact, s = exact_dtype(g), factors.scaling
         expected = (s * (factors.B.mT @ g).to(exact), s * (g @ factors.A.mT).to(exact))
         return cls(expected, (factors.grad_A.to(exact), factors.grad_B.to(exact)))
 
     def scale(self) -> float | None:
-        """The factor to g that makes the two fit best; `None` if something is not finite, or all is zero."""
+        """The factor to g that gives the best fit; `None` if a gradient is not finite, or all are zero."""
         inner = sum(float((e * f).sum()) for e, f in zip(*self, strict=True))
         square = sum(float(e.square().sum()) for e in self.expected)
         if not (math.isfinite(inner) and math.isfinite(square) and square > 0 and inner != 0):
@@ -125,19 +123,18 @@ class Fit(NamedTuple):
         return inner / square
 
     def residual(self, scale: float) -> float:
-        """What does not fit: the larger of `‖scale · s Bᵀ g − g_A‖ / ‖g_A‖` and `‖scale · s g Aᵀ − g_B‖ / ‖g_B‖`.
+        """The larger of `‖scale · s Bᵀ g − g_A‖ / ‖g_A‖` and `‖scale · s g Aᵀ − g_B‖ / ‖g_B‖`.
 
-        It is of the size of roundings where g, by its scale, is the gradient that the factors saw.
+        It is of the size of roundings if the factors' gradients are those of `scale · g`.
         """
         pairs = [(e, f) for e, f in zip(*self, strict=True) if bool(f.any())]
         return max(float((scale * e - f).norm() / f.norm()) for e, f in pairs)
 
 
 def shared_scale(scales: Sequence[float], residuals: Sequence[float]) -> float:
-    """The scale of all layers of a step, from those that fit each of them best.
+    """The scale of all layers of a step: the mean of their own scales, weighted by `residual ** -2`.
 
-    They are weighted by the inverse square of their residuals, as each is off by its residual at most: a layer whose
-    factors saw g itself decides, and where dropout has disturbed all of them its noise averages out.
+    A layer whose factors saw g itself decides; where dropout has disturbed all layers, its noise averages out.
     """
     weights = [max(residual, _ROUNDING) ** -2 for residual in residuals]
     return sum(w * scale for w, scale in zip(weights, scales, strict=True)) / sum(weights)
@@ -146,7 +143,7 @@ def shared_scale(scales: Sequence[float], residuals: Sequence[float]) -> float:
 def intended_step(
     u: Tensor, A: Tensor, B: Tensor, new_B: Tensor, scaling: float, rates: Rates, config: LoRAProConfig
 ) -> tuple[Halves, float]:
-    """The step of the weight that LoRA-Pro means to take along the direction u `(m, n)`, apart from weight decay.
+    """The step of the weight that LoRA-Pro intends along the direction u `(m, n)`, apart from weight decay.
 
     Args:
         u: Adam's direction of the weight.
@@ -158,14 +155,14 @@ def intended_step(
         config: update, x_mode and rtol.
 
     Returns:
-        the step, and what the trust region left of it, of A's part in a sequential step.
+        the step, and the fraction that the trust region kept: of A's part in a sequential step.
     """
     share: Tensor | float = 1.0
     lr_A, lr_B = float(rates.lr_A), float(rates.lr_B)
     kept = float(rates.keep_A) * A, float(rates.keep_B) * B.mT
     if not config.is_sequential:
-        seen = (scaling * (B.mT @ u), scaling * (u @ A.mT))
-        h_A, h_B = project_lora_gradients(A, B, *seen, scaling, x_mode=config.x_mode, rtol=config.rtol)
+        gradients = (scaling * (B.mT @ u), scaling * (u @ A.mT))
+        h_A, h_B = project_lora_gradients(A, B, *gradients, scaling, x_mode=config.x_mode, rtol=config.rtol)
         step_A, step_B = -lr_A * h_A, -lr_B * h_B
         if rates.trust_region is not None:
             share, of_B = shares_of_both(*kept, step_A, step_B.mT, rates.trust_region)
@@ -183,10 +180,10 @@ def intended_step(
 
 
 class Moved(NamedTuple):
-    """How a step has moved the factors, beside what decay has left of the old ones."""
+    """How a step has moved the factors from their decayed old values."""
 
-    A: Tensor  # (r, n), the old A after its decay
-    B: Tensor  # (m, r)
+    A: Tensor  # (r, n), the old one after its decay
+    B: Tensor  # (m, r), likewise
     step_A: Tensor
     step_B: Tensor
     scaling: float
@@ -205,7 +202,7 @@ class Moved(NamedTuple):
         )
 
     def first_order(self) -> Halves:
-        """`s (B ΔA + ΔB A)`: what the same steps would do were they short."""
+        """`s (B ΔA + ΔB A)`: the realised step without the product of both changes."""
         return equivalent_halves(self.A, self.B, self.step_A, self.step_B, self.scaling)
 
 

@@ -1,4 +1,4 @@
-"""How far are the gradients and the step of each adapted layer from those of full fine-tuning, in any training loop?"""
+"""How far are each layer's gradients and step from those of full fine-tuning, in any training loop?"""
 
 from __future__ import annotations
 
@@ -19,71 +19,44 @@ from lorapro_hf.diagnostics.figures import (
     exact_dtype,
     intended_step,
     relative_difference,
-    row_blocks,
     shared_scale,
 )
-from lorapro_hf.diagnostics.layers import NotMeasured, Recording, choose, sees_another_gradient, shared_factors
+from lorapro_hf.diagnostics.layers import NotMeasured, choose, sees_another_gradient
 from lorapro_hf.diagnostics.optimizers import decayed_rates, groups_of, loss_scale, steps_of
+from lorapro_hf.diagnostics.records import LayerGap
 from lorapro_hf.diagnostics.settings import GAP_MAX_BYTES, check_gap_layers, check_gap_max_bytes
 from lorapro_hf.distributed.access import Access, access_to
 from lorapro_hf.distributed.ownership import everyone
+from lorapro_hf.factors.adapted_weights import holders_of_factors
 from lorapro_hf.factors.pairs import LoRAPair, survey_lora_pairs, unwrapped_name
+from lorapro_hf.factors.recording import Recording, row_blocks
 from lorapro_hf.factors.stacks import exact_arithmetic
 from lorapro_hf.functional.projection import compute_dtype
 from lorapro_hf.functional.step_options import Rates
 from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
 
 
-@dataclass
-class LayerGap:
-    """What one step showed of one layer; what is `None` has no meaning there.
-
-    Where the factors see another gradient than the weight (dropout, DoRA, an embedding of padded batches), their own
-    gradients g_A, g_B are taken to be `s Bᵀ g` and `s g Aᵀ` in all gaps and cosines, and `grad_norm` is an estimate.
+class _Seen(NamedTuple):
+    """A layer's recorded gradient g, its factors, and how their gradients fit g.
 
     Attributes:
-        layer: its name.
-        adapter: the adapter's.
-        grad_norm: `‖g‖`, the norm of the gradient of the adapted weight, on the scale of the factors' gradients.
-        residual: how far the factors' gradients are from being those of g, see `Fit.residual`.
-        lora_gap: `‖g − q‖ / ‖g‖` for the direction `q = s (B g_A + g_B A)` of plain LoRA's own gradients.
-        lora_scaled_gap: the same for the multiple of q that is closest to g.
-        lora_cosine: between g and q.
-        lora_pro_gap: `‖g − g̃‖ / ‖g‖` for LoRA-Pro's equivalent gradient g̃.
-        lora_pro_cosine: between g and g̃.
-        step_error: `‖realised − intended‖ / ‖intended‖` of the step of the weight.
-        step_length: `‖realised‖ / ‖γ u‖` where the optimizer has a direction u of the weight.
-        step_share: what the trust region left of the step (of A's part in a sequential one) where it has such a u; 0
-            where B counted as zero, and moved without A.
+        recording: its gradient has been divided by `top`.
+        factors: with their gradients.
+        top: the largest element of g.
+        scale: the factor to the divided g with which the factors' gradients fit best.
+        residual: see `Fit.residual`.
     """
-
-    layer: str
-    adapter: str
-    grad_norm: float
-    residual: float
-    lora_gap: float
-    lora_scaled_gap: float
-    lora_cosine: float
-    lora_pro_gap: float
-    lora_pro_cosine: float
-    step_error: float | None = None
-    step_length: float | None = None
-    step_share: float | None = None
-
-
-class _Seen(NamedTuple):
-    """A layer's recorded gradient, the factors with theirs, and how the two fit."""
 
     recording: Recording
     factors: Factors
-    top: float  # what g has been divided by, its largest element
-    scale: float  # of what is left, to fit the factors' gradients
+    top: float
+    scale: float
     residual: float
 
 
 @dataclass
 class _Before:
-    """What is kept of a layer while the optimizer steps."""
+    """The state of a layer before the optimizer steps."""
 
     pair: LoRAPair
     gap: LayerGap
@@ -94,7 +67,7 @@ class _Before:
 
 
 class GradientGapMeter:
-    """Measures chosen layers in the steps that are asked for; all other steps are left alone.
+    """Measures chosen layers in the steps between `start` and `after_step`; other steps cost nothing.
 
     ```python
     meter = GradientGapMeter(model, layers=["q_proj"])
@@ -115,20 +88,20 @@ class GradientGapMeter:
     Args:
         model: with LoRA layers, as it is trained, after wrapping.
         layers: names of layers, last parts of names, or patterns with `*`; by default all.
-        max_bytes: what the gradients of the layers measured at a time may take, 4 bytes an element of their weights (8
-            for float64 factors). If those of all do not fit, the layers take turns, each of them a sample of all kinds
-            and depths. Beside the buffers a measured step needs copies of the factors and of their gradients, a few
-            blocks of a million elements, and activations: each measured layer keeps its input, in the dtype that it
-            has, until its backward pass, also where the training would not have, and its output twice for a moment.
+        max_bytes: the memory for the gradients of the layers measured at a time, 4 bytes for each element of their
+            weights (8 for float64 factors). If the gradients of all layers do not fit, the layers take turns; each turn
+            is a sample of all kinds and depths. A measured step also needs copies of the factors and their gradients, a
+            few blocks of a million elements, and activations: each measured layer keeps its input until its backward
+            pass, and its output twice for a moment.
 
     Attributes:
         turns: the names of the layers measured at a time.
         left_out: the layers that are not measured, and why.
-        unseen: those of the last step whose factors have gradients although no backward pass has been seen in them, or
+        unseen: the layers of the last step whose factors have gradients, but in which no backward pass was seen, or
             none with the input that the layer had.
 
     Raises:
-        ValueError: no layer can be measured, a name in `layers` is no layer's, or a setting is of another type.
+        ValueError: no layer can be measured, a name in `layers` matches no layer, or a setting is of another type.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[str] | None = None, max_bytes: int = GAP_MAX_BYTES) -> None:
@@ -137,7 +110,7 @@ class GradientGapMeter:
         pairs, refusals = survey_lora_pairs(model)
         if not pairs:
             raise refusals[0].error
-        chosen = choose(pairs, layers, max_bytes, shared_factors(model))
+        chosen = choose(pairs, layers, max_bytes, holders_of_factors(model))
         self._turns = chosen.turns
         self.turns = [[unwrapped_name(pair.name) for pair in turn] for turn in chosen.turns]
         self.left_out = [NotMeasured(unwrapped_name(r.name), str(r.error)) for r in refusals if r.name]
@@ -151,32 +124,31 @@ class GradientGapMeter:
         """Record the backward passes from now on.
 
         Args:
-            turn: which layers; taken modulo the number of turns. By default those that come next.
+            turn: the number of the turn, modulo the number of turns. By default the next one.
         """
         self.stop()
         turn = self._next if turn is None else turn
         self._next = turn + 1
-        self._recordings = [Recording(pair) for pair in self._turns[turn % len(self._turns)]]
+        self._recordings = [Recording(pair).listen(pair) for pair in self._turns[turn % len(self._turns)]]
 
     def stop(self) -> None:
-        """Forget what has been recorded and leave all layers as they were."""
+        """Drop all recordings and leave the layers as they were."""
         for recording in self._recordings:
             recording.stop()
         self._recordings, self._before = [], []
 
     @torch.no_grad()
     def before_step(self, optimizer: Any) -> None:
-        """Compare gradients; after the last backward pass of a step, before anybody rewrites the factors' gradients.
+        """Compare gradients: after a step's last backward pass, before the factors' gradients are rewritten.
 
-        Gradients that a scaler of yours has scaled have to be unscaled before, as for clipping; accelerate's is known.
+        Unscale gradients before, as for clipping, if you use a gradient scaler; accelerate's is known.
 
         Raises:
             RuntimeError: the factors are sharded in a way that is not supported.
         """
         scaled_by = loss_scale(optimizer)
         optimizer = unwrap_optimizer(optimizer)
-        recordings, self._recordings, self._before = self._recordings, [], []
-        self.unseen = []
+        recordings, self._recordings, self._before, self.unseen = self._recordings, [], [], []
         if not recordings:
             return
         for recording in recordings:
@@ -185,23 +157,23 @@ class GradientGapMeter:
         lost = _lost(recordings)
         where: Any = [recordings[0].gradient]
         with exact_arithmetic(where):
-            found = [
+            all_seen = [
                 None if is_lost else _seen(recording, access, scaled_by)
                 for recording, is_lost in zip(recordings, lost, strict=True)
             ]
-            seen = [each for each in found if each is not None]
+            seen = [each for each in all_seen if each is not None]
             if seen:
                 shared = shared_scale([each.scale / each.top for each in seen], [each.residual for each in seen])
                 self._before = [_compare(each, shared, optimizer) for each in seen]
         self.unseen = [
             unwrapped_name(recording.pair.name)
-            for recording, is_lost, each in zip(recordings, lost, found, strict=True)
+            for recording, is_lost, each in zip(recordings, lost, all_seen, strict=True)
             if each is None and (is_lost or recording.passes == 0) and recording.pair.A.grad is not None
         ]
 
     @torch.no_grad()
     def after_step(self, optimizer: Any) -> list[LayerGap]:
-        """Compare the step with what was meant, and tell all that was measured; an empty list where nothing was."""
+        """Compare the step with the intended one, and return all figures; an empty list in a step without `start`."""
         optimizer = unwrap_optimizer(optimizer)
         measured, self._before = self._before, []
         if not measured:
@@ -210,7 +182,7 @@ class GradientGapMeter:
         where: Any = [before.pair.A for before in measured]
         with exact_arithmetic(where):
             steps = [_step_figures(before, access, optimizer) for before in measured]
-        # the direction is known to the rank that keeps the moments
+        # only the rank that keeps a pair's moments knows its direction
         rows = [[*(figure or 0.0 for figure in each), float(each[0] is not None)] for each in steps]
         known = torch.tensor(rows, dtype=torch.float64)
         if (group := everyone()) is not None:
@@ -225,7 +197,7 @@ class GradientGapMeter:
 
 
 def _lost(recordings: Sequence[Recording]) -> list[bool]:
-    """Which layers any rank has missed a backward pass of: all ranks leave them out, or some would wait for others."""
+    """Which layers have missed a backward pass on any rank: all ranks have to leave out the same ones."""
     lost = torch.tensor([float(recording.lost) for recording in recordings], device=recordings[0].gradient.device)
     if (group := everyone()) is not None:
         dist.all_reduce(lost, group=group)
@@ -233,16 +205,16 @@ def _lost(recordings: Sequence[Recording]) -> list[bool]:
 
 
 def _seen(recording: Recording, access: Access, scaled_by: float) -> _Seen | None:
-    """One layer's gradient beside its factors'; `None` where no backward pass has come by or one was not finite."""
+    """One layer's gradient beside its factors'; `None` if no backward pass was seen or a gradient is not finite."""
     pair, g = recording.pair, recording.gradient
     if (group := everyone()) is not None:
-        dist.all_reduce(g, group=group)  # the sum: its scale is found below
+        dist.all_reduce(g, group=group)  # the sum; `Fit` finds its scale
     parameters = [pair.A, pair.B]
     (A, B), gradients = access.values(parameters), access.gradients(parameters)
     top = float(torch.linalg.vector_norm(g, ord=math.inf))
     if gradients[0] is None or gradients[1] is None or not (math.isfinite(top) and top > 0):
         return None
-    g.div_(top)  # squares of what a loss has been scaled by would not fit into float32
+    g.div_(top)  # squares of a scaled loss's gradients would not fit into float32
     A, B, grad_A, grad_B = (x.to(g) for x in (A, B, gradients[0], gradients[1]))
     factors = Factors(A, B, grad_A / scaled_by, grad_B / scaled_by, pair.scaling)
     fit = Fit.of(g, factors)
@@ -251,10 +223,10 @@ def _seen(recording: Recording, access: Access, scaled_by: float) -> _Seen | Non
 
 
 def _compare(seen: _Seen, shared: float, optimizer: Any) -> _Before:
-    """The figures of one layer's gradients, and Adam's direction in place of its buffer.
+    """The figures of one layer's gradients; its buffer is overwritten with Adam's direction.
 
-    Where the factors saw another gradient than the weight, the scale of all layers holds, and the gradients that they
-    are taken to have are those that g gives them: the figures are of g then, whatever dropout has made of it.
+    Where the factors saw another gradient than the weight, the figures are those of g: with the scale of all layers,
+    and with the gradients that g gives the factors in the place of their own.
     """
     (recording, factors, top, scale, residual), pair = seen, seen.recording.pair
     g, (A, B) = recording.gradient, factors[:2]
@@ -264,7 +236,7 @@ def _compare(seen: _Seen, shared: float, optimizer: Any) -> _Before:
         unit, residual = factors.with_gradients(*fit.expected), fit.residual(scale)
     config = optimizer.config if isinstance(optimizer, LoRAProAdamW) else None
     rtol = config.rtol if config else None
-    plain, pro = distance(g, unit.own_gradient()), distance(g, unit.adjusted_gradient(rtol))
+    plain, pro = distance(g, unit.own_gradient()), distance(g, unit.equivalent_gradient(rtol))
     gap = LayerGap(
         layer=unwrapped_name(pair.name),
         adapter=pair.adapter_name,
@@ -280,7 +252,7 @@ def _compare(seen: _Seen, shared: float, optimizer: Any) -> _Before:
     u = None
     if isinstance(optimizer, LoRAProAdamW):
         states = optimizer.state.get(pair.A, {}), optimizer.state.get(pair.B, {})
-        gradient = factors.adjusted_gradient(rtol)  # the one that the optimizer has
+        gradient = factors.equivalent_gradient(rtol)  # the one that the optimizer has
         direction = optimizer.rule.intended_direction(gradient.rows, A, B, states, groups[0])
         if direction is not None:
             u = g
@@ -292,7 +264,7 @@ def _compare(seen: _Seen, shared: float, optimizer: Any) -> _Before:
 
 
 def _step_figures(before: _Before, access: Access, optimizer: Any) -> tuple[float | None, float | None, float | None]:
-    """The error, relative length and share of one layer's step; `None` where another rank knows it."""
+    """The error, relative length and kept fraction of one layer's step; `None` where another rank knows them."""
     pair, (A, B) = before.pair, before.factors
     new = access.values([pair.A, pair.B])
     steps = steps_of(pair, optimizer)
@@ -302,7 +274,7 @@ def _step_figures(before: _Before, access: Access, optimizer: Any) -> tuple[floa
     moved = Moved.between(before.factors, (new[0], new[1]), pair.scaling, before.rates)
     if before.u is None:
         if isinstance(optimizer, LoRAProAdamW) and optimizer.config.is_sequential:
-            return None, None, None  # what AdamW asked of A can no longer be told
+            return None, None, None  # the step that AdamW asked of A is not known afterwards
         return relative_difference(moved.realised(), moved.first_order()), None, None
     if "exp_avg" not in optimizer.state.get(pair.A, {}):
         return None, None, None

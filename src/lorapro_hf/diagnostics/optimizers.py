@@ -1,4 +1,4 @@
-"""What does any optimizer show of how it steps a pair: rates, steps taken, and the scale of the loss?"""
+"""Which rates, step counts and loss scale does an optimizer of any kind show?"""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lorapro_hf.utils.private_names import private
 
 
 def steps_of(pair: LoRAPair, optimizer: Any) -> float | None:
-    """How many steps the optimizer has taken with a pair; `None` where it does not say."""
+    """The number of steps that the optimizer has taken with a pair; `None` where it keeps no count."""
     count = optimizer.state.get(pair.A, {}).get("step")
     return None if count is None else float(count)
 
 
 def loss_scale(optimizer: Any) -> float:
-    """What the gradients are still multiplied by, which accelerate may undo as late as in the step."""
+    """The factor by which the gradients are still scaled; accelerate may undo it as late as in the step."""
     scaler = getattr(optimizer, "scaler", None)
     if scaler is None or not scaler.is_enabled():
         return 1.0
@@ -31,16 +31,19 @@ def loss_scale(optimizer: Any) -> float:
 
 def groups_of(pair: LoRAPair, optimizer: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """The param groups of both factors; empty where the optimizer does not show them."""
-    found: list[Mapping[str, Any]] = [{}, {}]
+    groups: list[Mapping[str, Any]] = [{}, {}]
     for group in getattr(optimizer, "param_groups", []):
         for position, factor in enumerate((pair.A, pair.B)):
             if any(parameter is factor for parameter in group["params"]):
-                found[position] = group
-    return found[0], found[1]
+                groups[position] = group
+    return groups[0], groups[1]
 
 
 def decayed_rates(groups: tuple[Mapping[str, Any], Mapping[str, Any]], optimizer: Any) -> Rates:
-    """Learning rates, and what decoupled decay leaves of the factors; other decay counts as part of the step."""
+    """The learning rates, and the fractions of the factors that decoupled decay keeps.
+
+    Decay of any other kind counts as part of the step.
+    """
     if isinstance(optimizer, LoRAProAdamW):
         return optimizer.rule.rates(groups)
     decoupled = isinstance(optimizer, torch.optim.AdamW)

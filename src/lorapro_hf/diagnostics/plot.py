@@ -1,4 +1,4 @@
-"""How does the gradient gap of runs look, over steps and layer by layer?"""
+"""How is the gradient gap of runs drawn, over steps and layer by layer?"""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _LINES = (
 )
 _STEP = ("step_error", "step taken against step meant", "#6b705c")
 _GAP = "distance from g, relative"
-_ROUNDING = 2.5e-7  # errors of steps below it are those of float32 factors, at B = 0 of a product of nothing: left out
+_ROUNDING = 2.5e-7  # smaller errors of steps are roundings of float32 factors, and are left out
 _LABELS = 40  # rows of a heat map that can be named
 
 
 def plot_gap(path: Path, runs: Sequence[Run]) -> None:
-    """Draw runs side by side: the gap over steps, the error of steps, and the gap layer by layer, LoRA and LoRA-Pro.
+    """Draw runs side by side: the gap over steps, the error of steps, and the gap of LoRA and LoRA-Pro layer by layer.
 
-    The colors of all heat maps mean the same. A cell without a color has not been measured.
+    All heat maps have one scale of colors. A gray cell has not been measured.
     """
     rows = max(len(run.layers) for run in runs)
     map_height = min(max(1.2, 0.16 * rows), 9.0)
@@ -34,7 +34,7 @@ def plot_gap(path: Path, runs: Sequence[Run]) -> None:
     figure = Figure(figsize=(5.4 * len(runs) + 1.2, sum(heights) + 3.0), layout="constrained")
     FigureCanvasAgg(figure)
     panels: Any = figure.subplots(4, len(runs), squeeze=False, height_ratios=heights)
-    values = [r[name] for run in runs for r in run.records for name, *_ in _LINES if r.get(name) is not None]
+    values = [v for run in runs for r in run.records for name, *_ in _LINES if (v := r.figures[name]) is not None]
     image: Any = None
     for column, run in enumerate(runs):
         gap, error, *maps = (panel[column] for panel in panels)
@@ -92,10 +92,10 @@ def _band(axes: Any, quartiles: Mapping[int, tuple[float, float, float]], label:
 def _heat_map(axes: Any, run: Run, name: str, low: float, high: float) -> Any:
     steps, layers = run.steps, run.layers
     table = [[math.nan] * len(steps) for _ in layers]
-    place = {layer: row for row, layer in enumerate(layers)}, {step: column for column, step in enumerate(steps)}
+    rows, columns = ({key: index for index, key in enumerate(keys)} for keys in (layers, steps))
     for record in run.records:
-        if record.get(name) is not None:
-            table[place[0][run.layer_of(record)]][place[1][record["step"]]] = record[name]
+        if (value := record.figures[name]) is not None:
+            table[rows[run.layer_of(record)]][columns[record.step]] = value
     axes.set_facecolor("#e8e8e8")
     image = axes.imshow(table, aspect="auto", interpolation="nearest", cmap="viridis", vmin=low, vmax=high)
     every = -(-len(layers) // _LABELS)
@@ -106,7 +106,7 @@ def _heat_map(axes: Any, run: Run, name: str, low: float, high: float) -> Any:
 
 
 def _share_limits(panels: Any) -> None:
-    """The same steps in all panels, and the same figures in those of a row that have some."""
+    """Give all panels the same steps, and those of a row that have lines the same figures."""
     first, *others = panels.flat
     for axes in others:
         axes.sharex(first)

@@ -1,4 +1,4 @@
-"""What has been measured of the gradient gap in a run, ready to be drawn?"""
+"""Which measurements of the gradient gap has a run, ready to be drawn?"""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lorapro_hf.diagnostics.records import FILE, read
+from lorapro_hf.diagnostics.records import FILE, GapRecord, read
 from lorapro_hf.options import UsageError
 
 DRAWN = ("lora_scaled_gap", "lora_pro_gap")
-FIGURES = (*DRAWN, "lora_gap", "step_error", "step_length", "step_share", "residual")
+_SUMMARISED = (*DRAWN, "lora_gap", "step_error", "step_length", "step_share", "residual")
 
 
 @dataclass
@@ -23,42 +23,42 @@ class Run:
 
     Attributes:
         name: for titles.
-        optimizer: what it stepped with.
+        optimizer: its title.
         records: one for each layer and step.
     """
 
     name: str
     optimizer: str
-    records: list[dict[str, Any]]
+    records: list[GapRecord]
 
     @property
     def steps(self) -> list[int]:
         """The measured steps in order."""
-        return sorted({record["step"] for record in self.records})
+        return sorted({record.step for record in self.records})
 
     @property
     def layers(self) -> list[str]:
-        """The measured layers in the order of their numbers and names; with the adapter where there are several."""
+        """The measured layers in the order of their numbers and names, with the adapter where there are several."""
         return sorted({self.layer_of(record) for record in self.records}, key=_natural)
 
     @cached_property
     def _has_adapters(self) -> bool:
-        return len({record["adapter"] for record in self.records}) > 1
+        return len({record.adapter for record in self.records}) > 1
 
-    def layer_of(self, record: dict[str, Any]) -> str:
-        """What a record's row is called."""
-        return f"{record['layer']} ({record['adapter']})" if self._has_adapters else str(record["layer"])
+    def layer_of(self, record: GapRecord) -> str:
+        """The name of a record's row."""
+        return f"{record.layer} ({record.adapter})" if self._has_adapters else record.layer
 
     def quartiles(self, figure: str) -> dict[int, tuple[float, float, float]]:
         """First quartile, median and third quartile over the layers' latest values, by step.
 
-        Layers that take turns would otherwise make a saw of any figure that differs between them. Steps come from the
-        one on at which every layer has been measured that has the figure at all.
+        Layers that take turns would otherwise give a sawtooth. The first step is the one by which every layer that has
+        the figure has been measured.
         """
         values: dict[int, dict[str, float]] = {}
         for record in self.records:
-            if record.get(figure) is not None:
-                values.setdefault(record["step"], {})[self.layer_of(record)] = record[figure]
+            if (value := record.figures[figure]) is not None:
+                values.setdefault(record.step, {})[self.layer_of(record)] = value
         layers = {layer for of_step in values.values() for layer in of_step}
         latest: dict[str, float] = {}
         found = {}
@@ -71,19 +71,18 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """The quartiles of all figures, ready for JSON."""
         figures = {}
-        for figure in FIGURES:
+        for figure in _SUMMARISED:
             found = self.quartiles(figure)
-            columns = zip(*found.values(), strict=True) if found else ([], [], [])
-            q1, median, q3 = (list(column) for column in columns)
+            q1, median, q3 = (list(column) for column in zip(*found.values(), strict=True)) if found else ([], [], [])
             figures[figure] = {"steps": list(found), "q1": q1, "median": median, "q3": q3}
         return {"run": self.name, "optimizer": self.optimizer, "layers": self.layers, "figures": figures}
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """The measurements of several trainings; where folders have the same name, those above tell them apart.
+    """The measurements of several trainings; folders of the same name are named with those above them.
 
     Raises:
-        UsageError: one has none.
+        UsageError: a training has none.
     """
     runs = [read_run(path) for path in paths]
     if len({run.name for run in runs}) == len(runs):
@@ -113,12 +112,12 @@ def read_run(path: Path) -> Run:
     if not records:
         raise UsageError(f"{file} holds no measurement yet.")
     for key in ("optimizer", "adapter"):
-        if any(key not in record for record in records):
+        if any(getattr(record, key) is None for record in records):
             raise UsageError(f"{file} is no {FILE}: it has measurements without {key!r}.")
-    if not any(isinstance(record.get(figure), int | float) for record in records for figure in DRAWN):
+    if not any(isinstance(record.figures[figure], int | float) for record in records for figure in DRAWN):
         raise UsageError(f"{file} holds nothing that can be drawn: no measurement has {' or '.join(DRAWN)}.")
     folder = file.resolve().parent
-    return Run(folder.name if file.name == FILE else file.stem, records[-1]["optimizer"], records)
+    return Run(folder.name if file.name == FILE else file.stem, str(records[-1].optimizer), records)
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -129,11 +128,11 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return q1, median, q3
 
 
-def short_names(layers: Sequence[str], separator: str = ".") -> list[str]:
+def short_names(names: Sequence[str], separator: str = ".") -> list[str]:
     """The names without the parts at the beginning that all have in common."""
-    if len(layers) < 2:
-        return [layer.removeprefix("base_model.model.") for layer in layers]
-    parts = [layer.split(separator) for layer in layers]
+    if len(names) < 2:
+        return [name.removeprefix("base_model.model.") for name in names]
+    parts = [name.split(separator) for name in names]
     shared = 0
     while all(len(each) > shared + 1 and each[shared] == parts[0][shared] for each in parts):
         shared += 1
@@ -141,5 +140,5 @@ def short_names(layers: Sequence[str], separator: str = ".") -> list[str]:
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Sorts `layers.2` before `layers.10`."""
+    """A key that sorts `layers.2` before `layers.10`."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]

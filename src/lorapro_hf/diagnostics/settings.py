@@ -1,4 +1,4 @@
-"""What may be said of the measurement of the gradient gap?"""
+"""Which settings of the gradient gap are valid?"""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ GAP_MAX_BYTES = 2**30
 
 
 def check_gap_layers(layers: Any, prefix: str = "") -> None:
-    """Refuse what is neither `None` nor a list of names, with a `ValueError`.
+    """Raise a `ValueError` unless the layers are `None` or a list of names.
 
     Args:
         layers: as the user gave them.
-        prefix: what the user's setting has before `layers`.
+        prefix: the part of the user's setting before `layers`.
     """
     if layers is None:
         return
@@ -26,7 +26,7 @@ def check_gap_layers(layers: Any, prefix: str = "") -> None:
 
 
 def check_gap_max_bytes(max_bytes: Any, prefix: str = "") -> None:
-    """Refuse what is no positive number of bytes, with a `ValueError`; as `check_gap_layers`."""
+    """Raise a `ValueError` unless the setting is a positive whole number; see `check_gap_layers`."""
     if type(max_bytes) is not int or max_bytes <= 0:
         raise ValueError(
             f"{prefix}max_bytes={max_bytes!r} must be a positive whole number of bytes; it is for the gradients of the "

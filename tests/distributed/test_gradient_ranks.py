@@ -1,0 +1,40 @@
+"""`weight_gradients` averages over the batches of all ranks."""
+
+import pytest
+import torch
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from lorapro_hf import find_lora_pairs, weight_gradients
+from processes import run
+from training import batches, build, loss_of
+
+pytestmark = pytest.mark.distributed
+
+
+def gradients_of(model, data):
+    return {pair.name: gradient for pair, gradient in weight_gradients(model, data, loss_of, max_bytes=0)}
+
+
+def on_each_rank(rank, ranks):
+    """Two batches on the first rank and one on the second, in a model that DDP has wrapped."""
+    model = DistributedDataParallel(build())
+    found = gradients_of(model, batches(steps=3)[rank::ranks])
+    assert all(parameter.grad is None for parameter in model.parameters())
+    with pytest.raises(RuntimeError, match=r"is sharded .* Call it before the model is sharded"):
+        weight_gradients(fully_shard(build()), batches(steps=1), loss_of)
+    return found
+
+
+def test_ranks_get_the_gradients_of_one_process_with_all_batches(tmp_path):
+    model, data = build(), batches(steps=3)
+    expected = gradients_of(model, data)
+    for pair in find_lora_pairs(model):
+        weight = pair.layer.get_base_layer().weight.requires_grad_(True)
+        (of_autograd,) = torch.autograd.grad(sum(loss_of(model, batch) for batch in data) / 3, weight)
+        torch.testing.assert_close(
+            expected[pair.name], of_autograd.reshape(expected[pair.name].shape), rtol=1e-10, atol=0
+        )
+    for found in run(on_each_rank, 2, tmp_path):
+        for name, gradient in expected.items():
+            assert (found[name] - gradient).norm() <= 1e-10 * gradient.norm()

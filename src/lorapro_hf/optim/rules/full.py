@@ -27,7 +27,7 @@ _TILE_ARRAYS = 10
 
 
 class Full(UpdateRule):
-    """Adam's direction of the weight, spent on the factors."""
+    """The factors step along Adam's direction of the weight."""
 
     name = "full"
     keeps_dense_moments = True
@@ -49,7 +49,7 @@ class Full(UpdateRule):
         return super().scratch_bytes(pairs, device) + tile
 
     def step(self, read: StackGradient, state: StackState, options: StepOptions) -> Rows:
-        """Adam's direction, of which only the products with the bases of the factors are formed."""
+        """A step along Adam's direction, of which only the products with the bases of the factors are formed."""
         stack, moments = read.stack, state.of_side("A")
         factors, bases = stepped_factors(read, state, options.rtol)
         if options.sequential:
@@ -95,7 +95,7 @@ class Full(UpdateRule):
 
 
 class Full8Bit(Full):
-    """The same with moments in 8-bit codes, each block of which has a scale."""
+    """The same with moments in 8-bit codes; each block of them has a scale."""
 
     name = "full_8bit"
     moments_dtypes = ("float32",)

@@ -24,13 +24,13 @@ class Moments(NamedTuple):
     exp_avg_sq_absmax: Tensor | None = None
 
 
-def new_moments(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Moments:
-    """Moments of zeros; the `dtype` `torch.uint8` means 8-bit storage."""
-    values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)]
-    if dtype != torch.uint8:
-        return Moments(*values)
-    scales = (*shape[:-1], -(-shape[-1] // BLOCK))
-    return Moments(*values, *(torch.zeros(scales, dtype=torch.float32, device=device) for _ in range(2)))
+def moment_tensors(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each tensor of moments `(..., m, n)`; the `dtype` `torch.uint8` means 8-bit storage."""
+    tensors = {"exp_avg": (shape, dtype), "exp_avg_sq": (shape, dtype)}
+    if dtype == torch.uint8:
+        scales = (*shape[:-1], -(-shape[-1] // BLOCK))
+        tensors |= {"exp_avg_absmax": (scales, torch.float32), "exp_avg_sq_absmax": (scales, torch.float32)}
+    return tensors
 
 
 def load(values: Tensor, absmax: Tensor | None, signed: bool, dtype: torch.dtype) -> Tensor:

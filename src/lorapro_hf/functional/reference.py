@@ -107,7 +107,7 @@ class DenseFullAdamW(Hyperparameters):
         self.A, self.B = keep * self.A, keep * self.B
         kept_A = kept_B = 1.0
         if self.trust_region:
-            kept_A, kept_B = limited_shares(self.A, self.B, -self.lr * h_A, -self.lr * h_B, self.trust_region)
+            kept_A, kept_B = kept_fractions(self.A, self.B, -self.lr * h_A, -self.lr * h_B, self.trust_region)
         self.A = self.A - kept_A * self.lr * h_A
         self.B = self.B - kept_B * self.lr * h_B
 
@@ -139,17 +139,19 @@ def sequential_step(
     new_B = B + step_B
     step_A = -lr_A / scaling * torch.linalg.pinv(new_B, rtol=RTOL) @ (u - u @ pinv_A @ A)
     if trust_region is not None:
-        step_A *= largest_share(A, B, lambda fraction: (fraction * step_A, step_B), trust_region)
+        step_A *= largest_kept_fraction(A, B, lambda fraction: (fraction * step_A, step_B), trust_region)
     return A + step_A, new_B
 
 
-def limited_shares(A: Tensor, B: Tensor, step_A: Tensor, step_B: Tensor, trust_region: float) -> tuple[float, float]:
+def kept_fractions(A: Tensor, B: Tensor, step_A: Tensor, step_B: Tensor, trust_region: float) -> tuple[float, float]:
     """The fractions of the changes of A and of B that a trust region keeps in a linear step."""
-    kept = largest_share(A, B, lambda fraction: (fraction * step_A, fraction * step_B), trust_region)
+    kept = largest_kept_fraction(A, B, lambda fraction: (fraction * step_A, fraction * step_B), trust_region)
     return (0.0, 1.0) if kept < FRESH_START * trust_region else (kept, kept)
 
 
-def largest_share(A: Tensor, B: Tensor, steps: Callable[[float], tuple[Tensor, Tensor]], trust_region: float) -> float:
+def largest_kept_fraction(
+    A: Tensor, B: Tensor, steps: Callable[[float], tuple[Tensor, Tensor]], trust_region: float
+) -> float:
     """The largest fraction in [0, 1] whose `steps` keep to a trust region, by bisection."""
 
     def within(fraction: float) -> bool:

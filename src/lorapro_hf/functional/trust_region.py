@@ -34,7 +34,7 @@ def square(rows: Tensor) -> Tensor:
     return exact @ exact.mT
 
 
-def shares_of_both(
+def kept_fractions(
     A: Tensor, Bt: Tensor, step_A: Tensor, step_Bt: Tensor, trust_region: float, keep: Keep = (1.0, 1.0)
 ) -> tuple[Tensor, Tensor]:
     """The fractions of the changes of A and of B that are kept, `(..., 1, 1)` each, at most 1.
@@ -59,7 +59,7 @@ def shares_of_both(
     return torch.where(is_fresh, 0.0, kept), torch.where(is_fresh, 1.0, kept)
 
 
-def share_of_A(
+def kept_fraction_of_A(
     A: Tensor, Bt: Tensor, step_A: Tensor, square_B: Tensor, trust_region: float, keep: Keep = (1.0, 1.0)
 ) -> Tensor:
     """The fraction of the change of A that is kept, `(..., 1, 1)`, at most 1, if the change of B stays as it is.

@@ -17,7 +17,7 @@ from lorapro_hf.diagnostics import GradientGapMeter
 from lorapro_hf.functional.reference import (
     DenseFactoredAdamW,
     factor_gradients,
-    largest_share,
+    largest_kept_fraction,
     projected_gradient,
     sequential_step,
 )
@@ -293,7 +293,9 @@ def test_step_is_compared_with_adams_direction(name, starts_at_zero):
                 share, limit = 1.0, optimizer.rule.trust_region
                 if limit is not None:
                     both = [-LR * h_A, -LR * h_B]
-                    share = largest_share(keep * A, keep * B, lambda x, both=both: [x * step for step in both], limit)
+                    share = largest_kept_fraction(
+                        keep * A, keep * B, lambda x, both=both: [x * step for step in both], limit
+                    )
                 intended = -LR * share * s * (B @ h_A + h_B @ A)
             if config["mode"] == "factored":
                 oracle.M = projected_gradient(oracle.M, pair.A.detach(), pair.B.detach())

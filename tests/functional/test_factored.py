@@ -12,7 +12,6 @@ from lorapro_hf.functional.factored import (
     adam_direction,
     factored_step,
     mean_squares,
-    new_factored_state,
     transport,
 )
 from lorapro_hf.functional.projection import gradient_coordinates
@@ -34,6 +33,11 @@ def normal(*shape, seed):
 def pairs(m, n, r, start="random", dtype=torch.float64, K=3, seed=0):
     A, Bt = 0.3 * normal(K, r, n, seed=seed), 0.2 * normal(K, r, m, seed=seed + 1)
     return A.to(dtype), (Bt if start == "random" else torch.zeros_like(Bt)).to(dtype)
+
+
+def new_factored_state(A, Bt):
+    column, row = A.new_zeros(len(A), A.shape[-1]), A.new_zeros(len(Bt), Bt.shape[-1])
+    return FactoredState(torch.zeros_like(A), torch.zeros_like(Bt), column, row, torch.zeros(len(A)))
 
 
 def full_gradients(m, n, count, rank=None, K=3, seed=10):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lorapro_hf.functional.bases import row_bases
 from lorapro_hf.functional.factor_steps import linear_step
 from lorapro_hf.functional.projection import factor_gradients_, gradient_coordinates
-from lorapro_hf.functional.reference import limited_shares
+from lorapro_hf.functional.reference import kept_fractions
 from lorapro_hf.functional.step_options import Rates, StepOptions
 
 
@@ -33,7 +33,7 @@ def test_step_is_the_longest_that_the_trust_region_allows(m, n, r, limit, sizes,
     for k in range(2):
         old_A, old_B = 0.9 * A[k], 0.8 * Bt[k].T
         step_A, step_B = -0.1 * h_A[k], -0.2 * h_Bt[k].T
-        of_A, of_B = (1.0, 1.0) if limit is None else limited_shares(old_A, old_B, step_A, step_B, limit)
+        of_A, of_B = (1.0, 1.0) if limit is None else kept_fractions(old_A, old_B, step_A, step_B, limit)
         torch.testing.assert_close(new_A[k], old_A + of_A * step_A, rtol=1e-7, atol=1e-9)
         torch.testing.assert_close(new_Bt[k].T, old_B + of_B * step_B, rtol=1e-7, atol=1e-9)
 

@@ -7,7 +7,7 @@ import torch
 
 from lorapro_hf.kernels import dense, eigh, torch_dense
 from lorapro_hf.kernels.dense import choose_backend, dense_update
-from lorapro_hf.kernels.storage import Moments, new_moments
+from lorapro_hf.kernels.storage import Moments, moment_tensors
 
 BETAS, EPS = (0.8, 0.95), 1e-6
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -35,10 +35,15 @@ def inputs(K, m, n, r, dtype=torch.float64):
     return [x.to(dtype) for x in (left, right, A, B)]
 
 
+def new_moments(shape, storage):
+    tensors = moment_tensors(shape, storage)
+    return Moments(**{name: torch.zeros(of_it, dtype=dtype) for name, (of_it, dtype) in tensors.items()})
+
+
 def random_moments(shape, storage):
     """Moments in the middle of a run, in the given storage."""
     M, V = torch.randn(shape, dtype=torch.float64), torch.rand(shape, dtype=torch.float64) + 0.01
-    moments = new_moments(shape, storage, torch.device("cpu"))
+    moments = new_moments(shape, storage)
     if storage != torch.uint8:
         moments.exp_avg.copy_(M)
         moments.exp_avg_sq.copy_(V)
@@ -215,7 +220,7 @@ def test_8_bit_moments_are_the_nearest_codes(backend, storage, shape):
 def test_elements_without_gradients_do_not_move_in_8_bits(storage):
     left, right, A, B = inputs(2, 9, 300, 2, torch.float32)
     right[..., 7] = 0
-    A, moments = torch.eye(300)[[7, 7]].expand(2, 2, 300).contiguous(), new_moments((2, 9, 300), storage, A.device)
+    A, moments = torch.eye(300)[[7, 7]].expand(2, 2, 300).contiguous(), new_moments((2, 9, 300), storage)
     for step in (1.0, 2.0, 3.0):
         assert not update(moments, (left, right, A, B), torch.full((2,), step)).u_A.any()
 

@@ -18,7 +18,7 @@ from lorapro_hf.factors.recording import row_blocks
 from lorapro_hf.functional.bases import row_basis
 from lorapro_hf.functional.projection import project_lora_gradients
 from lorapro_hf.functional.step_options import Rates
-from lorapro_hf.functional.trust_region import share_of_A, shares_of_both, square
+from lorapro_hf.functional.trust_region import kept_fraction_of_A, kept_fractions, square
 
 _ROUNDING = 1e-7
 
@@ -165,7 +165,7 @@ def intended_step(
         h_A, h_B = project_lora_gradients(A, B, *gradients, scaling, x_mode=config.x_mode, rtol=config.rtol)
         step_A, step_B = -lr_A * h_A, -lr_B * h_B
         if rates.trust_region is not None:
-            share, of_B = shares_of_both(*kept, step_A, step_B.mT, rates.trust_region)
+            share, of_B = kept_fractions(*kept, step_A, step_B.mT, rates.trust_region)
             step_A, step_B = share * step_A, of_B * step_B
         return equivalent_halves(A, B, step_A, step_B, scaling), float(share)
     of_A, basis_B = row_basis(A, config.rtol).rows, row_basis(new_B.mT.contiguous(), config.rtol)
@@ -174,7 +174,7 @@ def intended_step(
     rest = through_B - (of_B @ through_A) @ of_A
     if rates.trust_region is not None:
         step_A, step_Bt = lr_A / scaling * (basis_B.whitening @ rest), new_B.mT - kept[1]
-        share = share_of_A(*kept, step_A, square(step_Bt), rates.trust_region)
+        share = kept_fraction_of_A(*kept, step_A, square(step_Bt), rates.trust_region)
         rest *= share
     return Halves(torch.cat([-lr_B * through_A, -lr_A * of_B.mT], dim=1), torch.cat([of_A, rest])), float(share)
 

@@ -1,8 +1,8 @@
 """Which directions does a factor span, and how strongly?
 
-A factor is taken by its rows, `F` `(r, k)`: A as it is, B transposed. With the eigenvectors of its r x r Gram matrix it
-is `F = U Σ F̂`, where the rows of F̂ are orthonormal. Directions that are absent (a B of zeros, a rank-deficient factor)
-have zeros in Σ, in its inverse and in F̂, so that nothing that follows needs a case of its own for them.
+A factor is given by its rows, `F` `(r, k)`: A as it is, B transposed. The eigenvectors of its r x r Gram matrix give
+`F = U Σ F̂`, where the rows of F̂ are orthonormal. Directions that are absent (a B of zeros, a rank-deficient factor)
+have zeros in Σ, in its inverse and in F̂, so that later computations need no special case for them.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from lorapro_hf.kernels.eigh import symmetric_eigh
 
-ALL_DIRECTIONS = 1e-14  # an rtol that leaves out nothing but what float32 factors cannot hold
+ALL_DIRECTIONS = 1e-14  # an rtol that drops only directions below the precision of float32 factors
 
 
 class RowBasis(NamedTuple):
-    """The r rows of a factor `F = vectors @ diag(singular) @ rows`; what belongs to absent directions is zero."""
+    """The r rows of a factor `F = vectors @ diag(singular) @ rows`, with zeros for absent directions."""
 
     vectors: Tensor  # (..., r, r) orthogonal
     singular: Tensor  # (..., r)
@@ -28,7 +28,7 @@ class RowBasis(NamedTuple):
 
     @property
     def whitening(self) -> Tensor:
-        """`U Σ⁻¹` `(..., r, r)`: its transpose turns the factor into `rows`."""
+        """`U Σ⁻¹` `(..., r, r)`: its transpose times the factor gives `rows`."""
         return self.vectors * self.inverse[..., None, :]
 
 
@@ -45,7 +45,7 @@ def row_basis(factor: Tensor, rtol: float | None = None) -> RowBasis:
 
 
 def row_bases(factors: Sequence[Tensor], rtol: float | None = None) -> list[RowBasis]:
-    """The bases of factors `(..., r, k)`, with one eigendecomposition for all that agree in r and device.
+    """The bases of factors `(..., r, k)`, from one eigendecomposition for all with the same r and device.
 
     Args:
         factors: float32 or float64.
@@ -53,7 +53,7 @@ def row_bases(factors: Sequence[Tensor], rtol: float | None = None) -> list[RowB
             `max(r * eps(dtype), max(r, k) * eps(Gram dtype))`.
 
     Returns:
-        The bases; all NaN for a factor that holds NaN or Inf, since to find out would be to wait for the device.
+        The bases. They are NaN for a factor that holds NaN or Inf: a check would wait for the device.
     """
     grams = [_gram(factor) for factor in factors]
     alike: dict[tuple[object, ...], list[int]] = {}
@@ -71,7 +71,7 @@ def row_bases(factors: Sequence[Tensor], rtol: float | None = None) -> list[RowB
 
 
 def _gram(factor: Tensor) -> Tensor:
-    # A Gram matrix squares the condition number: in float64 it keeps all that float32 factors hold.
+    # A Gram matrix squares the condition number: float64 keeps the precision of float32 factors.
     exact = factor.to(torch.float64 if factor.device.type != "mps" else torch.float32)
     return exact @ exact.mT
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lorapro_hf.functional.bases import Bases, RowBasis, row_basis
 from lorapro_hf.functional.step_options import StepOptions
-from lorapro_hf.functional.trust_region import share_of_A, shares_of_both, square
+from lorapro_hf.functional.trust_region import kept_fraction_of_A, kept_fractions, square
 from lorapro_hf.kernels.torch_dense import DirectionProducts
 
 
@@ -109,7 +109,7 @@ def spend_direction(
     step_A = direction.rest_through_B(-per_pair(rates.lr_A, A) / s * basis_B.whitening, basis_B)
     if rates.trust_region is not None and square_B is not None:
         keep = per_pair(rates.keep_A, A), per_pair(rates.keep_B, A)
-        step_A *= share_of_A(A, Bt, step_A, square_B, rates.trust_region, keep)
+        step_A *= kept_fraction_of_A(A, Bt, step_A, square_B, rates.trust_region, keep)
     new_A = settle(A, step_A, rates.keep_A, options.active, options.factor_dtypes[0])
     return SequentialStep(new_A, new_Bt, basis_B)
 
@@ -129,8 +129,8 @@ def linear_step(A: Tensor, Bt: Tensor, h_A: Tensor, h_Bt: Tensor, options: StepO
     step_A, step_Bt = h_A.mul_(-per_pair(rates.lr_A, A)), h_Bt.mul_(-per_pair(rates.lr_B, A))
     if rates.trust_region is not None:
         keep = per_pair(rates.keep_A, A), per_pair(rates.keep_B, A)
-        kept_fractions = shares_of_both(A, Bt, step_A, step_Bt, rates.trust_region, keep)
-        step_A, step_Bt = step_A.mul_(kept_fractions[0]), step_Bt.mul_(kept_fractions[1])
+        kept_A, kept_B = kept_fractions(A, Bt, step_A, step_Bt, rates.trust_region, keep)
+        step_A, step_Bt = step_A.mul_(kept_A), step_Bt.mul_(kept_B)
     return (
         settle(A, step_A, rates.keep_A, options.active, options.factor_dtypes[0]),
         settle(Bt, step_Bt, rates.keep_B, options.active, options.factor_dtypes[1]),

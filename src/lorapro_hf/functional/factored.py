@@ -69,13 +69,6 @@ class FactoredStep(NamedTuple):
     bases: Bases
 
 
-def new_factored_state(A: Tensor, Bt: Tensor) -> FactoredState:
-    """Zero moments for factors `A` `(K, r, n)` and `Bt` `(K, r, m)`, in their dtype and on their device."""
-    column, row = A.new_zeros(A.shape[0], A.shape[-1]), Bt.new_zeros(Bt.shape[0], Bt.shape[-1])
-    steps = torch.zeros(A.shape[0], dtype=torch.float32, device=A.device)
-    return FactoredState(torch.zeros_like(A), torch.zeros_like(Bt), column, row, steps)
-
-
 @torch.no_grad()
 def factored_step(
     A: Tensor,
@@ -97,7 +90,7 @@ def factored_step(
         bases: of both factors, `Bases(*row_bases([A, Bt], rtol))`.
         gradient: the equivalent gradient, from `gradient_coordinates`.
         scaling: s in `W = W0 + s B A`; a number, a 0-dim tensor, or a tensor `(K,)`.
-        state: the moments, from `new_factored_state` at first.
+        state: the moments, zeros at first.
         options: see `StepOptions`. `eps` is added to each root of a mean square; rows and columns without any gradient
             do not move even if it is 0.
 

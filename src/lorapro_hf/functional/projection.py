@@ -2,18 +2,18 @@ r"""Given two factors and their gradients, which factor gradients move the weigh
 
 `W = W0 + s B A` with `A` `(r, n)` and `B` `(m, r)`; autograd gives `grad_A = s Bᵀ g` and `grad_B = s g Aᵀ` of the full
 gradient `g`, which is never formed. Stepping along `h_A`, `h_B` moves `W`, to first order, along the equivalent
-gradient `s (B h_A + h_B A)`. LoRA-Pro (arXiv 2407.18242, theorem 2.1) takes the `h_A`, `h_B` that bring it closest to
-`g` in the Frobenius norm; they are unique up to an r x r matrix X, which `x_mode` fixes.
+gradient `s (B h_A + h_B A)`. LoRA-Pro (arXiv 2407.18242, theorem 2.1) takes the projected gradients: the `h_A`, `h_B`
+that bring it closest to `g` in the Frobenius norm. They are unique up to an r x r matrix X, which `x_mode` fixes.
 
-How it is computed: with the singular value decompositions `B = B̂ Σ Uᵀ` and `A = V T Â` (from the eigenvectors of the
-r x r Gram matrices), the gradients are seen as `a = B̂ᵀ g`, `b = g Âᵀ` and their common core `c = B̂ᵀ g Âᵀ`. The core can
-be moved by either factor, and X is nothing but the share ω of it that B takes:
+Computation: the singular value decompositions `B = B̂ Σ Uᵀ` and `A = V T Â` (from the eigenvectors of the r x r Gram
+matrices) turn the gradients into `a = B̂ᵀ g`, `b = g Âᵀ` and their common core `c = B̂ᵀ g Âᵀ`. Either factor can move
+the core, and X is the fraction ω of it that B moves:
 
     h_A = s⁻¹ U Σ⁻¹ [a − (ω∘c) Â]        h_B = s⁻¹ [(I − B̂B̂ᵀ) b + B̂ (ω∘c)] T⁻¹ Vᵀ
 
 with `ω = 0` for X = 0, `½` for the symmetric choice and `τⱼ² / (σᵢ² + τⱼ²)` for the Sylvester one. Every intermediate
-is of the size of `g`, whatever the scale of the factors, so B = 0 and rank-deficient factors need no case of their
-own: their absent directions have a zero in Σ⁻¹ or T⁻¹.
+is of the size of `g`, whatever the scale of the factors. B = 0 and rank-deficient factors need no special case: their
+absent directions have a zero in Σ⁻¹ or T⁻¹.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def project_lora_gradients(
 def gradient_coordinates(
     basis_A: RowBasis, basis_B: RowBasis, grad_A: Tensor, grad_B: Tensor, scaling: float | Tensor = 1.0
 ) -> Coordinates:
-    """The optimal equivalent gradient of what the factor gradients tell of g, in the bases of the factors.
+    """The equivalent gradient closest to g, as far as the factor gradients determine it, in the bases of the factors.
 
     Args:
         basis_A: of A `(K, r, n)`.
@@ -107,19 +107,19 @@ def gradient_coordinates(
 
 
 def outside_(rows: Tensor, basis: RowBasis) -> Tensor:
-    """The part of `rows` `(K, r, k)` that is orthogonal to a basis, in their place."""
+    """The part of `rows` `(K, r, k)` that is orthogonal to a basis; overwrites them."""
     return rows.baddbmm_(rows @ basis.rows.mT, basis.rows, alpha=-1)
 
 
 def factor_gradients_(
     basis_A: RowBasis, basis_B: RowBasis, coordinates: Coordinates, scaling: float | Tensor = 1.0, x_mode: str = "zero"
 ) -> tuple[Tensor, Tensor]:
-    """Factor gradients `h_A` `(K, r, n)` and `h_B`, transposed `(K, r, m)`, with the given equivalent gradient.
+    """Factor gradients `h_A` `(K, r, n)` and `h_B`, transposed `(K, r, m)`, of a given equivalent gradient.
 
     Its coordinates are overwritten.
     """
     a, b = coordinates
-    core_of_B = _core_share_of_B(basis_A, basis_B, x_mode) * (a @ basis_A.rows.mT)
+    core_of_B = _core_fraction_of_B(basis_A, basis_B, x_mode) * (a @ basis_A.rows.mT)
     h_A = (basis_B.whitening / scaling) @ a.baddbmm_(core_of_B, basis_A.rows, alpha=-1)
     h_B = (basis_A.whitening / scaling) @ b.baddbmm_(core_of_B.mT, basis_B.rows)
     return h_A, h_B
@@ -152,15 +152,15 @@ def equivalent_gradient(A: Tensor, B: Tensor, h_A: Tensor, h_B: Tensor, scaling:
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype in which gradients are adjusted and moments kept: float32, or float64 for float64 tensors."""
+    """The dtype of projections and moments: float32, or float64 for float64 tensors."""
     dtype = torch.float32
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 
 
-def _core_share_of_B(basis_A: RowBasis, basis_B: RowBasis, x_mode: str) -> Tensor | float:
-    """The share ω `(..., r, r)` of the core that B moves; A moves the rest."""
+def _core_fraction_of_B(basis_A: RowBasis, basis_B: RowBasis, x_mode: str) -> Tensor | float:
+    """The fraction ω `(..., r, r)` of the core that B moves; A moves the rest."""
     if x_mode == "zero":
         return 0.0
     if x_mode == "symmetric":
@@ -188,4 +188,4 @@ def _check_inputs(A: Tensor, B: Tensor, like_A: Tensor, like_B: Tensor, scaling:
                 f"scaling {tuple(scaling.shape)} must have the batch dimensions of the factors, {tuple(A.shape[:-2])}."
             )
     elif scaling == 0:
-        raise ValueError("scaling is 0: the factors do not reach the weight, so no step of theirs can move it.")
+        raise ValueError("scaling is 0: the factors do not reach the weight, so their steps cannot move it.")

@@ -1,12 +1,13 @@
-"""What LoRA-Pro computes, written densely in float64 for reading and for the tests.
+"""What does LoRA-Pro compute? Written densely in float64, for reading and for the tests.
 
-Everything here forms m x n matrices and inverts without care for cost; it shares no code with the fast path.
-Symbols as in `lorapro_hf.functional.projection`; `g` is the gradient of the adapted weight, which only an oracle has.
+Everything here forms m x n matrices and inverts them whatever the cost, and shares no code with the fast path. Symbols
+as in `lorapro_hf.functional.projection`; `g` is the gradient of the adapted weight, known only in tests.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from lorapro_hf.config import TRUST_REGION
 
 RTOL = 1e-10
-FRESH_START = 0.03  # a share, of the limit, that is as good as nothing
+FRESH_START = 0.03  # B counts as zero where the kept fraction is below this multiple of the trust region
 
 
 def projected_gradient(g: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -51,13 +52,11 @@ def _solve_sylvester(P: Tensor, Q: Tensor, C: Tensor) -> Tensor:
     return solution.reshape(C.shape)
 
 
-class DenseFullAdamW:
-    """LoRA-Pro's AdamW of the full mode on one pair, in float64, fed with the full gradient itself.
+@dataclass(eq=False)
+class Hyperparameters:
+    """The settings of a dense AdamW.
 
     Args:
-        A: `(r, n)`.
-        B: `(m, r)`.
-        scaling: factor in front of `B @ A`.
         lr: learning rate.
         betas: decay rates of the two moments.
         eps: added to the denominator.
@@ -66,22 +65,27 @@ class DenseFullAdamW:
         trust_region: as in `LoRAProConfig`, a number in `[0, 1)`.
     """
 
-    def __init__(
-        self,
-        A: Tensor,
-        B: Tensor,
-        scaling: float,
-        *,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        x_mode: str = "sylvester",
-        trust_region: float = TRUST_REGION,
-    ) -> None:
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    x_mode: str = "sylvester"
+    trust_region: float = TRUST_REGION
+
+
+class DenseFullAdamW(Hyperparameters):
+    """LoRA-Pro's AdamW of mode full on one pair, in float64, from the full gradient itself.
+
+    Args:
+        A: `(r, n)`.
+        B: `(m, r)`.
+        scaling: factor in front of `B @ A`.
+        hyperparameters: as for `Hyperparameters`.
+    """
+
+    def __init__(self, A: Tensor, B: Tensor, scaling: float, **hyperparameters: Any) -> None:
+        super().__init__(**hyperparameters)
         self.A, self.B, self.scaling = A.detach().double().clone(), B.detach().double().clone(), scaling
-        self.trust_region = trust_region
-        self.lr, self.betas, self.eps, self.weight_decay, self.x_mode = lr, betas, eps, weight_decay, x_mode
         self.M = torch.zeros(len(B), A.shape[-1], dtype=torch.float64)
         self.V = torch.zeros_like(self.M)
         self.t = 0
@@ -101,11 +105,11 @@ class DenseFullAdamW:
         h_A, h_B = factor_gradients(u, self.A, self.B, self.scaling, self.x_mode)
         keep = (1 - self.lr * self.weight_decay) ** 0.5
         self.A, self.B = keep * self.A, keep * self.B
-        of_A = of_B = 1.0
+        kept_A = kept_B = 1.0
         if self.trust_region:
-            of_A, of_B = limited_shares(self.A, self.B, -self.lr * h_A, -self.lr * h_B, self.trust_region)
-        self.A = self.A - of_A * self.lr * h_A
-        self.B = self.B - of_B * self.lr * h_B
+            kept_A, kept_B = kept_fractions(self.A, self.B, -self.lr * h_A, -self.lr * h_B, self.trust_region)
+        self.A = self.A - kept_A * self.lr * h_A
+        self.B = self.B - kept_B * self.lr * h_B
 
 
 def sequential_step(
@@ -117,7 +121,7 @@ def sequential_step(
     lr_B: float | None = None,
     trust_region: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The factors after the direction `u` `(m, n)` has been spent on B first and then, through the new B, on A.
+    """The factors after a step along the direction `u` `(m, n)` of B first and then, through the new B, of A.
 
     Args:
         u: `(m, n)`.
@@ -126,8 +130,8 @@ def sequential_step(
         scaling: factor in front of `B @ A`.
         lr_A: learning rate of A.
         lr_B: learning rate of B, by default that of A.
-        trust_region: the norm that the product of both changes may have, as a share of that of `ΔB A + B ΔA`; A's
-            change is shortened.
+        trust_region: the largest norm of the product of both changes, as a fraction of the norm of `ΔB A + B ΔA`; A's
+            change is shortened to keep to it.
     """
     u, A, B = u.double(), A.double(), B.double()
     pinv_A = torch.linalg.pinv(A, rtol=RTOL)
@@ -135,22 +139,24 @@ def sequential_step(
     new_B = B + step_B
     step_A = -lr_A / scaling * torch.linalg.pinv(new_B, rtol=RTOL) @ (u - u @ pinv_A @ A)
     if trust_region is not None:
-        step_A *= largest_share(A, B, lambda share: (share * step_A, step_B), trust_region)
+        step_A *= largest_kept_fraction(A, B, lambda fraction: (fraction * step_A, step_B), trust_region)
     return A + step_A, new_B
 
 
-def limited_shares(A: Tensor, B: Tensor, step_A: Tensor, step_B: Tensor, limit: float) -> tuple[float, float]:
-    """What a trust region leaves of the changes of A and of B in a linear step."""
-    share = largest_share(A, B, lambda x: (x * step_A, x * step_B), limit)
-    return (0.0, 1.0) if share < FRESH_START * limit else (share, share)
+def kept_fractions(A: Tensor, B: Tensor, step_A: Tensor, step_B: Tensor, trust_region: float) -> tuple[float, float]:
+    """The fractions of the changes of A and of B that a trust region keeps in a linear step."""
+    kept = largest_kept_fraction(A, B, lambda fraction: (fraction * step_A, fraction * step_B), trust_region)
+    return (0.0, 1.0) if kept < FRESH_START * trust_region else (kept, kept)
 
 
-def largest_share(A: Tensor, B: Tensor, steps: Callable[[float], tuple[Tensor, Tensor]], limit: float) -> float:
-    """The largest share in [0, 1] whose `steps` keep `‖ΔB ΔA‖` within `limit` times `‖ΔB A + B ΔA‖`, by bisection."""
+def largest_kept_fraction(
+    A: Tensor, B: Tensor, steps: Callable[[float], tuple[Tensor, Tensor]], trust_region: float
+) -> float:
+    """The largest fraction in [0, 1] whose `steps` keep to a trust region, by bisection."""
 
-    def within(share: float) -> bool:
-        step_A, step_B = steps(share)
-        return bool((step_B @ step_A).norm() <= limit * (step_B @ A + B @ step_A).norm())
+    def within(fraction: float) -> bool:
+        step_A, step_B = steps(fraction)
+        return bool((step_B @ step_A).norm() <= trust_region * (step_B @ A + B @ step_A).norm())
 
     low, high = 0.0, 1.0
     if within(high):
@@ -162,20 +168,20 @@ def largest_share(A: Tensor, B: Tensor, steps: Callable[[float], tuple[Tensor, T
 
 
 def change_through(change: Tensor, B: Tensor, new_B: Tensor) -> Tensor:
-    """`B'⁺ B change` `(r, n)`: what A has to change by so that `B'A` moves as `change` would have moved `BA`."""
+    """`B'⁺ B change` `(r, n)`: the change of A that moves `B'A` as `change` would have moved `BA`."""
     return torch.linalg.pinv(new_B.double(), rtol=RTOL) @ B.double() @ change.double()
 
 
 class DenseFactoredAdamW(DenseFullAdamW):
-    """AdamW of the factored mode on one pair, in float64: a dense first moment that is kept in the tangent space.
+    """AdamW of mode factored on one pair, in float64, with a dense first moment in the tangent space.
 
     Args:
         update: `"linear"` or `"sequential"`.
-        options: as for `DenseFullAdamW`.
+        hyperparameters: as for `DenseFullAdamW`.
     """
 
-    def __init__(self, A: Tensor, B: Tensor, scaling: float, *, update: str = "linear", **options: Any) -> None:
-        super().__init__(A, B, scaling, **options)
+    def __init__(self, A: Tensor, B: Tensor, scaling: float, *, update: str = "linear", **hyperparameters: Any) -> None:
+        super().__init__(A, B, scaling, **hyperparameters)
         self.update = update
         self.row, self.column = torch.zeros(len(B), dtype=torch.float64), torch.zeros(A.shape[-1], dtype=torch.float64)
 
@@ -184,8 +190,9 @@ class DenseFactoredAdamW(DenseFullAdamW):
         u = self.direction(g)
         if self.update == "sequential":
             keep = (1 - self.lr * self.weight_decay) ** 0.5
-            limit = self.trust_region or None
-            self.A, self.B = sequential_step(u, keep * self.A, keep * self.B, self.scaling, self.lr, trust_region=limit)
+            region = self.trust_region or None
+            decayed = keep * self.A, keep * self.B
+            self.A, self.B = sequential_step(u, *decayed, self.scaling, self.lr, trust_region=region)
         else:
             self.spend(u)
         self.M = projected_gradient(self.M, self.A, self.B)

@@ -1,18 +1,18 @@
-"""How much of a step can be taken before the product of both changes counts?
+"""What fraction of a step can be taken before the product of both changes counts?
 
-A step that moves A by ΔA and B by ΔB moves `B A` by `ΔB A + B ΔA + ΔB ΔA`. The first two terms are what a step is
-judged by; the last one is small only if the step is. A trust region of `limit` shortens a step until
+A step that moves A by ΔA and B by ΔB moves `B A` by `ΔB A + B ΔA + ΔB ΔA`. The first two terms are the intended
+change; the last one is small only if the step is. A trust region ρ shortens a step until
 
-    ‖ΔB ΔA‖ ≤ limit · ‖ΔB A + B ΔA‖
+    ‖ΔB ΔA‖ ≤ ρ · ‖ΔB A + B ΔA‖
 
 in the Frobenius norm. The inner product of the whole change with its first two terms is then at least
-`(1 - limit) ‖ΔB A + B ΔA‖²`: with a limit below 1 the weight moves to the side that was meant, with a larger one the
-last term may undo the others. From B = 0, ΔA is 0 and all of the step is taken; right after it, B is of the size of one
-step and ΔA asks for a turn of A by as much as A is long.
+`(1 − ρ) ‖ΔB A + B ΔA‖²`: with ρ below 1 the weight moves in the intended direction, with a larger ρ the last term may
+undo the others. From B = 0, ΔA is 0 and the whole step is taken. Right after it B is as long as one step, and ΔA would
+turn A by as much as A is long.
 
-All norms come from r × r products. They are taken in float64, since what fits into float32 need not do so when squared
-(a B of 1e-25 asks for a ΔA of 1e22), and since the terms of first order may all but cancel. Tensors are
-`(..., r, length)`, in rows layout: B is given by its transpose.
+All norms come from r × r products in float64: squares of float32 values may overflow float32 (a B of 1e-25 leads to a
+ΔA of 1e22), and the terms of first order may nearly cancel. Tensors are `(..., r, length)` in rows layout: B is given
+by its transpose.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# What is left of a step, as a share of the limit, below which B counts as zero. A linear step lets B grow by about the
-# limit, relative to its size, so that a B left tiny by a first step at a tiny rate would hold up hundreds of steps.
-# Linear warm-ups from B = 0 stay above a tenth.
+# B counts as zero where the kept fraction of a step is below this multiple of the trust region. A linear step lets B
+# grow by about the trust region, relative to its size: a B left tiny by a first step at a tiny rate would delay
+# hundreds of steps. Linear warm-ups from B = 0 stay above a tenth.
 FRESH_START = 0.03
 
 Keep = tuple[float | Tensor, float | Tensor]  # tensors as the steps, `(..., 1, 1)`
@@ -34,50 +34,50 @@ def square(rows: Tensor) -> Tensor:
     return exact @ exact.mT
 
 
-def shares_of_both(
-    A: Tensor, Bt: Tensor, step_A: Tensor, step_Bt: Tensor, limit: float, keep: Keep = (1.0, 1.0)
+def kept_fractions(
+    A: Tensor, Bt: Tensor, step_A: Tensor, step_Bt: Tensor, trust_region: float, keep: Keep = (1.0, 1.0)
 ) -> tuple[Tensor, Tensor]:
-    """By what to multiply the changes of A and of B, `(..., 1, 1)` each, at most 1.
+    """The fractions of the changes of A and of B that are kept, `(..., 1, 1)` each, at most 1.
 
-    Both are shortened alike, unless next to nothing would be left: then B counts as zero, A stays and B takes all of
-    its own step.
+    Both are shortened alike, unless almost nothing would be left: then B counts as zero, A stays and B takes its whole
+    step.
 
     Args:
         A: before the step and its decay.
         Bt: before the step and its decay.
         step_A: the change of A.
         step_Bt: the change of B.
-        limit: as above.
-        keep: what decay leaves of A and of B.
+        trust_region: ρ as above.
+        keep: the fractions of A and of B that decay leaves.
     """
     of_A, across_A, square_A = _grams(A, step_A)
     of_B, across_B, square_B = _grams(Bt, step_Bt)
     first_order = keep[0] ** 2 * _inner(square_B, of_A) + keep[1] ** 2 * _inner(of_B, square_A)
     first_order += 2 * keep[0] * keep[1] * _inner(across_B, across_A.mT)
-    share = _share(_inner(square_B, square_A), limit**2 * first_order.clamp_min(0)).to(A.dtype)
-    is_fresh = share < FRESH_START * limit
-    return torch.where(is_fresh, 0.0, share), torch.where(is_fresh, 1.0, share)
+    kept = _kept(_inner(square_B, square_A), trust_region**2 * first_order.clamp_min(0)).to(A.dtype)
+    is_fresh = kept < FRESH_START * trust_region
+    return torch.where(is_fresh, 0.0, kept), torch.where(is_fresh, 1.0, kept)
 
 
-def share_of_A(
-    A: Tensor, Bt: Tensor, step_A: Tensor, square_B: Tensor, limit: float, keep: Keep = (1.0, 1.0)
+def kept_fraction_of_A(
+    A: Tensor, Bt: Tensor, step_A: Tensor, square_B: Tensor, trust_region: float, keep: Keep = (1.0, 1.0)
 ) -> Tensor:
-    """By what to multiply the change of A alone, `(..., 1, 1)`, at most 1, if that of B stays as it is.
+    """The fraction of the change of A that is kept, `(..., 1, 1)`, at most 1, if the change of B stays as it is.
 
     Args:
         A: before the step and its decay.
         Bt: before the step and its decay.
-        step_A: the change of A, at right angles to the rows of A, so that the two terms of first order are too.
+        step_A: the change of A, orthogonal to the rows of A, so that the two terms of first order are orthogonal too.
         square_B: `square` of the change of B.
-        limit: as above.
-        keep: what decay leaves of A and of B.
+        trust_region: ρ as above.
+        keep: the fractions of A and of B that decay leaves.
     """
     square_A = square(step_A)
-    excess = _inner(square_B, square_A) - (limit * keep[1]) ** 2 * _inner(square(Bt), square_A)
-    return _share(excess, (limit * keep[0]) ** 2 * _inner(square_B, square(A))).to(A.dtype)
+    excess = _inner(square_B, square_A) - (trust_region * keep[1]) ** 2 * _inner(square(Bt), square_A)
+    return _kept(excess, (trust_region * keep[0]) ** 2 * _inner(square_B, square(A))).to(A.dtype)
 
 
-def _share(asked: Tensor, allowed: Tensor) -> Tensor:
+def _kept(asked: Tensor, allowed: Tensor) -> Tensor:
     return torch.where(asked > allowed, (allowed / asked).sqrt(), 1.0)
 
 

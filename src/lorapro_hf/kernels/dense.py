@@ -1,4 +1,4 @@
-"""How is the step of dense moments taken: which backend serves this device?"""
+"""Which backend takes the step of dense moments on this device?"""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ def dense_update(
     entries: Sequence[int] | None = None,
     backend: str = "auto",
 ) -> DirectionProducts:
-    """Take equivalent gradients into their dense moments and give the products of Adam's direction, tile by tile.
+    """Update dense moments with equivalent gradients and return the products of Adam's direction, tile by tile.
 
-    With `g = leftᵀ right`: `M ← β₁ M + (1−β₁) g`, `V ← β₂ V + (1−β₂) g∘g` and `u = M̂ / (√V̂ + eps)`, whose products with
-    the factors are accumulated while a tile is at hand. Beside the moments nothing of the size of `g` exists, and the
-    host waits for no device.
+    With `g = leftᵀ right`: `M ← β₁ M + (1−β₁) g`, `V ← β₂ V + (1−β₂) g∘g` and `u = M̂ / (√V̂ + eps)`. Each tile of u is
+    multiplied with the factors at once: beside the moments nothing of the size of `g` exists. The host does not wait
+    for the device.
 
     Args:
         moments: of K weights `(m, n)`, updated in place.
         left: `(K, 2r, m)`.
         right: `(K, 2r, n)`.
-        A: rows to multiply u with, `(K, r, n)`: A, or better conditioned its orthonormal rows.
-        B: likewise for the columns of B, `(K, r, m)`.
-        steps: `(K,)` float32, how often each has been stepped, this step included.
+        A: rows to multiply u with, `(K, r, n)`: A, or its orthonormal rows, which are better conditioned.
+        B: the same for the columns of B, `(K, r, m)`.
+        steps: `(K,)` float32, the step counts, this step included.
         found_inf: 0-dim; where it is 1 the moments stay as they are and u counts as 0.
         betas: decay rates of the moments.
         eps: added to the denominator.
         sequential: also give `K_u`.
-        entries: the entries that take part, all by default; the others stay as they are and get zeros.
+        entries: the active entries, by default all; the others stay as they are and get zeros.
         backend: `"torch"`, `"compiled"`, `"triton"`, or `"auto"`.
 
     Raises:
@@ -90,7 +90,7 @@ def dense_update(
 
 
 def require_backend(backend: str, device: torch.device, storage: torch.dtype) -> None:
-    """Raise now what `dense_update` would raise for want of a package or a device.
+    """Raise, before any step, if `dense_update` lacks a package or cannot serve a device.
 
     Raises:
         ImportError: 8-bit storage needs bitsandbytes here.
@@ -101,7 +101,7 @@ def require_backend(backend: str, device: torch.device, storage: torch.dtype) ->
 
 
 def choose_backend(backend: str, device: torch.device) -> str:
-    """The backend that `"auto"` stands for on this device, or the one asked for.
+    """The backend for this device: the given one, or the choice of `"auto"`.
 
     Raises:
         RuntimeError: it cannot serve this device.

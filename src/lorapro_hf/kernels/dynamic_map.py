@@ -1,8 +1,8 @@
-"""Which 256 numbers between -1 (or 0) and 1 does an 8-bit moment choose from?
+"""Which 256 numbers between -1 (or 0) and 1 can an 8-bit moment take?
 
 The dynamic map of Dettmers et al., "8-bit optimizers via block-wise quantization" (arXiv 2110.02861), as bitsandbytes
-builds it: seven decades, each divided evenly into twice as many cells as the one below, their midpoints being the
-entries, beside 0 and 1.
+builds it: 0, 1 and the midpoints of cells. Seven decades are divided evenly, each into twice as many cells as the one
+below.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def dynamic_map(signed: bool) -> Tensor:
     """The 256 entries in ascending order, on the CPU.
 
     Args:
-        signed: whether the values to be stored have a sign; without one each decade has twice as many entries.
+        signed: whether values have a sign; without one each decade has twice as many entries.
 
     Returns:
         `(256,)` float32, equal to `bitsandbytes.functional.create_dynamic_map(signed)`.
@@ -28,7 +28,7 @@ def dynamic_map(signed: bool) -> Tensor:
     for decade in range(DECADES):
         cells = 2 ** (decade if signed else decade + 1)
         edges = torch.linspace(0.1, 1, cells + 1, dtype=torch.float32)
-        # The power of ten meets the float32 midpoints as bitsandbytes has it, which decides the last bit of an entry.
+        # In the order of operations of bitsandbytes, which decides the last bit of an entry.
         entries += (10 ** (decade - DECADES + 1) * ((edges[:-1] + edges[1:]) / 2)).tolist()
     if signed:
         entries += [-entry for entry in entries[2:]]
@@ -36,14 +36,14 @@ def dynamic_map(signed: bool) -> Tensor:
 
 
 def dynamic_thresholds(signed: bool) -> Tensor:
-    """The borders between the numbers that are stored as one code and as the next, on the CPU.
+    """The borders between the numbers stored as one code and those stored as the next, on the CPU.
 
     Args:
         signed: as in `dynamic_map`.
 
     Returns:
-        `(257,)` float32: code c stores the numbers above `thresholds[c]` up to and including `thresholds[c + 1]`; the
-        outermost are infinite.
+        `(257,)` float32. Code c stores the numbers above `thresholds[c]` up to and including `thresholds[c + 1]`; the
+        first and last threshold are infinite.
     """
     entries = dynamic_map(signed)
     ends = torch.tensor([torch.inf])

@@ -1,4 +1,4 @@
-"""How are many small symmetric matrices decomposed at once, without waiting for the device?"""
+"""How are many small symmetric matrices decomposed without waiting for the device?"""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def has_triton() -> bool:
 def symmetric_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending, and eigenvectors of symmetric positive semidefinite matrices.
 
-    On CUDA a Triton kernel does this without a host-device synchronisation for r up to its `MAX_RANK`. LAPACK and
-    cuSOLVER, which serve everything else, report failures to the host, for which it waits on CUDA.
+    On CUDA a Triton kernel does this without a host-device synchronisation, for r up to its `MAX_RANK`. In all other
+    cases LAPACK or cuSOLVER serves; on CUDA the host waits for its report of failures.
 
     Args:
         matrices: `(K, r, r)`, float32 or float64.
@@ -34,7 +34,7 @@ def symmetric_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
         if matrices.shape[-1] <= MAX_RANK:
             return triton_eigh(matrices)
-    # Left to itself LAPACK fails for all matrices of a batch, or returns anything, depending on r.
+    # Given NaN or Inf, LAPACK fails for the whole batch or returns arbitrary values, depending on r.
     is_finite = matrices.isfinite().flatten(1).all(-1)
     values, vectors = torch.linalg.eigh(torch.where(is_finite[:, None, None], matrices, 0))
     nan = float("nan")

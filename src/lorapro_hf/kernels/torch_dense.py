@@ -1,8 +1,8 @@
-"""The step of dense moments in plain torch, a cache-sized tile at a time; its elementwise part may be compiled.
+"""How does plain torch take the step of dense moments? A cache-sized tile at a time, if asked with compiled kernels.
 
 A tile is a batch of equal matrices, at least one for each thread: all rows of several weights, or rows of one weight
-cut into parts. MKL then multiplies each on a core of its own, where the threads of a single small product would mostly
-wait for each other.
+cut into parts. MKL multiplies each on a core of its own; the threads of one small product would mostly wait for each
+other.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor
 
 from lorapro_hf.kernels.storage import Moments, load, store
 
-# What one thread works on: gradient, direction and both moments stay in its share of the last-level cache. Elsewhere
-# few large kernels are better than many small ones.
+# The elements of one thread: gradient, direction and both moments stay in its part of the last-level cache. On other
+# devices few large kernels are better than many small ones.
 _CPU_ELEMENTS = 2**19
 _DEVICE_ELEMENTS = 2**25
 
 
 class DirectionProducts(NamedTuple):
-    """What the factors need to know of Adam's direction u, rows along the last dimension."""
+    """The products of Adam's direction u with the factors, rows along the last dimension."""
 
     u_A: Tensor  # (K, r, m), the transpose of `u Aᵀ`
     B_u: Tensor  # (K, r, n), `Bᵀ u`
-    K_u: Tensor | None  # (K, r, n), `Kᵀ u` with `K = u Aᵀ`, of a sequential update only
+    K_u: Tensor | None  # (K, r, n), `Kᵀ u` with `K = u Aᵀ`, for a sequential update only
 
 
 class _Tile(NamedTuple):
@@ -36,7 +36,7 @@ class _Tile(NamedTuple):
     parts: int  # how many equal parts the rows are cut into
 
     def rows_of(self, x: Tensor) -> Tensor:
-        """The tile's share of `x` `(K, r, m)`: `(batch, r, rows)`."""
+        """The tile's part of `x` `(K, r, m)`: `(batch, r, rows)`."""
         return self._cut(x).flatten(0, 1)
 
     def columns_of(self, x: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def dense_update(
     eps: float,
     compiled: bool = False,
 ) -> None:
-    """See `lorapro_hf.kernels.dense.dense_update`; writes into `products`, which are zeros before."""
+    """See `lorapro_hf.kernels.dense.dense_update`; writes into `products`, which must be zeros."""
     advance = _compiled_advance if compiled else _fused_advance
     m, n = moments.exp_avg.shape[1:]
     g = u = left.new_empty(0)
@@ -90,7 +90,7 @@ def dense_update(
 
 
 def tile_elements(device: torch.device, storage: torch.dtype = torch.float32) -> int:
-    """About how many elements a tile has at most; half as many in 8 bits, where quantising needs copies of its own."""
+    """The largest number of elements of a tile, roughly; half as many in 8 bits, where quantising makes copies."""
     most = torch.get_num_threads() * _CPU_ELEMENTS if device.type == "cpu" else _DEVICE_ELEMENTS
     return most // 2 if storage == torch.uint8 else most
 
@@ -115,7 +115,7 @@ def _tiles(
 
 
 def _row_cuts(m: int, height: int, threads: int) -> Iterator[tuple[slice, int]]:
-    """Rows of a tile and the number of its parts: full tiles first, then what is left in one part a thread."""
+    """Rows of a tile and the number of its parts: full tiles first, then the rest in one part for each thread."""
     full = height * threads
     for start in range(0, m - full + 1, full):
         yield slice(start, start + full), threads
@@ -149,9 +149,9 @@ def _stored_rows(moments: Moments, tile: _Tile) -> Moments:
 def _fused_advance(
     stored: Moments, g: Tensor, u: Tensor, steps: Tensor, found_inf: Tensor, betas: tuple[float, float], eps: float
 ) -> Tensor:
-    """Update the moments `(entries, rows, n)` with g and give the direction, written to u.
+    """Update the moments `(entries, rows, n)` with g and return the direction, written to u.
 
-    The fused AdamW of torch does both in one pass: a "parameter" of zeros and a rate of −1 leave u in its place.
+    torch's fused AdamW does both in one pass: a "parameter" of zeros and a rate of −1 give u.
     """
     M, V = _load_both(stored, g.dtype)
     together = (M.shape[0], -1, M.shape[-1])
@@ -182,7 +182,7 @@ def _compiled_advance(
     M, V = _load_both(stored, g.dtype)
     exact = steps.double()
     scales = (1 / (1 - betas[0] ** exact)).to(M), (1 - betas[1] ** exact).rsqrt().to(M)
-    # Flat and one by one: every other shape would be compiled anew.
+    # Flat and one by one: any other shape would be compiled again.
     for each in zip(*(x.reshape(len(M), -1) for x in (M, V, g, u)), *scales, strict=True):
         _compiled(_adam)(*each, found_inf, *betas, eps)
     _store_both(stored, M, V, steps, found_inf)

@@ -22,40 +22,40 @@ from lorapro_hf.optim.rules import rule_of
 class LoRAProAdamW(PairOptimizer):
     r"""AdamW whose steps on LoRA factors move the adapted weight as full fine-tuning would (arXiv 2407.18242).
 
-    For a pair with gradients `g_A`, `g_B` and adjusted gradients `h_A`, `h_B` (see `project_lora_gradients`):
+    For a pair with gradients `g_A`, `g_B` and projected gradients `h_A`, `h_B` (see `project_lora_gradients`):
 
     * `mode="full"`: Adam's moments M, V are those of the equivalent gradient `s (B h_A + h_B A)`. Their direction
-      `u = M̂ / (√V̂ + ε)` is spent on the factors: with `update="linear"` it is projected once more, from `s Bᵀ u` and
-      `s u Aᵀ`, and both step along the result; with `update="sequential"` B steps first and A then makes up for the
-      rest, so that the weight moves as meant. `trust_region` limits the product of both changes, which shortens
-      steps while B is small; without it the linear step is the paper's. Weight decay multiplies both factors by
-      `√(1 − lr·λ)`, so that `s B A` decays by `1 − lr·λ`; the frozen weight is not touched. Learning rates are those
-      of full fine-tuning, and upwards. State: 8 bytes per adapted weight element, 4 with `moments_dtype="bfloat16"`.
-    * `mode="full_8bit"`: the same with moments in 8 bits, about 2 bytes per element.
+      `u = M̂ / (√V̂ + ε)` moves the factors. With `update="linear"` it is projected once more, from `s Bᵀ u` and
+      `s u Aᵀ`, and both factors step along the result. With `update="sequential"` B steps first, and A then takes the
+      rest through the new B, so that the weight moves as intended and not only to first order. `trust_region` limits
+      the product of both changes, which shortens steps while B is small; without it the linear step is the paper's.
+      Weight decay multiplies both factors by `√(1 − lr·λ)`, so that `s B A` decays by `1 − lr·λ`; the frozen weight
+      does not decay. Learning rates are those of full fine-tuning or higher. State: 8 bytes for each element of an
+      adapted weight, 4 with `moments_dtype="bfloat16"`.
+    * `mode="full_8bit"`: the same with moments in 8 bits, about 2 bytes for each element.
     * `mode="factored"`: the same with moments that are products of factor-size tensors; about half of AdamW's state.
-    * `mode="efficient"`: plain AdamW on the factors, fed with `h_A`, `h_B`. Learning rates are those of LoRA.
+    * `mode="efficient"`: AdamW on the factors, along `h_A`, `h_B`. Learning rates are those of LoRA.
 
-    Parameters of no pair (biases, `modules_to_save`, DoRA magnitudes) get what `torch.optim.AdamW(fused=True)` gives
-    them, to the bit. Moments of a pair are kept in float32 (float64 for float64 factors) unless the mode says
-    otherwise, also for bf16 factors and through `load_state_dict`. If any gradient holds NaN or Inf, or is so long that
-    second moments would overflow (1e19 in float32, 1e15 in mode factored), the whole step is left out and counted in
-    `skipped_steps`; no parameter and no state changes. (Steps that a `GradScaler` leaves out do not reach the
-    optimizer, nor its count.) A pair that no backward reached is left out of the step.
+    Parameters of no pair (biases, `modules_to_save`, DoRA magnitudes) get the steps of `torch.optim.AdamW(fused=True)`,
+    to the bit. Moments of a pair are in float32 (float64 for float64 factors) unless the mode says otherwise, also for
+    bf16 factors and after `load_state_dict`. If any gradient holds NaN or Inf, or is so long that second moments would
+    overflow (1e19 in float32, 1e15 in mode factored), the whole step is skipped and counted in `skipped_steps`; no
+    parameter and no state changes. Steps that a `GradScaler` skips do not reach the optimizer and are not counted. A
+    pair without a gradient does not take part in the step.
 
-    NaN or Inf in a factor, another parameter, a moment or a learning rate is an error that names it: before the first
-    step, at saves, and where steps have been left out (on the CPU at once; on CUDA where their number is read: at the
-    tenth step and, in `LoRAProTrainer`, with each log).
+    NaN or Inf in a factor, another parameter, a moment or a learning rate is an error that names it. It is raised
+    before the first step, at saves, and after skipped steps: on the CPU at once, on CUDA when their number is read (at
+    the tenth step and, in `LoRAProTrainer`, with each log).
 
     After the first ten steps one warning names the pairs that had no gradient in any of them, and one the number of
-    steps left out if that is half or more. A training that goes on from a checkpoint counts anew.
+    skipped steps if it is half or more. A resumed training counts from zero.
 
-    Pairs of one shape are stepped together, and on CUDA no step waits for the device but the first and the tenth, for
-    these checks (with r beyond what the Triton kernel of `lorapro_hf.kernels.triton_eigh` takes, or without Triton,
-    each step waits once).
+    Pairs of one shape are stepped together. On CUDA only the first and the tenth step wait for the device, for these
+    checks; each step waits once without Triton, or if r is beyond the limit of `lorapro_hf.kernels.triton_eigh`.
 
     Args:
-        params: as for any optimizer, best as named parameters: `model.named_parameters()` or groups of them. It must
-            hold all factors of `pairs`.
+        params: as for any optimizer, preferably named: `model.named_parameters()` or groups of them. They must hold
+            all factors of `pairs`.
         pairs: from `find_lora_pairs(model)`.
         lr: learning rate; groups may have their own, also A and B of one pair.
         betas: decay rates of the moments; both factors of a pair need the same, except in mode efficient.
@@ -65,9 +65,10 @@ class LoRAProAdamW(PairOptimizer):
         **settings: the settings one by one in the place of `config`: `mode="factored"`.
 
     Raises:
-        ValueError: no pairs, factors missing from `params`, or hyperparameters out of range.
+        ValueError: no pairs, factors missing from `params`, hyperparameters out of range, or settings that have no
+            meaning in the mode.
         ImportError: mode full_8bit needs bitsandbytes on this device.
-        RuntimeError: the backend asked for cannot serve the device of the factors.
+        RuntimeError: the backend cannot serve the device of the factors.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class LoRAProAdamW(PairOptimizer):
 
         Args:
             closure: computes the loss and its gradients; called once, before any gradient is read. PyTorch Lightning
-                hands in its own.
+                passes its own.
 
         Returns:
             The closure's result, `None` without one.
@@ -104,8 +105,8 @@ class LoRAProAdamW(PairOptimizer):
             ValueError: a scaling is 0, a factor or learning rate is not finite, or a factor lost its place in
                 `param_groups`.
             RuntimeError: no pair has a gradient, or one is missing for one factor of a pair, or sparse; another rank
-                has met an error (known at once on CPUs alone); or a closure is given under DeepSpeed. The step has
-                changed nothing in any of these cases, on any rank that shares the state.
+                has met an error (known at once on CPUs alone); or a closure is given under DeepSpeed. In all of these
+                cases the step has changed nothing, on any rank that shares the state.
         """
         if closure is not None and self.has_engine:
             raise RuntimeError(

@@ -54,13 +54,14 @@ class StackState:
     Attributes:
         steps: how often each pair has been stepped, `(pairs,)` float32.
         uniform: whether all pairs are known to have been stepped equally often.
+        tensors: the batched tensors by side and name.
     """
 
     def __init__(self, stack: Stack, specs: Sequence[StateSpec]) -> None:
         self.stack = stack
         self.steps = torch.zeros(len(stack.pairs), dtype=torch.float32, device=stack.device)
         self.uniform = True
-        self._stacked: dict[tuple[str, str], Tensor] = {}
+        self.tensors: dict[tuple[str, str], Tensor] = {}
         self._views: dict[tuple[str, str], list[Tensor]] = {}
         self._shown: dict[Tensor, dict[str, Tensor]] = {}
         for spec in specs:
@@ -82,20 +83,20 @@ class StackState:
             shape = (*shape[:-2], shape[-1], shape[-2]) if spec.layout == "rows" else shape
             values = torch.zeros((len(stack.pairs) * stack.packed, *shape), dtype=spec.dtype, device=stack.device)
             views = [view.mT if spec.layout == "rows" else view for view in stack.per_layer(values)]
-        self._stacked[spec.side, spec.name], self._views[spec.side, spec.name] = values, views
+        self.tensors[spec.side, spec.name], self._views[spec.side, spec.name] = values, views
 
     def __getitem__(self, key: tuple[str, str]) -> Tensor:
         """The batched tensor of a side and a name."""
-        return self._stacked[key]
+        return self.tensors[key]
 
     def of_side(self, side: str) -> dict[str, Tensor]:
         """The batched tensors kept under one factor, by name."""
-        return {name: values for (of, name), values in self._stacked.items() if of == side}
+        return {name: values for (of, name), values in self.tensors.items() if of == side}
 
     @property
     def masters(self) -> tuple[Tensor | None, Tensor | None]:
         """The master copies of A and of B `(pairs, *shape)`; `None` where the parameters themselves are stepped."""
-        return self._stacked.get(("A", MASTER)), self._stacked.get(("B", MASTER))
+        return self.tensors.get(("A", MASTER)), self.tensors.get(("B", MASTER))
 
     @property
     def factor_dtypes(self) -> FactorDtypes:

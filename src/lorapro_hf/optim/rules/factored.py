@@ -19,7 +19,7 @@ _BLOCK_ELEMENTS = 2**20  # of a matrix of the size of a weight that diagnostics 
 
 
 class Factored(UpdateRule):
-    """Adam's direction of the weight as a product of rank 2r, spent on the factors."""
+    """The factors step along Adam's direction of the weight, a product of rank 2r."""
 
     name = "factored"
 

@@ -17,7 +17,7 @@ from lorapro_hf.functional.projection import Coordinates, compute_dtype, factor_
 from lorapro_hf.functional.step_options import Group, StepOptions
 from lorapro_hf.kernels.dense import dense_update, require_backend
 from lorapro_hf.kernels.dynamic_map import tables_on
-from lorapro_hf.kernels.storage import BLOCK, Moments
+from lorapro_hf.kernels.storage import BLOCK, Moments, moment_tensors
 from lorapro_hf.kernels.torch_dense import tile_elements
 from lorapro_hf.optim.rules.base import PairState, RowsOf, UpdateRule, stepped_factors
 from lorapro_hf.optim.state import StackState, StateSpec, dense_shape
@@ -27,20 +27,24 @@ _TILE_ARRAYS = 10
 
 
 class Full(UpdateRule):
-    """Adam's direction of the weight, spent on the factors."""
+    """The factors step along Adam's direction of the weight."""
 
     name = "full"
     keeps_dense_moments = True
     moments_dtypes: ClassVar[tuple[str, ...]] = MOMENTS_DTYPES
 
+    def storage(self, exact: torch.dtype) -> torch.dtype:
+        """The dtype of the stored moments of pairs that are computed in the dtype `exact`."""
+        return exact if self.config.moments_dtype == "float32" else torch.bfloat16
+
     def state_spec(self, pair: LoRAPair) -> list[StateSpec]:
         """Both moments, of the shape of the weight."""
-        dtype = compute_dtype(pair.A, pair.B) if self.config.moments_dtype == "float32" else torch.bfloat16
-        return [StateSpec(name, "A", dense_shape(pair), dtype) for name in ("exp_avg", "exp_avg_sq")]
+        tensors = moment_tensors(dense_shape(pair), self.storage(compute_dtype(pair.A, pair.B)))
+        return [StateSpec(name, "A", shape, dtype) for name, (shape, dtype) in tensors.items()]
 
     def check_device(self, device: torch.device) -> None:
-        """Raise if the backend cannot serve the device."""
-        require_backend(self.config.backend, device, torch.float32)
+        """Raise if the backend cannot serve the device, or a package is missing."""
+        require_backend(self.config.backend, device, self.storage(torch.float32))
 
     def scratch_bytes(self, pairs: Sequence[LoRAPair], device: torch.device) -> int:
         """Copies of the factors, and a tile of the dense moments."""
@@ -49,7 +53,7 @@ class Full(UpdateRule):
         return super().scratch_bytes(pairs, device) + tile
 
     def step(self, read: StackGradient, state: StackState, options: StepOptions) -> Rows:
-        """Adam's direction, of which only the products with the bases of the factors are formed."""
+        """A step along Adam's direction, of which only the products with the bases of the factors are formed."""
         stack, moments = read.stack, state.of_side("A")
         factors, bases = stepped_factors(read, state, options.rtol)
         if options.sequential:
@@ -95,23 +99,14 @@ class Full(UpdateRule):
 
 
 class Full8Bit(Full):
-    """The same with moments in 8-bit codes, each block of which has a scale."""
+    """The same with moments in 8-bit codes; each block of them has a scale."""
 
     name = "full_8bit"
     moments_dtypes = ("float32",)
 
-    def state_spec(self, pair: LoRAPair) -> list[StateSpec]:
-        """The codes of both moments, and the scales of their blocks."""
-        shape = dense_shape(pair)
-        scales = (*shape[:-1], -(-shape[-1] // BLOCK))
-        return [
-            *(StateSpec(name, "A", shape, torch.uint8) for name in ("exp_avg", "exp_avg_sq")),
-            *(StateSpec(f"{name}_absmax", "A", scales, torch.float32) for name in ("exp_avg", "exp_avg_sq")),
-        ]
-
-    def check_device(self, device: torch.device) -> None:
-        """Raise if the backend cannot serve the device, or the quantisers are missing."""
-        require_backend(self.config.backend, device, torch.uint8)
+    def storage(self, exact: torch.dtype) -> torch.dtype:
+        """Codes, whatever the dtype of the pairs."""
+        return torch.uint8
 
 
 def _stored_moment(state: Mapping[str, Tensor], name: str, rows: slice, dtype: torch.dtype) -> Tensor:

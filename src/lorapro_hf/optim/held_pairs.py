@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.distributed.access import Access, access_to, local
-from lorapro_hf.distributed.ownership import Shares, everyone
+from lorapro_hf.distributed.ownership import Shares, everyone, share_pairs
 from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.factors.stacks import Stack, stacks_of
 from lorapro_hf.optim.groups import check_hyperparameters, group_positions, name_parameters
@@ -101,8 +101,7 @@ class HeldPairs(torch.optim.Optimizer):
             if not self.has_engine:
                 self._find_groups()
             access = self.access or access_to(self.pairs, everyone())
-            keeps_all = shared is False or (shared is None and access.in_place and not self.saved_collectively)
-            self._shares = Shares(self.pairs, access, shared=not keeps_all)
+            self._shares = share_pairs(self.pairs, access, shared, self.saved_collectively)
             self._stacks = stacks_of(self._shares.own, self.group_positions, factors=self._shares.factors)
             self._moments, self._signature = {}, signature
             self._of_pairs = set(map(id, factors))

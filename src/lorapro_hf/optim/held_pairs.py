@@ -73,9 +73,9 @@ class HeldPairs(torch.optim.Optimizer):
 
     def estimated_state_bytes(self) -> int:
         """Bytes of optimizer state on this rank once all parameters have been stepped."""
-        own = self._current_shares().own
-        ordinary = [local(p) for _, parameters in self._ordinary() for p in parameters if p.requires_grad]
-        return sum(state_bytes_by_device(own, self.config, ordinary).values())
+        pairs = self._current_shares().own
+        others = [local(p) for _, parameters in self._ordinary() for p in parameters if p.requires_grad]
+        return sum(state_bytes_by_device(pairs, self.config, others).values())
 
     @property
     def has_engine(self) -> bool:

@@ -11,11 +11,24 @@ from torch.nn.parallel import DistributedDataParallel
 from lorapro_hf import LoRAProOptimizerFactory
 from lorapro_hf.config import MODES
 from processes import run
-from training import STEPS, assert_close, assert_differ, batches, build, loss_of, make_optimizer, result, share, train
+from training import (
+    STEPS,
+    assert_close,
+    assert_differ,
+    batches,
+    build,
+    loss_of,
+    make_optimizer,
+    result,
+    share,
+    slow,
+    train,
+)
 
 pytestmark = pytest.mark.distributed
 
 BOTH = (True, False)
+TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
 
 
 def single(config, dtype=torch.float64, model_settings=None, **options):
@@ -43,15 +56,15 @@ def many(rank, ranks, dtypes, model_settings):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "model_settings"),
+    ("ranks", "dtypes", "model_settings"),
     [
-        (2, {}),
-        pytest.param(3, {"r": 1}, marks=pytest.mark.slow),
-        pytest.param(3, {"target_modules": ["0", "3"]}, marks=pytest.mark.slow),
+        (2, {"float64": 1e-10}, {}),
+        pytest.param(2, {"float32": 1e-5}, {}, marks=pytest.mark.slow),
+        pytest.param(3, TOLERANCES, {"r": 1}, marks=pytest.mark.slow),
+        pytest.param(3, TOLERANCES, {"target_modules": ["0", "3"]}, marks=pytest.mark.slow),
     ],
 )
-def test_every_mode_equals_one_process(ranks, model_settings, tmp_path):
-    dtypes = {"float64": 1e-10, "float32": 1e-5}
+def test_every_mode_equals_one_process(ranks, dtypes, model_settings, tmp_path):
     found = run(many, ranks, tmp_path, tuple(dtypes), model_settings)
     for dtype, tolerance in dtypes.items():
         plain = single("adamw", getattr(torch, dtype), model_settings)
@@ -189,7 +202,7 @@ def shared_state(rank, ranks, mode):
     return {"own": own, "saved": whole, "midway": midway, "end": end, "resumed": result(again), "refused": refused}
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["factored", *slow(mode for mode in MODES if mode != "factored")])
 def test_shared_state_is_saved_and_loaded_by_any_number_of_ranks(mode, tmp_path):
     found = run(shared_state, 2, tmp_path, mode)
     assert "only part of the optimizer's state" in found[1]["refused"]

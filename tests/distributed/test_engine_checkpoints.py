@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from test_launch import launch
 
-import engine_script
 from engine_checkpoints import DATA, STATES, STEP, ZERO2, ZERO3, plant, train, written
-from engine_script import resume
+from engine_script import resume, resume_under
 from lorapro_hf.checkpoints.engines import FULL, SHARDED, written_by
 from lorapro_hf.checkpoints.manifest import MANIFEST
 from lorapro_hf.checkpoints.resume import find_flaw
+from processes import run_afresh
 from training import assert_close
 
 OF_RESUME = ("optimizer.pt", "scheduler.pt", "rng_state*", MANIFEST)
@@ -35,6 +36,8 @@ OF_ZERO = {"weights": "it holds no optimizer state (save_only_model=True), and {
 def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
     """A recipe, where it ran, and the messages of both ranks by the names of the checkpoints."""
     recipe = request.param
+    if recipe == "zero2" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
     folder = tmp_path_factory.mktemp(recipe)
     source, refused = train(folder / "training"), folder / "refused"
     weights = (refused if recipe == "zero2" else folder) / "weights"
@@ -45,7 +48,8 @@ def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         written(ENGINE[recipe], source, refused / name)
     (refused / "damaged" / "scheduler.pt").unlink()
     plant(refused / "hostile" / HOSTILE[recipe], folder / "executed")
-    return recipe, folder, launch(recipe, folder, engine_script.__file__)
+    run_afresh(resume_under, 2, folder, recipe, str(folder), environment={"DS_ACCELERATOR": "cpu"})
+    return recipe, folder, json.loads((folder / "found.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.distributed

@@ -7,7 +7,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from processes import run
-from training import build, make_optimizer, result, train
+from training import build, make_optimizer, result, slow, train
 
 pytestmark = pytest.mark.distributed
 
@@ -45,7 +45,7 @@ def _whole(value):
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", *slow(["fsdp2"])])
 def test_masters_are_shared_out_and_go_on_in_one_process(kind, tmp_path):
     found = run(trained, 2, tmp_path, kind)
     for mode in MODES:

@@ -52,7 +52,7 @@ VARIANTS = {
 KINDS = [(mode, stage) for stage in STAGES for mode in ("full", "efficient")]
 DAMAGED = ("truncated", "missing", "foreign", "mixed", "none")
 # What stands for the rest where not everything is run.
-FEW = ("full 1", "full 2", "efficient 3", "clipped 2", "accumulated 3", "factored 1", "full_8bit 2")
+FEW = ("full 1", "clipped 2", "accumulated 3", "full_8bit 2")
 FEW_KINDS = [("full", 3), ("efficient", 2)]
 
 

@@ -1,8 +1,7 @@
-"""Resuming under an engine from checkpoints of other engines and damaged ones, as a script for `accelerate launch`."""
+"""Resuming under an engine from checkpoints of other engines and damaged ones, as a job for several processes."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +44,10 @@ def resume(folder: Path, checkpoint: Path, **settings: Any) -> None:
     trainer.save_model()
 
 
-def main(recipe: str, folder: Path) -> None:
-    torch.set_num_threads(1)
+def resume_under(rank: int, ranks: int, recipe: str, place: str) -> dict[str, torch.Tensor]:
+    """What a process does that `accelerate launch` has started with a recipe; rank 0 writes down all messages."""
+    folder = Path(place)
+    set_environment(environment_of(recipe))
     engine = prepare(recipe)
     trainer_of(folder / "own", save_strategy="steps", save_steps=STEP, **engine).train()
     found = {}
@@ -62,7 +63,4 @@ def main(recipe: str, folder: Path) -> None:
             set_environment(environment_of(stage))
             resume(folder / stage, folder / "own" / f"checkpoint-{STEP}", **engine)
     finish(folder, found)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    return {}

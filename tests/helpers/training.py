@@ -1,5 +1,6 @@
 """One small training that is run on one process and on several, whose results must agree."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -8,6 +9,11 @@ from optimizer_helpers import small_model
 
 STEPS = 10
 BATCH = 12  # is divided by 1, 2 and 3 ranks
+
+
+def slow(cases):
+    """Cases of a grid that `make test` leaves out."""
+    return [pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 def build(dtype=torch.float64, **settings):

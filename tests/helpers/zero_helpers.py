@@ -1,37 +1,24 @@
 """DeepSpeed engines around the small training, on the CPU and under gloo."""
 
-import os
-import uuid
-
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from lorapro_hf import create_lorapro_optimizer
+from processes import run_afresh
 from training import STEPS, batches, build, loss_of, make_optimizer, share
 
 
 def run(job, ranks, folder, *arguments):
-    """As `processes.run`, in processes of this job's own: DeepSpeed does not forget the groups of an earlier one."""
-    name = f"{folder}/{uuid.uuid4().hex}"
-    mp.spawn(_work, args=(job, ranks, name, arguments), nprocs=ranks)
-    return [torch.load(f"{name}-{rank}.pt", weights_only=True) for rank in range(ranks)]
+    """As `processes.run_afresh`, with DeepSpeed ready for the CPU."""
+    return run_afresh(_prepared, ranks, folder, job, arguments, environment={"DS_ACCELERATOR": "cpu"})
 
 
-def _work(rank, job, ranks, name, arguments):
-    torch.set_num_threads(1)
-    os.environ.update(
-        DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks)
-    )
-    dist.init_process_group("gloo", init_method=f"file://{name}", rank=rank, world_size=ranks)
+def _prepared(rank, ranks, job, arguments):
     import deepspeed.ops
 
     # What is found there would be compiled now, and nothing here needs it.
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.utils.logger.setLevel("ERROR")
-    torch.save(job(rank, ranks, *arguments), f"{name}-{rank}.pt")
-    dist.barrier()  # nobody leaves while others still talk to it
-    dist.destroy_process_group()
+    return job(rank, ranks, *arguments)
 
 
 def configuration(stage, accumulate=1, clip=0.0, **sections):

@@ -1,4 +1,4 @@
-"""Which engines of DeepSpeed would make LoRA-Pro wrong, or are not known to be right?"""
+"""Which engines of DeepSpeed are refused?"""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lorapro_hf.utils.private_names import private
 
 
 def require_supported(engine: Any, optimizer: Any) -> None:
-    """Raise unless LoRA-Pro is known to be right under this engine.
+    """Raise if LoRA-Pro does not support an engine.
 
     Raises:
         TypeError: `engine` is no DeepSpeed engine.
-        RuntimeError: the engine steps another optimizer or has a setting that is not supported; with the remedy.
+        RuntimeError: the engine steps another optimizer or has an unsupported setting. The message names the remedy.
     """
     if not isinstance(engine, private("deepspeed.runtime.engine", "DeepSpeedEngine")):
         raise TypeError(
@@ -30,16 +30,17 @@ def require_supported(engine: Any, optimizer: Any) -> None:
         )
     config = getattr(optimizer, "config", None)
     require_configuration(_settings(engine), master_factors=getattr(config, "master_factors", False))
-    for reason in (_other_optimizer(engine, optimizer), _layout(engine), _clipping(engine)):
-        if reason:
-            raise RuntimeError(BEFORE + reason)
-    for reason in (_groups(optimizer), _factors(engine, optimizer)):
-        if reason:
-            raise RuntimeError(BEFORE + reason)
+    _refuse(_other_optimizer(engine, optimizer), _layout(engine), _clipping(engine))
+    _refuse(_groups(optimizer), _factors(engine, optimizer))  # which read what has passed now
+
+
+def _refuse(*reasons: str | None) -> None:
+    for reason in filter(None, reasons):
+        raise RuntimeError(BEFORE + reason)
 
 
 def _settings(engine: Any) -> dict[str, Any]:
-    """The configuration of an engine, in whose sections DeepSpeed has filled in its defaults."""
+    """The configuration of an engine, with DeepSpeed's defaults filled in."""
     config = private(engine, "_config")
     return {
         **private(config, "_param_dict"),

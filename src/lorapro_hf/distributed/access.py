@@ -1,7 +1,7 @@
-"""How are a factor's whole gradient and value read, and how does each rank get its share of a new value?
+"""How are whole gradients and values of factors read, and how does each rank store its part of a new value?
 
-One class for each way in which factors may lie: whole on every rank (`PlainAccess`), or as the DTensors that
-`fully_shard` makes of them (`ShardedAccess`). DeepSpeed's partitions are read in `lorapro_hf.deepspeed`.
+Each layout of the factors has a class: whole on every rank (`PlainAccess`), DTensors of `fully_shard`
+(`ShardedAccess`), and partitions of DeepSpeed (`ZeroAccess` in `lorapro_hf.distributed.zero`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class Access(Protocol):
     """Reads and writes whole factors. All methods are collective: every rank calls them with the same parameters."""
 
     group: dist.ProcessGroup | None
-    """The ranks that hold the same factors, or shares of them; `None` for this process alone."""
+    """The ranks that hold the same factors, or parts of them; `None` for this process alone."""
 
     @property
     def in_place(self) -> bool:
-        """Whether the parameters themselves are whole, so that nothing needs to be fetched."""
+        """Whether the parameters are whole, so that nothing is fetched."""
         ...
 
     def dtype(self, parameter: Tensor) -> torch.dtype:
@@ -33,7 +33,7 @@ class Access(Protocol):
         ...
 
     def held(self, parameter: Tensor) -> Tensor:
-        """What this rank holds of a value; not collective."""
+        """This rank's part of a value; not collective."""
         ...
 
     def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
@@ -45,7 +45,7 @@ class Access(Protocol):
         ...
 
     def store(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Overwrite parameters, or tensors that lie like them, with whole values that every rank hands in."""
+        """Overwrite parameters, or tensors laid out like them, with whole values; every rank passes the same."""
         ...
 
 
@@ -58,24 +58,24 @@ class PlainAccess:
         self.group = group
 
     def dtype(self, parameter: Tensor) -> torch.dtype:
-        """Its own."""
+        """The dtype of the parameter."""
         return parameter.dtype
 
     def held(self, parameter: Tensor) -> Tensor:
-        """All."""
+        """The whole value."""
         return parameter.detach()
 
     def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-        """As they are."""
+        """The `.grad` of each parameter."""
         return [parameter.grad for parameter in parameters]
 
     def values(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """As they are."""
+        """The parameters themselves."""
         return [parameter.detach() for parameter in parameters]
 
     @torch.no_grad()
     def store(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Copy."""
+        """Copy the values."""
         torch._foreach_copy_(list(parameters), list(values))
 
 
@@ -112,31 +112,31 @@ class ShardedAccess:
             )
 
     def dtype(self, parameter: Tensor) -> torch.dtype:
-        """Its own."""
+        """The dtype of the parameter."""
         return parameter.dtype
 
     def held(self, parameter: Any) -> Tensor:
-        """Its own shard."""
+        """This rank's shard."""
         return local(parameter.detach())
 
     def gradients(self, parameters: Sequence[Any]) -> list[Tensor | None]:
-        """All shards in one collective for each dtype."""
+        """Gather the gradients by one collective for each dtype."""
         gradients = [parameter.grad for parameter in parameters]
-        # Whoever has none takes part nevertheless: the others would wait for it for ever.
-        there = [
+        # A rank without a gradient takes part, too: the others would wait for it.
+        gathered = [
             torch.zeros_like(parameter) if gradient is None else gradient
             for parameter, gradient in zip(parameters, gradients, strict=True)
         ]
-        whole = self.gather(there)
-        return [None if own is None else found for own, found in zip(gradients, whole, strict=True)]
+        whole = self.gather(gathered)
+        return [None if part is None else all_of_it for part, all_of_it in zip(gradients, whole, strict=True)]
 
     def values(self, parameters: Sequence[Any]) -> list[Tensor]:
-        """All shards in one collective for each dtype."""
+        """Gather the values by one collective for each dtype."""
         return self.gather([parameter.detach() for parameter in parameters])
 
     @torch.no_grad()
     def store(self, parameters: Sequence[Any], values: Sequence[Tensor]) -> None:
-        """Each rank copies its own rows; without communication."""
+        """Copy this rank's rows, without communication."""
         for parameter, value in zip(parameters, values, strict=True):
             local, dim = parameter.to_local(), self._sharded_dim(parameter)
             if dim is None:
@@ -147,19 +147,18 @@ class ShardedAccess:
 
     @torch.no_grad()
     def gather(self, tensors: Sequence[Any]) -> list[Tensor]:
-        """The whole tensors of DTensors that lie like the factors."""
+        """The whole tensors of DTensors with the layout of the factors."""
         whole: dict[int, Tensor] = {}
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):  # in the same order on all ranks, unlike a set
             alike = [index for index, tensor in enumerate(tensors) if tensor.dtype == dtype]
-            found = self._gather_alike([tensors[index] for index in alike])
-            whole.update(zip(alike, found, strict=True))
+            whole.update(zip(alike, self._gather_alike([tensors[index] for index in alike]), strict=True))
         return [whole[index] for index in range(len(tensors))]
 
     def _gather_alike(self, tensors: list[Any]) -> list[Tensor]:
         ranks = self.group.size()
         dims = [self._sharded_dim(tensor) for tensor in tensors]
         locals_ = [tensor.to_local() for tensor in tensors]
-        # As torch.chunk: all ranks get the same number of rows but the last ones, which get fewer or none.
+        # As torch.chunk: all ranks get the same number of rows, the last ranks fewer or none.
         sizes = [
             0 if dim is None or not tensor.numel() else _chunk(tensor.shape[dim], ranks) * _row(tensor, dim)
             for tensor, dim in zip(tensors, dims, strict=True)
@@ -184,7 +183,7 @@ class ShardedAccess:
         return whole
 
     def _sharded_dim(self, tensor: Any) -> int | None:
-        """The dimension of a tensor that is cut, None for a replicated one."""
+        """The sharded dimension of a tensor, `None` if it is replicated."""
         if self.mesh_dim is None:
             return None
         placement = tensor.placements[self.mesh_dim]
@@ -192,11 +191,11 @@ class ShardedAccess:
 
 
 def access_to(pairs: Sequence[LoRAPair], group: dist.ProcessGroup | None = None) -> Access:
-    """The access that fits how the factors of a model lie.
+    """The access for the layout of the factors of a model.
 
     Args:
-        pairs: of the model as it is trained, after wrapping.
-        group: ranks with the same factors, where these lie whole on each of them.
+        pairs: the pairs of the model after wrapping.
+        group: the ranks that hold the same whole factors.
 
     Raises:
         RuntimeError: some factors are sharded and others not, or in a way that is not supported, or accelerate has
@@ -223,7 +222,7 @@ def access_to(pairs: Sequence[LoRAPair], group: dist.ProcessGroup | None = None)
 
 
 def all_gather(gathered: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
-    """Fill `gathered` with every rank's `own`, one after the other."""
+    """Fill `gathered` with `own` of all ranks, in their order."""
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the latter before torch 2.13
     gather(gathered, own, group=group)
 
@@ -234,7 +233,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def local(tensor: Any) -> Tensor:
-    """What this rank holds of a tensor; writing to it writes to the tensor."""
+    """This rank's part of a tensor; writing to it writes to the tensor."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 

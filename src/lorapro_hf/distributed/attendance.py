@@ -1,7 +1,7 @@
-"""Have all ranks of a group come to a collective call, and do the missing ones still run?
+"""Have all ranks of a group reached a collective call, and do the missing ones still run?
 
-Told through the store of the process group: a collective would hang, or be mixed up with another, where a rank stays
-away.
+Ranks tell each other through the store of the process group: a collective would hang, or match another one, where a
+rank is missing.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ _LONGEST_PAUSE = 0.25  # seconds between two looks at the store
 
 
 class Absence(NamedTuple):
-    """Ranks that have not come."""
+    """The ranks that are missing."""
 
     ranks: list[int]
-    """As in the whole run."""
+    """Their ranks in the whole run."""
     ended: bool
-    """Whether their processes have ended, as far as this machine can see; otherwise time has run out."""
+    """Whether their processes on this machine have ended; otherwise the time limit was reached."""
 
 
 class Attendance:
-    """The ranks of a group that come to collective calls.
+    """The ranks of a group that reach collective calls.
 
     Args:
         group: the ranks.
-        store: of the process group, by default.
+        store: the key-value store to use; by default that of the process group.
 
     Attributes:
-        limit: how long ranks wait for each other, as `init_process_group` was told.
+        limit: the timeout of the process group.
     """
 
     def __init__(self, group: dist.ProcessGroup, store: Any = None) -> None:
@@ -48,16 +48,16 @@ class Attendance:
         self._name = f"lorapro_hf/{group.group_name}"
 
     def sign_in(self) -> None:
-        """Let the other ranks see from now on whether this process still runs."""
+        """Register this process, so that other ranks can see whether it still runs."""
         machine = _machine()
         if machine is not None:
             self._store.set(f"{self._name}/process/{self._rank}", f"{machine} {os.getpid()}")
 
     def wait_for_all(self) -> Absence | None:
-        """Wait until all ranks have come here as often as this one.
+        """Wait until all ranks have called this as often as this rank.
 
         Returns:
-            Who has not come, after which this rank counts as not having come either; `None` if all have.
+            The missing ranks, in which case this call is not counted; `None` if all ranks have come.
         """
         turn = self._store.add(f"{self._name}/came/{self._rank}", 1)
         self._store.add(f"{self._name}/turn/{turn}", 1)
@@ -78,7 +78,7 @@ class Attendance:
         return [rank for rank in range(self._size) if self._store.add(f"{self._name}/came/{rank}", 0) < turn]
 
     def _ended(self, turn: int) -> list[int]:
-        """Absent ranks whose processes ran on this machine and do so no longer."""
+        """The missing ranks whose processes ran on this machine and have ended."""
         ended = {rank for rank, process in self._processes_here.items() if _has_ended(process)}
         return [rank for rank in self._absent(turn) if rank in ended] if ended else []
 
@@ -87,7 +87,7 @@ class Attendance:
 
     @cached_property
     def _processes_here(self) -> dict[int, int]:
-        """The processes of the ranks on this machine."""
+        """The process ids of the ranks on this machine."""
         found, machine = {}, _machine()
         for rank in range(self._size):
             key = f"{self._name}/process/{rank}"
@@ -99,7 +99,7 @@ class Attendance:
 
 
 def _machine() -> str | None:
-    """What ranks have in common that see each other's processes by the same numbers; `None` if that cannot be told."""
+    """An id that ranks share if they see the same process ids; `None` if it is unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -1,4 +1,4 @@
-"""Which engines of accelerate can LoRA-Pro not work with?"""
+"""Which engines of accelerate are refused?"""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from lorapro_hf.factors.wrappers import require_no_checkpoint_wrapper
 
 
 def require_supported_engine(state: Any, remedy: str) -> None:
-    """Raise a `RuntimeError` if accelerate runs an engine that LoRA-Pro cannot work with.
+    """Raise if accelerate runs an engine that LoRA-Pro does not support.
 
     Args:
         state: an `Accelerator` or an `AcceleratorState`.
-        remedy: what to do instead, after "or".
+        remedy: an alternative, which follows "or" in the message.
+
+    Raises:
+        RuntimeError: the engine is Megatron-LM or FSDP1, or wraps layers for activation checkpointing.
     """
     name = getattr(state.distributed_type, "value", state.distributed_type)
     if name == "MEGATRON_LM":

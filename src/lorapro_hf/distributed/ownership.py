@@ -1,8 +1,8 @@
 """Which rank steps which pair, and how do all ranks get the result?
 
-Every pair has one owner, which alone keeps its moments and computes its step: the work and the state are divided by the
-number of ranks. Before a step owners get what they need whole, after it one collective for each shape brings the new
-factors to all.
+Every pair has one owner, the only rank that keeps its moments and computes its step: work and state are divided by the
+number of ranks. Before a step the owners fetch whole factors and gradients. After it one collective for each shape
+brings the new factors to all ranks.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from lorapro_hf.distributed.attendance import Attendance
 from lorapro_hf.distributed.uneven_inputs import Wrapper, require_even_inputs, wrappers_of
 from lorapro_hf.factors.pairs import LoRAPair, unwrapped_name
 
-# Factors are fetched a few at a time, so that no rank holds those of the whole model at once.
+# Factors are fetched in portions, so that no rank holds those of the whole model at once.
 _FETCHED_ELEMENTS = 2**25
-# What a rank whose step fails adds to the sum of the ranks' flags to skip a step, which are 0 or 1.
+# A rank whose step fails adds this to the sum of the flags to skip the step, which are 0 or 1.
 _FAILED = 2.0**32
-# How far a step has got.
+# The stages of a step.
 _NOT_BEGUN, _FETCHED, _AGREED = range(3)
 
 
 class Shares:
-    """The pairs of a model and who steps them.
+    """The pairs of a model and the ranks that step them.
 
     Args:
         pairs: in the same order on all ranks.
-        access: how their factors are read and written.
-        shared: whether each pair has one owner; otherwise every rank steps all of them.
+        access: reads and writes their factors.
+        shared: whether each pair has one owner; otherwise every rank steps all pairs.
 
     Attributes:
         own: the pairs that this rank steps.
-        factors: A and B of those, whole: the parameters themselves, or stand-ins that `fetch` fills.
+        factors: A and B of these pairs, whole: the parameters themselves, or buffers that `fetch` fills.
     """
 
     def __init__(self, pairs: Sequence[LoRAPair], access: Access, shared: bool) -> None:
@@ -61,22 +61,22 @@ class Shares:
         self.factors: list[tuple[Tensor, Tensor]] = [(pair.A, pair.B) for pair in self.own]
         if not access.in_place:
             self.factors = [
-                (_stand_in(pair.A, pair.shape_A, access), _stand_in(pair.B, pair.shape_B, access)) for pair in self.own
+                (_buffer(pair.A, pair.shape_A, access), _buffer(pair.B, pair.shape_B, access)) for pair in self.own
             ]
 
     @cached_property
     def attendance(self) -> Attendance:
-        """Of the ranks that hold the same factors, or shares of them."""
+        """The attendance of the ranks that hold the same factors, or parts of them."""
         assert self.access.group is not None
         return Attendance(self.access.group)
 
     def owner_of(self, index: int) -> int:
-        """The rank in the group that steps the pair at this position."""
+        """The rank in the group that steps the pair at an index."""
         return self._owner_of[index]
 
     @torch.no_grad()
     def fetch(self) -> list[bool]:
-        """Bring values and gradients of own pairs here; which pairs have a gradient.
+        """Fetch values and gradients of this rank's pairs; return which of all pairs have a gradient.
 
         Raises:
             RuntimeError: the ranks do not train the same pairs, or train within DDP's `join()`.
@@ -99,14 +99,14 @@ class Shares:
             values = self.access.values(parameters)
             for position, index in enumerate(indices):
                 found[index] = any(gradient is not None for gradient in gradients[2 * position : 2 * position + 2])
-                for offset, stand_in in enumerate(own.get(index, ())):
+                for offset, buffer in enumerate(own.get(index, ())):
                     gradient = gradients[2 * position + offset]
-                    stand_in.copy_(values[2 * position + offset])
-                    stand_in.grad = None if gradient is None else gradient.to(stand_in)
+                    buffer.copy_(values[2 * position + offset])
+                    buffer.grad = None if gradient is None else gradient.to(buffer)
         return found
 
     def _meet(self) -> None:
-        """Once: with pairs of another model the collectives would mix up factors, or wait for ever."""
+        """Check once that all ranks train the same pairs; otherwise collectives would mix up factors, or hang."""
         require_even_inputs(self._wrappers)
         if self.group is None or self._have_met:
             return
@@ -127,7 +127,7 @@ class Shares:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Store the new values of all pairs on all ranks, at the end of a step."""
+        """Store the new factors of all pairs on all ranks, at the end of a step."""
         self._progress = _NOT_BEGUN
         new = dict(zip(self._own, self.factors, strict=True))
         if self.group is None:
@@ -164,7 +164,7 @@ class Shares:
             self.access.store(parameters, values)
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over the ranks, in the place of `values`."""
+        """Sum values over the ranks, in place."""
         if self.group is not None:
             dist.all_reduce(values, group=self.group)
         return values
@@ -193,12 +193,12 @@ class Shares:
         return both[:-1].sqrt().to(norms.dtype) if self.group else norms, (both[-1] > 0).to(skip.dtype)
 
     def fail(self, error: Exception) -> None:
-        """Take this rank's part in a step that an error keeps it from, so that all ranks leave that step out.
+        """Take part in the collectives of a step that has failed on this rank, so that all ranks skip it.
 
-        On CPUs the other ranks raise an error that names this one. Elsewhere they would have to wait for the device in
-        each step to see the flag; there they leave out the step as one whose gradient is not finite.
+        On CPUs the other ranks raise an error that names this rank. Elsewhere they would have to wait for the device in
+        each step to read the flag; they skip the step as if a gradient were not finite.
 
-        Without effect where the ranks have agreed on the step already, or have no step in common.
+        Without effect where the ranks have agreed on the step already, or share no step.
         """
         progress, self._progress = self._progress, _NOT_BEGUN
         if self._agreeing is None or progress == _AGREED:
@@ -217,17 +217,17 @@ class Shares:
 
     @property
     def _agreeing(self) -> dist.ProcessGroup | None:
-        """The ranks that take a step together or not at all."""
+        """The ranks that take each step together or not at all."""
         group = self.group if self.access.in_place else self.access.group
         return None if group is None or group.size() == 1 else group
 
     @property
     def _can_read_flags(self) -> bool:
-        """Whether looking at a tensor does not wait for its device."""
+        """Whether reading a tensor does not wait for its device."""
         return self._device.type == "cpu"
 
     def _tell(self, error: str | None) -> list[str | None]:
-        """Collective: the errors of all ranks."""
+        """The errors of all ranks; collective."""
         assert self._agreeing is not None
         errors: list[str | None] = [None] * self._agreeing.size()
         dist.all_gather_object(errors, error, group=self._agreeing)
@@ -255,21 +255,30 @@ class Shares:
         return portions
 
 
+def share_pairs(
+    pairs: Sequence[LoRAPair], access: Access, shard_states: bool | None, saved_collectively: bool
+) -> Shares:
+    """Who steps which pairs: ranks share them if `shard_states` says so.
+
+    If it is `None`, ranks share pairs where all of them take part in saving the state: with factors that are not whole
+    on each rank always, else if `saved_collectively`.
+    """
+    shared = not access.in_place or saved_collectively if shard_states is None else shard_states
+    return Shares(pairs, access, shared)
+
+
 def everyone() -> dist.ProcessGroup | None:
-    """All processes of a distributed run, `None` where there is only this one."""
+    """The group of all processes of a distributed run, `None` in a single process."""
     running = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return dist.group.WORLD if running else None
 
 
 def assign_owners(counts: Sequence[int], ranks: int) -> list[list[int]]:
-    """Owners for groups of equal pairs, the costliest group first: equal numbers each, the rest to the least busy.
+    """The owners of the pairs of each group: equal numbers for all ranks, the rest to the least busy.
 
     Args:
-        counts: how many pairs each group has.
-        ranks: how many ranks there are.
-
-    Returns:
-        For each group the owners of its pairs.
+        counts: the number of pairs in each group, the costliest group first.
+        ranks: the number of ranks.
     """
     spare = [0] * ranks
     owners = []
@@ -283,7 +292,7 @@ def assign_owners(counts: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 def group_alike(pairs: Sequence[LoRAPair]) -> list[list[int]]:
-    """Positions of pairs of one shape, dtype and device, the largest weights first."""
+    """The indices of pairs of the same shape, dtype and device, the largest weights first."""
     alike: dict[tuple[object, ...], list[int]] = {}
     for index, pair in enumerate(pairs):
         A, B = pair.A, pair.B
@@ -295,5 +304,5 @@ def _cost(pair: LoRAPair) -> int:
     return pair.shape_A.numel() * pair.shape_B.numel()
 
 
-def _stand_in(parameter: Tensor, shape: torch.Size, access: Access) -> Tensor:
+def _buffer(parameter: Tensor, shape: torch.Size, access: Access) -> Tensor:
     return torch.empty(shape, dtype=access.dtype(parameter), device=parameter.device)

@@ -1,6 +1,6 @@
-"""Does DistributedDataParallel train on while some ranks have run out of batches, within its `join()`?
+"""Is the model trained within `DistributedDataParallel.join()`, where ranks may run out of batches?
 
-Ranks that have run out answer DDP's collectives alone, so that the collectives of a step would wait for ever.
+Such ranks answer the collectives of DDP alone, so that the collectives of a step would hang.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Wrapper = ReferenceType[DistributedDataParallel]
 
 
 def wrappers_of(parameter: Tensor) -> list[Wrapper]:
-    """All instances of DDP that hold a parameter; an optimizer is often built before its model is wrapped."""
+    """All instances of DDP around a parameter; they may be newer than the optimizer."""
     found = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
     return [ref(wrapper) for wrapper in found if any(own is parameter for own in wrapper.parameters())]
 
@@ -27,7 +27,7 @@ def require_even_inputs(wrappers: Iterable[Wrapper]) -> None:
     """Raise if a model is trained within `join()`, before any rank waits.
 
     Raises:
-        RuntimeError: it is.
+        RuntimeError: one of the wrapped models is.
     """
     for wrapper in wrappers:
         model = wrapper()

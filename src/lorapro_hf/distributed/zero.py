@@ -1,8 +1,8 @@
-"""How are trainable parameters read and written that ZeRO has cut up among the ranks?
+"""How are trainable parameters read and written that ZeRO has partitioned?
 
 ZeRO flattens the parameters of a group and cuts the result into one part for each rank (stages 1 and 2), or cuts each
-parameter (stage 3). What a rank holds of a parameter is therefore always one contiguous, possibly empty part of its
-elements, of the float32 master, of the gradient and of AdamW's moments alike.
+parameter (stage 3). A rank's part of a parameter is therefore one contiguous, possibly empty range of its elements; the
+ranges of the float32 master, the gradient and AdamW's moments are the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorapro_hf.utils.private_names import private
 
-# The classes of DeepSpeed's optimizers: their modules, and where they keep parameters and masters.
+# The classes of DeepSpeed's optimizers: their modules, and the attributes that hold parameters and masters.
 ZERO_OPTIMIZERS = {
     "DeepSpeedZeroOptimizer": (
         "deepspeed.runtime.zero.stage_1_and_2",
@@ -33,12 +33,12 @@ class ZeroAccess:
 
     Args:
         zero: the optimizer of DeepSpeed around ours.
-        stage: 1, 2 or 3.
-        names: of all parameters of the model.
+        stage: the ZeRO stage 1, 2 or 3.
+        names: the names of all parameters of the model.
 
     Attributes:
         group: the ranks that share the parameters.
-        scale: what the raw gradients are multiplied with; set by whoever knows when DeepSpeed knows it.
+        scale: returns the factor for the raw gradients, once DeepSpeed has computed their norm.
     """
 
     in_place = False
@@ -55,7 +55,7 @@ class ZeroAccess:
         self._held: dict[int, Tensor] = {}
 
     def dtype(self, parameter: Tensor) -> torch.dtype:
-        """That of the masters."""
+        """The dtype of the masters, float32."""
         return torch.float32
 
     def shape(self, parameter: Any) -> torch.Size:
@@ -68,15 +68,15 @@ class ZeroAccess:
 
     @torch.no_grad()
     def hold_gradients(self, parameters: Sequence[Any]) -> None:
-        """Keep this rank's parts of the raw gradients, which DeepSpeed frees or scales as it steps.
+        """Copy this rank's parts of the raw gradients, which DeepSpeed frees or scales during its step.
 
         Args:
-            parameters: those that a backward pass has reached on any rank, the same on all.
+            parameters: the parameters that a backward pass has reached on any rank; the same on all ranks.
         """
         self._held = {id(p): self._own_gradient(p).float().clone() for p in parameters}
 
     def release_gradients(self) -> None:
-        """Forget what `hold_gradients` has kept."""
+        """Free the copies of `hold_gradients`."""
         self._held = {}
 
     @torch.no_grad()
@@ -94,30 +94,30 @@ class ZeroAccess:
 
     @torch.no_grad()
     def store(self, parameters: Sequence[Any], values: Sequence[Tensor]) -> None:
-        """Each rank copies its part into the masters; without communication, and without touching the parameters."""
+        """Copy this rank's parts into the masters, without communication; the parameters stay as they are."""
         for parameter, value in zip(parameters, values, strict=True):
             self._own_master(parameter).copy_(self._own_part(parameter, value))
 
     @torch.no_grad()
     def gather(self, parameters: Sequence[Any], parts: Sequence[Tensor]) -> list[Tensor]:
-        """Whole tensors in the shapes of the parameters from this rank's parts of them, in one collective."""
+        """The whole tensors, in the shapes of the parameters, of which each rank passes its parts; one collective."""
         if not parameters:
             return []
         shapes = [self.shape(p) for p in parameters]
         flat = torch.zeros(sum(shape.numel() for shape in shapes), dtype=torch.float32, device=parameters[0].device)
         whole = flat.split([shape.numel() for shape in shapes])
-        for parameter, part, there in zip(parameters, parts, whole, strict=True):
-            self._own_part(parameter, there).copy_(part)
+        for parameter, part, tensor in zip(parameters, parts, whole, strict=True):
+            self._own_part(parameter, tensor).copy_(part)
         dist.all_reduce(flat, group=self.group)  # each element is 0 on all ranks but one
-        return [there.view(shape) for there, shape in zip(whole, shapes, strict=True)]
+        return [tensor.view(shape) for tensor, shape in zip(whole, shapes, strict=True)]
 
     def trained(self) -> Iterator[tuple[str, Any]]:
-        """Names and parameters of all that DeepSpeed trains, in the same order on all ranks."""
+        """Names and parameters that DeepSpeed trains, in the same order on all ranks."""
         for group in self._groups:
             yield from ((self._names[parameter], parameter) for parameter in group)
 
     def moments(self, parameter: Any) -> dict[str, Tensor]:
-        """This rank's parts of AdamW's moments and the step of a parameter of no pair; nothing before its first."""
+        """This rank's parts of AdamW's moments and the step of a parameter of no pair; empty before its first step."""
         flat, start, length = self._place(parameter)
         state = self.zero.state.get(flat, {})
         return {
@@ -128,7 +128,7 @@ class ZeroAccess:
 
     @torch.no_grad()
     def store_moments(self, parameter: Any, moments: Mapping[str, Tensor]) -> None:
-        """The inverse of `moments`, from whole tensors."""
+        """Store what `moments` returns, from whole tensors."""
         flat = self._place(parameter)[0]
         if "step" not in self.zero.state[flat]:
             self.zero.state[flat] = {
@@ -144,9 +144,9 @@ class ZeroAccess:
         return whole.reshape(-1)[start : start + length]
 
     def _own_range(self, parameter: Any) -> tuple[int, int]:
-        """Where this rank's part of a parameter begins, and its length."""
+        """The start and the length of this rank's part of a parameter."""
         if self.partitions_parameters:
-            size = private(parameter, "partition_numel")()  # the last ranks' parts are padded to it
+            size = private(parameter, "partition_numel")()  # parts of the last ranks are padded to this
             start = self.group.rank() * size
             return start, max(0, min(size, private(parameter, "ds_numel") - start))
         mapping = private(parameter, "_hp_mapping")
@@ -156,7 +156,7 @@ class ZeroAccess:
         return fragment.start, fragment.numel
 
     def _place(self, parameter: Any) -> tuple[Tensor, int, int]:
-        """The flat master that this rank's part lies in, and where there."""
+        """The flat master that holds this rank's part, and the start and length within it."""
         length = self._own_range(parameter)[1]
         if self.partitions_parameters:
             number = private(self.zero, "get_param_id")(parameter)

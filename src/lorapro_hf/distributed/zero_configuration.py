@@ -1,7 +1,7 @@
-"""Which configurations of DeepSpeed would make LoRA-Pro wrong, or are not known to be right?
+"""Which configurations of DeepSpeed are refused?
 
-The same list is read twice: from the configuration, before DeepSpeed builds an engine or compiles anything, and from
-the settings of the engine, which has filled in DeepSpeed's own defaults.
+The same list is checked twice: with the configuration, before DeepSpeed builds an engine or compiles anything, and with
+the settings of the engine, which has filled in DeepSpeed's defaults.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ BEFORE = "DeepSpeed would train without LoRA-Pro or wrongly: "
 
 
 class _Refusal(NamedTuple):
-    """A setting, its values that are refused, and the reason with the remedy."""
+    """A setting, the values that are refused, and the reason with the remedy."""
 
     setting: str
     is_wrong: Callable[[Any], bool]
@@ -31,7 +31,7 @@ def _is_on_device(value: Any) -> bool:
 
 
 def _refused(place: str, *settings: str) -> list[_Refusal]:
-    """Settings that are off by default and must stay so."""
+    """The refusals of settings that are off by default and must stay off."""
     reason = "the configuration has a setting that LoRA-Pro cannot follow. Remove {name} from {place}."
     return [_Refusal(f"{place}.{name}", bool, reason.format(name=repr(name), place=repr(place))) for name in settings]
 
@@ -67,7 +67,7 @@ _REFUSALS = (
     ),
     _Refusal("tensor_parallel.autotp_size", _more_than_one, PARALLEL),
     _Refusal("sequence_parallel_size", _more_than_one, PARALLEL),
-    # DeepSpeed's mapping from parameters to partitions ignores the other order that round_robin_gradients gives them.
+    # round_robin_gradients reorders parameters, which DeepSpeed's mapping from parameters to partitions ignores.
     *_refused("zero_optimization", "round_robin_gradients", "elastic_checkpoint", "zenflow"),
     *_refused("zero_optimization", "zero_quantized_weights", "zero_quantized_gradients"),
     *_refused("compile", "deepcompile"),
@@ -93,10 +93,10 @@ _REFUSALS = (
 
 
 def require_configuration(config: Any, master_factors: bool) -> None:
-    """Raise unless LoRA-Pro is known to be right under a configuration of DeepSpeed.
+    """Raise if LoRA-Pro does not support a configuration of DeepSpeed.
 
     Args:
-        config: the configuration as a dictionary; sections may be objects that have the settings as attributes.
+        config: the configuration as a dictionary, whose sections may be objects with the settings as attributes.
         master_factors: the setting of LoRA-Pro.
 
     Raises:
@@ -134,24 +134,24 @@ def _precision(config: Any, master_factors: bool) -> str | None:
 
 
 def plugin_in_use() -> Any:
-    """The DeepSpeed plugin of accelerate, if this process has an `Accelerator` that runs DeepSpeed; else `None`."""
+    """The plugin of the `Accelerator` in this process that runs DeepSpeed, `None` without one."""
     state = sys.modules.get("accelerate.state")  # an Accelerator has imported it
     return state.AcceleratorState().deepspeed_plugin if state is not None and state.is_initialized() else None
 
 
 def settle_clipping(plugin: Any, max_grad_norm: float | None) -> None:
-    """Make DeepSpeed clip at `max_grad_norm`; without `gradient_clipping` it would clip at a default of its own.
+    """Make DeepSpeed clip at `max_grad_norm`; without `gradient_clipping` it clips at its own default.
 
     Args:
         plugin: accelerate's DeepSpeed plugin, before an engine is built from its configuration.
-        max_grad_norm: that of the training arguments.
+        max_grad_norm: the setting of the training arguments.
 
     Raises:
         ValueError: the configuration states another value.
     """
     clipping = max_grad_norm or 0.0
     stated, settled = stated_clipping(plugin), getattr(plugin, "_lora_pro_clipping", None)
-    if stated is None or stated == settled:  # an earlier training's value is not the user's
+    if stated is None or stated == settled:  # an earlier training set it, not the user
         plugin._lora_pro_clipping = clipping
     elif stated != clipping:
         raise ValueError(
@@ -162,9 +162,9 @@ def settle_clipping(plugin: Any, max_grad_norm: float | None) -> None:
 
 
 def stated_clipping(plugin: Any) -> float | None:
-    """The `gradient_clipping` that the user has stated; `None` if there is none.
+    """The `gradient_clipping` of the user, `None` if there is none.
 
-    accelerate leaves its own value out of the configuration if that is 0, or if a file has no such entry.
+    accelerate does not write its own value into the configuration if it is 0, or if a file has no such entry.
     """
     for stated in (plugin.deepspeed_config.get("gradient_clipping"), plugin.gradient_clipping):
         if stated is not None and stated != "auto":
@@ -173,7 +173,7 @@ def stated_clipping(plugin: Any) -> float | None:
 
 
 def _setting(config: Any, path: str) -> Any:
-    """A setting by its path; `None` where it is not stated, or is left to others to fill in."""
+    """A setting by its path; `None` if it is missing or "auto"."""
     value = config
     for name in path.split("."):
         value = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)

@@ -1,134 +1,21 @@
-"""Where are the LoRA factor pairs of a PEFT model, what is each one's scaling, and which of them share a shape?
-
-A pair never keeps a parameter: it keeps the layer and looks its factors and scaling up whenever asked, so that wrappers
-which swap parameters (FSDP) and calls such as `set_scale` or `scale_layer` are seen.
-"""
+"""Which LoRA pairs does a PEFT model train, and which of its layers are refused?"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lorapro_hf.factors.pair import LoRAPair, check_scaling, factor_of, unwrapped_name
 from lorapro_hf.factors.wrappers import require_plain_name
-from lorapro_hf.utils.private_names import private
 
-# Variants whose forward is still `scaling * B A` for trainable A, B alone, so that autograd's gradients are those the
-# projection expects: DoRA multiplies by a magnitude that it treats apart, aLoRA picks the tokens.
+__all__ = ["LoRAPair", "Refusal", "check_scaling", "find_lora_pairs", "survey_lora_pairs", "unwrapped_name"]
+
+# Variants whose forward is `scaling * B A` in A and B, as the projection assumes: DoRA multiplies by a magnitude that
+# it detaches, aLoRA selects tokens.
 _SUPPORTED_VARIANTS = ("Dora", "ALora")
-
-
-@dataclass(frozen=True, eq=False)
-class LoRAPair:
-    """One trainable pair of LoRA factors: the adapted weight moves by `scaling * B @ A`.
-
-    Args:
-        name: dotted name of the layer in the model.
-        layer: the PEFT layer that holds the factors.
-        adapter_name: the adapter they belong to.
-        layout: how the parameters hold the matrices: `"matrix"`, `"groups"` (grouped convolution) or `"experts"`.
-        batch: number of independent factor pairs packed into the two parameters (experts, convolution groups), else 1.
-    """
-
-    name: str
-    layer: Any = field(repr=False)
-    adapter_name: str
-    layout: str = "matrix"
-    batch: int = 1
-    _twins: list[LoRAPair] = field(default_factory=list, repr=False)
-
-    @property
-    def A(self) -> nn.Parameter:
-        """The parameter of `lora_A` (or `lora_embedding_A`), as it is in the model now."""
-        return _factor(self.layer, "A", self.adapter_name)
-
-    @property
-    def B(self) -> nn.Parameter:
-        """The parameter of `lora_B` (or `lora_embedding_B`), as it is in the model now."""
-        return _factor(self.layer, "B", self.adapter_name)
-
-    @property
-    def shape_A(self) -> torch.Size:
-        """The shape of the whole of A, whatever part of it lies here."""
-        return _whole_shape(self.A)
-
-    @property
-    def shape_B(self) -> torch.Size:
-        """The shape of the whole of B, whatever part of it lies here."""
-        return _whole_shape(self.B)
-
-    @property
-    def scaling(self) -> float:
-        """The layer's own factor in front of `B @ A`, as it is now."""
-        return float(self.layer.scaling[self.adapter_name])
-
-    @property
-    def tied_parameters(self) -> list[nn.Parameter]:
-        """Parameters of other layers that are these same factors in memory (tied embeddings)."""
-        return [parameter for twin in self._twins for parameter in (twin.A, twin.B)]
-
-    @property
-    def has_gradient(self) -> bool:
-        """Whether a backward pass has reached any of the factors."""
-        return any(factor.grad is not None for factor in (self.A, self.B, *self.tied_parameters))
-
-    def matrix_A(self, tensor: Tensor) -> Tensor:
-        """See a tensor shaped `(..., *A.shape)` as `(..., r, n)`, or `(..., batch, r, n)` where pairs are packed."""
-        matrix = tensor.flatten(tensor.dim() - len(self.shape_A) + 1)
-        return matrix if self.layout == "matrix" else matrix.unflatten(-2, (self.batch, -1))
-
-    def matrix_B(self, tensor: Tensor) -> Tensor:
-        """See a tensor shaped `(..., *B.shape)` as `(..., m, r)`, or `(..., batch, m, r)` where pairs are packed."""
-        if self.layout == "experts":  # PEFT packs the experts innermost here and outermost in A
-            return tensor.unflatten(-1, (-1, self.batch)).movedim(-1, -3)
-        matrix = tensor.flatten(tensor.dim() - len(self.shape_B) + 1)
-        return matrix if self.layout == "matrix" else matrix.unflatten(-2, (self.batch, -1))
-
-    def factor_A(self, matrix: Tensor) -> Tensor:
-        """The inverse of `matrix_A`."""
-        return matrix.reshape(*self._stacked(matrix), *self.shape_A)
-
-    def factor_B(self, matrix: Tensor) -> Tensor:
-        """The inverse of `matrix_B`."""
-        stacked = self._stacked(matrix)
-        if self.layout == "experts":
-            matrix = matrix.movedim(-3, -1)
-        return matrix.reshape(*stacked, *self.shape_B)
-
-    def _stacked(self, matrix: Tensor) -> torch.Size:
-        return matrix.shape[:-2] if self.layout == "matrix" else matrix.shape[:-3]
-
-    def gradients(self) -> tuple[Tensor, Tensor] | None:
-        """The gradients of both factors, shaped like them, tied layers' added up; None where no backward reached them.
-
-        Raises:
-            RuntimeError: only one of the factors has a gradient, a gradient is sparse, or tied layers have
-                been parted.
-        """
-        return self.gradients_of(self.A, self.B)
-
-    def gradients_of(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor] | None:
-        """As `gradients`, for a caller who has looked the factors up already."""
-        found = _plain_gradients(self.name, A, B)
-        for twin in self._twins:
-            transposed = _same_memory(A, twin.B)
-            if not (transposed or _same_memory(A, twin.A)):
-                raise RuntimeError(
-                    f"{self.name} and {twin.name} shared their factors in memory and do so no longer; the model was "
-                    "moved or cast since. Build the optimizer after that."
-                )
-            other = _plain_gradients(twin.name, twin.A, twin.B)
-            if other is None:
-                continue
-            if transposed:
-                other = (other[1].mT, other[0].mT)
-            found = other if found is None else (found[0] + other[0], found[1] + other[1])
-        return found
 
 
 def find_lora_pairs(model: nn.Module) -> list[LoRAPair]:
@@ -136,8 +23,8 @@ def find_lora_pairs(model: nn.Module) -> list[LoRAPair]:
 
     Handles every layer that PEFT builds with LoRA factors: linear (GPT-2's `Conv1D` and quantised bases included),
     embedding, convolution, `nn.MultiheadAttention` and `target_parameters` (experts), plain, with rsLoRA or with DoRA.
-    Of several adapters those that are active and trainable count, each projected by itself. Layers that share their
-    factors (tied embeddings) make one pair.
+    Of several adapters, each active and trainable one has its own pairs. Layers that share their factors (tied
+    embeddings) make one pair.
 
     Args:
         model: a `PeftModel`, or any module that holds PEFT LoRA layers; wrappers such as DDP may be around it.
@@ -145,8 +32,8 @@ def find_lora_pairs(model: nn.Module) -> list[LoRAPair]:
     Raises:
         TypeError: `model` is no module.
         ValueError: there is no LoRA layer, all are frozen or merged, only one factor of a layer is trainable, a scaling
-            is 0, or a layer is of a kind on which the projection would not be right, or in a wrapper under which PEFT
-            would not save it. The message names the layer.
+            is 0, the projection would be wrong for a layer, or PEFT would not save a layer inside a wrapper. The
+            message names the layer.
     """
     pairs, refusals = survey_lora_pairs(model)
     if refusals:
@@ -163,7 +50,7 @@ class Refusal(NamedTuple):
 
 
 def survey_lora_pairs(model: nn.Module) -> tuple[list[LoRAPair], list[Refusal]]:
-    """The pairs as `find_lora_pairs` finds them, and all refusals instead of an exception at the first.
+    """The pairs that `find_lora_pairs` finds, and all refusals, where that raises the first.
 
     Raises:
         TypeError: `model` is no module.
@@ -205,53 +92,15 @@ def survey_lora_pairs(model: nn.Module) -> tuple[list[LoRAPair], list[Refusal]]:
     return pairs, refusals
 
 
-def unwrapped_name(name: str) -> str:
-    """The name of a module or parameter without what DistributedDataParallel and torch.compile put before it."""
-    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
-
-
-def check_scaling(pair: LoRAPair) -> float:
-    """The pair's scaling, or a `ValueError` if it is 0 or not finite."""
-    scaling = pair.scaling
-    if scaling == 0 or not math.isfinite(scaling):
-        raise ValueError(
-            f"{pair.name}: the scaling of adapter {pair.adapter_name!r} is {scaling:g}, with which its factors cannot "
-            "move the weight. Set lora_alpha (or alpha_pattern, set_scale) to a finite value other than 0."
-        )
-    return scaling
-
-
-def _factor(layer: Any, letter: str, adapter_name: str) -> nn.Parameter:
-    # Past nn.Module's attribute search, which hundreds of layers would pay for at every step.
-    modules = layer._modules
-    holder = modules[f"lora_{letter}"]._modules.get(adapter_name)
-    if holder is None:
-        embedded = modules[f"lora_embedding_{letter}"]
-        if adapter_name not in embedded:
-            raise RuntimeError(
-                f"the adapter {adapter_name!r} is no longer in the model: it was deleted after the optimizer had been "
-                "built. Delete it after the training; to train another adapter, build a new optimizer (in a trainer: "
-                "trainer.optimizer = None before train())."
-            )
-        return embedded[adapter_name]
-    weight = holder._parameters.get("weight")
-    return holder.weight if weight is None else weight
-
-
-def _whole_shape(parameter: Tensor) -> torch.Size:
-    # DTensors show their whole shape; what DeepSpeed's stage 3 partitions looks empty and keeps it aside.
-    return torch.Size(parameter.shape if parameter.numel() else private(parameter, "ds_shape"))
-
-
 def _is_trainable(name: str, layer: Any, adapter_name: str) -> bool:
-    """Whether to train this adapter of this layer; raises if the answer is neither yes nor no."""
+    """Whether this adapter of this layer is trained; raises if only one of its factors is."""
     if adapter_name not in layer.lora_A and adapter_name not in layer.lora_embedding_A:
         return False
     if layer.disable_adapters:
         return False
     if adapter_name in layer.lora_A and not hasattr(layer.lora_A[adapter_name], "weight"):  # AdaLoRA
         raise _unsupported(name, layer, f"its lora_A is a {type(layer.lora_A[adapter_name]).__name__}, not a layer")
-    trainable = [_factor(layer, letter, adapter_name).requires_grad for letter in "AB"]
+    trainable = [factor_of(layer, letter, adapter_name).requires_grad for letter in "AB"]
     if any(trainable) and not all(trainable):
         frozen = "lora_A" if not trainable[0] else "lora_B"
         raise ValueError(
@@ -329,16 +178,12 @@ def _no_lora_message(model: nn.Module) -> str:
     )
 
 
-def _same_memory(one: Tensor, other: Tensor) -> bool:
-    return one is other or (one.numel() > 0 and one.data_ptr() != 0 and one.data_ptr() == other.data_ptr())
-
-
 def _unless_tied(pair: LoRAPair, owner: dict[int, LoRAPair]) -> list[LoRAPair]:
-    """The pair, or nothing if it is the same factors in memory as an earlier one, which then remembers it as its twin.
+    """The pair, or nothing if it shares its factors with an earlier pair, to which it is then tied.
 
     Args:
-        pair: the next one.
-        owner: the first pair to have each factor, by address; it is kept up to date.
+        pair: the next pair.
+        owner: the first pair with each factor, by address; new addresses are added.
 
     Raises:
         ValueError: only one of the factors is shared, or both with another scaling.
@@ -353,21 +198,6 @@ def _unless_tied(pair: LoRAPair, owner: dict[int, LoRAPair]) -> list[LoRAPair]:
     if len(owners) > 1 or first.scaling != pair.scaling:
         reason = "only one of the two factors" if len(owners) > 1 else "both factors but with another scaling"
         raise _unsupported(pair.name, pair.layer, f"it shares {reason} with {first.name}")
-    if pair.A is not first.A:  # one and the same parameter has its gradients added up by autograd already
-        first._twins.append(pair)
+    if pair.A is not first.A:  # autograd adds up the gradients of one and the same parameter
+        first._tied.append(pair)
     return []
-
-
-def _plain_gradients(name: str, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor] | None:
-    grad_A, grad_B = A.grad, B.grad
-    if grad_A is None and grad_B is None:
-        return None
-    if grad_A is None or grad_B is None:
-        missing = "lora_A" if grad_A is None else "lora_B"
-        raise RuntimeError(
-            f"{name}: {missing} has no gradient but the other factor has one. Was it frozen after the optimizer "
-            "was built? Build the optimizer again after changing requires_grad."
-        )
-    if grad_A.is_sparse or grad_B.is_sparse:
-        raise RuntimeError(f"{name}: sparse gradients are not supported; use an embedding with sparse=False.")
-    return grad_A, grad_B

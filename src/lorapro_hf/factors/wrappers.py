@@ -1,7 +1,7 @@
 """Which wrappers around parts of a model keep PEFT from saving its adapters?
 
-A wrapper puts a name of its own into the names of the modules that it holds. PEFT looks the adapters up under the names
-of the modules, and saves them under names that the model without the wrapper does not have, or leaves them out.
+A wrapper adds its own name to the names of the modules within. PEFT finds adapters by the names of modules: it saves
+them under names that the model without the wrapper does not have, or not at all.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _INSTEAD = (
 
 
 def plain_name(name: str) -> str:
-    """The name that a module or parameter has in the model without wrappers."""
+    """The name of a module or parameter in the model without wrappers."""
     return ".".join(part for part in name.split(".") if part not in _NAMES)
 
 
 def find_wrapper(model: nn.Module) -> tuple[str, str] | None:
-    """The name of the first part of a model that is in a wrapper, and the wrapper's name; `None` without any."""
+    """The names of the first wrapped part of a model and of its wrapper, `None` without one."""
     for name, module in model.named_modules():
         parent, _, last = name.rpartition(".")
         if last in _NAMES:
@@ -36,7 +36,7 @@ def find_wrapper(model: nn.Module) -> tuple[str, str] | None:
 
 
 def require_plain_modules(model: nn.Module) -> None:
-    """Raise if a wrapper is around a part of a model, of which PEFT would save an adapter that cannot be loaded.
+    """Raise if a part of a model is wrapped, because PEFT would save an adapter that cannot be loaded.
 
     Raises:
         ValueError: the message names the part and the wrapper.
@@ -56,7 +56,7 @@ def require_plain_modules(model: nn.Module) -> None:
 
 
 def require_plain_name(name: str) -> None:
-    """Raise a `ValueError` if the name of a layer says that it is inside torch's `checkpoint_wrapper`."""
+    """Raise a `ValueError` if the name of a layer shows that it is inside torch's `checkpoint_wrapper`."""
     if _CHECKPOINT_WRAPPER in name.split("."):
         raise ValueError(
             f"{plain_name(name)} is inside torch's checkpoint_wrapper, under whose names PEFT does not find the "
@@ -65,13 +65,13 @@ def require_plain_name(name: str) -> None:
 
 
 def require_no_checkpoint_wrapper(plugin: Any) -> None:
-    """Raise if accelerate's FSDP plugin is to wrap the layers for activation checkpointing.
+    """Raise if accelerate's FSDP plugin wraps the layers for activation checkpointing.
 
     Args:
         plugin: the `FullyShardedDataParallelPlugin`; `None` without FSDP.
 
     Raises:
-        RuntimeError: it is.
+        RuntimeError: `activation_checkpointing` is on.
     """
     if getattr(plugin, "activation_checkpointing", False):
         raise RuntimeError(
@@ -82,8 +82,8 @@ def require_no_checkpoint_wrapper(plugin: Any) -> None:
 
 
 def fsdp_plugin_in_use() -> Any:
-    """The FSDP plugin of the `Accelerator` that this process has made; `None` without one."""
-    accelerate = sys.modules.get("accelerate.state")  # nobody has made one without importing it
+    """The FSDP plugin of the `Accelerator` in this process, `None` without one."""
+    accelerate = sys.modules.get("accelerate.state")  # an Accelerator has imported it
     if accelerate is None or not accelerate.is_initialized():
         return None
     return getattr(accelerate.AcceleratorState(), "fsdp_plugin", None)

@@ -1,4 +1,4 @@
-"""How are the parameters of no pair stepped? As `torch.optim.AdamW(fused=True)` does, sharded or not."""
+"""How are parameters that belong to no pair stepped? As by `torch.optim.AdamW(fused=True)`, sharded or not."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lorapro_hf.distributed.access import local
 def step_ordinary(
     parameters: Sequence[Tensor], state: MutableMapping[Tensor, dict[str, Any]], group: Mapping[str, Any], skip: Tensor
 ) -> None:
-    """One AdamW step of parameters that have gradients; none, not even a count, where `skip` is 1.
+    """Take one AdamW step of parameters with gradients; change nothing, not even a count, if `skip` is 1.
 
     Args:
         parameters: plain tensors or DTensors, whose state is then sharded as they are.
-        state: `exp_avg`, `exp_avg_sq` and `step` by parameter; begun where there is none.
+        state: `exp_avg`, `exp_avg_sq` and `step` by parameter; missing ones are created.
         group: learning rate, betas, eps and weight decay.
         skip: 0 or 1, float32.
     """

@@ -1,4 +1,4 @@
-"""How is LoRA-Pro's optimizer built for a model, by hand or by a `Trainer`?"""
+"""How is LoRA-Pro's optimizer built for a model, in a loop or by a `Trainer`?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.distributed.access import access_to, local
-from lorapro_hf.distributed.ownership import Shares, everyone
+from lorapro_hf.distributed.ownership import everyone, share_pairs
 from lorapro_hf.distributed.zero_configuration import plugin_in_use, require_configuration
 from lorapro_hf.factors.pairs import find_lora_pairs
 from lorapro_hf.factors.wrappers import require_plain_modules
@@ -30,7 +30,7 @@ def create_lorapro_optimizer(
     saved_collectively: bool = False,
     **settings: Any,
 ) -> LoRAProAdamW:
-    """LoRA-Pro's optimizer for a PEFT model, with groups that decay and others (biases and norms) that do not.
+    """Build LoRA-Pro's optimizer for a PEFT model, with groups that decay and groups (biases, norms) that do not.
 
     Factors are in groups of their own.
 
@@ -40,16 +40,16 @@ def create_lorapro_optimizer(
 
     Args:
         model: a model with trainable LoRA adapters, already on its device.
-        lr: learning rate; that of LoRA in mode `"efficient"`, in the others that of full fine-tuning or a higher one.
+        lr: learning rate: of LoRA in mode `"efficient"`, of full fine-tuning or higher in the other modes.
         config: `LoRAProConfig`, a dictionary of its settings, or `None` for the default.
         betas: decay rates of the moments.
         eps: added to the denominator.
         weight_decay: decoupled weight decay of the first group.
         decay_parameters: names of the parameters that decay; by default all but biases and parameters of norms.
         check_memory: refuse a mode whose state cannot fit into the memory that its devices have left.
-        saved_collectively: whoever saves the state calls `consolidate_state_dict()` or `state_dict()` on all ranks, so
-            that these may share it out unless the config says otherwise.
-        **settings: the settings one by one in the place of `config`, as above.
+        saved_collectively: whether all ranks call `consolidate_state_dict()` or `state_dict()` when the state is saved,
+            so that ranks may share it unless the config says otherwise.
+        **settings: single settings in the place of `config`, as above.
 
     Raises:
         ValueError: the model has no trainable LoRA pair, or a setting is unknown, out of range or given twice.
@@ -76,9 +76,7 @@ def create_lorapro_optimizer(
             group = {"params": named, "weight_decay": weight_decay if decay else 0.0, "lora_pro_factors": are_factors}
             groups += [group] if named else []
     if check_memory:
-        is_shared = saved_collectively if config.shard_states is None else config.shard_states
-        access = access_to(pairs, everyone())
-        own = Shares(pairs, access, shared=bool(is_shared) if access.in_place else config.shard_states is not False).own
+        own = share_pairs(pairs, access_to(pairs, everyone()), config.shard_states, saved_collectively).own
         require_state_fits(own, config, [local(p) for _, p in trainable if id(p) not in of_pairs])
     optimizer = LoRAProAdamW(groups, pairs, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, config=config)
     optimizer.saved_collectively = saved_collectively
@@ -88,7 +86,7 @@ def create_lorapro_optimizer(
 class LoRAProOptimizerFactory:
     """`create_lorapro_optimizer` as a factory: `Trainer(optimizer_cls_and_kwargs=(LoRAProOptimizerFactory, {...}))`.
 
-    The learning rate goes into the dictionary: `Trainer` passes none of its arguments on to a factory.
+    The dictionary must hold the learning rate: `Trainer` passes none of its arguments to a factory.
 
     Raises:
         TypeError: it is called as if it were an optimizer, as `Trainer` does before transformers 5.
@@ -106,8 +104,8 @@ class LoRAProOptimizerFactory:
         """Build the optimizer; `kwargs` as in `create_lorapro_optimizer`.
 
         Raises:
-            ValueError: `lr` is missing, ranks would share a state that nobody collects for a checkpoint, a wrapper is
-                around a part of the model, or as in `create_lorapro_optimizer`.
+            ValueError: `lr` is missing, ranks would share a state that no checkpoint collects, a part of the model is
+                wrapped, or as in `create_lorapro_optimizer`.
         """
         if "lr" not in kwargs:
             raise ValueError(
@@ -127,7 +125,7 @@ class LoRAProOptimizerFactory:
 
 
 def take_settings(kwargs: Mapping[str, Any]) -> tuple[LoRAProConfig | None, dict[str, Any]]:
-    """Keywords of `create_lorapro_optimizer` as settings of LoRA-Pro, `None` where none are given, and all others.
+    """Split keywords of `create_lorapro_optimizer` into settings of LoRA-Pro (`None` without any) and the others.
 
     Raises:
         ValueError: a setting is out of range or given twice.
@@ -139,7 +137,7 @@ def take_settings(kwargs: Mapping[str, Any]) -> tuple[LoRAProConfig | None, dict
 
 
 def _decaying_names(model: nn.Module) -> set[str]:
-    """Names of all parameters but biases and those of normalisation layers."""
+    """The names of all parameters except biases and parameters of normalisation layers."""
     return {
         f"{path}.{name}" if path else name
         for path, module in model.named_modules()

@@ -1,7 +1,7 @@
-"""Do the factors, what is remembered of them or the learning rates hold NaN or Inf? Said by name, on all ranks alike.
+"""Do factors, their state or learning rates hold NaN or Inf? The error names the tensor, on all ranks alike.
 
-Gradients are another matter: a step leaves out those that are not finite, and training goes on. To look at values is to
-wait for the device, so that this is done before the first step, at saves and where steps have been left out.
+Gradients that are not finite are no error: the step is skipped and training goes on. Reading values waits for the
+device, so it is done before the first step, at saves and after skipped steps only.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 from lorapro_hf.distributed.access import Access, local
 from lorapro_hf.factors.pairs import LoRAPair, unwrapped_name
 
-Named = tuple[str, Tensor]  # a tensor and how a message calls it
+Named = tuple[str, Tensor]  # the name of a tensor in messages, and the tensor
 
 
 def require_finite(named: Iterable[Named], group: dist.ProcessGroup | None = None) -> None:
-    """Raise if a tensor holds NaN or Inf, with a group on all of its ranks if one of them has found some.
+    """Raise if a tensor holds NaN or Inf, on all ranks of a group if on any.
 
     Args:
         named: the tensors.
@@ -43,15 +43,15 @@ def require_finite(named: Iterable[Named], group: dist.ProcessGroup | None = Non
 
 
 def find_broken(named: Iterable[Named]) -> str:
-    """The first name whose tensor holds NaN or Inf, and how many more do; empty if none does."""
+    """The name of the first tensor with NaN or Inf and the number of further ones, empty without any."""
     alike: dict[tuple[torch.device, torch.dtype], list[Named]] = {}
     for name, tensor in named:
-        # the values of shards are looked at once they are loaded
+        # shards on the meta device are checked once they are loaded
         if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
             alike.setdefault((tensor.device, tensor.dtype), []).append((name, tensor.detach()))
     broken = []
     for some in alike.values():
-        # unlike isfinite, the extremes take no memory of the size of the tensor
+        # unlike isfinite, aminmax allocates no memory of the size of the tensor
         extremes = torch.stack([extreme for _, tensor in some for extreme in torch.aminmax(tensor)])
         finite = extremes.isfinite().view(-1, 2).all(-1).tolist()
         broken += [name for (name, _), is_finite in zip(some, finite, strict=True) if not is_finite]
@@ -60,14 +60,14 @@ def find_broken(named: Iterable[Named]) -> str:
 
 
 def of_factors(pairs: Iterable[LoRAPair], access: Access) -> Iterator[Named]:
-    """What this rank holds of all factors."""
+    """This rank's parts of all factors."""
     for pair in pairs:
         for factor, parameter in zip("AB", (pair.A, pair.B), strict=True):
             yield _name(pair, factor), access.held(parameter)
 
 
 def of_states(pairs: Iterable[LoRAPair], state: Mapping[Tensor, Mapping[str, Tensor]]) -> Iterator[Named]:
-    """What `state` holds of pairs."""
+    """The state of pairs."""
     for pair in pairs:
         for factor, parameter in zip("AB", (pair.A, pair.B), strict=True):
             for name, tensor in state.get(parameter, {}).items():
@@ -84,7 +84,7 @@ def of_groups(groups: Sequence[dict[str, Any]]) -> Iterator[Named]:
 def of_others(
     groups: Iterable[tuple[dict[str, Any], list[Tensor]]], state: Mapping[Tensor, Mapping[str, Any]] | None
 ) -> Iterator[Named]:
-    """What this rank holds of parameters of no pair and, if it is given, of their state."""
+    """This rank's parts of the parameters that belong to no pair, and of their state if that is given."""
     for index, (group, parameters) in enumerate(groups):
         names = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
         for parameter in parameters:
@@ -95,7 +95,7 @@ def of_others(
 
 
 def require_finite_rates(groups: Iterable[dict[str, Any]]) -> None:
-    """Raise if a learning rate that the host knows is NaN or Inf; nothing waits for the device.
+    """Raise if a learning rate is NaN or Inf, without a wait for the device: rates on a device are not read.
 
     Raises:
         ValueError: the message names the param group.
@@ -110,7 +110,7 @@ def require_finite_rates(groups: Iterable[dict[str, Any]]) -> None:
 
 
 def can_be_read(tensor: Tensor) -> bool:
-    """Whether the host can look at a value without waiting for a device."""
+    """Whether the host can read a value without waiting for a device."""
     return tensor.device.type == "cpu"
 
 

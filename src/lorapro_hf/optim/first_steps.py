@@ -1,4 +1,4 @@
-"""What did the first steps of a training leave out? Said once, since the training itself goes on without a word."""
+"""What did the first steps of a training skip? One warning tells, since the training itself goes on silently."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ logger = logging.getLogger(__name__)
 
 
 class FirstSteps:
-    """Counts the steps of a training, and remembers which pairs had no gradient in any of the first ones.
+    """Counts the steps of a training, and records pairs that had no gradient in any of the first ones.
 
     Args:
-        pairs: of the model.
-        skipped_before: how many steps had been left out before this training.
+        pairs: the pairs of the model.
+        skipped_before: the number of steps that were skipped before this training.
     """
 
     def __init__(self, pairs: Sequence[LoRAPair], skipped_before: int = 0) -> None:
@@ -33,18 +33,18 @@ class FirstSteps:
         self._number = len(pairs)
         self._without = list(enumerate(pairs))
         self._skipped_before: int | None = skipped_before
-        self._norms: list[Tensor] = []  # on their device: to look at them is to wait for it
+        self._norms: list[Tensor] = []  # left on their device: reading them waits for it
 
     def count(self, has_gradient: Sequence[bool], norm: Tensor) -> bool:
-        """Count a step; whether this was the last of the first steps.
+        """Count a step; return whether it was the last of the first steps.
 
         Args:
             has_gradient: whether each pair had a gradient.
-            norm: of the gradients of all pairs.
+            norm: the norm of the gradients of all pairs.
         """
         self.steps += 1
         if self.steps <= FIRST_STEPS:
-            # a factor that has been frozen since needs no word
+            # factors that have been frozen since are not reported
             self._without = [
                 (index, pair)
                 for index, pair in self._without
@@ -54,12 +54,12 @@ class FirstSteps:
         return self.steps == FIRST_STEPS
 
     def warn(self, skipped: int = 0) -> None:
-        """Warn, once, of pairs without gradients, of gradients that are all zero, and of half the steps left out.
+        """Warn once of pairs without gradients, of gradients that are all zero, and if half the steps were skipped.
 
         Args:
-            skipped: how many steps have been left out up to now, those before this training included.
+            skipped: the number of skipped steps up to now, with those before this training.
         """
-        if not self.steps or not _speaks():
+        if not self.steps or not _is_first_rank():
             return
         if self._without:
             self._warn_of_pairs([pair.name for _, pair in self._without])
@@ -82,13 +82,13 @@ class FirstSteps:
             self._skipped_before = None
 
     def warn_if_none(self, taken: int, before: int = 0) -> None:
-        """Warn, once, if a trainer has taken the first steps or more and not one of them has got here.
+        """Warn once if a trainer has taken the first steps and none of them has reached the optimizer.
 
         Args:
-            taken: the trainer's steps.
-            before: how many of them an earlier training had taken, from which this one goes on.
+            taken: the steps of the trainer.
+            before: the number of these steps that an earlier training took, which this one resumes.
         """
-        if self.steps or taken - before < FIRST_STEPS or self._skipped_before is None or not _speaks():
+        if self.steps or taken - before < FIRST_STEPS or self._skipped_before is None or not _is_first_rank():
             return
         logger.warning(
             "no step has reached LoRA-Pro's optimizer up to step %d: the gradient scaler of fp16, or DeepSpeed, leaves "
@@ -113,6 +113,6 @@ class FirstSteps:
         )
 
 
-def _speaks() -> bool:
+def _is_first_rank() -> bool:
     group = everyone()
     return group is None or group.rank() == 0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.distributed.access import Access, access_to, local
-from lorapro_hf.distributed.ownership import Shares, everyone
+from lorapro_hf.distributed.ownership import Shares, everyone, share_pairs
 from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.factors.stacks import Stack, stacks_of
 from lorapro_hf.optim.groups import check_hyperparameters, group_positions, name_parameters
@@ -71,9 +71,9 @@ class HeldPairs(torch.optim.Optimizer):
 
     def estimated_state_bytes(self) -> int:
         """Bytes of optimizer state on this rank once all parameters have been stepped."""
-        own = self._current_shares().own
-        ordinary = [local(p) for _, parameters in self._ordinary() for p in parameters if p.requires_grad]
-        return sum(state_bytes_by_device(own, self.config, ordinary).values())
+        pairs = self._current_shares().own
+        others = [local(p) for _, parameters in self._ordinary() for p in parameters if p.requires_grad]
+        return sum(state_bytes_by_device(pairs, self.config, others).values())
 
     @property
     def rule(self) -> UpdateRule:
@@ -104,8 +104,7 @@ class HeldPairs(torch.optim.Optimizer):
             if not self.has_engine:
                 self._find_groups()
             access = self.access or access_to(self.pairs, everyone())
-            keeps_all = shared is False or (shared is None and access.in_place and not self.saved_collectively)
-            self._shares = Shares(self.pairs, access, shared=not keeps_all)
+            self._shares = share_pairs(self.pairs, access, shared, self.saved_collectively)
             self._stacks = stacks_of(self._shares.own, self.group_positions, factors=self._shares.factors)
             self._moments, self._signature = {}, signature
             self._of_pairs = set(map(id, factors))

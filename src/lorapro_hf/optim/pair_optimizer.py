@@ -248,7 +248,7 @@ class PairOptimizer(FiniteChecks):
             self._load_state_dict_of_engine(state_dict)
             return
         shares = self._current_shares()
-        needed = shares.own if shares.access.in_place else self.pairs  # DTensors are gathered by all ranks together
+        needed = shares.own if shares.access.in_place else self.pairs  # all ranks gather DTensors
         check_state_dict(state_dict, self.param_groups, self.pairs, self.config, needed)
         for index, group in enumerate(state_dict["param_groups"]):
             check_hyperparameters({**self.defaults, **group}, f" in param group {index} of the checkpoint")

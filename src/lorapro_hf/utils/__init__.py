@@ -1,1 +1,1 @@
-"""Which small tasks has every part of the package: files, extras, private names of other libraries?"""
+"""Which small tasks do all parts of the package share: files, extras, private names of other libraries?"""

@@ -15,7 +15,7 @@ class MissingExtraError(ImportError):
 
 
 def install_command(extra: str) -> str:
-    """The command that adds an extra to this package as it was installed: from a clone, a file or an address.
+    """The command that adds an extra to this package, from the clone, file or address that it was installed from.
 
     The package is on no index, so its name alone would not be found.
     """
@@ -26,7 +26,7 @@ def install_command(extra: str) -> str:
 
 
 def _origin() -> str:
-    """` @ ADDRESS` where the installer noted one (PEP 610), else nothing: the package came from an index."""
+    """` @ ADDRESS` if the installer noted one (PEP 610); nothing if the package came from an index."""
     try:
         noted = metadata.distribution(_DISTRIBUTION).read_text("direct_url.json")
     except metadata.PackageNotFoundError:

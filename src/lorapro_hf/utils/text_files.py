@@ -1,4 +1,4 @@
-"""How are small files read and replaced that others may have touched, and how does a message quote them?"""
+"""How are small files read and replaced that other programs may change, and how are they quoted in messages?"""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _SHORTENED.maxstring = _SHORTENED.maxother = _SHORTENED.maxlong = 120
 
 
 def shown(value: object) -> str:
-    """The `repr` of a value for a message: what is long or deeply nested is shortened."""
+    """The `repr` of a value for a message, shortened if it is long or deeply nested."""
     return _SHORTENED.repr(value)
 
 
 def shortened(text: str, limit: int = 200) -> str:
-    """A text for a message: the end of a long one is left out."""
+    """A text for a message, cut off if it is long."""
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
@@ -29,7 +29,7 @@ def read_settings_text(file: Path) -> str:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is larger than any such file, of which nothing has been read then, or not UTF-8.
+        ValueError: it is larger than `MAX_BYTES`, or not UTF-8.
     """
     with file.open("rb") as opened:
         content = opened.read(MAX_BYTES + 1)
@@ -39,10 +39,10 @@ def read_settings_text(file: Path) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """What a text in JSON says.
+    """The value of a text in JSON.
 
     Raises:
-        json.JSONDecodeError: it is no JSON, or nested more deeply than Python reads it.
+        json.JSONDecodeError: the text is no JSON, or nested too deeply for Python.
     """
     try:
         return json.loads(text)
@@ -51,13 +51,13 @@ def parse_json(text: str) -> Any:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Replace a file as `replace_file` does, in UTF-8."""
+    """Replace a file by a text in UTF-8, as `replace_file` does."""
     replace_file(file, text.encode())
 
 
 def replace_file(file: Path, content: bytes) -> None:
-    """Replace a file as a whole: an upload that runs beside it sees the old one or the new one."""
-    # By Trainer's rule names with _ are never pushed. Mode x follows no link that somebody has put there.
+    """Replace a file atomically: an upload at the same time sees the old or the new content."""
+    # Trainer never pushes names that begin with _. Mode x follows no link.
     draft = file.with_name(f"_{file.name}.{secrets.token_hex(8)}.part")
     try:
         with draft.open("xb") as opened:

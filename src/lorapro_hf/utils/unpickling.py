@@ -1,4 +1,4 @@
-"""How are pickled files of torch and of the engines read without running code that they bring along?"""
+"""How are pickled files of torch and the engines read without running code in them?"""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _IN_METADATA = {
     *(("pathlib", name) for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
     *(("pathlib._local", name) for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
 }
-# What DeepSpeed and Trainer pickle beside tensors. A class that does nothing stands for each.
+# Classes of the objects that DeepSpeed and Trainer pickle beside tensors. An empty class is loaded for each.
 _STOOD_FOR = (
     ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
     ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
@@ -40,7 +40,7 @@ _STOOD_FOR = (
 
 
 class StandIn:
-    """In the place of an object of another library; `given` is what it was built from."""
+    """Stands for an object of another library; `given` holds the arguments that it was built from."""
 
     def __init__(self, *given: Any) -> None:
         self.given = given
@@ -53,7 +53,7 @@ _STAND_INS: list[Any] = [type(name, (StandIn,), {"__module__": module}) for modu
 
 
 def read_tensors(file: Path | IO[bytes]) -> Any:
-    """What a file of `torch.save` holds, its tensors left on the disk where its format allows it.
+    """The content of a file of `torch.save`; tensors stay on the disk where the format allows it.
 
     A `StandIn` takes the place of DeepSpeed's and numpy's objects.
 
@@ -77,12 +77,12 @@ def read_tensors(file: Path | IO[bytes]) -> Any:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        raise ValueError("it ends too early") from error  # torch has looked for a place before the file's begin
+        raise ValueError("it ends too early") from error  # torch has sought a place before the start of the file
 
 
 @contextlib.contextmanager
 def _stood_for() -> Iterator[None]:
-    """Have torch make stand-ins, also where a script has allowed it the classes that they stand for."""
+    """Make torch load stand-ins, also for classes that a script has allowed it to load."""
     before: list[Any] = torch.serialization.get_safe_globals()
     named = {each[1] if isinstance(each, tuple) else f"{each.__module__}.{each.__qualname__}": each for each in before}
     named |= {f"{each.__module__}.{each.__qualname__}": each for each in _STAND_INS}
@@ -96,10 +96,10 @@ def _stood_for() -> Iterator[None]:
 
 
 def read_metadata(file: Path) -> Any:
-    """What the file `.metadata` of a distributed checkpoint holds.
+    """The content of the file `.metadata` of a distributed checkpoint.
 
     Raises:
-        ValueError: the file is cut off, or holds anything else. No code in the file has been run.
+        ValueError: the file is cut off, or holds other objects. No code in the file has been run.
     """
     try:
         found = _Metadata(io.BytesIO(file.read_bytes())).load()

@@ -114,7 +114,7 @@ class CheckpointMixin(MethodsMixin, LoadingMixin):
         return require_same_training(folder, optimizer, self._bare_model(), not self._exports)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> None:
-        """As the parent, which would first put the state of all ranks onto the device of each rank; and the methods'."""
+        """Like the parent, but each rank keeps only its own pairs' state on its device; the methods get theirs."""
         parents = super()._load_optimizer_and_scheduler
         files = [Path(checkpoint, name) for name in (OPTIMIZER, SCHEDULER)] if checkpoint else []
         is_ours = isinstance(unwrap_optimizer(self.optimizer), LoRAProAdamW) and all(file.is_file() for file in files)

@@ -15,6 +15,7 @@ import transformers
 from packaging.version import Version
 from peft import PeftModel
 
+from grids import rest_slow
 from killable import Nursery
 from killable_jobs import SAVED_EVERY, STEPS, trainer_of
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
@@ -33,6 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 DEFAULT = {1: ("full", "factored", "masters"), 2: ("full",)}
 RANKS = pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 distributed = pytest.mark.distributed
+FILES = ["optimizer.pt", "adapter_model.safetensors", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
 IS_OLD = Version(transformers.__version__) < Version("5")
 
 
@@ -255,10 +257,8 @@ def cut(file: Path, keep: float = 0.5) -> None:
     file.write_bytes(content[: int(keep * len(content))])
 
 
-@pytest.mark.parametrize("keep", [pytest.param(0.0, marks=pytest.mark.slow), 0.5, 0.99])
-@pytest.mark.parametrize(
-    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors", "trainer_state.json"]
-)
+@pytest.mark.parametrize("keep", rest_slow([0.5, 0.0, 0.99]))
+@pytest.mark.parametrize("name", rest_slow(FILES, fast=2))
 def test_a_file_cut_off_is_named_and_nothing_loaded(
     complete: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, name: str, keep: float
 ):
@@ -278,9 +278,7 @@ def test_a_file_cut_off_is_named_and_nothing_loaded(
         assert_same(factors(trainer), complete[1])
 
 
-@pytest.mark.parametrize(
-    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors", "trainer_state.json"]
-)
+@pytest.mark.parametrize("name", rest_slow(FILES))
 def test_a_missing_file_is_named(complete: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, name: str):
     shutil.copytree(complete[0], tmp_path / "copy")
     for step in (3, 6):
@@ -303,7 +301,7 @@ class Dangerous:
         return (pytest.fail, ("unpickled",))
 
 
-@pytest.mark.parametrize("content", [Dangerous(), {"weights": torch.ones(2)}, [1, 2]])
+@pytest.mark.parametrize("content", rest_slow([Dangerous(), {"weights": torch.ones(2)}, [1, 2]]))
 def test_a_file_with_something_else_is_named(
     complete: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, content: Any
 ):

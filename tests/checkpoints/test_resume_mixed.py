@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, SequentialLR
 
+from grids import rest_slow
 from killable import Nursery
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
 from lorapro_hf.checkpoints.manifest import MANIFEST, read_manifest, write_manifest
@@ -65,7 +66,7 @@ def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
 # Refused by the manifest
 
 
-@pytest.mark.parametrize("name", [ADAPTER, OPTIMIZER, SCHEDULER, STATE, RNG])
+@pytest.mark.parametrize("name", rest_slow([ADAPTER, OPTIMIZER, SCHEDULER, STATE, RNG]))
 def test_a_file_of_another_save_is_named_and_nothing_loaded(copy: Path, name: str) -> None:
     folder = mix(copy, name)
     trainer = fresh(copy)

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from transformers import Trainer
 
+from grids import rest_slow
 from lorapro_hf import (
     LoRAProCallback,
     LoRAProConfig,
@@ -91,7 +92,7 @@ def test_settings_changed_between_trainings_raise(tmp_path: Path):
         trainer.train()
 
 
-@pytest.mark.parametrize("mode", ["full", "efficient"])
+@pytest.mark.parametrize("mode", rest_slow(["full", "efficient"]))
 def test_lora_pro_turned_off_for_a_checkpoint_raises_before_anything_is_loaded(tmp_path: Path, mode: str):
     run(tmp_path, lora_pro_mode=mode, save_strategy="steps", save_steps=1, max_steps=1)
     trainer = build(LoRAProTrainer, arguments(tmp_path, LoRAProTrainingArguments, lora_pro=False))

@@ -37,7 +37,7 @@ def frozen() -> Any:
         ({"optim": "adafactor"}, {}, "optim='adafactor' would be ignored.*default.*--no_lora_pro.*LoRAProCallback"),
         ({"optim_args": "a=1"}, {}, "optim_args='a=1' would be ignored.*unset.*--no_lora_pro.*LoRAProCallback"),
         ({"optim_target_modules": "all"}, {}, "optim_target_modules='all' would be ignored.*unset.*--no_lora_pro"),
-        ({}, {"callbacks": lambda: [LoRAProCallback()]}, "adjust the gradients twice.*Drop the callback"),
+        ({}, {"callbacks": lambda: [LoRAProCallback()]}, "project the gradients twice.*Drop the callback"),
         ({}, {"lora_pro_config": lambda: EFFICIENT}, "settings twice.*drop lora_pro_config="),
         (
             {},
@@ -163,7 +163,7 @@ def test_optimizer_of_another_model_raises(tmp_path: Path):
 def test_callback_added_later_raises(tmp_path: Path):
     trainer = build(LoRAProTrainer, arguments(tmp_path))
     trainer.add_callback(LoRAProCallback())
-    with pytest.raises(ValueError, match="adjust the gradients twice"):
+    with pytest.raises(ValueError, match="project the gradients twice"):
         trainer.train()
 
 

@@ -1,9 +1,9 @@
-"""Which LoRA-Pro is meant: the settings that optimizer, callback and trainer share."""
+"""Which settings do optimizer, callback and trainer share?"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any
 
@@ -15,15 +15,20 @@ UPDATES = ("linear", "sequential")
 MOMENTS_DTYPES = ("float32", "bfloat16")
 BACKENDS = ("auto", "torch", "compiled", "triton")
 TRUST_REGION = 0.03  # of every mode that has one, where the settings leave it open
-# What may stand beside the settings as keywords, for those who mistype it.
+# Other keywords of the optimizer: a mistyped one gets the nearest name as a hint.
 _BESIDE_SETTINGS = ("lr", "betas", "eps", "weight_decay", "decay_parameters", "check_memory", "saved_collectively")
 
 
-def check_choice(name: str, value: object, valid: tuple[object, ...]) -> None:
+def check_choice(name: str, value: object, valid: Sequence[object]) -> None:
     """Raise a `ValueError` that lists the valid values if `value` is not one of them."""
     if value not in valid:
         listed = ", ".join(repr(choice) for choice in valid)
         raise ValueError(f"{name}={shown(value)} is unknown; valid values are {listed}.")
+
+
+def _setting(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+    """A field of `LoRAProConfig`; the command line takes default, help and choices from here."""
+    return field(default=default, metadata={"help": help, **({"choices": list(choices)} if choices else {})})
 
 
 @dataclass(frozen=True)
@@ -31,63 +36,95 @@ class LoRAProConfig:
     """Settings of LoRA-Pro.
 
     Args:
-        mode: What Adam's moments are kept of, which decides memory and learning rate. `"full"`: of the equivalent
-            gradient, of the size of the adapted weights, in float32. `"full_8bit"`: the same in 8 bits an element
-            (needs bitsandbytes, or Triton on CUDA). `"factored"`: of the equivalent gradient, in as little memory as
-            the factors take. For these three start at the learning rate of full fine-tuning (2e-5 for a 7B model)
-            and go up: with a trust region the best may be as high as that of LoRA. `"efficient"`: of the two factors,
-            with learning rates of LoRA.
+        mode: Decides memory and learning rate. `"full"` keeps Adam's moments of the equivalent gradient, of the size of
+            the adapted weights, in float32. `"full_8bit"` keeps the same in 8 bits an element (needs bitsandbytes, or
+            Triton on CUDA). `"factored"` keeps the same in the memory of the factors. For these three start at the
+            learning rate of full fine-tuning (2e-5 for a 7B model) and go up: with a trust region the best may be as
+            high as that of LoRA. `"efficient"` keeps moments of the two factors and uses learning rates of LoRA.
         x_mode: Which of the equivalent factor gradients to take: `"sylvester"` (closest to LoRA's own gradients, the
-            paper's choice), `"zero"` or `"symmetric"` (both factors contribute alike). Without effect on a sequential
-            update of modes other than `"efficient"`, which has no such freedom.
-        update: How a step is spent on the two factors: `"linear"`, the paper's, moves both at once along their
-            gradients; `"sequential"` moves B first and then A against the new B, so that the weight moves as meant and
-            not only to first order. In `"efficient"` it is the change that AdamW asks of A that then acts through
-            the new B.
+            paper's choice), `"zero"` or `"symmetric"` (both factors contribute alike). A sequential update has this
+            freedom in mode `"efficient"` only.
+        update: How a step is spent on the two factors. `"linear"`, the paper's, moves both at once along their
+            gradients. `"sequential"` moves B first and then A against the new B, so that the weight moves as meant and
+            not only to first order; in `"efficient"` the change that AdamW asks of A then acts through the new B.
         rtol: Directions of a factor whose squared singular value is at most `rtol` times the largest one count as
             absent. `None` picks a value from the dtype, see `project_lora_gradients`.
-        trust_region: How large the product of the changes of both factors may be, as a share of the change of `B A` to
-            first order: what would exceed it is shortened, all of a linear step, the part of A of a sequential one.
-            It acts while B is small, mostly for some 30 to 100 steps, as a warm-up that each weight has for itself,
-            and makes learning rates usable that are too high otherwise; a larger limit acts for a shorter time.
-            From 1 on the product may undo the change to first order, so that such limits are refused. `None` is 0.03,
-            `0` no limit, which is the paper's step. Mode `"efficient"` has none: there AdamW decides how far the
-            factors move.
+        trust_region: The paper ignores the product of the changes of both factors. While B is small that product is
+            large, so each step is shortened until the product is at most this fraction of the first-order change: all
+            of a linear step, the part of A of a sequential one. The limit acts mostly for 30 to 100 steps, as a warm-up
+            for each layer, and allows higher learning rates; a larger limit acts for a shorter time. From 1 on the
+            product may undo the first-order change, so such limits are refused. `None` is 0.03, and 0 is no limit, the
+            paper's step. Mode `"efficient"` has no limit: there AdamW decides how far the factors move.
         moments_dtype: `"bfloat16"` halves the memory of mode `"full"`, its only user. The second moment is then rounded
             stochastically: rounding to the nearest would freeze it.
-        backend: What computes the update of moments of the size of the weight (modes `"full"` and `"full_8bit"`).
-            `"auto"`: Triton for CUDA where it is installed, else torch. `"compiled"` is `torch.compile`, which needs a
-            C++ compiler on the CPU.
-        shard_states: Whether the ranks of a distributed run share the pairs out: each steps its own and keeps the
-            moments of those alone. `False` repeats the work and the moments on every rank. `None` shares wherever the
-            state can be collected for a checkpoint: under `LoRAProTrainer`, FSDP2 and DeepSpeed; elsewhere whoever
-            saves has to call `state_dict()` on all ranks, so that it must be asked for. All processes must train the
-            same model. Without effect on one process.
-        master_factors: Whether factors in bfloat16 or float16 are stepped in float32 copies, of which the parameters
-            are the roundings: 4 bytes of state for each element of a factor. Without them a step that changes an
-            element by less than half a unit in its last place is lost. Wider factors need no copies and get none.
+        backend: The kernels that update moments of the size of the weight (modes `"full"` and `"full_8bit"`). `"auto"`
+            is Triton for CUDA where it is installed, else torch. `"compiled"` is `torch.compile`, which needs a C++
+            compiler on the CPU.
+        shard_states: Whether the ranks of a distributed run divide the pairs: each rank steps its own pairs and keeps
+            their moments only. `False` repeats the work and the moments on every rank. `None` divides them wherever a
+            checkpoint can collect the state: under `LoRAProTrainer`, FSDP2 and DeepSpeed. Elsewhere set it to `True`
+            and call `state_dict()` on all ranks. All processes must train the same model.
+        master_factors: Whether factors in bfloat16 or float16 are stepped in float32 copies, and the parameters are
+            the rounded copies: 4 bytes of state for each element of a factor. Without copies a step that changes an
+            element by less than half a unit in its last place is lost. Wider factors get no copies.
 
     Raises:
         ValueError: for an unknown choice, an `rtol` outside `[0, 1)`, or a `trust_region` outside `[0, 1)`. Settings
             that have no meaning in a mode are refused where an optimizer, arguments or a callback is made of them.
     """
 
-    mode: str = "full"
-    x_mode: str = "sylvester"
-    update: str = "linear"
-    rtol: float | None = None
-    trust_region: float | None = None
-    moments_dtype: str = "float32"
-    backend: str = "auto"
-    shard_states: bool | None = None
-    master_factors: bool = False
+    mode: str = _setting(
+        "full",
+        "The mode: 'full' and 'full_8bit' keep Adam's moments of the adapted weights and need memory of their size; "
+        "'factored' needs memory of the size of the factors. Learning rates of these three are those of full "
+        "fine-tuning, and upwards. 'efficient' keeps moments of the factors and uses learning rates of LoRA.",
+        MODES,
+    )
+    x_mode: str = _setting(
+        "sylvester",
+        "Which of the equivalent factor gradients to take; 'sylvester' is the paper's. Without effect on a sequential "
+        "update, except in mode 'efficient'.",
+        X_MODES,
+    )
+    update: str = _setting(
+        "linear",
+        "How a step is spent on the two factors: 'linear' (the paper) moves both at once, 'sequential' B first and A "
+        "against the new B.",
+        UPDATES,
+    )
+    rtol: float | None = _setting(
+        None,
+        "Directions of a factor whose squared singular value is at most this fraction of the largest one count as "
+        "absent. By default chosen from the dtype.",
+    )
+    trust_region: float | None = _setting(
+        None,
+        "How large the product of the changes of both factors may be, as a fraction (below 1) of the first-order "
+        f"change: longer steps are shortened. 0 for no limit, as in the paper. By default {TRUST_REGION:g}, and no "
+        "limit in mode 'efficient'.",
+    )
+    moments_dtype: str = _setting("float32", "'bfloat16' halves the optimizer state of mode 'full'.", MOMENTS_DTYPES)
+    backend: str = _setting(
+        "auto",
+        "The kernels that update moments of the size of the weights; 'auto' is Triton on CUDA where it is installed, "
+        "else torch; 'compiled' is torch.compile.",
+        BACKENDS,
+    )
+    shard_states: bool | None = _setting(
+        None,
+        "Whether the ranks of a distributed run divide moments and steps among themselves (the default) or each "
+        "repeats all of them (false).",
+    )
+    master_factors: bool = _setting(
+        False,
+        "Step factors in bfloat16 or float16 in float32 copies, so that small steps are not rounded away; 4 bytes for "
+        "each element of a factor.",
+    )
 
     def __post_init__(self) -> None:
-        check_choice("mode", self.mode, MODES)
-        check_choice("x_mode", self.x_mode, X_MODES)
-        check_choice("update", self.update, UPDATES)
-        check_choice("moments_dtype", self.moments_dtype, MOMENTS_DTYPES)
-        check_choice("backend", self.backend, BACKENDS)
+        for setting in fields(self):
+            if "choices" in setting.metadata:
+                check_choice(setting.name, getattr(self, setting.name), setting.metadata["choices"])
         check_choice("shard_states", self.shard_states, (None, True, False))
         check_choice("master_factors", self.master_factors, (True, False))
         if self.rtol is not None and not (isinstance(self.rtol, int | float) and 0.0 <= self.rtol < 1.0):
@@ -101,8 +138,8 @@ class LoRAProConfig:
         limit = self.trust_region
         if isinstance(limit, bool) or not (isinstance(limit, int | float) and 0.0 <= limit < 1.0):
             raise ValueError(
-                f"trust_region={shown(limit)} must be a share below 1 such as 0.1, 0 for no limit, or None for "
-                f"{TRUST_REGION:g}: from 1 on, the product of both changes may undo the rest of the step."
+                f"trust_region={shown(limit)} must be a fraction below 1 such as 0.1, 0 for no limit, or None for "
+                f"{TRUST_REGION:g}: from 1 on, the product of both changes may undo the first-order change."
             )
 
     @property
@@ -119,7 +156,7 @@ class LoRAProConfig:
             ValueError: as in `from_dict`, and for `settings` and keywords together.
         """
         if keywords:
-            _require_known(keywords, [field.name for field in fields(cls)], _BESIDE_SETTINGS)
+            _require_known(keywords, [setting.name for setting in fields(cls)], _BESIDE_SETTINGS)
             if settings is not None:
                 raise ValueError(
                     f"config= and {', '.join(f'{name}=' for name in keywords)} both hold settings of LoRA-Pro. Put all "
@@ -146,12 +183,12 @@ class LoRAProConfig:
         Raises:
             ValueError: for an entry that is no setting of LoRA-Pro.
         """
-        _require_known(settings, [field.name for field in fields(cls)])
+        _require_known(settings, [setting.name for setting in fields(cls)])
         return cls(**settings)
 
 
 def _require_known(names: Iterable[str], known: Sequence[str], beside: Sequence[str] = ()) -> None:
-    """Raise a `ValueError` for a name that is not known; it names the nearest, also of those beside the settings."""
+    """Raise a `ValueError` for an unknown name; the message suggests the nearest name, also among those in `beside`."""
     unknown = sorted(set(names) - set(known), key=str)
     if unknown:
         close = get_close_matches(shortened(str(unknown[0])), (*known, *beside), n=1)

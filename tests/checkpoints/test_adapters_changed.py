@@ -12,6 +12,7 @@ from peft import LoraConfig
 from torch import nn
 from transformers import TrainerCallback
 
+from grids import rest_slow
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments, create_lorapro_optimizer, find_lora_pairs
 from trainer_helpers import arguments, assert_same, build, differ, factors, tiny_lora
 
@@ -64,7 +65,7 @@ CHANGES: dict[Callable[[Any], None], str] = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", rest_slow(CHANGES, fast=2))
 def test_second_training_after_the_adapters_changed(change: Callable[[Any], None], tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, two())
     trainer.train()
@@ -108,7 +109,7 @@ class Deleting(TrainerCallback):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: tiny_lora(target_modules=["q_proj"]), two], ids=["the only one", "one of two"]
+    "make", rest_slow([lambda: tiny_lora(target_modules=["q_proj"]), two]), ids=["the only one", "one of two"]
 )
 def test_an_adapter_deleted_while_training(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, make(), callbacks=[Deleting()])

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from grids import rest_slow
 from lorapro_hf import LoRAProTrainer, LoRAProTrainerMixin, LoRAProTrainingArguments, create_lorapro_optimizer
 from trainer_helpers import arguments, assert_same, build, differ, factors, tiny_base, tiny_lora
 
@@ -90,7 +91,7 @@ def added() -> nn.Module:
 MODELS = [other_active, other_shape_active, both_active, named_mine, with_a_slash, added, tiny_lora]
 
 
-@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("make", rest_slow(MODELS, fast=2))
 def test_best_weights_to_the_bit(make: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer, kept = prepared(tmp_path, make())
     frozen = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
@@ -116,7 +117,7 @@ def test_saved_is_what_was_best(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "masters", "is_given"),
-    [(torch.bfloat16, False, False), (torch.bfloat16, True, True), (torch.float16, False, False)],
+    rest_slow([(torch.bfloat16, True, True), (torch.bfloat16, False, False), (torch.float16, False, False)]),
 )
 def test_training_goes_on_from_the_best_weights(
     dtype: torch.dtype, masters: bool, is_given: bool, tmp_path: Path

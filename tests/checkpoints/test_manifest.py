@@ -134,17 +134,17 @@ def test_a_folder_without_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("", "Expecting value"),
-        ("[]", "TypeError"),
-        ("[" * 100_000, "RecursionError"),
-        ("{}", "KeyError: 'format'"),
+        ("", "it is cut off, or was never JSON"),
+        ("[]", "it does not list files as LoRA-Pro does"),
+        ("[" * 100_000, "it is cut off, or was never JSON"),
+        ("{}", "it does not list files as LoRA-Pro does"),
         ('{"format": 2, "lorapro_hf": "7.0"}', "it was written by lorapro_hf 7.0, later than"),
-        ({"files": 3}, "AttributeError"),
-        ({"files": {"optimizer.pt": {"size": 3}}}, "KeyError: 'crc32'"),
+        ({"files": 3}, "it does not list files"),
+        ({"files": {"optimizer.pt": {"size": 3}}}, "it does not list files"),
         ({"files": {"../optimizer.pt": {"size": 3, "crc32": [1]}}}, "which is not in the checkpoint"),
         ({"files": {"/etc/passwd": {"size": 3, "crc32": [1]}}}, "which is not in the checkpoint"),
-        ({"files": {"x" * 10_000: {}}}, "KeyError"),
-        ({"global_step": float("inf")}, "OverflowError"),
+        ({"files": {"x" * 10_000: {}}}, "it does not list files"),
+        ({"global_step": float("inf")}, "it does not list files"),
     ],
 )
 def test_a_damaged_one_is_refused_in_a_short_message(folder: Path, content: Any, said: str) -> None:

@@ -15,6 +15,7 @@ import transformers
 from packaging.version import Version
 from peft import PeftModel
 
+from grids import rest_slow
 from killable import Nursery
 from killable_jobs import SAVED_EVERY, STEPS, trainer_of
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
@@ -33,6 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 DEFAULT = {1: ("full", "factored", "masters"), 2: ("full",)}
 RANKS = pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 distributed = pytest.mark.distributed
+FILES = ["optimizer.pt", "adapter_model.safetensors", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
 IS_OLD = Version(transformers.__version__) < Version("5")
 
 
@@ -132,7 +134,7 @@ def test_killed_again_and_again_it_ends_to_the_bit_where_it_would_have(
     before = factors(trainer)
     with pytest.raises(ValueError, match=f"cannot resume from {second}: trainer_state.json") as caught:
         trainer.train(resume_from_checkpoint=str(second))
-    assert f"resume_from_checkpoint='{first}'" in str(caught.value)
+    assert f"Set resume_from_checkpoint to {first}, the newest" in str(caught.value)
     assert_same(before, factors(trainer))
 
     # after the checkpoint, which is written anew over what was left of it
@@ -255,10 +257,8 @@ def cut(file: Path, keep: float = 0.5) -> None:
     file.write_bytes(content[: int(keep * len(content))])
 
 
-@pytest.mark.parametrize("keep", [pytest.param(0.0, marks=pytest.mark.slow), 0.5, 0.99])
-@pytest.mark.parametrize(
-    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors", "trainer_state.json"]
-)
+@pytest.mark.parametrize("keep", rest_slow([0.5, 0.0, 0.99]))
+@pytest.mark.parametrize("name", rest_slow(FILES, fast=2))
 def test_a_file_cut_off_is_named_and_nothing_loaded(
     complete: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, name: str, keep: float
 ):
@@ -267,7 +267,9 @@ def test_a_file_cut_off_is_named_and_nothing_loaded(
     cut(folder / "checkpoint-6" / name, keep)
     trainer = fresh(folder)
     before = factors(trainer)
-    with pytest.raises(ValueError, match=rf"checkpoint-6: {name} is cut off or damaged \(.*checkpoint-3'") as caught:
+    with pytest.raises(
+        ValueError, match=rf"checkpoint-6: {name} is cut off or damaged \(.*checkpoint-3, the newest"
+    ) as caught:
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-6"))
     assert str(folder / "checkpoint-3") in str(caught.value)
     assert_same(before, factors(trainer))
@@ -276,9 +278,7 @@ def test_a_file_cut_off_is_named_and_nothing_loaded(
         assert_same(factors(trainer), complete[1])
 
 
-@pytest.mark.parametrize(
-    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors", "trainer_state.json"]
-)
+@pytest.mark.parametrize("name", rest_slow(FILES))
 def test_a_missing_file_is_named(complete: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, name: str):
     shutil.copytree(complete[0], tmp_path / "copy")
     for step in (3, 6):
@@ -288,7 +288,9 @@ def test_a_missing_file_is_named(complete: tuple[Path, dict[str, torch.Tensor]],
 
 
 def test_a_folder_that_is_not_there_is_named(complete: tuple[Path, dict[str, torch.Tensor]]):
-    with pytest.raises(ValueError, match=r"checkpoint-9: there is no such folder.*newest complete.*checkpoint-6'\.$"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint-9: there is no such folder.*checkpoint-6, the newest complete checkpoint\.$"
+    ):
         fresh(complete[0]).train(resume_from_checkpoint=str(complete[0] / "checkpoint-9"))
 
 
@@ -299,13 +301,13 @@ class Dangerous:
         return (pytest.fail, ("unpickled",))
 
 
-@pytest.mark.parametrize("content", [Dangerous(), {"weights": torch.ones(2)}, [1, 2]])
+@pytest.mark.parametrize("content", rest_slow([Dangerous(), {"weights": torch.ones(2)}, [1, 2]]))
 def test_a_file_with_something_else_is_named(
     complete: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, content: Any
 ):
     shutil.copytree(complete[0], tmp_path / "copy")
     torch.save(content, tmp_path / "copy" / "checkpoint-6" / "optimizer.pt")
-    with pytest.raises(ValueError, match=r"optimizer.pt is cut off or damaged.*newest complete.*checkpoint-3"):
+    with pytest.raises(ValueError, match=r"optimizer.pt is cut off or damaged.*checkpoint-3, the newest complete"):
         fresh(tmp_path / "copy").train(resume_from_checkpoint=str(tmp_path / "copy" / "checkpoint-6"))
 
 

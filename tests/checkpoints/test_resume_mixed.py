@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau, SequentialLR
 
+from grids import rest_slow
 from killable import Nursery
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
 from lorapro_hf.checkpoints.manifest import MANIFEST, read_manifest, write_manifest
@@ -65,12 +66,15 @@ def edit(file: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
 # Refused by the manifest
 
 
-@pytest.mark.parametrize("name", [ADAPTER, OPTIMIZER, SCHEDULER, STATE, RNG])
+@pytest.mark.parametrize("name", rest_slow([ADAPTER, OPTIMIZER, SCHEDULER, STATE, RNG]))
 def test_a_file_of_another_save_is_named_and_nothing_loaded(copy: Path, name: str) -> None:
     folder = mix(copy, name)
     trainer = fresh(copy)
     before = factors(trainer)
-    with pytest.raises(ValueError, match=rf"cannot resume from {folder}: {name} {CHANGED}.*checkpoint is .*-6'\.$"):
+    with pytest.raises(
+        ValueError,
+        match=rf"cannot resume from {folder}: {name} {CHANGED}.*Set resume_from_checkpoint to .*-6, the newest",
+    ):
         trainer.train(resume_from_checkpoint=str(folder))
     assert_same(before, factors(trainer))
 
@@ -92,12 +96,12 @@ def test_the_random_state_of_the_last_rank_is_missed(copy: Path) -> None:
     write_manifest(folder, 4, 2)
     assert find_flaw(folder) is None
     (folder / "rng_state_1.pth").unlink()
-    assert find_flaw(folder) == "rng_state_1.pth is missing"
+    assert str(find_flaw(folder)).startswith("rng_state_1.pth is missing: copy it anew")
 
 
 def test_a_manifest_that_is_damaged_is_named(copy: Path) -> None:
     (copy / "checkpoint-4" / MANIFEST).write_text("{")
-    assert f"{MANIFEST} is damaged (Expecting" in str(find_flaw(copy / "checkpoint-4"))
+    assert f"{MANIFEST} is damaged (it is cut off, or was never JSON)" in str(find_flaw(copy / "checkpoint-4"))
 
 
 def test_the_manifest_says_who_wrote_the_checkpoint(complete: tuple[Path, Any]) -> None:
@@ -112,13 +116,14 @@ def test_files_that_cannot_be_read_are_a_flaw(copy: Path) -> None:
     assert find_flaw(copy / "checkpoint-4") == f"{OPTIMIZER} cannot be read (Is a directory)"
 
 
-def test_without_its_state_a_checkpoint_is_one_of_weights_once_the_manifest_is_deleted(copy: Path) -> None:
+def test_where_state_is_missing_it_is_said_how_to_go_on_from_the_weights(copy: Path) -> None:
     folder = copy / "checkpoint-4"
+    left = [OPTIMIZER, RNG, SCHEDULER, MANIFEST]
     for name in (OPTIMIZER, SCHEDULER, RNG):
-        assert "weights alone" not in str(find_flaw(folder))
         (folder / name).unlink()
-    said = f"{OPTIMIZER} is missing: copy it anew, or delete {MANIFEST} to go on from the weights alone"
-    assert find_flaw(folder) == said
+        left.remove(name)
+        said = f" is missing: copy it anew, or delete {', '.join(sorted(left))} to go on from the weights alone"
+        assert str(find_flaw(folder)) == OPTIMIZER + said
     assert find_flaw(older(folder)) is None
 
 
@@ -283,7 +288,7 @@ def test_a_gap_among_the_random_states_is_a_flaw(copy: Path, ranks: tuple[int, .
     for rank in ranks:
         shutil.copy(folder / RNG, folder / f"rng_state_{rank}.pth")
     (folder / RNG).unlink()
-    assert find_flaw(folder) == (None if missing is None else f"{missing} is missing")
+    assert (find_flaw(folder) or "").split(":")[0] == ("" if missing is None else f"{missing} is missing")
 
 
 # Where no folder is named

@@ -149,7 +149,9 @@ def test_a_save_that_writes_no_weights_is_named(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(peft.PeftModel, "save_pretrained", lambda *args, **kwargs: None)
     (tmp_path / FILE).unlink(missing_ok=True)
     assert (tmp_path / "checkpoint-2" / FILE).is_file()  # these are not what has just been saved
-    with pytest.raises(ValueError, match=rf"{tmp_path} has no file of an adapter or a model\. What was saved cannot"):
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path} has no file of an adapter or a model\. The trained adapter cannot"
+    ):
         trainer.save_model()
 
 

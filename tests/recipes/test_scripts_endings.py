@@ -106,7 +106,7 @@ def test_an_unfinished_checkpoint_is_refused_before_anything_is_loaded(
     code, line = ending(capsys, "--resume_from_checkpoint", "out/checkpoint-3", "--model_name_or_path", "nowhere")
     assert code == 2
     assert line.startswith("run_clm.py: error: cannot resume from out/checkpoint-3: trainer_state.json is missing")
-    assert "The newest complete checkpoint is out/checkpoint-2" in line
+    assert "Set resume_from_checkpoint to out/checkpoint-2, the newest complete checkpoint" in line
 
 
 def test_true_passes_over_an_unfinished_checkpoint(folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
@@ -90,7 +90,7 @@ def test_json_round_trip(tmp_path):
         ),
         ({"lora_pro_rtol": 1.5}, r"rtol=1.5 must be a number in \[0, 1\)"),
         ({"lora_pro_rtol": "small"}, r"lora_pro_rtol='small' must be a number"),
-        ({"lora_pro_trust_region": 3}, "trust_region=3.0 must be a share below 1"),
+        ({"lora_pro_trust_region": 3}, "trust_region=3.0 must be a fraction below 1"),
         ({"lora_pro": "false"}, "lora_pro=.false. must be true or false"),
         ({"lora_pro_mode": "fast", "lora_pro": False}, "lora_pro_mode='fast' is unknown"),
     ],
@@ -115,3 +115,12 @@ def test_beside_the_arguments_of_another_trainer():
     assert (args.learning_rate, args.max_length, args.lora_pro_mode) == (2e-5, 1024, "efficient")
     with pytest.raises(ValueError, match="lora_pro_mode"):
         Both(output_dir="unused", lora_pro_mode="fast")
+
+
+def test_each_setting_of_the_config_is_said_once():
+    stated = {setting.name: setting for setting in fields(LoRAProConfig)}
+    own = {setting.name: setting for setting in fields(LoRAProTrainingArguments)}
+    for name, setting in stated.items():
+        assert setting.metadata["help"] and own[f"lora_pro_{name}"].metadata == setting.metadata
+        assert own[f"lora_pro_{name}"].default == setting.default
+        assert LoRAProTrainingArguments.__annotations__[f"lora_pro_{name}"] == LoRAProConfig.__annotations__[name]

@@ -13,6 +13,7 @@ from packaging.version import Version
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.optimization import Adafactor
 
+from grids import rest_slow
 from lorapro_hf import (
     LoRAProCallback,
     LoRAProConfig,
@@ -51,10 +52,8 @@ def sgd(model: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
 
 
-@pytest.mark.parametrize(
-    "x_mode", ["sylvester", *(pytest.param(x, marks=pytest.mark.slow) for x in ("zero", "symmetric"))]
-)
-@pytest.mark.parametrize("max_grad_norm", [1e9, 0.05])
+@pytest.mark.parametrize("x_mode", rest_slow(["sylvester", "zero", "symmetric"]))
+@pytest.mark.parametrize("max_grad_norm", rest_slow([0.05, 1e9]))
 def test_sgd_moves_the_weight_along_the_projected_gradient(tmp_path: Path, x_mode: str, max_grad_norm: float):
     snapshot = Snapshot()
     callback = LoRAProCallback(LoRAProConfig(mode="efficient", x_mode=x_mode))

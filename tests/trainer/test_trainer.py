@@ -32,8 +32,7 @@ from lorapro_hf import (
 from lorapro_hf.optim.memory import StateTooLargeError, readable_bytes
 from trainer_helpers import arguments, assert_same, build, differ, factors, logged, run, tiny_base, tiny_lora
 
-MODES = pytest.mark.parametrize("mode", ["full", "efficient"])
-MOSTLY_FULL = pytest.mark.parametrize("mode", ["full", pytest.param("efficient", marks=pytest.mark.slow)])
+MODES = pytest.mark.parametrize("mode", ["full", pytest.param("efficient", marks=pytest.mark.slow)])
 EFFICIENT = LoRAProConfig(mode="efficient")
 TIMINGS = {"train_runtime", "train_samples_per_second", "train_steps_per_second"}
 EVAL_TIMINGS = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
@@ -188,7 +187,7 @@ def test_model_init_and_changed_arguments(tmp_path: Path):
 # ---- what Trainer offers keeps working ----
 
 
-@MOSTLY_FULL
+@MODES
 def test_accumulation_equals_one_large_batch(tmp_path: Path, mode: str):
     settings = {"lora_pro_mode": mode, "adam_epsilon": 1e-4, "max_steps": 3}
     large = run(tmp_path / "a", per_device_train_batch_size=8, **settings)
@@ -199,7 +198,7 @@ def test_accumulation_equals_one_large_batch(tmp_path: Path, mode: str):
 
 
 @pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.3])
-@MOSTLY_FULL
+@MODES
 def test_resumed_equals_uninterrupted_to_the_bit(tmp_path: Path, mode: str, dropout: float):
     settings = {"lora_pro_mode": mode, "save_strategy": "steps", "save_steps": 3, "weight_decay": 0.1}
 
@@ -264,7 +263,7 @@ def test_load_best_model_at_end(tmp_path: Path):
     assert_same(factors(trainer), at_step_4)
 
 
-@pytest.mark.parametrize("save_only_model", [True, False])
+@pytest.mark.parametrize("save_only_model", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_checkpoint_holds_the_same_files_as_trainers(tmp_path: Path, save_only_model: bool):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "save_only_model": save_only_model}
     run(tmp_path / "plain", Trainer, **settings)

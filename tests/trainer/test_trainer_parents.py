@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+from grids import rest_slow
 from lorapro_hf import LoRAProAdamW, LoRAProTrainer, LoRAProTrainerMixin, LoRAProTrainingArguments
 from lorapro_hf.optim.lora_pro import unwrap_optimizer
 from lorapro_hf.trainer.parents import handed, replaced
@@ -70,7 +71,7 @@ class PassingOn(Trainer):
         super()._load_from_checkpoint(*args, **kwargs)
 
 
-PARENTS = pytest.mark.parametrize("parent", [Eager, Bare, Named, PassingOn], ids=lambda cls: cls.__name__)
+PARENTS = pytest.mark.parametrize("parent", rest_slow([Eager, Bare, Named, PassingOn]), ids=lambda cls: cls.__name__)
 
 
 def mixed(parent: type[Trainer]) -> type[Trainer]:

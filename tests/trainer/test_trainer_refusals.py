@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from transformers import Trainer
 
+from grids import rest_slow
 from lorapro_hf import (
     LoRAProCallback,
     LoRAProConfig,
@@ -36,7 +37,7 @@ def frozen() -> Any:
         ({"optim": "adafactor"}, {}, "optim='adafactor' would be ignored.*default.*--no_lora_pro.*LoRAProCallback"),
         ({"optim_args": "a=1"}, {}, "optim_args='a=1' would be ignored.*unset.*--no_lora_pro.*LoRAProCallback"),
         ({"optim_target_modules": "all"}, {}, "optim_target_modules='all' would be ignored.*unset.*--no_lora_pro"),
-        ({}, {"callbacks": lambda: [LoRAProCallback()]}, "adjust the gradients twice.*Drop the callback"),
+        ({}, {"callbacks": lambda: [LoRAProCallback()]}, "project the gradients twice.*Drop the callback"),
         ({}, {"lora_pro_config": lambda: EFFICIENT}, "settings twice.*drop lora_pro_config="),
         (
             {},
@@ -91,7 +92,7 @@ def test_settings_changed_between_trainings_raise(tmp_path: Path):
         trainer.train()
 
 
-@pytest.mark.parametrize("mode", ["full", "efficient"])
+@pytest.mark.parametrize("mode", rest_slow(["full", "efficient"]))
 def test_lora_pro_turned_off_for_a_checkpoint_raises_before_anything_is_loaded(tmp_path: Path, mode: str):
     run(tmp_path, lora_pro_mode=mode, save_strategy="steps", save_steps=1, max_steps=1)
     trainer = build(LoRAProTrainer, arguments(tmp_path, LoRAProTrainingArguments, lora_pro=False))
@@ -162,7 +163,7 @@ def test_optimizer_of_another_model_raises(tmp_path: Path):
 def test_callback_added_later_raises(tmp_path: Path):
     trainer = build(LoRAProTrainer, arguments(tmp_path))
     trainer.add_callback(LoRAProCallback())
-    with pytest.raises(ValueError, match="adjust the gradients twice"):
+    with pytest.raises(ValueError, match="project the gradients twice"):
         trainer.train()
 
 

@@ -16,6 +16,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
+from grids import rest_slow
+
 pytest.importorskip("trl")
 
 import trl
@@ -97,7 +99,7 @@ needs_factories = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("way", ["mixin", pytest.param("factory", marks=needs_factories), "callback"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", rest_slow(KINDS))
 def test_takes_the_projected_step(kind: str, way: str, tmp_path: Path):
     trainer, record = trainer_of(kind, way, tmp_path)
     trainer.train()
@@ -118,7 +120,7 @@ def test_turned_off_it_is_the_parent_to_the_bit(kind: str, tmp_path: Path):
     assert_same_parameters(own.model, parent.model)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", rest_slow(KINDS))
 def test_defaults_are_those_of_trl_and_train(kind: str, tmp_path: Path):
     case, record = KINDS[kind], FirstStep()
     given = {"output_dir": str(tmp_path), "use_cpu": True, "max_steps": 1, "per_device_train_batch_size": 4}
@@ -143,7 +145,7 @@ def test_defaults_are_those_of_trl_and_train(kind: str, tmp_path: Path):
     record.assert_efficient_step(args.learning_rate)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", rest_slow(KINDS))
 def test_command_line_and_file(kind: str, tmp_path: Path):
     file = tmp_path / "settings.yaml"
     file.write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nlora_pro_mode: factored\nlora_pro_rtol: 1e-6\n")
@@ -170,10 +172,10 @@ def test_the_head_of_a_reward_model_gets_plain_adamw(tmp_path: Path):
 @pytest.mark.parametrize(
     ("data", "settings"),
     [
-        (conversations, {"packing": True}),
+        pytest.param(conversations, {"packing": True}, marks=pytest.mark.slow),
         pytest.param(conversations, {"packing": True, "packing_strategy": "wrapped"}, marks=pytest.mark.slow),
         (completions, {"completion_only_loss": True}),
-        (conversations, {"assistant_only_loss": True}),
+        pytest.param(conversations, {"assistant_only_loss": True}, marks=pytest.mark.slow),
     ],
     ids=["packing", "packing, wrapped", "completion only", "assistant only"],
 )
@@ -193,7 +195,7 @@ def test_supervised_variants_learn(data: Any, settings: dict[str, Any], tmp_path
 
 @pytest.mark.parametrize(
     ("kind", "settings"),
-    [("DPO", {}), ("DPO", {"precompute_ref_log_probs": True}), ("GRPO", {"beta": 0.1})],
+    rest_slow([("DPO", {}), ("DPO", {"precompute_ref_log_probs": True}), ("GRPO", {"beta": 0.1})]),
     ids=["DPO", "DPO, computed before", "GRPO"],
 )
 def test_a_reference_adapter_is_left_alone(kind: str, settings: dict[str, Any], tmp_path: Path):
@@ -210,7 +212,7 @@ def test_a_reference_adapter_is_left_alone(kind: str, settings: dict[str, Any], 
 
 
 @pytest.mark.parametrize("model", ["without an adapter", "a name", "a frozen adapter"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", rest_slow(KINDS))
 def test_a_missing_adapter_is_noticed_before_the_data_is_read(
     kind: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

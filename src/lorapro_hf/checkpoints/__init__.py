@@ -1,1 +1,1 @@
-"""What do the folders hold that a `Trainer` saves, and can a training go on from them?"""
+"""Which files does a `Trainer` save, and can a training resume from them?"""

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 WEIGHTS = (*ADAPTER_FILES, "model.safetensors", "pytorch_model.bin")
-PREFIX = "base_model.model."  # PEFT's; transformers puts it before the names in the files that it writes itself
-_OF_FSDP = ("pytorch_model_fsdp.bin", "pytorch_model_fsdp_0")  # accelerate's: the whole, or a folder of shards
+PREFIX = "base_model.model."  # of PEFT; transformers puts it before the names in its own files
+_OF_FSDP = ("pytorch_model_fsdp.bin", "pytorch_model_fsdp_0")  # of accelerate: the whole model, or its shards
 
 
 def is_peft_model(model: nn.Module) -> TypeGuard[PeftModel]:
@@ -45,7 +45,7 @@ def active_adapters(model: nn.Module) -> list[str]:
 def adapted_part(model: nn.Module) -> tuple[str, nn.Module | None]:
     """The name and the module of the part that has the adapters: mostly the model, whose name is empty.
 
-    A `SentenceTransformer` keeps them in the model of its first module, which it saves at the top of a folder.
+    A `SentenceTransformer` has them in the model of its first module, which it saves at the top of a folder.
     """
     return next(((name, part) for name, part in model.named_modules() if active_adapters(part)), ("", None))
 
@@ -53,8 +53,8 @@ def adapted_part(model: nn.Module) -> tuple[str, nn.Module | None]:
 def adapter_files(folder: Path, model: nn.Module) -> dict[str, Path]:
     """The files of a model's adapters in a checkpoint, by the adapters' names; absent files are left out.
 
-    PEFT keeps the adapter named default at the top and each other one in a folder of its name. transformers keeps the
-    active one of `model.add_adapter` at the top, whatever its name.
+    PEFT saves the adapter named default at the top and each other adapter in a folder of its name. transformers saves
+    the active adapter of `model.add_adapter` at the top, whatever its name.
     """
     if is_peft_model(model):
         places = {name: folder if name == "default" else folder / name for name in model.peft_config}
@@ -67,10 +67,10 @@ def adapter_files(folder: Path, model: nn.Module) -> dict[str, Path]:
 
 
 def holds_weights(folder: Path) -> bool:
-    """Whether a folder that no engine has written holds the weights of a model or of adapters; checkpoints in it apart.
+    """Whether a folder holds the weights of a model or of adapters, apart from those of engines and checkpoints in it.
 
     Args:
-        folder: a checkpoint, or where a model has been saved.
+        folder: a checkpoint, or the folder of a saved model.
     """
     patterns = [pattern for name in WEIGHTS for pattern in (f"**/{name}", f"{name}.index.json")]
     found = (file.relative_to(folder) for pattern in patterns for file in folder.glob(pattern))
@@ -81,7 +81,7 @@ def tensor_shapes(file: Path) -> dict[str, list[int]]:
     """The shapes of the tensors in the file of an adapter, by name.
 
     Raises:
-        SafetensorError: a file of that kind is cut off or damaged.
+        SafetensorError: a safetensors file is cut off or damaged.
     """
     if file.suffix == ".bin":
         return {name: list(tensor.shape) for name, tensor in read_adapter(file).items()}
@@ -97,7 +97,7 @@ def read_adapter(file: Path) -> dict[str, Tensor]:
 
 
 def require_savable(model: nn.Module) -> None:
-    """Raise if transformers would save nothing of the adapters that are trained, or fail at it.
+    """Raise if transformers cannot save the adapters that are trained.
 
     Raises:
         ValueError: a wrapper is around a part of the model, or several adapters of `model.add_adapter` are active.
@@ -113,10 +113,10 @@ def require_savable(model: nn.Module) -> None:
 
 
 def require_pairs_saved(folder: Path, model: nn.Module) -> None:
-    """Raise if A or B of a pair that is trained is missing in what has just been saved, or nothing was.
+    """Raise if the files of a save lack A or B of a trained pair.
 
     Args:
-        folder: where to.
+        folder: the folder of the save.
         model: the model, out of any wrapper of DDP or accelerate.
 
     Raises:
@@ -125,23 +125,23 @@ def require_pairs_saved(folder: Path, model: nn.Module) -> None:
     lack = find_unsaved(folder, model)
     if lack is None and adapted_part(model)[1] is not None and not _holds_any(folder):
         raise ValueError(
-            f"{folder} has no file of an adapter or a model. What was saved cannot restore the adapter that is "
-            "trained; the model itself still has it. Look at the trainer's _save and the model's save_pretrained, "
-            "which have written none."
+            f"{folder} has no file of an adapter or a model. The trained adapter cannot be restored from these files; "
+            "the model itself still has the adapter. Look at the trainer's _save and the model's save_pretrained, "
+            "which wrote no file."
         )
     if lack is None:
         return
     wrapper = find_wrapper(model)
     where = f": {wrapper[0] or 'the model'} is wrapped by {wrapper[1]}" if wrapper else ""
     raise ValueError(
-        f"{lack}. What was saved cannot restore the adapter that is trained; the model itself still has it. Something "
-        f"has renamed or replaced modules since PEFT made the adapter{where}. Take wrappers off before the training, "
-        "and for activation checkpointing use gradient_checkpointing=True."
+        f"{lack}. The trained adapter cannot be restored from these files; the model itself still has the adapter. "
+        f"Something has renamed or replaced modules since PEFT made the adapter{where}. Take wrappers off before the "
+        "training, and for activation checkpointing use gradient_checkpointing=True."
     )
 
 
 def saving_error(folder: Path, model: nn.Module) -> ValueError | None:
-    """The error of `require_pairs_saved`, or of reading the files; `None` if the adapter is in the folder."""
+    """The error of `require_pairs_saved` or of reading the files; `None` if the adapter is in the folder."""
     try:
         require_pairs_saved(folder, model)
     except ValueError as error:
@@ -152,7 +152,7 @@ def saving_error(folder: Path, model: nn.Module) -> ValueError | None:
 
 
 def raise_on_all_ranks(error: ValueError | None) -> None:
-    """Raise the error of the first rank that has one on every rank; all ranks must call it."""
+    """Raise on every rank the error of the first rank that has one; all ranks must call it."""
     from accelerate.utils import gather_object
 
     message = next(filter(None, gather_object([None if error is None else str(error)])), None)
@@ -161,7 +161,7 @@ def raise_on_all_ranks(error: ValueError | None) -> None:
 
 
 def require_pairs_in_checkpoint(folder: Path, model: nn.Module) -> None:
-    """Raise if A or B of a pair that is trained is missing in the files of a checkpoint.
+    """Raise if the files of a checkpoint lack A or B of a trained pair.
 
     Raises:
         ValueError: the message names the pair, the file and what to do.
@@ -175,10 +175,10 @@ def require_pairs_in_checkpoint(folder: Path, model: nn.Module) -> None:
 
 
 def find_unsaved(folder: Path, model: nn.Module) -> str | None:
-    """The first factor that is trained and that a file of a folder lacks, and that file; `None` if all are there.
+    """The first trained factor that a file of a folder lacks, with the file; `None` if the files have all factors.
 
-    Files of adapters and those in which FSDP keeps a model count. Only names and shapes are read. A folder without such
-    files, and a model that has no adapter, lack nothing.
+    The files are those of adapters and of FSDP's models. Only names and shapes are read. A folder without such files
+    lacks nothing, and nor does a folder for a model without an adapter.
     """
     place, part = adapted_part(model._modules.get("_orig_mod") or model)
     files = [] if part is None else list(_files(folder, part, place and f"{place}."))
@@ -196,7 +196,7 @@ def find_unsaved(folder: Path, model: nn.Module) -> str | None:
 
 
 def told(shape: list[int] | None) -> str:
-    """What a message says of a tensor of this shape, or of none."""
+    """A shape as messages describe it."""
     return "is missing" if shape is None else f"has shape {shape}"
 
 
@@ -204,9 +204,9 @@ class _File(NamedTuple):
     path: Path
     shapes: dict[str, list[int]]
     adapters: Collection[str]
-    """The adapters that the file is to hold."""
+    """The adapters that the file must hold."""
     unnamed: Collection[str]
-    """The adapters whose own names the names of their tensors leave out."""
+    """The adapters whose tensors lack the adapter's name in theirs."""
 
 
 def _holds_any(folder: Path) -> bool:
@@ -214,7 +214,7 @@ def _holds_any(folder: Path) -> bool:
 
 
 def _files(folder: Path, model: nn.Module, place: str) -> Iterator[_File]:
-    """The files of a model that FSDP names as a part of another, after `place`."""
+    """The files of a model; FSDP puts `place` before the names of a part of another model."""
     prefix = "" if is_peft_model(model) else PREFIX
     for adapter, file in adapter_files(folder, model).items():
         shapes = {name.removeprefix(prefix): shape for name, shape in tensor_shapes(file).items()}

@@ -1,4 +1,4 @@
-"""Which engine runs, which has written a checkpoint, and are all files of it there?"""
+"""Which engine runs, which engine wrote a checkpoint, and are all its files there?"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ANEW = "start a new training from the saved adapter: PeftModel.from_pretrained(
 
 
 def describe_engine(accelerator: Any) -> str:
-    """The engine of an `Accelerator` as messages name it, with the kind of files that it reads and writes."""
+    """The engine of an `Accelerator` as messages name it, with the kind of its files."""
     name = getattr(accelerator.distributed_type, "value", accelerator.distributed_type)
     if name == "FSDP":
         kind = accelerator.state.fsdp_plugin.state_dict_type
@@ -35,7 +35,7 @@ def describe_engine(accelerator: Any) -> str:
 
 
 def written_by(folder: Path) -> list[str]:
-    """The engines of which a checkpoint holds files; none if it holds weights alone, several if saves were mixed."""
+    """The engines whose files a checkpoint holds: none for weights alone, several if saves were mixed."""
     found = []
     if (folder / OPTIMIZER).exists():
         found.append(DDP if any(folder.glob("rng_state_*.pth")) else ONE_PROCESS)
@@ -49,14 +49,14 @@ def written_by(folder: Path) -> list[str]:
 
 
 def require_same_engine(folder: Path, running: str) -> None:
-    """Raise if another engine has written a checkpoint than the one that is to load it.
+    """Raise if the running engine cannot load a checkpoint because another engine wrote it.
 
     Args:
         folder: the checkpoint, complete.
-        running: the engine that runs, from `describe_engine`.
+        running: the running engine, from `describe_engine`.
 
     Raises:
-        ValueError: another engine has written it, or it holds weights alone, which DeepSpeed does not load.
+        ValueError: another engine wrote it, or it holds weights alone, which DeepSpeed does not load.
     """
     written = written_by(folder)
     if not written and running.startswith(DEEPSPEED):
@@ -75,12 +75,10 @@ def require_same_engine(folder: Path, running: str) -> None:
 
 
 def engine_flaw(folder: Path) -> str | None:
-    """The file that a checkpoint lacks, or that is not of its kind, whichever engine has written it.
-
-    None of the code that a file may bring along is run.
+    """The first file that a checkpoint lacks or that is damaged, under any engine; no code in a file is run.
 
     Returns:
-        The first flaw, `None` for a complete checkpoint, also for one of weights alone.
+        `None` for a complete checkpoint, also for one of weights alone.
     """
     written = written_by(folder)
     if len(written) > 1:
@@ -89,12 +87,12 @@ def engine_flaw(folder: Path) -> str | None:
 
 
 def saved_state(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The state of the optimizer in a checkpoint of any engine but DeepSpeed, and the file that holds it.
+    """The optimizer's state in a checkpoint of any engine but DeepSpeed, with its file.
 
-    The tensors of a sharded state have shapes and dtypes alone.
+    The tensors of a sharded state have only shapes and dtypes.
 
     Returns:
-        `None` if there is none, or DeepSpeed has written it.
+        `None` if there is no state, or DeepSpeed wrote it.
 
     Raises:
         ValueError: the file is cut off, or not of an optimizer.
@@ -107,7 +105,7 @@ def saved_state(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def saved_mode(folder: Path) -> tuple[Path, str] | None:
-    """LoRA-Pro's mode in a checkpoint of any engine, and the file that holds it; `None` if there is none.
+    """LoRA-Pro's mode in a checkpoint of any engine, with its file; `None` if there is no mode.
 
     Raises:
         ValueError: the optimizer's file is cut off, or not of an optimizer.

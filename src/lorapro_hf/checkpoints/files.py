@@ -1,4 +1,4 @@
-"""What do the files of a `Trainer`'s checkpoint hold, and are they whole and of one step?"""
+"""Which state do the files of a `Trainer`'s checkpoint hold, and are the files whole?"""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _damages(folder: Path) -> Iterator[tuple[Path, str]]:
     for pattern in _WRITTEN_BY_TORCH:
         for file in sorted(folder.glob(pattern)):
             try:
-                with zipfile.ZipFile(file):  # its directory stands at the end, which is what a cut takes away
+                with zipfile.ZipFile(file):  # a cut takes away its directory, which stands at the end
                     pass
                 if pattern in _READERS:
                     _READERS[pattern](file)
@@ -59,8 +59,8 @@ def read_global_step(folder: Path) -> int:
     """
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError("it is cut off, or was never JSON") from error
     step = state.get("global_step") if isinstance(state, dict) else None
     if not isinstance(step, int):
         raise ValueError("it has no global_step")
@@ -68,7 +68,7 @@ def read_global_step(folder: Path) -> int:
 
 
 def read_optimizer_state(file: Path) -> dict[str, Any]:
-    """What an `optimizer.pt` holds, its tensors left on the disk.
+    """The state of an `optimizer.pt`; its tensors stay on the disk.
 
     Raises:
         ValueError: the file is cut off, or not of an optimizer.
@@ -82,11 +82,10 @@ def read_optimizer_state(file: Path) -> dict[str, Any]:
 
 
 def read_scheduler_state(file: Path) -> dict[str, Any]:
-    """What a `scheduler.pt` holds.
+    """The state of a `scheduler.pt`, whose content is up to the schedule.
 
     Raises:
-        ValueError: the file is cut off, or of an optimizer, a gradient scaler or random number generators. A schedule
-            may save anything else.
+        ValueError: the file is cut off, or of an optimizer, a gradient scaler or random number generators.
     """
     state = read_tensors(file)
     if not isinstance(state, dict) or {"param_groups", "scale", "cpu"} & state.keys():
@@ -129,14 +128,14 @@ _READERS: dict[str, Callable[[Path], Any]] = {
 
 
 def find_missing_rng(folder: Path, known_ranks: int = 1) -> str | None:
-    """The random state of a rank that is missing in a checkpoint, `None` if each rank's is there.
+    """The first random state that is missing in a checkpoint, `None` if each rank's is there.
 
-    One process writes `rng_state.pth`, several write `rng_state_0.pth` and so on, each node its own ranks' if it saves
-    on a disk of its own.
+    One process writes `rng_state.pth`, several write `rng_state_0.pth` and so on. A node that saves on its own disk
+    writes those of its own ranks.
 
     Args:
         folder: the checkpoint.
-        known_ranks: as many ranks at least have written it; 1 if its files do not tell.
+        known_ranks: the least number of ranks that wrote the checkpoint; 1 if its files do not tell.
     """
     ranks = {int(match[1]) for file in folder.glob(RNG) if (match := re.fullmatch(r"rng_state_(\d+)\.pth", file.name))}
     first = min(ranks, default=0) if known_ranks == 1 else 0

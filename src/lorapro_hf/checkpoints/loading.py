@@ -1,8 +1,8 @@
 """How does a `Trainer` load the adapters of a checkpoint into the very parameters that its model has?
 
-Loading is saving read backwards. PEFT tells which tensors it would save of an adapter, and under which names. They
-share their memory with the model's parameters, and the values of the file are copied into them. PEFT's own
-`load_adapter` makes new parameters, in float32, of those in bfloat16 and float16, and an optimizer keeps the old ones.
+PEFT says which tensors of an adapter it would save, and under which names. These tensors share their memory with the
+model's parameters, and the values of the file are copied into them. PEFT's own `load_adapter` would replace parameters
+in bfloat16 and float16 by new ones in float32, while the optimizer keeps the old ones.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class LoadingMixin(_Base):
         return False
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        """As the parent, but all adapters are loaded, into the parameters that are there."""
+        """Like the parent, but load all adapters into the existing parameters."""
         parent = super()._load_from_checkpoint
         if not self._loads_adapters(resume_from_checkpoint):
             parent(resume_from_checkpoint, *args, **kwargs)
@@ -64,7 +64,7 @@ class LoadingMixin(_Base):
         load_adapters(Path(resume_from_checkpoint), self.model, factors=not self._exports)
 
     def _load_best_model(self) -> None:
-        """As the parent, but all adapters are loaded, into the parameters that are there; a failure is a warning."""
+        """Like the parent, but load all adapters into the existing parameters; a failure is a warning."""
         folder, parent = self.state.best_model_checkpoint, super()._load_best_model
         if not self._loads_adapters(folder):
             parent()
@@ -75,10 +75,10 @@ class LoadingMixin(_Base):
                 with left_alone(self.model):
                     parent()
             load_adapters(Path(folder), self.model, factors=not self._exports)
-        except Exception as error:  # whatever it is, a training that has come to its end does not fail for it
+        except Exception as error:  # no error may fail a training that has come to its end
             logger.warning(
                 "The best checkpoint could not be loaded: %s\nThe model keeps the weights of its last step, and the "
-                "model card tells of these.",
+                "model card describes these.",
                 error,
             )
             return
@@ -100,7 +100,7 @@ def holds_adapters(folder: Path, model: nn.Module) -> bool:
 
 
 def require_adapters(folder: Path, model: nn.Module, factors: bool = True) -> dict[str, Path]:
-    """Raise if a checkpoint of adapters lacks one that is trained, or holds one that does not fit.
+    """Raise if a checkpoint of adapters lacks a trained adapter, or holds an adapter that does not fit.
 
     Args:
         folder: the checkpoint.
@@ -108,7 +108,7 @@ def require_adapters(folder: Path, model: nn.Module, factors: bool = True) -> di
         factors: compare A and B as well, instead of the other tensors alone.
 
     Returns:
-        The files, as of `adapter_files`; none if it is no checkpoint of adapters, or the model has none.
+        The files, as from `adapter_files`; none if the checkpoint or the model has no adapters.
 
     Raises:
         ValueError: the message begins with the folder or the file.
@@ -131,7 +131,7 @@ def require_adapters(folder: Path, model: nn.Module, factors: bool = True) -> di
 
 @torch.no_grad()
 def load_adapters(folder: Path, model: nn.Module, factors: bool = True) -> None:
-    """Load every adapter of a model that a checkpoint holds; which are active, and which train, stays as it is.
+    """Load every adapter that a checkpoint holds; the model's active and trainable adapters stay the same.
 
     Args:
         folder: the checkpoint.
@@ -157,7 +157,7 @@ def load_adapters(folder: Path, model: nn.Module, factors: bool = True) -> None:
 
 @contextlib.contextmanager
 def left_alone(model: Any) -> Iterator[None]:
-    """Keep a trainer's own way of loading away from the adapters, while it does what else it does."""
+    """Keep a trainer's own loading from the adapters, while it loads everything else."""
     model.load_adapter = model.set_adapter = lambda *_, **__: None
     try:
         yield
@@ -171,12 +171,12 @@ def _is_overridden(method: Any) -> bool:
 
 
 def _tensors(model: nn.Module, adapter: str, names: Collection[str]) -> dict[str, Tensor]:
-    """The parameters that a file of an adapter holds, by their names there.
+    """The model's tensors for an adapter's file, by their names in the file.
 
     Args:
         model: the model, unwrapped.
         adapter: the adapter's name.
-        names: the names in the file. Embeddings are among them when the vocabulary has grown.
+        names: the names in the file. They include embeddings when the vocabulary has grown.
     """
     prefix = "" if isinstance(model, PeftModel) else PREFIX
 
@@ -191,7 +191,7 @@ def _tensors(model: nn.Module, adapter: str, names: Collection[str]) -> dict[str
 
 
 def _require_trained(folder: Path, model: nn.Module, files: Collection[str]) -> None:
-    """Raise if a checkpoint holds adapters, but not all that are trained."""
+    """Raise if a checkpoint lacks a trained adapter."""
     missing = sorted({pair.adapter_name for pair in survey_lora_pairs(model)[0]} - set(files))
     if missing:
         held = sorted(
@@ -199,7 +199,7 @@ def _require_trained(folder: Path, model: nn.Module, files: Collection[str]) -> 
         )
         raise ValueError(
             f"{folder}: the model trains the adapter {missing[0]!r}, but the checkpoint holds {held}. Give the adapter "
-            f"the name that it had: get_peft_model(model, config, adapter_name={held[0]!r})."
+            f"its former name: get_peft_model(model, config, adapter_name={held[0]!r})."
         )
 
 

@@ -1,7 +1,7 @@
 """Which files did a save write into a checkpoint, and are they still the same?
 
-A `Trainer` with LoRA-Pro writes the manifest last. It lists the size and the checksums of each file, so that a file of
-another save, a file that was cut off and a flipped bit are found before a training goes on from them.
+A `Trainer` with LoRA-Pro writes the manifest last. The manifest lists the size and the checksums of each file. So a
+file of another save, a file that was cut off and a flipped bit are found before a training resumes.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class SavedFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a save wrote.
+    """The files of one save.
 
     Args:
         global_step: steps that the training had done.
         processes: how many processes trained.
-        engine: what trained, as `describe_engine` names it; `None` where nobody said so.
-        files: by the path in the checkpoint.
+        engine: the engine, as `describe_engine` names it; `None` if unknown.
+        files: the files by their paths in the checkpoint.
     """
 
     global_step: int
@@ -65,9 +65,9 @@ class Manifest:
 
 
 def clear(folder: Path) -> None:
-    """Remove an older checkpoint's state from the folder of a new one: its mark first, so that it is not taken for one.
+    """Remove an older checkpoint's state from the folder of a new one, first the file that marks it as finished.
 
-    More ranks or another engine may have written it, whose files the new save would leave among its own.
+    More ranks or another engine may have written the older one. Their files would stay among those of the new save.
     """
     for pattern in (STATE, MANIFEST, *_OF_STATE):
         for path in folder.glob(pattern):
@@ -78,14 +78,14 @@ def clear(folder: Path) -> None:
 
 
 def write_manifest(folder: Path, global_step: int, processes: int, engine: str | None = None) -> None:
-    """List the files of a checkpoint, all of which have been written; the manifest appears whole or not at all."""
+    """Write the manifest of a checkpoint whose files are all written; it appears whole or not at all."""
     files = {path.relative_to(folder).as_posix(): _as_saved(path) for path in _to_list(folder)}
     content = asdict(Manifest(global_step, processes, engine, files))
     write_text(folder / MANIFEST, json.dumps({"format": _FORMAT, "lorapro_hf": __version__, **content}, indent=1))
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a checkpoint; `None` if it has none, as an older checkpoint or one of another trainer.
+    """The manifest of a checkpoint; `None` for a checkpoint of an older version or another trainer, which has none.
 
     Raises:
         ValueError: it is damaged, or of a later version.
@@ -96,34 +96,36 @@ def read_manifest(folder: Path) -> Manifest | None:
     if file.stat().st_size > _MAX_BYTES:
         raise ValueError(f"it has more than {_MAX_BYTES >> 20} MB")
     try:
-        return _parsed(json.loads(file.read_text(encoding="utf-8")))
-    except (KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{type(error).__name__}: {str(error)[:80]}") from error
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError("it is cut off, or was never JSON") from error
+    try:
+        return _parsed(content)
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError("it does not list files as LoRA-Pro does") from error
 
 
 def is_gone_on_from(path: PurePath) -> bool:
-    """Whether a training goes on from a file: the trainer's state, an optimizer's, an engine's, or weights.
+    """Whether a training resumes from a file: the trainer's state, an optimizer's, an engine's, or weights.
 
     Args:
-        path: in the checkpoint.
+        path: the file's path in the checkpoint.
     """
     is_weights = path.name in WEIGHTS or path.name.endswith(".index.json") or _SHARD.fullmatch(path.name) is not None
     return str(path) == STATE or _is_state(path) or is_weights
 
 
 def find_change(folder: Path, manifest: Manifest, checksums: bool = True) -> str | None:
-    """The first file that is missing, not as it was saved, or of another save; `None` if there is none.
+    """The first file that is missing, changed, or of another save; `None` if there is none.
 
-    Files from which no training goes on may have been changed and added, as may the random states of other nodes.
+    Files that no training resumes from may have been changed and added. Random states of other nodes may be added.
 
     Args:
         folder: the checkpoint.
-        manifest: what a save wrote there.
-        checksums: read the files, instead of comparing no more than their sizes.
+        manifest: its manifest.
+        checksums: read the files and compare their checksums, not only their sizes.
     """
     missing = [name for name in manifest.files if not (folder / name).is_file()]
-    if missing and missing == [name for name in manifest.files if _is_state(PurePath(name))]:
-        return f"{missing[0]} is missing: copy it anew, or delete {MANIFEST} to go on from the weights alone"
     if missing:
         return f"{missing[0]} is missing"
     for path in _to_list(folder):

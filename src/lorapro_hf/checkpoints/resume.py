@@ -1,27 +1,31 @@
-"""Can a training go on from this checkpoint folder of a `Trainer`? Asked before anything is loaded."""
+"""Can a training resume from this checkpoint of a `Trainer`? Asked before anything is loaded."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from lorapro_hf.checkpoints.engines import engine_flaw, saved_mode, saved_state
-from lorapro_hf.checkpoints.files import NAME, OPTIMIZER, RNG, SCHEDULER, STATE, find_damage
+from lorapro_hf.checkpoints.adapters import holds_weights
+from lorapro_hf.checkpoints.engines import DDP, ONE_PROCESS, engine_flaw, saved_mode, saved_state, written_by
+from lorapro_hf.checkpoints.files import METHODS, NAME, OPTIMIZER, RNG, SCALER, SCHEDULER, STATE, find_damage
 from lorapro_hf.checkpoints.loading import require_adapters
 from lorapro_hf.checkpoints.manifest import MANIFEST, find_change, read_manifest
 from lorapro_hf.checkpoints.step_counts import find_disagreement, steps_behind
 from lorapro_hf.optim.checkpoint import check_state_dict
 from lorapro_hf.optim.lora_pro import LoRAProAdamW
 
+_STATE_FILES = (OPTIMIZER, SCHEDULER, SCALER, RNG, METHODS)
+
 
 def require_complete(folder: Path, checksums: bool = True) -> None:
-    """Raise if a checkpoint is not whole or not of one save; the message names a complete one beside it.
+    """Raise if a checkpoint is not whole or not of one save; the message names a complete checkpoint beside it.
 
     Args:
         folder: the checkpoint.
-        checksums: read all files, as `find_flaw` does.
+        checksums: as of `find_flaw`.
 
     Raises:
         ValueError: a file is missing, cut off, damaged or of another save.
@@ -43,13 +47,13 @@ def newest_complete(
 ) -> tuple[Path | None, dict[Path, str]]:
     """The checkpoint that `resume_from_checkpoint=True` means, and the flaws of the checkpoints that it passes over.
 
-    It is `None`, and the training starts anew, where not one save was finished: a job that is started again whenever it
-    dies would be refused for ever after it had died in its first save.
+    The checkpoint is `None`, and the training starts anew, where no save was finished. Otherwise a job that restarts
+    itself would be refused for ever once it had died in its first save.
 
     Args:
         output: the output folder of the training.
-        folders: the checkpoints in it, the newest first.
-        find: gives the flaw of one, as `find_flaw` does.
+        folders: its checkpoints, the newest first.
+        find: returns the flaw of a checkpoint, as `find_flaw` does.
 
     Raises:
         ValueError: none is complete, or there is none.
@@ -72,7 +76,7 @@ def newest_complete(
 
 
 def unverified(folder: Path) -> str | None:
-    """What a complete checkpoint leaves unsaid of itself for want of a manifest; `None` if it has one."""
+    """A warning that a complete checkpoint without a manifest could not be verified; `None` if it has a manifest."""
     if (folder / MANIFEST).is_file():
         return None
     behind = steps_behind(folder)
@@ -90,20 +94,31 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def find_flaw(folder: Path, checksums: bool = True) -> str | None:
-    """What is wrong with the files of a checkpoint, `None` for a complete one of one save.
+    """The first flaw of a checkpoint, `None` if it is complete and of one save.
 
     Args:
         folder: the checkpoint.
-        checksums: compare the content of each file with the manifest, for which all of them are read.
+        checksums: read all files and compare their content with the manifest.
     """
     if not folder.is_dir():
         return "there is no such folder"
     if not _is_finished(folder):
         return f"{STATE} is missing, which is written last, so that the checkpoint was not finished"
     try:
-        return find_damage(folder) or engine_flaw(folder) or _find_mixture(folder, checksums)
+        flaw = find_damage(folder) or engine_flaw(folder) or _find_mixture(folder, checksums)
     except OSError as error:
         return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
+    return flaw and _with_remedy(folder, flaw)
+
+
+def _with_remedy(folder: Path, flaw: str) -> str:
+    """The flaw; where only the state is incomplete, with the way to go on from the weights."""
+    name, found, _ = flaw.partition(" is missing")
+    is_state = any(fnmatchcase(name, pattern) for pattern in _STATE_FILES)
+    if not (found and is_state and holds_weights(folder) and {*written_by(folder)} <= {ONE_PROCESS, DDP}):
+        return flaw
+    left = sorted(file.name for pattern in (*_STATE_FILES, MANIFEST) for file in folder.glob(pattern))
+    return f"{name} is missing: copy it anew, or delete {', '.join(left)} to go on from the weights alone"
 
 
 def _is_finished(folder: Path) -> bool:
@@ -111,7 +126,7 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _find_mixture(folder: Path, checksums: bool) -> str | None:
-    """The file of a checkpoint that another save has written, or that has been lost since."""
+    """The first file of a checkpoint that another save wrote, or that is lost."""
     name = MANIFEST
     try:
         manifest = read_manifest(folder)
@@ -128,8 +143,8 @@ def require_same_training(folder: Path, optimizer: LoRAProAdamW | None, model: A
 
     Args:
         folder: the checkpoint.
-        optimizer: what would be given the state; `None` if that is not known.
-        model: what would be given the adapter.
+        optimizer: the optimizer that would load the state; `None` if it is not known.
+        model: the model that would load the adapter.
         factors: whether the checkpoint holds A and B as they are trained.
 
     Returns:
@@ -172,9 +187,9 @@ def require_without_lora_pro(folder: Path) -> None:
 
 
 def _way_out(folder: Path) -> str:
-    """What to do instead: the newest complete checkpoint beside this one, or a new start."""
+    """The remedy: the newest complete checkpoint beside this one, or a new start."""
     if re.fullmatch(NAME, folder.name):
         for other in checkpoints_in(folder.parent):
             if other != folder and find_flaw(other) is None:
-                return f"The newest complete checkpoint is {other}: resume with resume_from_checkpoint={str(other)!r}."
+                return f"Set resume_from_checkpoint to {other}, the newest complete checkpoint."
     return "There is no complete checkpoint beside it: start the training again without resume_from_checkpoint."

@@ -1,4 +1,4 @@
-"""What does a folder of a distributed checkpoint hold, as FSDP2 writes one for a model and one for an optimizer?"""
+"""Which tensors and values do the distributed checkpoints of FSDP2 hold, and are their files whole?"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _METADATA = ".metadata"
 
 
 def shards_flaws(folder: Path) -> Iterator[str]:
-    """What is wrong with the files of a folder: one is missing, cut off, elsewhere, or could run code."""
+    """The flaws of a folder's files: a file is missing, cut off, outside of the folder, or could run code."""
     if not (folder / _METADATA).is_file():
         yield f"{folder.name}/{_METADATA} is missing"
         return
@@ -43,16 +43,16 @@ def shards_flaws(folder: Path) -> Iterator[str]:
 
 
 def ranks_of_shards(folder: Path) -> int:
-    """How many ranks at least have written into a folder, as the names of its files tell."""
+    """The least number of ranks that wrote a folder, from the names of its files."""
     found = [re.fullmatch(r"__(\d+)_\d+\.distcp", file.name) for file in folder.iterdir()]
     return max((int(match[1]) + 1 for match in found if match), default=1)
 
 
 def read_values(folder: Path, metadata: Any) -> dict[str, Any]:
-    """All that a folder holds beside tensors, by name.
+    """The values of a folder that are not tensors, by name.
 
     Raises:
-        ValueError: a value could run code. None has been run.
+        ValueError: a value could run code; none was run.
     """
     found = {}
     for index, info in metadata.storage_data.items():
@@ -65,7 +65,7 @@ def read_values(folder: Path, metadata: Any) -> dict[str, Any]:
 
 
 def read_sharded_state(folder: Path) -> dict[str, Any]:
-    """The state of an optimizer as its `state_dict` would be, with tensors that have shapes and dtypes alone.
+    """The state of an optimizer in the form of its `state_dict`; the tensors have only shapes and dtypes.
 
     Raises:
         ValueError: the folder holds no state of an optimizer.

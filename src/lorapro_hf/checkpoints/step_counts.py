@@ -1,4 +1,4 @@
-"""Do the files of a checkpoint count the same steps? Asked where no manifest tells that they are of one save."""
+"""Do the files of a checkpoint without a manifest count the same steps?"""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class _Counted(NamedTuple):
 def find_disagreement(folder: Path) -> str | None:
     """Why the files of a checkpoint cannot be of one save; `None` if their counts of steps allow it.
 
-    LoRA-Pro's optimizer has taken or skipped each step that the schedule counts, and neither can be ahead of the
-    training. They may be behind it, see `steps_behind`.
+    LoRA-Pro's optimizer has taken or skipped each step that the schedule counts. Neither can be ahead of the training,
+    but they may be behind it, see `steps_behind`.
 
     Raises:
         ValueError: a count is no number.
@@ -52,10 +52,9 @@ def find_disagreement(folder: Path) -> str | None:
 
 
 def steps_behind(folder: Path) -> str | None:
-    """How far the optimizer or the schedule of a checkpoint lags behind the training, `None` if it does not.
+    """How far the optimizer or the schedule of a checkpoint is behind the training, `None` if it is not.
 
-    That is right after a start from weights alone. A `GradScaler` explains it as well, since neither sees the steps
-    that it skips.
+    They are behind after a start from weights alone. They also do not see the steps that a `GradScaler` skips.
     """
     step, scheduled = read_global_step(folder), _scheduled(folder)
     counted = min(_optimized(folder).most, math.inf if scheduled is None else scheduled)
@@ -69,7 +68,7 @@ def _is_scaled(folder: Path) -> bool:
 
 
 def _scheduled(folder: Path) -> int | None:
-    """Steps that a schedule of torch's has counted; `None` for one that may count something else, such as losses."""
+    """The steps of one of torch's schedules; `None` for a schedule that may count something else, such as losses."""
     state = read_scheduler_state(folder / SCHEDULER) if (folder / SCHEDULER).is_file() else {}
     last, calls = state.get("last_epoch"), state.get("_step_count")
     return last if isinstance(last, int) and isinstance(calls, int) and calls == last + 1 else None

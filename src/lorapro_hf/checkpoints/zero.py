@@ -1,4 +1,4 @@
-"""What has DeepSpeed written into a checkpoint of a `Trainer`, and is the checkpoint complete?"""
+"""Which files did DeepSpeed write into a checkpoint of a `Trainer`, and is the checkpoint complete?"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOMENTS = "lora_pro_rank{}.safetensors"
 
 
 def stage_of(folder: Path) -> int | str:
-    """The stage of ZeRO that has written a checkpoint, `?` if its files do not tell."""
+    """The stage of ZeRO that wrote a checkpoint, `?` if its files do not say."""
     states = _states(folder)
     for file in states.glob("*" + _OPTIMIZER.format(0)) if states is not None else ():
         content = _content(file)
@@ -36,7 +36,7 @@ def stage_of(folder: Path) -> int | str:
 
 
 def mode_of(folder: Path) -> tuple[Path, str] | None:
-    """LoRA-Pro's mode in a checkpoint of DeepSpeed, and a file that tells; `None` if it was written without."""
+    """LoRA-Pro's mode in a checkpoint of DeepSpeed, with its file; `None` if LoRA-Pro was off."""
     states = _states(folder)
     file = states / _MOMENTS.format(0) if states is not None else None
     about = _about(file) if file is not None else None
@@ -52,7 +52,7 @@ def own_schedule_and_ranks(folder: Path) -> tuple[bool, int]:
 
 
 def zero_flaws(folder: Path) -> Iterator[str]:
-    """What is wrong with DeepSpeed's files and with LoRA-Pro's beside them."""
+    """The flaws of DeepSpeed's files and of LoRA-Pro's files beside them."""
     states = _states(folder)
     if states is None:
         if not (folder / LATEST).is_file():
@@ -96,7 +96,7 @@ def _is_with_lora_pro(states: Path) -> bool:
 
 
 def _states(folder: Path) -> Path | None:
-    """The folder that `latest` names, `None` if it names none of DeepSpeed's inside the checkpoint."""
+    """The folder that `latest` names, `None` if that is no folder of DeepSpeed inside the checkpoint."""
     file = folder / LATEST
     tag = file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
     states = folder / tag
@@ -106,7 +106,7 @@ def _states(folder: Path) -> Path | None:
 
 
 def _model(states: Path) -> tuple[str, dict[str, Any]]:
-    """The file that holds the weights of the first rank, and what it holds; nothing if it cannot be read."""
+    """The file of the first rank's weights, and its content; an empty dictionary if it cannot be read."""
     of_stage_3 = _MODEL_OF_STAGE_3.format(0)
     name = of_stage_3 if (states / of_stage_3).is_file() else _MODEL
     return name, _content(states / name)
@@ -121,7 +121,7 @@ def _content(file: Path) -> dict[str, Any]:
 
 
 def _about(file: Path) -> dict[str, Any] | None:
-    """What the header of a rank's moments tells, `None` if it is not LoRA-Pro's."""
+    """The header of a rank's moments, `None` if it is not LoRA-Pro's."""
     try:
         with safe_open(file, framework="pt") as tensors:
             about = json.loads((tensors.metadata() or {})["lora_pro"])

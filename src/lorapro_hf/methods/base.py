@@ -51,9 +51,10 @@ class LoRAMethod(TrainerCallback):
     name: ClassVar[str]
     """A short name in lower case: of the file in checkpoints, and for the `conflicts` of other methods."""
     conflicts: ClassVar[Mapping[str, str]] = {}
-    """The methods (`"mgpo"`) and settings (`"mode=full"`, `"use_dora=True"`) that this one cannot be combined with, each
-    with the reason and the remedy in a sentence. Settings are the fields of `LoRAProConfig`, of the training arguments
-    and of the adapter's `LoraConfig`."""
+    """The methods (`"mgpo"`) and settings (`"mode=full"`, `"use_dora=True"`) that this one cannot be combined with.
+
+    The value is a sentence with the reason and the remedy. Settings are the fields of `LoRAProConfig`, of the training
+    arguments and of the adapter's `LoraConfig`."""
     has_state: ClassVar[bool] = True
     """Whether a training resumes only with `state_dict`. False for a method such as a faster forward pass: checkpoints
     with and without it resume alike."""

@@ -38,22 +38,22 @@ class LoRAProCallback(TrainerCallback):
     trainer = Trainer(model, args, train_dataset=data, callbacks=[LoRAProCallback()])
     ```
 
-    The optimizer then sees the adjusted gradients, its moments included: with AdamW this is LoRA-Pro's efficient mode.
-    `Trainer` has clipped the raw gradients to `max_grad_norm` before the callback sees them; the adjusted gradients
-    are not clipped again. Gradients that are not finite reach the optimizer as such: whether to skip the step is its
-    affair, or the gradient scaler's. A factor that is not finite is an error, at the step, the log or the save that
-    finds it. A warning names the pairs that had no gradient in the first ten steps. Optimizers that step during the
-    backward pass (LOMO, layer-wise GaLore) leave no gradients to rewrite and are refused at the first step.
+    The optimizer and its moments then see the projected gradients: with AdamW this is LoRA-Pro's efficient mode.
+    `Trainer` clips the raw gradients to `max_grad_norm` before; the projected gradients are not clipped again.
+    Gradients that are not finite reach the optimizer: it or the gradient scaler decides whether to skip the step. A
+    factor that is not finite is an error at the next step, log or save. A warning names the pairs that had no gradient
+    in the first ten steps. Optimizers that step during the backward pass (LOMO, layer-wise GaLore) leave no gradients
+    to rewrite and are refused at the first step.
 
     In a loop of your own, call `project_pair_gradients_(pairs, config)` between `backward()` and `optimizer.step()`
     instead, from `lorapro_hf.optim.projected_gradients`, with `pairs = find_lora_pairs(model)`.
 
     Args:
-        config: The settings, or a dictionary of them; by default `LoRAProConfig(mode="efficient")`. `mode="full"` is
-            refused, because its moments live in `LoRAProAdamW`.
+        config: The settings, also as a dictionary; by default `LoRAProConfig(mode="efficient")`. Other modes are
+            refused, because their moments live in `LoRAProAdamW`.
 
     Attributes:
-        last_grad_norm: Global norm of the adjusted gradients of the last step, a 0-dim tensor; `None` before it.
+        last_grad_norm: Global norm of the last step's equivalent gradients, a 0-dim tensor; `None` before it.
 
     Raises:
         ValueError: for settings other than the linear update of mode efficient; at the start of training for a model
@@ -89,16 +89,16 @@ class LoRAProCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Find the pairs, and refuse what would adjust the gradients twice or not at all."""
+        """Find the pairs; refuse settings that would project the gradients twice or not at all."""
         if isinstance(unwrap_optimizer(kwargs.get("optimizer")), LoRAProAdamW):
             raise RuntimeError(
-                "LoRAProCallback and LoRAProAdamW are both active, so that the gradients would be adjusted twice. "
+                "LoRAProCallback and LoRAProAdamW are both active and would project the gradients twice. "
                 "Drop the callback, or train with another optimizer (--no_lora_pro for LoRAProTrainer)."
             )
         # every callback is handed the same state, which is new in every training
         if getattr(state, "_lora_pro_callback", self) is not self:
             raise RuntimeError(
-                "Two LoRAProCallbacks are active, so that the gradients would be adjusted twice. Keep one of them."
+                "Two LoRAProCallbacks are active and would project the gradients twice. Keep one of them."
             )
         state._lora_pro_callback = self
         if is_initialized():
@@ -117,7 +117,7 @@ class LoRAProCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Replace the gradients of every pair by the adjusted ones."""
+        """Replace the gradients of every pair by the projected gradients."""
         if not self._pairs:
             raise RuntimeError(
                 "LoRAProCallback has seen no start of training. Call its on_train_begin(args, state, control, "
@@ -136,7 +136,7 @@ class LoRAProCallback(TrainerCallback):
             self._first_steps.warn()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Raise if it is a factor that keeps the gradients from being finite."""
+        """Raise if a factor is not finite and therefore no gradient is."""
         if self.last_grad_norm is not None and not self.last_grad_norm.isfinite():
             self._require_finite_factors()
 

@@ -1,4 +1,4 @@
-"""How does a `Trainer` write its checkpoints, and examine and load the one that it resumes from?"""
+"""How does a `Trainer` write its checkpoints, and examine the checkpoint that it resumes from?"""
 
 from __future__ import annotations
 
@@ -39,10 +39,7 @@ class CheckpointMixin(MethodsMixin, LoadingMixin):
     _lora_pro_announces = True
 
     def _examine(self, asked: str | Literal[True]) -> str | bool:
-        """Examine the checkpoint that `train` is to resume from, on all ranks together.
-
-        Returns:
-            What the parent is to resume from; `False` to start anew.
+        """The checkpoint that the parent resumes from, examined on all ranks together; `False` to start anew.
 
         Raises:
             ValueError: the checkpoint is not complete, or of another training.
@@ -88,22 +85,22 @@ class CheckpointMixin(MethodsMixin, LoadingMixin):
                 require_pairs_in_checkpoint(folder, self.accelerator.unwrap_model(self.model))
 
     def _require_same_training(self, folder: Path) -> None:
-        # DeepSpeed's engine looks at mode and pairs before it loads anything
+        # DeepSpeed's engine compares mode and pairs before it loads anything
         has_state = self.is_deepspeed_enabled or self._has_fitting_state(folder)
         if not self.is_world_process_zero():
             return
         if not has_state:
             logger.warning(
-                "%s holds no optimizer state (save_only_model=True): moments and learning rate schedule start anew, so "
-                "that the training does not go on as it would have.",
+                "%s holds no optimizer state (save_only_model=True): moments, schedule and methods start anew, so the "
+                "training does not go on as it would have.",
                 folder,
             )
         elif doubt := unverified(folder):
             logger.warning(doubt)
 
     def _has_fitting_state(self, folder: Path) -> bool:
-        """Whether a checkpoint has an optimizer's state; raise if that or the adapter is of another training."""
-        # The parent builds the optimizer after it has loaded the weights; this one is thrown away.
+        """Whether a checkpoint has an optimizer's state; raise if the state or the adapter is of another training."""
+        # The parent builds its optimizer after it has loaded the weights, so this optimizer is thrown away.
         before, self._lora_pro_announces = self.optimizer, False
         try:
             optimizer = unwrap_optimizer(self.create_optimizer())
@@ -114,7 +111,7 @@ class CheckpointMixin(MethodsMixin, LoadingMixin):
         return require_same_training(folder, optimizer, self._bare_model(), not self._exports)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> None:
-        """As the parent, which would first put the state of all ranks onto the device of each rank; and the methods'."""
+        """Like the parent, but each rank keeps only its own pairs' state on its device; the methods get theirs."""
         parents = super()._load_optimizer_and_scheduler
         files = [Path(checkpoint, name) for name in (OPTIMIZER, SCHEDULER)] if checkpoint else []
         is_ours = isinstance(unwrap_optimizer(self.optimizer), LoRAProAdamW) and all(file.is_file() for file in files)
@@ -129,7 +126,7 @@ class CheckpointMixin(MethodsMixin, LoadingMixin):
             self._load_methods(Path(checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any, *args: Any, **kwargs: Any) -> None:
-        """As the parent, with a manifest; an older checkpoint in the same folder counts as unfinished from now on.
+        """Like the parent, with a manifest; an older checkpoint in the same folder counts as unfinished from now on.
 
         Raises:
             ValueError: a parameter or its state holds NaN or Inf. Nothing has been written then.
@@ -145,14 +142,14 @@ class CheckpointMixin(MethodsMixin, LoadingMixin):
         folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             clear(folder)
-            # FSDP writes nothing before the parent looks for the best folder, which only some ranks would find
+            # under FSDP nothing is written before the parent looks for the best folder: only some ranks would find it
             folder.mkdir(parents=True, exist_ok=True)
         self.accelerator.wait_for_everyone()  # or a rank's new file might be cleared
         super()._save_checkpoint(model, trial, *args, **kwargs)
         self._write_manifest(folder)
 
     def _push_from_checkpoint(self, checkpoint_folder: str, *args: Any, **kwargs: Any) -> None:
-        """As the parent, which is called once all files are written, and pushes the manifest with them."""
+        """Like the parent, which runs once all files are written, but push the manifest with them."""
         self._write_manifest(Path(checkpoint_folder))
         super()._push_from_checkpoint(checkpoint_folder, *args, **kwargs)
 
@@ -172,13 +169,13 @@ class CheckpointMixin(MethodsMixin, LoadingMixin):
                 )
 
     def _save_rng_state(self, *args: Any, **kwargs: Any) -> None:
-        """As the parent; what marks a checkpoint as finished comes after the files of all ranks."""
+        """Like the parent, but wait for all ranks: the file that marks a checkpoint as finished comes last."""
         super()._save_rng_state(*args, **kwargs)
         if self.lora_pro_config is not None:
             self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, *args: Any, **kwargs: Any) -> None:
-        """As the parent, which asks rank 0 alone for a state that the ranks may share out."""
+        """Like the parent, which asks only rank 0 for the state, but collect the state of all ranks first."""
         optimizer = unwrap_optimizer(self.optimizer)
         if isinstance(optimizer, LoRAProAdamW) and not optimizer.has_engine:
             optimizer.consolidate_state_dict()

@@ -1,4 +1,4 @@
-"""What does a call hand to the parent of a mixin, whose signature is another library's?"""
+"""Which arguments does a call of a mixin pass to its parent, whose signature is another library's?"""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from lorapro_hf.factors.pairs import find_lora_pairs
 
 
 def handed(trainer: type, mixin: type, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by the parent's names for them; a call that does not fit the parent raises nothing.
+    """The arguments of a call, by the parent's names; a call that does not fit the parent raises nothing.
 
-    A method that takes `*args` is asked for the names that it has. The next parent's names count for the rest.
+    Where a parent takes `*args`, the next parent names the arguments beyond its own.
 
     Args:
-        trainer: the class of the object that is called.
+        trainer: the class of the object.
         mixin: the class that overrides the method; its parents come after it.
-        method: name of the method.
-        args: of the call, without `self`.
-        kwargs: of the call.
+        method: the method's name.
+        args: the call's positional arguments, without `self`.
+        kwargs: the call's keywords.
     """
     names: list[str] = []
     for parent in _definers(trainer, mixin, method):
@@ -36,13 +36,13 @@ def handed(trainer: type, mixin: type, method: str, args: Sequence[Any], kwargs:
 def replaced(
     given: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any], **new: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The positional and the named arguments of a call, with others in the place of some.
+    """The positional and the named arguments of a call, some of them replaced.
 
     Args:
         given: from `handed`.
-        args: of the call, without `self`.
-        kwargs: of the call.
-        **new: arguments of the call, by the parent's names.
+        args: the call's positional arguments, without `self`.
+        kwargs: the call's keywords.
+        **new: the new values, by the parent's names.
     """
     places = {name: place for place, name in enumerate(given) if name in new and name not in kwargs}
     changed = list(args)
@@ -52,28 +52,28 @@ def replaced(
 
 
 def accepted(method: Callable[..., Any], **offered: Any) -> dict[str, Any]:
-    """Those of the keywords that a method takes."""
+    """The keywords among `offered` that a method takes."""
     parameters = inspect.signature(method).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return {name: value for name, value in offered.items() if takes_all or name in parameters}
 
 
 def require_adapter(trainer: type, mixin: type, given: Mapping[str, Any], otherwise: str) -> None:
-    """Raise if a trainer of TRL was handed neither a model with an adapter nor a `peft_config`.
+    """Raise if a trainer of TRL got neither a model with an adapter nor a `peft_config`.
 
-    TRL would prepare the whole data set first, and the message would name another remedy.
+    Otherwise TRL would first prepare the whole data set, and the later message would name another remedy.
 
     Args:
-        trainer: the class that is constructed.
+        trainer: the trainer's class.
         mixin: the class whose parent is TRL's.
         given: from `handed`, for `__init__`.
-        otherwise: what to do instead.
+        otherwise: the other remedy.
 
     Raises:
         ValueError: there is no adapter, or the one that the model has cannot be trained.
     """
     parent = next(_definers(trainer, mixin, "__init__"))
-    # a subclass of one's own may make an adapter without being handed anything
+    # a user's subclass may make an adapter by itself
     makes_one = parent.__module__.startswith("trl.") and "peft_config" in _parameters(parent, "__init__")
     model = given.get("model")
     if not makes_one or model is None or given.get("train_dataset") is None or given.get("peft_config") is not None:
@@ -89,7 +89,7 @@ def require_adapter(trainer: type, mixin: type, given: Mapping[str, Any], otherw
 
 
 def groups_beside(trainer: Any, model: nn.Module) -> list[dict[str, Any]]:
-    """Groups of the parameters that a trainer trains beside its model's: sentence-transformers those of its loss.
+    """Param groups of parameters outside the model, such as those of a loss of sentence-transformers.
 
     Args:
         trainer: a `Trainer`.

@@ -19,10 +19,10 @@ else:
 
 
 class SavingMixin(_Base):
-    """The part of `LoRAProTrainerMixin` that examines what was saved; while LoRA-Pro is off it is the parent.
+    """The part of `LoRAProTrainerMixin` that examines saved files; while LoRA-Pro is off it is the parent.
 
-    All ranks write a checkpoint together, so that an error of one is raised on each of them. Any other save may be of
-    rank 0 alone, which then raises alone, even one that a parent makes while it writes a checkpoint.
+    All ranks write a checkpoint together, so an error of one rank is raised on each of them. Any other save may be of
+    rank 0 alone, which then raises alone, even during a checkpoint.
     """
 
     lora_pro_config: LoRAProConfig | None = None
@@ -31,7 +31,7 @@ class SavingMixin(_Base):
     _lora_pro_unsaved: ValueError | None = None
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """As the parent; `save_model` is told that all ranks take part in the parent's own call."""
+        """Like the parent, but let `save_model` know that all ranks take part in the parent's call."""
         self._lora_pro_in_checkpoint = True
         try:
             super()._save_checkpoint(*args, **kwargs)
@@ -39,7 +39,7 @@ class SavingMixin(_Base):
             self._lora_pro_in_checkpoint = False
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """As the parent, which saves no model under FSDP2 whose checkpoints are sharded.
+        """Like the parent, but under FSDP2 with sharded checkpoints save a whole model as well.
 
         Raises:
             ValueError: the adapter is not in the files that were written.
@@ -60,7 +60,7 @@ class SavingMixin(_Base):
         raise_on_all_ranks(self._lora_pro_unsaved)
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
-        """As the parent; the adapter must be in the files that were written."""
+        """Like the parent, but raise unless the adapter is in the files."""
         super()._save(*args, **kwargs)
         given = handed(type(self), SavingMixin, "_save", args, kwargs)
         if self.lora_pro_config is None or not self.args.should_save:
@@ -77,7 +77,7 @@ class SavingMixin(_Base):
         self._lora_pro_unsaved = error
 
     def _save_optimizer_and_scheduler(self, output_dir: str, *args: Any, **kwargs: Any) -> None:
-        """As the parent, with which FSDP writes the model as well."""
+        """Like the parent, but raise unless the adapter is in the model that FSDP writes here."""
         super()._save_optimizer_and_scheduler(output_dir, *args, **kwargs)
         if self.lora_pro_config is not None and self.is_fsdp_enabled:
             is_first = self.is_world_process_zero()
@@ -89,7 +89,7 @@ class SavingMixin(_Base):
 
     @contextlib.contextmanager
     def _whole_state(self) -> Iterator[None]:
-        """Have FSDP gather the model that is saved, whatever its checkpoints are."""
+        """Have FSDP gather the whole model."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is None:
             yield

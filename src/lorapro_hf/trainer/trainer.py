@@ -36,10 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def _make_visible(package: logging.Logger) -> None:
-    """Let the one line at the start be seen: a plug-in that says nothing looks like one that does nothing.
-
-    A level or handler that the user has set is left alone.
-    """
+    """Show the line at the start, without which the plug-in would look inactive; keep the user's level and handlers."""
     if package.level == logging.NOTSET:
         package.setLevel(logging.INFO)
     if not package.hasHandlers():
@@ -56,30 +53,29 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
 
     The optimizer is a `LoRAProAdamW` with the learning rate, betas, epsilon and weight decay of the arguments, and with
     `Trainer`'s rule for which parameters decay. Everything else is the parent's: schedulers, accumulation, mixed
-    precision, checkpoints. The adapters that it saves are ordinary PEFT adapters, with a `lorapro_config.json` beside
-    them; `create_model_card` and `push_to_hub` write a model card with what is to be known of the training. With
-    `lora_pro=False` in `LoRAProTrainingArguments` it is exactly the parent.
+    precision, checkpoints. Saved adapters are ordinary PEFT adapters, with a `lorapro_config.json` beside them, and
+    `create_model_card` and `push_to_hub` write a model card. With `lora_pro=False` in `LoRAProTrainingArguments` the
+    class is exactly the parent. A `LoRAMethod` goes into `callbacks`, also with `lora_pro=False`.
 
     `max_grad_norm` acts on the raw gradients of the factors, before the projection. In full mode Adam's normalisation
-    removes most of a uniform scale, so that clipping there mostly limits how much a step weighs in the moments. In
-    efficient mode the projection passes the scale on, and Adam normalises it as it does for plain LoRA.
+    removes most of a uniform scale, so clipping mostly limits the weight of a step in the moments. In efficient mode
+    the projection keeps the scale, and Adam normalises it as for plain LoRA.
 
     Training logs get `lora_pro_grad_norm`, the norm of the last step's equivalent gradient of all adapted weights, and
-    `lora_pro_skipped_steps`, how many steps the optimizer skipped because of gradients that are not finite (under fp16
-    the gradient scaler skips such steps before they reach the optimizer).
+    `lora_pro_skipped_steps`, the number of steps that the optimizer skipped because of gradients that are not finite.
+    Under fp16 the gradient scaler skips such steps before they reach the optimizer.
 
     Args:
         *args: Passed on to the parent.
-        lora_pro_config: The settings when the arguments are not `LoRAProTrainingArguments`; a dictionary will do. By
-            default those of the optimizer that was handed in, or else `LoRAProConfig()`.
+        lora_pro_config: The settings when the arguments are not `LoRAProTrainingArguments`, also as a dictionary. By
+            default the settings of the given optimizer, or else `LoRAProConfig()`.
         **kwargs: Passed on to the parent.
 
     Raises:
         ValueError: if the model has no trainable LoRA pair, or if settings contradict each other: `lora_pro_config`
             beside `LoRAProTrainingArguments`, another `optim`, `optim_args`, another optimizer or factory, a
             `LoRAProCallback`.
-        RuntimeError: under FSDP1 or Megatron-LM, which are not supported, and under DeepSpeed with settings that are
-            not, see `attach_deepspeed`.
+        RuntimeError: under FSDP1, Megatron-LM or unsupported settings of DeepSpeed, see `attach_deepspeed`.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -92,7 +88,7 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
             )
 
     lora_pro_config: LoRAProConfig | None = None
-    """The settings that LoRA-Pro runs with; `None` while it is off."""
+    """The settings of LoRA-Pro; `None` while it is off."""
     optimizer: Any
     _lora_pro_announced = False
     _lora_pro_logs_together = False
@@ -122,7 +118,7 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
 
     @property
     def deepspeed(self) -> Any:
-        """The DeepSpeed engine, which the parent sets before it loads a checkpoint or takes a step; else `None`."""
+        """The DeepSpeed engine, or `None`; the parent sets it before it loads a checkpoint or takes a step."""
         return self.__dict__.get("deepspeed")
 
     @deepspeed.setter
@@ -133,14 +129,14 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
             attach_deepspeed(engine, optimizer)
 
     def _settle_deepspeed(self) -> None:
-        """Refuse a configuration of DeepSpeed before an engine is built from it; have it clip as the arguments say."""
+        """Refuse an unsupported configuration of DeepSpeed before an engine is built; set its clipping."""
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         if plugin is not None and self.lora_pro_config is not None:
             require_configuration(plugin.deepspeed_config, self.lora_pro_config.master_factors)
             settle_clipping(plugin, self.args.max_grad_norm)
 
     def _resolve_lora_pro(self) -> None:
-        """Set `lora_pro_config` from what the user stated, and refuse what contradicts it."""
+        """Set `lora_pro_config` from the user's settings, and refuse settings that contradict each other."""
         self.lora_pro_config = None
         stated = self._given_lora_pro_config
         if isinstance(self.args, LoRAProTrainingArguments):
@@ -158,13 +154,13 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
         self._refuse_other_optimizers()
         if any(isinstance(callback, LoRAProCallback) for callback in self.callback_handler.callbacks):
             raise ValueError(
-                "LoRAProCallback and LoRAProTrainer's own optimizer would adjust the gradients twice. Drop the "
+                "LoRAProCallback and LoRAProTrainer's own optimizer would project the gradients twice. Drop the "
                 f"callback, or {_TURN_OFF}."
             )
         self.lora_pro_config = self._agreed_config(stated)
 
     def _refuse_other_optimizers(self) -> None:
-        """Raise if the user asked for an optimizer that LoRA-Pro would replace."""
+        """Raise if the user's settings name an optimizer that LoRA-Pro would replace."""
         remedy = f"or {_TURN_OFF}, or add LoRAProCallback to a plain Trainer, which works with any optimizer"
         optim_name = getattr(self.args.optim, "value", self.args.optim)
         if optim_name not in _ADAMW:
@@ -260,12 +256,13 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
         return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent, which would load what fits of a checkpoint that is not complete or of another training.
+        """Like `Trainer.train`, but reject an incomplete or mismatched checkpoint before anything is loaded.
 
-        `resume_from_checkpoint=True` means the newest complete one.
+        `resume_from_checkpoint=True` means the newest complete checkpoint.
 
         Raises:
-            ValueError: the checkpoint is not complete, or of another training. Nothing has been loaded then.
+            ValueError: the checkpoint is not complete or of another training, or a method cannot be combined with
+                another one or with a setting. Nothing has been loaded then.
         """
         self.loaded_best_checkpoint, self._lora_pro_first_step = None, None
         given = handed(type(self), LoRAProTrainerMixin, "train", args, kwargs)
@@ -283,17 +280,17 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
             if isinstance(optimizer, LoRAProAdamW):
                 optimizer.finish_training()
             return output
-        finally:  # after an exception nobody else would
+        finally:  # callbacks are not called after an exception
             self._release_methods()
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, GradientGapCallback):
                     callback.stop()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent, in which a model whose adapter has been deleted meanwhile ends in a KeyError."""
+        """Like the parent, but name an adapter that was deleted meanwhile."""
         optimizer = unwrap_optimizer(self.optimizer)
         if isinstance(optimizer, LoRAProAdamW):
-            _ = optimizer.pairs[0].A  # says so
+            _ = optimizer.pairs[0].A  # raises if the adapter is gone
         if self._lora_pro_first_step is None:
             self._lora_pro_first_step = self.state.global_step
         return super().training_step(*args, **kwargs)
@@ -313,7 +310,7 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
         )
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        """As the parent; `log` is told that all ranks take part."""
+        """Like the parent, but let `log` know that all ranks take part."""
         self._lora_pro_logs_together = True
         try:
             super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -323,7 +320,7 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add LoRA-Pro's metrics to the training logs, before any reporter sees them.
 
-        A log that the training itself writes looks for NaN and Inf where steps were left out, on all ranks together.
+        A log of the training itself also looks for NaN and Inf where steps were left out, on all ranks together.
         """
         if self.lora_pro_config is not None and "loss" in logs:
             optimizer = unwrap_optimizer(self.optimizer)

@@ -166,12 +166,8 @@ def _of_adapter(request: Request, folders: Mapping[str, str], checkpoint: Checkp
         Unsupported(f"PEFT cannot load {folder}, which has no weights: save it again.", "adapter", [])
         for folder in gone
     ]
-    adapter, first = next(iter(configs.items()))
-    if not isinstance(first, LoraConfig) or first.is_prompt_learning:
-        raise UsageError(
-            f"{request.name} is an adapter of the kind {getattr(first.peft_type, 'value', first.peft_type)}, which has "
-            "no LoRA factors; LoRA-Pro needs an adapter made from LoraConfig."
-        )
+    adapter = next(iter(configs))
+    first = _require_lora(request.name, configs[adapter])
     differing: list[str] = []
     try:
         model = _base_of(request, first)
@@ -195,6 +191,16 @@ def _of_adapter(request: Request, folders: Mapping[str, str], checkpoint: Checkp
         unsupported=[*report.unsupported, *refused],
         notes=[*notes, *differing, *report.notes],
     )
+
+
+def _require_lora(name: str, config: PeftConfig) -> LoraConfig:
+    if not isinstance(config, LoraConfig) or config.is_prompt_learning:
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise UsageError(
+            f"{name} is an adapter of the kind {kind}, which has no LoRA factors; LoRA-Pro needs an adapter made from "
+            "LoraConfig."
+        )
+    return config
 
 
 def _base_of(request: Request, config: LoraConfig) -> Any:

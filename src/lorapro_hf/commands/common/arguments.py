@@ -25,8 +25,8 @@ def option(default: Any, help: str, group: str | None = None, **declared: Any) -
     return field(default=default, metadata={_OPTION: ({"default": shown, "help": help, **several, **declared}, group)})
 
 
-def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
-    """Declare the options of a settings dataclass, in the order of its fields."""
+def add_options(parser: argparse.ArgumentParser, settings: type) -> dict[str, argparse._ArgumentGroup]:
+    """Declare the options of a settings dataclass, in the order of its fields; gives the groups by title."""
     groups: dict[str, argparse._ArgumentGroup] = {}
     for each in fields(settings):
         if _OPTION not in each.metadata:
@@ -35,6 +35,7 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
         if group is not None and group not in groups:
             groups[group] = parser.add_argument_group(group)
         (parser if group is None else groups[group]).add_argument(f"--{each.name}", **declared)
+    return groups
 
 
 def settings_of(arguments: argparse.Namespace, settings: type[Settings], more: Mapping[str, Any]) -> Settings:

@@ -1,4 +1,4 @@
-"""Which methods are measured side by side on which part of a model, and what comes of it?
+"""Which methods are measured side by side, on which part of a model?
 
 A method is measured on the whole model where its memory and its time allow, else on one transformer block. Methods
 that fit into memory together make a batch; each batch has a baseline of its own.
@@ -7,25 +7,31 @@ that fit into memory together make a batch; each batch has a baseline of its own
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import psutil
 import torch
 
-from lorapro_hf.commands.bench.measure import Contender, measure_in_turns
-from lorapro_hf.commands.bench.peers import missing
-from lorapro_hf.commands.bench.results import Outcome, Result
-from lorapro_hf.commands.bench.roofline import MachineProbe, roofline
-from lorapro_hf.commands.bench.settings import BASELINE, METHODS, MODELS, BenchSettings, Method, ModelShapes
+from lorapro_hf.commands.bench.measure import Contender, MachineProbe, measure_in_turns, roofline
+from lorapro_hf.commands.bench.results import Outcome, Result, Spread
+from lorapro_hf.commands.bench.settings import (
+    BASELINE,
+    METHODS,
+    MODELS,
+    BenchSettings,
+    MeasuredOptimizer,
+    ModelShapes,
+    missing,
+)
 from lorapro_hf.commands.bench.workloads import Workload
 from lorapro_hf.commands.common.meters import kept_bytes
 
-_MEMORY_SHARE = 0.6  # of what is available, for all contenders of a batch
-_BLOCK_FACTOR = 2  # times the seconds of a method: longest step of one block
-_TARGET_FACTOR = 5  # times the seconds of a method: longest step of the whole model in the workload with targets
-TARGET_WORKLOAD = ("smollm2-135m", 8, "fp32")
+_USABLE = 0.6  # of the free memory, for all contenders of a batch
+_BLOCK_PATIENCE = 2  # longest step of one block, over the seconds of a method
+_FIRST_PATIENCE = 5  # longest step of the whole model in the first combination; 1 in the others
 
 
 def reason_of(error: BaseException) -> str:
@@ -45,39 +51,12 @@ def available_bytes(device: torch.device) -> int:
 
 @dataclass
 class _Trial:
-    """What one block of a model says about a method."""
+    """A method that has stepped one block of a model."""
 
-    method: Method
-    estimate_ms: float
+    method: MeasuredOptimizer
     block_bytes: int
     whole: bool
-    note: str | None = None
-
-
-@dataclass
-class Forecasts:
-    """Steps of one block measured so far, to tell beforehand which would take too long."""
-
-    known: dict[tuple[str, str], list[tuple[float, float]]] = field(default_factory=dict)
-
-    @staticmethod
-    def work(method: Method, workload: Workload) -> float:
-        """An upper bound of how the work of a step grows, in no unit."""
-        r = workload.rank
-        total = 0.0
-        for _, m, n in workload.block:
-            total += (m + n) * r * r + 30 * r**3 + (r * m * (m + n) if method.dense else 0)
-        return total * workload.layers
-
-    def note(self, method: Method, workload: Workload, took_ms: float) -> None:
-        """Remember a measured step."""
-        self.known.setdefault((method.name, workload.dtype), []).append((self.work(method, workload), took_ms))
-
-    def expected_ms(self, method: Method, workload: Workload) -> float | None:
-        """What a step would take at most, `None` if none has been measured."""
-        known = self.known.get((method.name, workload.dtype), [])
-        work = self.work(method, workload)
-        return min((took * max(1.0, work / before) for before, took in known), default=None)
+    note: str | None
 
 
 class Ratios:
@@ -85,9 +64,9 @@ class Ratios:
 
     Args:
         settings: Of the run.
-        outcome: Filled as results come in.
+        outcome: Gets the results.
         device: Where.
-        say: Told what is being done.
+        say: Called with a line about each piece of work.
     """
 
     def __init__(
@@ -97,17 +76,14 @@ class Ratios:
         self.outcome = outcome
         self.device = device
         self.say = say
-        self.forecasts = Forecasts()
         self._batches = 0
 
     def combinations(self) -> list[tuple[ModelShapes, int, str]]:
         """Model, rank and dtype, in the order in which they are measured: small ones first."""
         settings = self.settings
+        ranks = sorted(settings.ranks)
         return [
-            (MODELS[name], rank, dtype)
-            for dtype in settings.dtypes
-            for rank in sorted(settings.ranks)
-            for name in settings.workloads
+            (MODELS[name], rank, dtype) for dtype in settings.dtypes for rank in ranks for name in settings.workloads
         ]
 
     def measure(self, model: ModelShapes, rank: int, dtype: str, deadline: float) -> None:
@@ -123,60 +99,55 @@ class Ratios:
                 if time.perf_counter() > deadline:
                     names = ", ".join(trial.method.title for trial in batch)
                     self.outcome.notes.append(f"{model.title} r={rank} {dtype}: no time left for {names}.")
-                    continue
-                self._measure_batch(batch, workload)
+                else:
+                    self._measure_batch(batch, workload)
 
-    def _result(self, method: Method, workload: Workload, note: str | None = None) -> Result:
-        whole, layers = workload.whole, workload.layers
-        return Result(
-            method.name, workload.name, workload.rank, workload.dtype, layers, whole, self._batches, note=note
-        )
+    def _result(self, method: MeasuredOptimizer, workload: Workload, note: str | None) -> Result:
+        w = workload
+        return Result(method.name, w.name, w.rank, w.dtype, w.layers, w.whole, self._batches, note=note)
 
-    def _try(self, method: Method, model: ModelShapes, rank: int, dtype: str) -> _Trial | None:
+    def _try(self, method: MeasuredOptimizer, model: ModelShapes, rank: int, dtype: str) -> _Trial | None:
         """Step one block; `None` (and a result with the reason) if that cannot be done."""
         block = Workload.of(model, rank, dtype, 1)
         self.say(f"{method.title}: one block")
-        reason = missing(method) or self._too_much(method, block)
+        reason = missing(method) or self._too_large(method, block)
         if reason is None:
             try:
                 contender = Contender(method.name, block, self.device, self.settings.seed)
-                factors = sum(2 * factor.nbytes for factor in contender.task.factors)
-                size = factors + kept_bytes(contender.optimizer, contender.task.model)
+                factors = sum(2 * factor.nbytes for factor in contender.synthetic.factors)
+                size = factors + kept_bytes(contender.optimizer, contender.synthetic.model)
                 took_ms = contender.estimate_ms
-                self.forecasts.note(method, block, took_ms)
-                if took_ms <= self.settings.seconds * _BLOCK_FACTOR * 1e3:
-                    return self._trial(method, model, block, took_ms, size)
+                if took_ms <= self.settings.seconds * _BLOCK_PATIENCE * 1e3:
+                    note = self._why_one_block(
+                        model, took_ms, size, first=(model, rank, dtype) == self.combinations()[0]
+                    )
+                    return _Trial(method, size, note is None, note)
                 reason = f"not measured: {took_ms / 1e3:.0f} s a step for one block"
-            except Exception as error:  # whatever a peer raises goes into the table
+            except Exception as error:  # the table reports the errors of other optimizers
                 reason = reason_of(error)
         self.outcome.results.append(self._result(method, block, reason))
         return None
 
-    def _too_much(self, method: Method, block: Workload) -> str | None:
-        """Why not even one block should be tried."""
-        expected, limit = self.forecasts.expected_ms(method, block), self.settings.seconds * _BLOCK_FACTOR * 1e3
-        if expected is not None and expected > limit:
-            return f"not measured: about {expected / 1e3:.0f} s a step for one block"
+    def _too_large(self, method: MeasuredOptimizer, block: Workload) -> str | None:
+        """Why the memory is too short for one block."""
         if method.dense:
-            # moments and what peers form of weights of their own size, or m × m
+            # moments, and temporary tensors of m × n or m × m that other packages form
             needed = sum(8 * m * n for _, m, n in block.block) + max(16 * m * max(m, n) for _, m, n in block.block)
-            if needed > available_bytes(self.device) * _MEMORY_SHARE:
+            if needed > available_bytes(self.device) * _USABLE:
                 return f"not measured: one block needs about {needed / 1e9:.1f} GB"
         return None
 
-    def _trial(self, method: Method, model: ModelShapes, block: Workload, took_ms: float, size: int) -> _Trial:
-        is_target = (model.name, block.rank, block.dtype) == TARGET_WORKLOAD
-        limit = self.settings.seconds * (_TARGET_FACTOR if is_target else 1) * 1e3
-        note = None
-        if size * model.layers > available_bytes(self.device) * _MEMORY_SHARE / 2:  # the baseline is there as well
-            note = f"one block: the model would need {size * model.layers / 1e9:.0f} GB"
-        elif took_ms * model.layers > limit:
-            note = f"one block: the model would take about {took_ms * model.layers / 1e3:.0f} s a step"
-        return _Trial(method, took_ms, size, note is None, note)
+    def _why_one_block(self, model: ModelShapes, took_ms: float, size: int, first: bool) -> str | None:
+        """Why the whole model is not measured; `None` if it is."""
+        if size * model.layers > available_bytes(self.device) * _USABLE / 2:  # leaves room for the baseline
+            return f"one block: the model would need {size * model.layers / 1e9:.0f} GB"
+        if took_ms * model.layers > self.settings.seconds * (_FIRST_PATIENCE if first else 1) * 1e3:
+            return f"one block: the model would take about {took_ms * model.layers / 1e3:.0f} s a step"
+        return None
 
     def _batches_of(self, baseline: _Trial, others: Sequence[_Trial], layers: int, alone: bool) -> list[list[_Trial]]:
         """Batches that fit into memory, each with the baseline at its head."""
-        limit = available_bytes(self.device) * _MEMORY_SHARE
+        limit = available_bytes(self.device) * _USABLE
         batches: list[list[_Trial]] = [[baseline]] if others or alone else []
         for trial in others:
             together = sum(t.block_bytes for t in (*batches[-1], trial)) * layers
@@ -201,23 +172,16 @@ class Ratios:
         if not results or results[0].method != BASELINE:
             return
         probe = MachineProbe(self.device, small=workload.name == "tiny")
-        self.outcome.machines.append(probe.machine)
-        for result in results:
-            result.baseline_ms = results[0].samples_ms
         self.say(f"{len(contenders)} methods in turns")
-        settings = self.settings
-        measure_in_turns(
-            contenders,
-            [result.samples_ms for result in results],
-            rounds=settings.rounds,
-            repeats=settings.repeats,
-            seconds=settings.seconds,
-            between=probe.read,
-        )
-        for contender, result in zip(contenders, results, strict=True):
+        samples = measure_in_turns(contenders, self.settings, between=probe.read)
+        machine = probe.machine()
+        self.outcome.machines.append(machine)
+        for contender, result, times in zip(contenders, results, samples, strict=True):
             self.say(f"{METHODS[result.method].title}: memory and kernels")
+            result.step_ms = Spread.of(times)
+            result.ratio = statistics.median(times) / statistics.median(samples[0])
             try:
                 contender.probe(result)
             except Exception as error:
                 result.note = reason_of(error)
-            result.roofline = roofline(result, workload, probe.machine)
+            result.roofline = roofline(result, workload, machine)

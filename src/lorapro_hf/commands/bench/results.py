@@ -1,35 +1,51 @@
-"""What has been measured: plain records with the figures that are derived from them."""
+"""What has been measured, as records that `results.json` holds."""
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
-from lorapro_hf.commands.bench.settings import METHODS
+from lorapro_hf.commands.bench.settings import METHODS, BenchSettings
+from lorapro_hf.commands.common.records import write_json
+from lorapro_hf.options import UsageError
+from lorapro_hf.utils.text_files import parse_json
 
-MB = 1e6
 
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of the times in milliseconds, and their number."""
 
-def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile."""
-    if len(samples) < 2:
-        return (samples[0],) * 3
-    first, middle, third = statistics.quantiles(samples, n=4, method="inclusive")
-    return first, middle, third
+    median: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Spread | None:
+        """The spread of the samples; `None` if there are none."""
+        if not samples:
+            return None
+        if len(samples) == 1:
+            return cls(samples[0], samples[0], samples[0], 1)
+        low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+        return cls(median, low, high, len(samples))
 
 
 @dataclass
 class Machine:
-    """What the machine managed between the steps of the same batch, and what that means for dense moments.
+    """Speed of the machine between the steps of a batch.
 
     Args:
-        copy_gb_per_s: Every measured rate of a large copy, bytes read and bytes written both counted.
-        matmul_gflop_per_s: Every measured rate of a large fp32 matrix product.
+        copy_gb_per_s: Rate of a large copy; bytes read and bytes written both count.
+        matmul_gflop_per_s: Rate of a large fp32 matrix product.
     """
 
-    copy_gb_per_s: list[float] = field(default_factory=list)
-    matmul_gflop_per_s: list[float] = field(default_factory=list)
+    copy_gb_per_s: float
+    matmul_gflop_per_s: float
 
 
 @dataclass(frozen=True)
@@ -37,8 +53,8 @@ class Roofline:
     """The least time of a step that updates dense moments, in milliseconds.
 
     Args:
-        memory_ms: To read and write M and V once.
-        compute_ms: To form g̃ and both products of u with the factors.
+        memory_ms: To read and write both moments once.
+        compute_ms: To form the equivalent gradient and both products of the direction with the factors.
     """
 
     memory_ms: float
@@ -46,12 +62,12 @@ class Roofline:
 
     @property
     def bound_ms(self) -> float:
-        """The roofline: both at the same time."""
+        """The roofline: memory and computation at the same time."""
         return max(self.memory_ms, self.compute_ms)
 
     @property
     def sum_ms(self) -> float:
-        """One after the other."""
+        """Memory and computation one after the other."""
         return self.memory_ms + self.compute_ms
 
 
@@ -60,27 +76,23 @@ class Result:
     """The figures of one method on one workload.
 
     Args:
-        method: Name out of `METHODS`.
-        workload: Name of the workload.
+        method: Name in `METHODS`.
+        workload: Name of the model.
         rank: Rank of the factors.
         dtype: `fp32` or `bf16`.
-        layers: Blocks that were stepped.
+        layers: Number of blocks.
         whole: Whether these are all blocks of the model.
         batch: Number of the batch: results of one batch were measured in turns.
-        samples_ms: Every timed step.
-        baseline_ms: Every timed step of the baseline in the same batch.
-        state_bytes: What the optimizer keeps for its parameters.
-        kept_bytes: What it keeps in all, buffers included.
-        peak_bytes: Most memory of a step beyond what was there before it.
-        largest_bytes: Largest single allocation of a step.
+        step_ms: Time of a step.
+        ratio: Median time over the baseline's in the same batch.
+        state_bytes: State that the optimizer keeps for its parameters.
+        kept_bytes: All memory that the optimizer keeps.
+        peak_bytes: Most memory that a step allocates.
         largest_shape: Shape of the largest new tensor of a step.
-        dense_shapes: Shapes of new tensors of a step that are as large as a weight, or m × m.
-        kernels: Kernels of a step (see `KernelCount`).
-        calls: Operators that Python called in a step.
-        roofline: Of dense moments, measured in the same batch.
-        waits: On CUDA, what makes the host wait for the device.
-        graph: On CUDA, milliseconds of a step replayed from a graph, or why there are none.
-        note: Why it is not the whole model, or why there is nothing.
+        kernels: Kernels of a step, see `Allocations`.
+        roofline: Of dense moments, at the speed of the machine during the same batch.
+        waits: On CUDA, the operator that makes the host wait for the device.
+        note: Why it is not the whole model, or why there are no figures.
     """
 
     method: str
@@ -90,96 +102,96 @@ class Result:
     layers: int = 0
     whole: bool = True
     batch: int = 0
-    samples_ms: list[float] = field(default_factory=list)
-    baseline_ms: list[float] = field(default_factory=list)
+    step_ms: Spread | None = None
+    ratio: float | None = None
     state_bytes: int | None = None
     kept_bytes: int | None = None
     peak_bytes: int | None = None
-    largest_bytes: int | None = None
     largest_shape: tuple[int, ...] | None = None
-    dense_shapes: list[tuple[int, ...]] = field(default_factory=list)
     kernels: int | None = None
-    calls: int | None = None
     roofline: Roofline | None = None
     waits: str | None = None
-    graph: float | str | None = None
     note: str | None = None
 
     @property
     def title(self) -> str:
         """The method's name in tables."""
-        return METHODS[self.method].title
-
-    @property
-    def median_ms(self) -> float | None:
-        """The median time of a step."""
-        return statistics.median(self.samples_ms) if self.samples_ms else None
-
-    @property
-    def ratio(self) -> float | None:
-        """The median time over that of the baseline in the same batch."""
-        if not self.samples_ms or not self.baseline_ms:
-            return None
-        return statistics.median(self.samples_ms) / statistics.median(self.baseline_ms)
+        return METHODS[self.method].title + ("" if self.whole else " (one block)")
 
 
 @dataclass
 class GrowthPoint:
-    """Step time and kernels at one size.
-
-    Args:
-        method: Name out of `METHODS`.
-        axis: `layers`, `m`, `n` or `r`.
-        size: The value on that axis.
-        samples_ms: Every timed step.
-        kernels: Kernels of a step.
-        calls: Operators that Python called in a step.
-    """
+    """Step time and kernels of a method at one size; `axis` is `layers`, `m`, `n` or `r`."""
 
     method: str
     axis: str
     size: int
-    samples_ms: list[float] = field(default_factory=list)
-    kernels: int | None = None
-    calls: int | None = None
+    step_ms: Spread
+    kernels: int
 
 
 @dataclass
-class Share:
-    """Optimizer steps within training steps.
+class TrainingShare:
+    """The optimizer's share of training steps with one method.
 
     Args:
-        method: Name out of `METHODS`.
-        workload: Name of the model that was trained.
-        precision: What forward and backward were computed in.
-        model_ms: Every forward and backward.
-        step_ms: Every optimizer step that followed one.
-        note: Why there is nothing, or why it is not bf16.
+        method: Name in `METHODS`.
+        workload: Name of the model.
+        precision: Precision of forward and backward.
+        model_ms: Time of forward and backward.
+        step_ms: Time of the optimizer step after it.
+        share: Median step over the median of the whole training step.
     """
 
     method: str
     workload: str
     precision: str
-    model_ms: list[float] = field(default_factory=list)
-    step_ms: list[float] = field(default_factory=list)
-    note: str | None = None
-
-    @property
-    def share(self) -> float | None:
-        """The median step over the median of the whole training step."""
-        if not self.step_ms:
-            return None
-        whole = [model + step for model, step in zip(self.model_ms, self.step_ms, strict=True)]
-        return statistics.median(self.step_ms) / statistics.median(whole)
+    model_ms: Spread
+    step_ms: Spread
+    share: float
 
 
 @dataclass
 class Outcome:
     """Everything that a run has measured so far."""
 
+    environment: dict[str, Any] = field(default_factory=dict)
     results: list[Result] = field(default_factory=list)
     machines: list[Machine] = field(default_factory=list)
     growth: list[GrowthPoint] = field(default_factory=list)
-    shares: list[Share] = field(default_factory=list)
+    training: list[TrainingShare] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     stopped: bool = False
+
+
+def write_results(path: Path, settings: BenchSettings, outcome: Outcome) -> None:
+    """Write the settings and the outcome as JSON; figures that were not measured are left out."""
+    measured = asdict(outcome, dict_factory=lambda items: {name: value for name, value in items if value is not None})
+    write_json(path, {"settings": {**asdict(settings), "output_dir": None}, **measured})
+
+
+def read_results(path: Path) -> Outcome:
+    """The outcome that `write_results` wrote.
+
+    Raises:
+        UsageError: the file is missing or of another form.
+    """
+    try:
+        content = parse_json(path.read_text(encoding="utf-8"))
+        return Outcome(
+            environment=content["environment"],
+            results=[_filled(Result, row) for row in content["results"]],
+            machines=[Machine(**row) for row in content["machines"]],
+            growth=[_filled(GrowthPoint, row) for row in content["growth"]],
+            training=[_filled(TrainingShare, row) for row in content["training"]],
+            notes=content["notes"],
+            stopped=content["stopped"],
+        )
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is no result of lorapro bench ({error!r}). Measure without --report_only.") from error
+
+
+def _filled(record: type[Any], row: Mapping[str, Any]) -> Any:
+    nested = {"step_ms": Spread, "model_ms": Spread, "roofline": Roofline}
+    values = {name: nested[name](**value) if name in nested and value else value for name, value in row.items()}
+    return record(**values)

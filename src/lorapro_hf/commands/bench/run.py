@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -13,18 +14,18 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lorapro_hf.commands.bench.growth import measure_growth
-from lorapro_hf.commands.bench.peers import missing
-from lorapro_hf.commands.bench.plots import plot_growth, plot_ratios, plot_roofline
+from lorapro_hf.commands.bench.plots import plot_growth, plot_ratios
 from lorapro_hf.commands.bench.ratios import Ratios, reason_of
-from lorapro_hf.commands.bench.report import all_sections, device_name, markdown, rich_table, slug, write_json
-from lorapro_hf.commands.bench.results import Outcome
-from lorapro_hf.commands.bench.settings import BenchSettings
+from lorapro_hf.commands.bench.report import all_tables, device_name, environment, markdown, rich_table, slug
+from lorapro_hf.commands.bench.results import Outcome, read_results, write_results
+from lorapro_hf.commands.bench.settings import BenchSettings, missing
 from lorapro_hf.commands.bench.training import measure_shares
 from lorapro_hf.commands.common.console import INTERRUPTED, prepare_output
 from lorapro_hf.commands.common.progress import progress_bars
 from lorapro_hf.options import UsageError
 
-_FOREIGN = 0.05  # of one core: from here on the figures are marked
+RESULTS = "results.json"
+_FOREIGN = 0.05  # of one core: above it the figures get a note
 Job = tuple[str, Callable[[], None]]
 
 
@@ -32,7 +33,7 @@ def device_of(settings: BenchSettings) -> torch.device:
     """The device to measure on.
 
     Raises:
-        UsageError: if there is no such device.
+        UsageError: there is no such device.
     """
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: this torch sees no CUDA device. Install a CUDA build, or use --device cpu.")
@@ -40,15 +41,15 @@ def device_of(settings: BenchSettings) -> torch.device:
 
 
 def foreign_seconds() -> float:
-    """Processor seconds that everything but this process has used since the machine started."""
+    """Processor seconds that all other processes have used since the machine started."""
     times = psutil.cpu_times()._asdict()
-    idle = ("idle", "iowait", "guest", "guest_nice")  # time of guests is in that of their users as well
+    idle = ("idle", "iowait", "guest", "guest_nice")  # guests also count as their users
     own = psutil.Process().cpu_times()
     return float(sum(value for name, value in times.items() if name not in idle)) - own.user - own.system
 
 
 def disturbance(foreign: float, seconds: float) -> str | None:
-    """What to say if other processes took part in the run, else `None`."""
+    """A note if other processes used the processor during the run, else `None`."""
     if foreign <= _FOREIGN * seconds:
         return None
     return (
@@ -58,36 +59,31 @@ def disturbance(foreign: float, seconds: float) -> str | None:
 
 
 class _Run:
-    """The jobs of a run and what came out so far."""
+    """The jobs of a run and the outcome so far."""
 
     def __init__(self, settings: BenchSettings, device: torch.device, progress: Progress) -> None:
         self.settings = settings
         self.device = device
         self.progress = progress
-        self.outcome = Outcome()
+        self.outcome = Outcome(environment(device))
         self.started = time.perf_counter()
         self.foreign = foreign_seconds()
         self.deadline = self.started + settings.minutes * 60
 
     def jobs(self) -> list[Job]:
-        """What to measure, the most wanted first: a time limit cuts off the end."""
+        """All measurements, the most important first: a time limit cuts off the last."""
         settings, outcome, device = self.settings, self.outcome, self.device
         ratios = Ratios(settings, outcome, device, self.say)
-
-        def measure(index: int) -> Callable[[], None]:
-            return lambda: ratios.measure(*ratios.combinations()[index], self.deadline)
-
-        found = [
-            (f"{model.title} r={rank} {dtype}", measure(index))
-            for index, (model, rank, dtype) in enumerate(ratios.combinations())
+        compared: list[Job] = [
+            (f"{model.title} r={rank} {dtype}", partial(ratios.measure, model, rank, dtype, self.deadline))
+            for model, rank, dtype in (ratios.combinations() if "ratios" in settings.parts else ())
         ]
-        found = found if "ratios" in settings.parts else []
-        extra: list[Job] = []
+        further: list[Job] = []
         if "growth" in settings.parts:
-            extra.append(("growth", lambda: measure_growth(settings, outcome, device, self.say)))
+            further.append(("growth", lambda: measure_growth(settings, outcome, device, self.say)))
         if "training" in settings.parts:
-            extra.append(("training step", lambda: measure_shares(settings, outcome, device, self.say)))
-        return [*found[:1], *extra, *found[1:]]
+            further.append(("training step", lambda: measure_shares(settings, outcome, device, self.say)))
+        return [*compared[:1], *further, *compared[1:]]
 
     def say(self, text: str) -> None:
         self.progress.update(self.task, note=text)
@@ -109,7 +105,7 @@ class _Run:
                     )
                 try:
                     job()
-                except Exception as error:  # what is measured is kept
+                except Exception as error:  # keeps the results of the other jobs
                     self.outcome.notes.append(f"{title}: {reason_of(error)}")
                 self.progress.advance(self.task)
         except KeyboardInterrupt:
@@ -121,66 +117,71 @@ class _Run:
             self.outcome.notes.append(f"Not measured within --minutes {limit:g}: {', '.join(late)}.")
 
 
-def _write(folder: Path, settings: BenchSettings, outcome: Outcome, device: torch.device) -> list[Path]:
-    """Write everything; gives the files."""
-    files = [folder / "results.json", folder / "results.md"]
-    write_json(files[0], settings, outcome, device)
-    files[1].write_text(markdown(all_sections(outcome, device), outcome, device), encoding="utf-8")
-    ratios, growth, roofline = (folder / f"{name}.png" for name in ("ratios", "growth", "roofline"))
-    for path, drawn in (
-        (ratios, plot_ratios(ratios, outcome)),
-        (growth, plot_growth(growth, outcome.growth)),
-        (roofline, plot_roofline(roofline, outcome)),
-    ):
-        files += [path] if drawn else []
-    return files
+def _report(folder: Path, outcome: Outcome, console: Console) -> list[Path]:
+    """Show the tables and write them with the plots; gives the files."""
+    for table in all_tables(outcome):
+        console.print(rich_table(table))
+    for note in outcome.notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
+    files = [folder / "results.md"]
+    files[0].write_text(markdown(outcome), encoding="utf-8")
+    ratios, growth = folder / "ratios.png", folder / "growth.png"
+    files += [ratios] if plot_ratios(ratios, outcome) else []
+    return files + ([growth] if plot_growth(growth, outcome.growth) else [])
+
+
+def report_again(settings: BenchSettings) -> int:
+    """Write tables and plots from the `results.json` of an earlier run.
+
+    Raises:
+        UsageError: there is none.
+    """
+    folder = settings.output_dir or Path("benchmarks") / slug(device_of(settings))
+    _report(folder, read_results(folder / RESULTS), Console())
+    return 0
 
 
 def run_bench(settings: BenchSettings, console: Console | None = None, as_json: bool = False) -> int:
-    """Measure, compare with the targets, and write tables and plots.
+    """Measure, and write results, tables and plots.
 
     Args:
-        settings: what to measure and how.
-        console: where to show it; by default stdout, or stderr with `as_json`.
-        as_json: print the file with the results at the end.
+        settings: The settings.
+        console: Where tables and progress are shown; by default stdout, or stderr with `as_json`.
+        as_json: Print the file with the results at the end.
 
     Returns:
-        The exit code: 0, or 130 if Ctrl-C ended it early; what was measured until then is kept.
+        The exit code: 0, or 130 if Ctrl-C ended it early; the results so far are kept.
 
     Raises:
-        UsageError: for a device or an output folder that is of no use.
+        UsageError: there is no such device, or the output folder cannot be written to.
     """
     console = console or Console(stderr=as_json)
     device = device_of(settings)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else every look at a step prints lines of the profiler
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else the profiler prints lines of its own
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     folder = settings.output_dir or Path("benchmarks") / slug(device)
     prepare_output(folder)
-    console.print(
-        f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}", highlight=False
-    )
+    title = f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    console.print(title, highlight=False)
     for method in settings.measured:
-        reason = missing(method)
-        if reason is not None:
+        if reason := missing(method):
             console.print(f"{method.title}: {reason}", markup=False, highlight=False)
     with progress_bars(console) as progress:
         run = _Run(settings, device, progress)
         run.measure()
         progress.update(run.task, note="")
     outcome = run.outcome
-    outcome.results = [result for result in outcome.results if result.samples_ms or result.note]
-    for section in all_sections(outcome, device):
-        console.print(rich_table(section))
-    for note in outcome.notes:
-        console.print(f"note: {note}", markup=False, highlight=False)
-    files = _write(folder, settings, outcome, device)
+    outcome.results = [result for result in outcome.results if result.step_ms or result.note]
+    results = folder / RESULTS
+    write_results(results, settings, outcome)
+    files = [results, *_report(folder, outcome, console)]
     if outcome.stopped:
-        console.print("\nStopped by Ctrl-C. What was measured until then is kept.")
+        console.print("\nStopped by Ctrl-C. The results so far are kept.")
     took = time.perf_counter() - run.started
     console.print(
         "\n" + "\n".join(map(str, files)) + f"\nTotal time: {took / 60:.1f} min", markup=False, highlight=False
     )
     if as_json:
-        print(files[0].read_text(encoding="utf-8"), end="")
+        print(results.read_text(encoding="utf-8"), end="")
     return INTERRUPTED if outcome.stopped else 0

@@ -1,40 +1,50 @@
-"""What can be benchmarked, against whom, and what goes unsaid?"""
+"""Which optimizers are measured, on which models, and how?"""
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from lorapro_hf.commands.common.arguments import option
 from lorapro_hf.config import MODES
 from lorapro_hf.optim.rules import RULES
-from lorapro_hf.options import UsageError
+from lorapro_hf.options import UsageError, at_least_one, rate
 
 BASELINE = "adamw"
 DTYPES: Mapping[str, str] = {"fp32": "float32", "bf16": "bfloat16"}
 PARTS = ("ratios", "growth", "training")
-RANKS = (8, 64, 256)
 
 
 @dataclass(frozen=True)
-class Method:
+class MeasuredOptimizer:
     """An optimizer to measure.
 
     Args:
         name: Its name on the command line and in `results.json`.
         title: Its name in the tables.
-        mode: The mode of LoRA-Pro; `None` for the others.
-        package: The module that it comes from; `None` if it comes with what lorapro_hf needs anyway.
-        install: What to install for that module.
-        dense: Whether its work or its memory grows with m·n, or with m·m.
+        builder: The function in `common.optimizers.BUILDERS`.
+        settings: Arguments of that function.
+        package: The module that it needs beyond lorapro_hf's own dependencies, or `None`.
+        install: The requirement that installs the module.
+        dense: Whether its work or memory grows with m·n or m·m.
     """
 
     name: str
     title: str
-    mode: str | None = None
+    builder: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
     package: str | None = None
     install: str | None = None
     dense: bool = False
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is a mode of LoRA-Pro."""
+        return self.builder == "lorapro"
 
     @property
     def dense_moments(self) -> bool:
@@ -42,21 +52,38 @@ class Method:
         return self.dense and self.name != "adamw_efficient"
 
 
-METHODS: Mapping[str, Method] = {
+def _peer(mode: str) -> MeasuredOptimizer:
+    settings = {"lorapro_mode": mode}
+    title, install = f"lora-pro-adamw {mode}", "lora-pro-adamw==0.2.1"
+    return MeasuredOptimizer(f"adamw_{mode}", title, "lora_pro_adamw", settings, "lora_pro", install, dense=True)
+
+
+METHODS: Mapping[str, MeasuredOptimizer] = {
     method.name: method
     for method in (
-        Method(BASELINE, "AdamW (fused)"),
-        # a mode that is not known to be small is taken for dense
-        *(Method(mode, f"LoRA-Pro {mode}", mode, dense=RULES[mode].keeps_dense_moments) for mode in MODES),
+        MeasuredOptimizer(BASELINE, "AdamW (fused)", "adamw"),
         *(
-            Method(f"adamw_{mode}", f"lora-pro-adamw {mode}", None, "lora_pro", "lora-pro-adamw==0.2.1", dense=True)
-            for mode in ("efficient", "full")
+            MeasuredOptimizer(
+                mode, f"LoRA-Pro {mode}", "lorapro", {"mode": mode}, dense=RULES[mode].keeps_dense_moments
+            )
+            for mode in MODES
         ),
-        Method("riemannian", "PEFT Riemannian"),
-        Method("lorafa", "PEFT LoRA-FA"),
-        Method("lorarite", "LoRARite", None, "pytorch_optimizer", "pytorch_optimizer>=4.1"),
+        _peer("efficient"),
+        _peer("full"),
+        MeasuredOptimizer("riemannian", "PEFT Riemannian", "riemannian", {"fused": False}),
+        MeasuredOptimizer("lorafa", "PEFT LoRA-FA", "lorafa"),
+        MeasuredOptimizer(
+            "lorarite", "LoRARite", "lorarite", package="pytorch_optimizer", install="pytorch_optimizer>=4.1"
+        ),
     )
 }
+
+
+def missing(method: MeasuredOptimizer) -> str | None:
+    """How to install the package of a method, or `None` if it is there."""
+    if method.package is None or importlib.util.find_spec(method.package) is not None:
+        return None
+    return f"not installed: pip install '{method.install}'"
 
 
 @dataclass(frozen=True)
@@ -70,9 +97,9 @@ class ModelShapes:
         kv: Output size of the key and value projections.
         ffn: Width of the feed-forward part.
         layers: Number of transformer blocks.
-        vocabulary: Number of tokens, for the training step.
-        head_size: Size of an attention head, for the training step.
-        trained: Whether the whole training step is measured with it: the base model is built for that.
+        vocabulary: Number of tokens.
+        head_size: Size of an attention head.
+        trained: Whether the model is small enough to measure whole training steps and growth with it.
     """
 
     name: str
@@ -105,72 +132,72 @@ MODELS: Mapping[str, ModelShapes] = {
         ModelShapes("smollm2-135m", "SmolLM2-135M", 576, 192, 1536, 30, 49152, 64, trained=True),
         ModelShapes("llama-3.2-1b", "Llama-3.2-1B", 2048, 512, 8192, 16, 128256, 64),
         ModelShapes("llama-2-7b", "Llama-2-7B", 4096, 4096, 11008, 32, 32000, 128),
-        ModelShapes("tiny", "tiny", 32, 16, 48, 2, 64, 16, trained=True),  # to see whether everything runs
+        ModelShapes("tiny", "tiny", 32, 16, 48, 2, 64, 16, trained=True),  # for a trial run
     )
 }
 DEFAULT_WORKLOADS = ("smollm2-135m", "llama-3.2-1b", "llama-2-7b")
+_WHAT, _HOW = "what to measure", "how to measure"
+
+
+def _names(default: tuple[str, ...], choices: Mapping[str, Any] | tuple[str, ...], metavar: str, help: str) -> Any:
+    known = tuple(choices)
+    help += "" if known == default else f"; any of {', '.join(known)}"
+    return option(default, help, _WHAT, choices=known, metavar=metavar)
 
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """Everything that decides what a benchmark run does.
-
-    Args:
-        workloads: Names out of `MODELS`, in the order in which they are measured.
-        ranks: Ranks of the factors.
-        dtypes: Names out of `DTYPES`: the dtype of the factors.
-        methods: Names out of `METHODS`; the baseline is always measured.
-        parts: Out of `PARTS`.
-        rounds: How often all methods take turns.
-        repeats: Timed steps of a method each time it is its turn.
-        seconds: Time a method gets in each workload; slow ones take fewer steps.
-        minutes: No further workload is begun after this time.
-        output_dir: Where table, figures and plots go; `None` for a folder of `benchmarks` named after the device.
-        device: `cpu` or `cuda`.
-        threads: Threads of torch on the CPU; `None` leaves them as they are.
-        autocast: Whether the training step runs under bf16 autocast; `None` does so where the device computes in bf16.
-        seed: Decides factors and gradients.
+    """The settings of a benchmark run; each field is an option of `lorapro bench`.
 
     Raises:
-        UsageError: for an unknown or repeated name, or a number that is not positive.
+        UsageError: a name is unknown or repeated, or a number is not positive.
     """
 
-    workloads: tuple[str, ...] = DEFAULT_WORKLOADS
-    ranks: tuple[int, ...] = RANKS
-    dtypes: tuple[str, ...] = tuple(DTYPES)
-    methods: tuple[str, ...] = tuple(METHODS)
-    parts: tuple[str, ...] = PARTS
-    rounds: int = 5
-    repeats: int = 3
-    seconds: float = 3.0
-    minutes: float = 45.0
-    output_dir: Path | None = None
-    device: str = "cpu"
-    threads: int | None = None
-    autocast: bool | None = None
-    seed: int = 0
+    workloads: tuple[str, ...] = _names(DEFAULT_WORKLOADS, MODELS, "WORKLOAD", "models whose linear layers are adapted")
+    dtypes: tuple[str, ...] = _names(tuple(DTYPES), DTYPES, "DTYPE", "dtypes of the factors")
+    methods: tuple[str, ...] = _names(tuple(METHODS), METHODS, "METHOD", "optimizers; fused AdamW is always among them")
+    parts: tuple[str, ...] = _names(
+        PARTS, PARTS, "PART", "side by side comparison, growth of a step, share of a training step"
+    )
+    ranks: tuple[int, ...] = option((8, 64, 256), "ranks", _WHAT, type=at_least_one, metavar="R")
+    device: str = option("cpu", "where", _HOW, choices=("cpu", "cuda"))
+    threads: int | None = option(
+        None, "threads of torch on the CPU (default: torch's)", _HOW, type=at_least_one, metavar="N"
+    )
+    rounds: int = option(5, "turns of each method", _HOW, type=at_least_one, metavar="N")
+    repeats: int = option(3, "timed steps a turn", _HOW, type=at_least_one, metavar="N")
+    seconds: float = option(3.0, "time for a method in each workload", _HOW, type=rate, metavar="S")
+    minutes: float = option(45.0, "begin nothing new after this", _HOW, type=rate, metavar="M")
+    autocast: bool | None = option(
+        None,
+        "training step under bf16 autocast (default: if the device has bf16 instructions)",
+        _HOW,
+        action=argparse.BooleanOptionalAction,
+    )
+    seed: int = option(0, "decides factors and gradients", _HOW, type=int)
+    output_dir: Path | None = option(  # noqa: RUF009
+        None,
+        "for tables (results.md, results.json) and plots (default: benchmarks/ and the name of the device)",
+        type=Path,
+        metavar="FOLDER",
+    )
 
     def __post_init__(self) -> None:
-        known = (("workloads", MODELS), ("dtypes", DTYPES), ("methods", METHODS), ("parts", PARTS))
+        known = (("workloads", MODELS), ("dtypes", DTYPES), ("methods", METHODS), ("parts", PARTS), ("ranks", None))
         for name, choices in known:
-            unknown = sorted(set(getattr(self, name)) - set(choices))
-            if unknown or not getattr(self, name):
-                raise UsageError(f"--{name} {unknown} are unknown; choose from {', '.join(choices)}.")
-        for name in ("workloads", "ranks", "dtypes", "methods", "parts"):
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise UsageError(f"--{name} names one twice: {getattr(self, name)}.")
-        numbers: dict[str, float] = {
-            **{f"rank {rank}": rank for rank in self.ranks},
-            "rounds": self.rounds,
-            "repeats": self.repeats,
-        }
-        numbers |= {"seconds": self.seconds, "minutes": self.minutes}
-        numbers |= {} if self.threads is None else {"threads": self.threads}
+            chosen = getattr(self, name)
+            unknown = [] if choices is None else sorted(set(chosen) - set(choices))
+            if unknown or not chosen:
+                raise UsageError(f"--{name} {unknown} are unknown; choose from {', '.join(choices or ())}.")
+            if len(set(chosen)) < len(chosen):
+                raise UsageError(f"--{name} names one twice: {chosen}.")
+        numbers = {name: getattr(self, name) for name in ("rounds", "repeats", "seconds", "minutes")}
+        numbers |= {f"rank {rank}": rank for rank in self.ranks} | {"threads": self.threads or 1}
         for name, number in numbers.items():
             if not number > 0:
                 raise UsageError(f"{name}: {number} must be more than 0.")
 
     @property
-    def measured(self) -> tuple[Method, ...]:
-        """The methods to measure in the order of `METHODS`, the baseline among them."""
+    def measured(self) -> tuple[MeasuredOptimizer, ...]:
+        """The methods to measure in the order of `METHODS`, with the baseline."""
         return tuple(method for name, method in METHODS.items() if name in self.methods or name == BASELINE)

@@ -1,4 +1,4 @@
-"""Which factors and gradients does a benchmark step work on?
+"""Which factors and gradients does a measured step work on?
 
 A PEFT model with the layers of a real one, but base weights that take no memory: the optimizers look at factors and
 gradients only.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorapro_hf.commands.bench.settings import DTYPES, ModelShapes
 
-ALPHA = 16
+_ALPHA = 16
 _GRADIENT = 1e-3
 
 
@@ -25,7 +25,7 @@ class Workload:
     """Factor pairs of some blocks of a model.
 
     Args:
-        name: What the tables call it.
+        name: Its name in the tables.
         block: Name, m and n of the linear layers of one block.
         layers: Number of blocks.
         rank: Rank of the factors.
@@ -61,18 +61,13 @@ class Workload:
         """Number of factor pairs."""
         return self.layers * len(self.block)
 
-    @property
-    def dense_shapes(self) -> set[tuple[int, int]]:
-        """Shapes m × n, n × m and m × m that no temporary of a step should have."""
-        return {shape for _, m, n in self.block for shape in ((m, n), (n, m), (m, m))}
-
 
 class _Block(nn.Module):
     def __init__(self, block: Sequence[tuple[str, int, int]]) -> None:
         super().__init__()
         for name, m, n in block:
             layer = nn.Linear(n, m, bias=False, device="meta")
-            # one element seen as a whole matrix; on the meta device PEFT would leave the factors there as well
+            # one element expanded to the whole matrix; PEFT would leave factors of a meta weight on the meta device
             layer.weight = nn.Parameter(torch.zeros(1).expand(m, n), requires_grad=False)
             self.add_module(name, layer)
 
@@ -83,20 +78,19 @@ class _Skeleton(nn.Module):
         self.layers = nn.ModuleList(_Block(workload.block) for _ in range(workload.layers))
 
 
-class Task:
-    """A model whose factors have gradients, and a way to give it the same gradients before every step.
+class SyntheticModel:
+    """A model with LoRA whose factors get the same gradients before every step.
 
     Args:
-        workload: What to build.
+        workload: The layers of the model.
         device: Where the factors are.
-        seed: Decides them; all tasks of one seed are alike.
+        seed: Decides factors and gradients.
     """
 
     def __init__(self, workload: Workload, device: torch.device, seed: int = 0) -> None:
         self.workload = workload
         names = [name for name, _, _ in workload.block]
-        # rank and alpha equal in every layer; the scaling is 2 at rank 8
-        config = LoraConfig(r=workload.rank, lora_alpha=ALPHA, target_modules=names)
+        config = LoraConfig(r=workload.rank, lora_alpha=_ALPHA, target_modules=names)
         self.model: PeftModel = get_peft_model(
             _Skeleton(workload), config, low_cpu_mem_usage=True, autocast_adapter_dtype=False
         )
@@ -106,41 +100,25 @@ class Task:
         def values(m: int, n: int, scale: float) -> Tensor:
             return (torch.randn(m, n, generator=generator) * scale).to(device, dtype)
 
-        # Drawn for one block: all blocks have the same values, which costs an optimizer as much as other values would.
-        self._factors = {name: (values(workload.rank, n, n**-0.5), values(m, workload.rank, 0.02)) for name, m, n in
-                         workload.block}  # fmt: skip
-        self._gradients = {
-            name: (values(workload.rank, n, _GRADIENT), values(m, workload.rank, _GRADIENT))
-            for name, m, n in workload.block
-        }
-        self.factors: list[nn.Parameter] = []
-        self._sources: list[Tensor] = []
+        # All blocks share the values of one: an optimizer takes as long for them as for others.
+        r = workload.rank
+        factors = {name: (values(r, n, n**-0.5), values(m, r, 0.02)) for name, m, n in workload.block}
+        gradients = {name: (values(r, n, _GRADIENT), values(m, r, _GRADIENT)) for name, m, n in workload.block}
+        self.factors: list[nn.Parameter] = []  # in the order A, B, A, B
+        self._gradients: list[Tensor] = []
         for path, layer in self.model.named_modules():
             if isinstance(layer, LoraLayer):
-                self._fill(path.rsplit(".", 1)[-1], layer)
-
-    def _fill(self, name: str, layer: LoraLayer) -> None:
-        for module, value, gradient in zip(
-            (layer.lora_A["default"], layer.lora_B["default"]), self._factors[name], self._gradients[name], strict=True
-        ):
-            module.weight = nn.Parameter(value.clone())
-            module.weight.grad = gradient.clone()
-            self.factors.append(module.weight)
-            self._sources.append(gradient)
-
-    @property
-    def rank(self) -> int:
-        """Rank of all factors."""
-        return self.workload.rank
-
-    @property
-    def base_is_small(self) -> bool:
-        """Whether no base weight takes memory of its own size."""
-        frozen = [p for p in self.model.parameters() if not any(p is factor for factor in self.factors)]
-        return all(p.untyped_storage().nbytes() <= 4 for p in frozen)
+                name = path.rsplit(".", 1)[-1]
+                for module, value, gradient in zip(
+                    (layer.lora_A["default"], layer.lora_B["default"]), factors[name], gradients[name], strict=True
+                ):
+                    module.weight = nn.Parameter(value.clone())
+                    module.weight.grad = gradient.clone()
+                    self.factors.append(module.weight)
+                    self._gradients.append(gradient)
 
     def restore_gradients(self) -> None:
         """Write the gradients anew, as a backward would: some optimizers overwrite them."""
         gradients = [factor.grad for factor in self.factors if factor.grad is not None]
         with torch.no_grad():
-            torch._foreach_copy_(gradients, self._sources)
+            torch._foreach_copy_(gradients, self._gradients)

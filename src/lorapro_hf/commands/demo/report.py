@@ -1,4 +1,4 @@
-"""What does the user get to see and keep of a demo run?"""
+"""Which table, figures and curves does a demo run show and keep?"""
 
 from __future__ import annotations
 
@@ -91,11 +91,7 @@ def _row(result: MethodResult) -> dict[str, Any]:
 
 
 def write_results(
-    path: Path,
-    settings: DemoSettings,
-    base: Score | None,
-    results: Sequence[MethodResult],
-    **more: Any,
+    path: Path, settings: DemoSettings, base: Score | None, results: Sequence[MethodResult], **more: Any
 ) -> None:
     """Write settings, environment and all figures as JSON."""
     content = {
@@ -121,25 +117,17 @@ def plot_curves(path: Path, base: Score | None, results: Sequence[MethodResult])
         label = f"{_state(result)}, lr {result.learning_rate:g}"
         axes.plot(steps, smooth(result.losses), color=colour, linewidth=2, label=label)
         if result.score is not None:
-            axes.plot(
-                [len(result.losses)],
-                [result.score.loss],
-                label=f"held-out: {result.score.loss:.3f}",
-                color=colour,
-                marker=marker,
-                markersize=9,
-                markeredgecolor="black",
-                linestyle="none",
-                zorder=3,
-            )
+            end: dict[str, Any] = {
+                "marker": marker,
+                "markersize": 9,
+                "markeredgecolor": "black",
+                "linestyle": "none",
+                "zorder": 3,
+            }
+            label = f"held-out: {result.score.loss:.3f}"
+            axes.plot([len(result.losses)], [result.score.loss], label=label, color=colour, **end)
     if base is not None:
-        axes.plot(
-            [0],
-            [base.loss],
-            color="black",
-            marker="D",
-            linestyle="none",
-            label=f"held-out, base model: {base.loss:.3f}",
-        )
+        label = f"held-out, base model: {base.loss:.3f}"
+        axes.plot([0], [base.loss], color="black", marker="D", linestyle="none", label=label)
     finish_loss_axes(axes, "LoRA and LoRA-Pro")
     figure.savefig(path, dpi=150)

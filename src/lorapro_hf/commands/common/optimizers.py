@@ -1,0 +1,76 @@
+"""How are the optimizers built that commands compare?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from lorapro_hf.factors.pairs import find_lora_pairs
+from lorapro_hf.optim.factory import create_lorapro_optimizer
+
+
+def _adamw(model: nn.Module, lr: float, **settings: Any) -> Any:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, **settings)
+
+
+def _loraplus(model: nn.Module, lr: float, **settings: Any) -> Any:
+    from peft.optimizers import create_loraplus_optimizer
+
+    return create_loraplus_optimizer(model, torch.optim.AdamW, lr=lr, **settings)
+
+
+def _lorafa(model: PeftModel, lr: float, **settings: Any) -> Any:
+    from peft.optimizers import create_lorafa_optimizer
+
+    config: Any = model.peft_config["default"]
+    return create_lorafa_optimizer(model, r=config.r, lora_alpha=config.lora_alpha, lr=lr, **settings)
+
+
+def _riemannian(model: nn.Module, lr: float, **settings: Any) -> Any:
+    from peft.optimizers import create_riemannian_optimizer
+
+    return create_riemannian_optimizer(model, torch.optim.AdamW, lr=lr, **settings)
+
+
+def _lorarite(model: nn.Module, lr: float, **settings: Any) -> Any:
+    from pytorch_optimizer import LoRARite
+
+    # it takes the factors in the order A, B, A, B
+    return LoRARite([factor for pair in find_lora_pairs(model) for factor in (pair.A, pair.B)], lr=lr, **settings)
+
+
+def _lorapro(model: nn.Module, lr: float, **settings: Any) -> Any:
+    return create_lorapro_optimizer(model, lr=lr, config=settings)
+
+
+def _lora_pro_adamw(model: nn.Module, lr: float, **settings: Any) -> Any:
+    from lora_pro import LoRAProAdamW
+
+    # the default solver of that package solves another equation than the paper's
+    return LoRAProAdamW(model, lr=lr, weight_decay=0.0, efficient_solver="eig", **settings)
+
+
+_ADAMW: Mapping[str, Any] = {"weight_decay": 0.0, "fused": True}
+# The function that builds each optimizer, and its defaults. None decays weights by default.
+BUILDERS: Mapping[str, tuple[Callable[..., Any], Mapping[str, Any]]] = {
+    "adamw": (_adamw, _ADAMW),
+    "loraplus": (_loraplus, {"fused": True}),
+    "lorafa": (_lorafa, {}),
+    "riemannian": (_riemannian, _ADAMW),
+    "lorarite": (_lorarite, {}),
+    "lorapro": (_lorapro, {}),
+    "lora_pro_adamw": (_lora_pro_adamw, {}),
+}
+
+
+def build(name: str, model: nn.Module, learning_rate: float, settings: Mapping[str, Any]) -> Any:
+    """The optimizer of that name for the trainable parameters of `model`.
+
+    Betas are (0.9, 0.999) for all; epsilon is each library's own.
+    """
+    builder, defaults = BUILDERS[name]
+    return builder(model, learning_rate, **{**defaults, **settings})

@@ -22,13 +22,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from lorapro_hf import cli
+from lorapro_hf.commands.common.word_problems import TEMPLATES, generate_problems, word_problems
 from lorapro_hf.commands.demo import base_model, run
 from lorapro_hf.commands.demo.evaluation import METRIC, Evaluator, Score
 from lorapro_hf.commands.demo.problems import encode, load_problems
 from lorapro_hf.commands.demo.report import results_table, smooth
 from lorapro_hf.commands.demo.settings import COMPARED, METHODS, DemoSettings
 from lorapro_hf.commands.demo.training import MethodResult, StopRequest, train_method, training_arguments
-from lorapro_hf.commands.evaluate.word_problems import TEMPLATES, generate_problems, word_problems
 from lorapro_hf.options import UsageError
 
 STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+) [a-z]+")

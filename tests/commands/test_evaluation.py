@@ -14,8 +14,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evaluation_helpers import GSM8K, answer_with, read_rows, tiny_adapter, tiny_model, write_rows
+from lorapro_hf.commands.common.generation import complete, cut_at
 from lorapro_hf.commands.evaluate.answers import FinalAnswer, flexible_answer, judge, normalized, strict_answer
-from lorapro_hf.commands.evaluate.generation import complete, cut_at
 from lorapro_hf.commands.evaluate.gsm8k import evaluate_gsm8k, evaluate_word_problems
 from lorapro_hf.commands.evaluate.humaneval import evaluate_humaneval
 from lorapro_hf.commands.evaluate.sandbox import Limits, Sandbox

@@ -16,9 +16,9 @@ from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from evaluation_helpers import GSM8K, answer_with, read_rows, tiny_adapter, tiny_model, write_rows
+from lorapro_hf.commands.common.generation import complete
 from lorapro_hf.commands.evaluate import models
 from lorapro_hf.commands.evaluate.command import EVALUATE, EVALUATE_EXAMPLES, add_evaluate, default_output
-from lorapro_hf.commands.evaluate.generation import complete
 from lorapro_hf.commands.evaluate.models import load
 from lorapro_hf.options import UsageError
 

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
+from lorapro_hf.commands.common.generation import Completion
 from lorapro_hf.commands.evaluate import solving
-from lorapro_hf.commands.evaluate.generation import Completion
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 CHAT += "{% if add_generation_prompt %}<assistant>{% endif %}"

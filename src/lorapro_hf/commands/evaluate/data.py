@@ -1,73 +1,71 @@
-"""Where do the problems of an evaluation come from?"""
+"""Where do problems come from that lie in a file?"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
-from typing import Any
 
-from datasets import Dataset, DatasetDict
-from datasets.exceptions import DatasetsError
+from datasets import Dataset
 
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.cells import with_texts
-from lorapro_hf.recipes.files import fault_in, kind_of, read_file, read_named
+from lorapro_hf.recipes.files import read_file
+
+_QUESTIONS, _FUNCTIONS = ("question", "answer"), ("task_id", "prompt", "test", "entry_point")
+# the tasks whose problems may come from a file, and the columns that they read
+COLUMNS = {
+    "gsm8k": _QUESTIONS,
+    "gsm8k_alpaca": _QUESTIONS,
+    "humaneval": _FUNCTIONS,
+    "humaneval_alpaca": _FUNCTIONS,
+    "humaneval_instruct": _FUNCTIONS,
+}
 
 
-def is_file(source: str) -> bool:
-    """Whether `source` is meant as a local file rather than as a name on the Hub."""
-    return kind_of(source) is not None and not Path(source).is_dir()
-
-
-def load_rows(
-    source: str,
-    columns: Collection[str],
-    config: str | None = None,
-    split: str | None = None,
-    limit: int | None = None,
-) -> list[dict[str, Any]]:
-    """The first `limit` rows of a data set, or all of them, with `columns` alone as texts.
+def load_rows(file: str, columns: Collection[str], label: str = "--dataset") -> Dataset:
+    """The rows of a data file, with `columns` alone, as texts.
 
     Args:
-        source: a JSON, JSON lines (also gzipped), CSV or Parquet file, or a name on the Hub.
+        file: JSON, JSON lines, CSV or Parquet, gzipped or not.
         columns: what each row must have.
-        config: configuration of a data set of the Hub.
-        split: split of a data set of the Hub.
-        limit: how many rows.
+        label: the option that named the file, with which messages begin.
 
     Raises:
-        UsageError: there is no such data set, it is empty, broken, blank in a cell or lacks a column, or a file is
-            given a config or split.
+        UsageError: the file is missing, empty or broken, lacks a column or is blank in a cell.
     """
-    if is_file(source):
-        if config is not None or split is not None:
-            raise UsageError(f"{source} is a file, which has neither configuration nor split; leave them out.")
-        rows = read_file(source, "the data set")
-    else:
-        rows = _named(source, config, split)
+    rows = read_file(file, label)
     missing = sorted(set(columns) - set(rows.column_names))
     if missing:
-        raise UsageError(f"{source} has the columns {rows.column_names} and lacks {missing}; rename its columns.")
-    rows = rows.select_columns(list(columns))
-    if limit is not None:
-        rows = rows.select(range(min(limit, len(rows))))
+        raise UsageError(f"{file} has the columns {rows.column_names} and lacks {missing}; rename its columns.")
     if not len(rows):
-        raise UsageError(f"{source} is empty.")
-    return list(with_texts(rows, columns, source, keep_all="a score counts every problem"))
+        raise UsageError(f"{file} is empty.")
+    return with_texts(rows.select_columns(list(columns)), columns, file, keep_all="a score counts every problem")
 
 
-def _named(source: str, config: str | None, split: str | None) -> Dataset:
-    try:
-        found = read_named(source, config, split)
-    except UsageError:
-        raise
-    except (DatasetsError, OSError, ValueError, StopIteration) as error:
+def local_rows(task: str, file: str | None, examples: str | None) -> dict[str, Dataset] | None:
+    """The problems of a file as the split `test` and the solved examples of another as `train`.
+
+    Args:
+        task: which task's columns they need.
+        file: of `--dataset`, or `None`, for which there are no local rows.
+        examples: of `--fewshot_dataset`.
+
+    Raises:
+        UsageError: the task takes no file, or the rows of a file cannot be used.
+    """
+    if file is None:
+        if examples is not None:
+            raise UsageError("--fewshot_dataset goes with --dataset.")
+        return None
+    columns = COLUMNS.get(task)
+    if columns is None:
         raise UsageError(
-            f"cannot load the data set {source!r}: {fault_in(source, error)}\nGive --dataset a name on the Hub or a "
-            "local JSON, JSON lines, CSV or Parquet file."
-        ) from error
-    if isinstance(found, DatasetDict):
-        if split not in found:
-            raise UsageError(f"{source} has the splits {sorted(found)}; name one of these by --dataset_split.")
-        return found[split]
-    return found
+            f"--dataset goes with the tasks {', '.join(COLUMNS)}. For another task write a task file of lm-eval (YAML) "
+            "that names your data, and give its path as the task."
+        )
+    rows = {"test": load_rows(file, columns)}
+    rows["train"] = rows["test"] if examples is None else load_rows(examples, columns, "--fewshot_dataset")
+    if columns is _QUESTIONS:
+        for answer in (answer for each in rows.values() for answer in each["answer"]):
+            if "#### " not in answer:
+                raise UsageError(f"the answer {answer!r} does not end with '#### ' and a number, as GSM8K's do.")
+    return rows

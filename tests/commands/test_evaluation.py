@@ -338,7 +338,7 @@ def test_problems_are_refused(options: str, message: str, folder: Path, monkeypa
     monkeypatch.setattr(tasks_module, "TaskManager", lambda **kwargs: manager(**{**kwargs, "include_defaults": False}))
     write_rows(Path("rows.jsonl"), GSM8K)
     write_rows(Path("columns.jsonl"), [{"question": "a"}])
-    write_rows(Path("blank.jsonl"), [{"question": "a", "answer": ""}])
+    write_rows(Path("blank.jsonl"), [{"question": "a", "answer": None}, GSM8K[0]])
     write_rows(Path("numbers.jsonl"), [{"question": "a", "answer": 2}])
     Path("empty.jsonl").touch()
     with pytest.raises(UsageError, match=message):

@@ -28,6 +28,8 @@ class EvaluatedModel(HFLM):
         **settings: of `HFLM`.
     """
 
+    _model: Any
+
     def __init__(self, quantization: Any, **settings: Any) -> None:
         self._quantization = quantization
         super().__init__(**settings)

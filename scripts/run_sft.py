@@ -26,13 +26,12 @@ from typing import Any
 
 from datasets import Dataset
 
-from lorapro_hf.commands.evaluate.prompts import ALPACA
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.cells import holds_messages
 from lorapro_hf.recipes.data import load_splits
 from lorapro_hf.recipes.endings import one_line_errors
 from lorapro_hf.recipes.flow import as_program, run, start
-from lorapro_hf.recipes.instructions import CHAT, InstructionArguments, prepared
+from lorapro_hf.recipes.instructions import ALPACA, CHAT, InstructionArguments, prepared
 from lorapro_hf.recipes.language import complete, parts, with_turns
 from lorapro_hf.recipes.model import AdapterArguments, ModelArguments, load_tokenizer
 from lorapro_hf.recipes.parser import RecipeParser
@@ -40,7 +39,7 @@ from lorapro_hf.recipes.parser import RecipeParser
 with one_line_errors():
     from lorapro_hf import LoRAProSFTConfig, LoRAProSFTTrainer
 
-TEMPLATES = {"alpaca": ALPACA}  # the same prompts as `lorapro evaluate --prompt_style alpaca`
+TEMPLATES = {"alpaca": ALPACA}  # as in the tasks gsm8k_alpaca and humaneval_alpaca of `lorapro evaluate`
 
 
 @dataclass

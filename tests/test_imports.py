@@ -58,6 +58,7 @@ DEMO_AT_TOP = {
     "matplotlib",
     "rich",
     "gguf",
+    "lm_eval",
     "lora_pro",
     "pytorch_optimizer",
     "triton",

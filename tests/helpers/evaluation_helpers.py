@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
-
-from lorapro_hf.commands.common.generation import Completion
-from lorapro_hf.commands.evaluate import solving
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 CHAT += "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -61,6 +59,18 @@ def tiny_adapter(base: Path, folder: Path) -> Path:
     return folder
 
 
+def plain_greedy(model: Any, tokenizer: Any, prompt: str, count: int) -> str:
+    """The likeliest tokens after one prompt, one at a time, without cache and padding."""
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    start = ids.shape[1]
+    for _ in range(count):
+        best = model(ids, use_cache=False).logits[0, -1].argmax()
+        if best == tokenizer.eos_token_id:
+            break
+        ids = torch.cat([ids, best.view(1, 1)], dim=1)
+    return str(tokenizer.decode(ids[0, start:], skip_special_tokens=True))
+
+
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
     """The rows as JSON lines in `path`."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -73,13 +83,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def answer_with(monkeypatch: pytest.MonkeyPatch, write: Callable[[str], str]) -> list[Sequence[str]]:
-    """Let `write` answer each prompt in place of the model; returns the batches of prompts that it is asked."""
-    batches: list[Sequence[str]] = []
+def answer_with(monkeypatch: pytest.MonkeyPatch, write: Callable[[str], str]) -> list[str]:
+    """Let `write` answer each prompt in place of the model; returns the prompts that it is asked."""
+    from lorapro_hf.commands.evaluate.model import EvaluatedModel  # imports lm-eval
 
-    def complete(model: Any, tokenizer: Any, prompts: Sequence[str], *settings: Any) -> list[Completion]:
-        batches.append(prompts)
-        return [Completion(write(prompt), True) for prompt in prompts]
+    prompts: list[str] = []
 
-    monkeypatch.setattr(solving, "complete", complete)
-    return batches
+    def generate_until(self: Any, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        prompts.extend(request.args[0] for request in requests)
+        return [write(request.args[0]) for request in requests]
+
+    monkeypatch.setattr(EvaluatedModel, "generate_until", generate_until)
+    return prompts

@@ -11,10 +11,10 @@ import pytest
 from datasets import Dataset, Image
 from transformers import TrainingArguments
 
-from lorapro_hf.commands.common.datasets import load_rows
 from lorapro_hf.commands.common.problems import load_problems
 from lorapro_hf.commands.compare.settings import TaskSettings
 from lorapro_hf.commands.compare.tasks.sources import table
+from lorapro_hf.commands.evaluate.data import load_rows
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.cells import complete_rows, with_texts
 from lorapro_hf.recipes.data import load_splits
@@ -283,7 +283,8 @@ def test_a_score_leaves_no_problem_out() -> None:
     Path("problems.jsonl").write_text('{"question": "1?", "answer": 1}\n{"question": "2?", "answer": null}\n')
     with pytest.raises(UsageError, match=r"the column answer of problems.jsonl is blank in row 2.*every problem"):
         load_rows("problems.jsonl", ("question", "answer"))
-    assert load_rows("problems.jsonl", ("question", "answer"), limit=1) == [{"question": "1?", "answer": "1"}]
+    Path("problems.jsonl").write_text('{"question": "1?", "answer": 1}\n')
+    assert list(load_rows("problems.jsonl", ("question", "answer"))) == [{"question": "1?", "answer": "1"}]
 
 
 def test_demo_and_comparison_leave_blank_rows_out() -> None:

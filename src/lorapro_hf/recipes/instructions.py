@@ -15,6 +15,14 @@ from lorapro_hf.recipes.cells import require_columns, require_plain, with_texts
 from lorapro_hf.recipes.data import DataArguments
 
 CHAT = "chat"
+ALPACA = """\
+Below is an instruction that describes a task. Write a response that appropriately completes the request.
+
+### Instruction:
+{instruction}
+
+### Response:
+"""
 
 
 @dataclass

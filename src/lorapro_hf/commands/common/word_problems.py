@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from datasets import Dataset
 
@@ -252,3 +253,8 @@ def word_problems(train_size: int, test_size: int, *, seed: int = 0) -> tuple[Da
     problems = generate_problems(test_size + train_size, seed)
     rows = [{"question": problem.question, "answer": problem.answer} for problem in problems]
     return Dataset.from_list(rows[test_size:]), Dataset.from_list(rows[:test_size])
+
+
+def held_out(seed: int = 0, size: int = 64, **_: Any) -> dict[str, Dataset]:
+    """The held-out problems as lm-eval's task `word_problems` takes them, with its settings `seed` and `size`."""
+    return {"test": word_problems(0, size, seed=seed)[1]}

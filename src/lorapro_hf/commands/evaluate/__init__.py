@@ -1,1 +1,1 @@
-"""`lorapro evaluate`: how well does a language model, with or without an adapter, solve problems?"""
+"""The command `lorapro evaluate`: lm-eval's tasks and ours, on a base model or an adapter."""

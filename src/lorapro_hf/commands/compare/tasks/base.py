@@ -20,7 +20,7 @@ IGNORED = -100
 
 
 @dataclass
-class Task:
+class LoadedTask:
     """A task that is loaded. Held-out examples are in two sets: one decides on the learning rate, one is reported.
 
     Args:
@@ -52,9 +52,18 @@ class Task:
         }
         return digest(content)
 
-    def head_of(self, model: nn.Module) -> nn.Module | None:
-        """The part of `model` that every method trains in full."""
-        return None if self.head is None else model.get_submodule(self.head)
+    def start_head(self, model: nn.Module, seed: int) -> nn.Module | None:
+        """The module of `model` that every method trains in full, with the initial values of the seed."""
+        if self.head is None:
+            return None
+        head = model.get_submodule(self.head)
+        torch.manual_seed(seed)
+        for module in head.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        return head
 
     @torch.no_grad()
     def loss(self, model: Any, which: str) -> float:

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DataCollatorWithPadding
 
 from lorapro_hf.commands.compare.settings import TaskSettings
-from lorapro_hf.commands.compare.tasks.base import Batch, Task, to_device
+from lorapro_hf.commands.compare.tasks.base import Batch, LoadedTask, to_device
 from lorapro_hf.commands.compare.tasks.models import sentence_classifier
 from lorapro_hf.commands.compare.tasks.sources import docstrings, table
 from lorapro_hf.options import UsageError
@@ -18,7 +18,7 @@ from lorapro_hf.options import UsageError
 _Rows = dict[str, list[tuple[str, str]]]
 
 
-def load_classification(settings: TaskSettings) -> Task:
+def load_classification(settings: TaskSettings) -> LoadedTask:
     """Docstrings of the standard library by the package they are from, or a text and a label column of a dataset.
 
     The classifier on top is trained by every method alike, see `training.py`; its initial values follow the seed.
@@ -50,7 +50,7 @@ def load_classification(settings: TaskSettings) -> Task:
         )
         return {"accuracy": right / len(sets["test"])}
 
-    task = Task(
+    task = LoadedTask(
         settings,
         model,
         "classifier",

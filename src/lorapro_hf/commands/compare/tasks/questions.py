@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from lorapro_hf.commands.compare.settings import TaskSettings
-from lorapro_hf.commands.compare.tasks.base import IGNORED, Batch, Features, Task, language_loss
+from lorapro_hf.commands.compare.tasks.base import IGNORED, Batch, Features, LoadedTask, language_loss
 from lorapro_hf.commands.compare.tasks.models import causal_model
 from lorapro_hf.commands.compare.tasks.vocabulary import cut_vocabulary
 from lorapro_hf.commands.demo.evaluation import Evaluator
@@ -18,7 +18,7 @@ from lorapro_hf.commands.demo.settings import DemoSettings
 from lorapro_hf.options import UsageError
 
 
-def load_questions(settings: TaskSettings) -> Task:
+def load_questions(settings: TaskSettings) -> LoadedTask:
     """Arithmetic word problems, or a dataset with the columns `question` and `answer` as GSM8K has.
 
     The loss counts on the answers only. With `generate`, some test questions are answered greedily and the final
@@ -59,7 +59,7 @@ def load_questions(settings: TaskSettings) -> Task:
     }
     if settings.cut_vocabulary:
         sets = cut_vocabulary(model, sets)
-    return Task(
+    return LoadedTask(
         settings,
         model,
         None,

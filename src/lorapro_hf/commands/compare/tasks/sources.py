@@ -10,6 +10,7 @@ import sysconfig
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ PACKAGES = (
 )
 
 
+@cache
 def standard_modules() -> list[tuple[str, Path]]:
     """The source files of Python's standard library, each with the package (or module) it belongs to."""
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -64,6 +66,7 @@ def library_code(seed: int) -> dict[str, Iterator[str]]:
     return {name: (path.read_text(encoding="utf-8", errors="ignore") for path in by_set[name]) for name in _SETS}
 
 
+@cache
 def docstrings(classes: int, seed: int) -> dict[str, list[tuple[str, str]]]:
     """Docstrings of classes and functions with the package that they are from, whose name is masked in them.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lorapro_hf.commands.compare.settings import TaskSettings
-from lorapro_hf.commands.compare.tasks.base import Batch, Features, Task, language_loss
+from lorapro_hf.commands.compare.tasks.base import Batch, Features, LoadedTask, language_loss
 from lorapro_hf.commands.compare.tasks.models import causal_model
 from lorapro_hf.commands.compare.tasks.sources import library_code, table
 from lorapro_hf.commands.compare.tasks.vocabulary import cut_vocabulary
@@ -17,7 +17,7 @@ from lorapro_hf.options import UsageError
 _MOST_FROM_ONE_TEXT = 8  # blocks: no single long text fills a set
 
 
-def load_text(settings: TaskSettings) -> Task:
+def load_text(settings: TaskSettings) -> LoadedTask:
     """Modules of Python's standard library, whole modules held out, or a text column of a dataset.
 
     Each text is cut into blocks of `max_length` tokens; what is left at its end is not used.
@@ -40,7 +40,7 @@ def load_text(settings: TaskSettings) -> Task:
             raise UsageError(f"Task {settings.name}: no text for {name} has {settings.max_length} tokens.")
     if settings.cut_vocabulary:
         sets = cut_vocabulary(model, sets)
-    return Task(settings, model, None, sets, _stack, language_loss, lambda trained: {}, {"loss": False})
+    return LoadedTask(settings, model, None, sets, _stack, language_loss, lambda trained: {}, {"loss": False})
 
 
 def _blocks(texts: Iterable[str], tokenizer: Any, length: int, count: int) -> list[Features]:

@@ -1,4 +1,4 @@
-"""How does a comparison run on several devices?"""
+"""How do several processes share the runs of a comparison?"""
 
 from __future__ import annotations
 
@@ -6,15 +6,46 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from lorapro_hf.commands.common.processes import supervise
+
+_RANK, _COUNT, _LOCAL = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+
+
+@dataclass(frozen=True)
+class Worker:
+    """The number of this process among several, as `accelerate launch` and torchrun tell it.
+
+    The processes share nothing but the folder of results: each takes every n-th run.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def of_environment(cls) -> Worker:
+        """The worker of this process."""
+        return cls(int(os.environ.get(_RANK, "0")), int(os.environ.get(_COUNT, "1")))
+
+    @staticmethod
+    def forget_others() -> None:
+        """Hide the other processes and all GPUs but one from `Trainer`, which would train one model on all of them.
+
+        CUDA must not have been asked for anything yet.
+        """
+        local = int(os.environ.get(_LOCAL, "0"))
+        for name in (_RANK, _COUNT, _LOCAL):
+            os.environ.pop(name, None)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", str(local)).split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[local % len(visible)]
 
 
 def launch(devices: int, device: str, arguments: Sequence[str]) -> int:
     """Run `lorapro compare` in so many processes through accelerate, and wait for them.
 
     Args:
-        devices: How many.
+        devices: The number of processes.
         device: `"cpu"` or `"cuda"`; on a CPU the processes share its cores out unless OMP_NUM_THREADS says otherwise.
         arguments: Of `lorapro compare`, for each process.
 

@@ -281,37 +281,32 @@ def test_two_comparisons_do_not_train_into_one_folder(tmp_path: Path, trained: l
     assert len(trained) == 2
 
 
-def test_reference_losses_are_computed_once_whether_or_not_there_is_a_run_to_do(
+def test_reference_losses_are_computed_once(
     tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = settings(tmp_path)
-    run_all(chosen)
-    assert Store(tmp_path).sweep()["levels"]["tiny"].items() >= LEVELS.items()
-    Store(tmp_path).write_sweep(chosen, plan(chosen))
     computed: list[Any] = []
     monkeypatch.setattr(sweep_module, "reference_losses", lambda *each: computed.append(each) or LEVELS)
-    for _ in range(2):
-        run_all(chosen)
-        assert len(computed) == 1 and "tiny" in Store(tmp_path).sweep()["levels"]
+    for seeds in ([0], [0], [0, 1]):
+        run_all(settings(tmp_path, seeds=seeds))
+        assert len(computed) == 1 and Store(tmp_path).sweep()["levels"]["tiny"].items() >= LEVELS.items()
     run_all(settings(tmp_path, tasks={"tiny": {**TINY, "steps": 4}}))
     assert len(computed) == 2
 
 
-def test_a_model_that_is_gone_costs_the_reference_losses_alone(
+def test_a_task_that_cannot_be_loaded_is_told_before_any_run(
     tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def gone(task: Any) -> None:
-        raise UsageError("Task tiny: no such model")
+    load = sweep_module.load_task
 
-    chosen = settings(tmp_path)
-    run_all(chosen)
-    Store(tmp_path).write_sweep(chosen, plan(chosen))
+    def gone(task: Any) -> Any:
+        if task.name == "second":
+            raise UsageError("Task second: no such model")
+        return load(task)
+
     monkeypatch.setattr(sweep_module, "load_task", gone)
-    shown = io.StringIO()
-    run_all(chosen, console=Console(file=shown, width=200))
-    assert "The untrained loss of task tiny stays unknown: Task tiny: no such model" in shown.getvalue()
     with pytest.raises(UsageError, match="no such model"):
-        run_all(settings(tmp_path, seeds=[5]))
+        run_all(settings(tmp_path, tasks={"first": TINY, "second": TINY | {"steps": 4}}))
+    assert trained == []
 
 
 # The command

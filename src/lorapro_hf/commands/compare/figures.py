@@ -27,12 +27,7 @@ Panel = Callable[[Any, TaskSummary, dict[str, Style]], None]
 
 
 def draw(summary: Summary, ours: Sequence[str]) -> dict[str, bytes]:
-    """PNGs by name with a panel for each task and rank: loss curves, test loss by learning rate and by time.
-
-    Args:
-        summary: Of the comparison.
-        ours: Names of the methods that are LoRA-Pro.
-    """
+    """PNGs by name with a panel for each task and rank; `ours` are the names of the methods that are LoRA-Pro."""
     panels: dict[str, tuple[str, Panel]] = {
         "loss": ("training loss at the best rate, mean over the seeds, smoothed", _curves),
         "rates": ("test loss by learning rate, mean and range over the seeds", _by_rate),

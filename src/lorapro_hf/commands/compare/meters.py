@@ -17,12 +17,7 @@ _RESET_PEAK = "5"  # to clear_refs: forget the highest resident size so far
 
 
 class StepTimes(TrainerCallback):
-    """Times the steps of a `Trainer` and the optimizer's part in them, in milliseconds.
-
-    Args:
-        device: Where the training runs.
-        on_step: Called after each step.
-    """
+    """Times the steps of a `Trainer` and the optimizer's part in them, in ms, and calls `on_step` after each."""
 
     def __init__(self, device: torch.device, on_step: Callable[[], None]) -> None:
         self.device, self.on_step = device, on_step
@@ -54,11 +49,7 @@ class StepTimes(TrainerCallback):
 
 
 class PeakMemory:
-    """The highest memory use since it was made: CUDA's allocator, or on a CPU the resident size of the process.
-
-    Args:
-        device: Where the training runs.
-    """
+    """The highest memory use since it was made: CUDA's allocator, or on a CPU the resident size of the process."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

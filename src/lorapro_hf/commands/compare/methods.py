@@ -23,29 +23,19 @@ LORA, FULL = "lora", "full"
 
 @dataclass(frozen=True)
 class ComparedMethod:
-    """A way of adapting a model: plain values only, so that it can be hashed, stored and changed from a YAML.
+    """A way of adapting a model: plain values only, so that it can be hashed, stored and changed from a YAML."""
 
-    Args:
-        name: Its name in YAML and JSON.
-        title: Its name in tables.
-        optimizer: `"lorapro"`, or the function of `optimizers.BUILDERS` that makes its optimizer.
-        learning_rates: The grid where the YAML gives none.
-        settings: Keywords for that function, or settings of `LoRAProConfig`.
-        adapter: Keywords for `LoraConfig` beyond rank, alpha and layers; `None` trains the weights themselves.
-        clips: Whether `max_grad_norm` applies; clipping raw gradients would defeat some methods.
-        package: A module that it needs beyond this package's dependencies.
-        install: The requirement that installs that module.
-    """
-
-    name: str
-    title: str
-    optimizer: str
-    learning_rates: tuple[float, ...]
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    adapter: Mapping[str, Any] | None = field(default_factory=dict)
-    clips: bool = True
-    package: str | None = None
-    install: str | None = None
+    name: str  # in YAML and JSON
+    title: str  # in tables
+    optimizer: str  # a key of `optimizers.BUILDERS`
+    learning_rates: tuple[float, ...]  # the grid where the YAML gives none
+    settings: Mapping[str, Any] = field(default_factory=dict)  # keywords of the optimizer, or of `LoRAProConfig`
+    adapter: Mapping[str, Any] | None = field(
+        default_factory=dict
+    )  # of `LoraConfig`; None trains the weights themselves
+    clips: bool = True  # whether `max_grad_norm` applies: clipping raw gradients would defeat some methods
+    package: str | None = None  # a module beyond this package's dependencies
+    install: str | None = None  # the requirement that installs it
 
     @property
     def is_lora_pro(self) -> bool:

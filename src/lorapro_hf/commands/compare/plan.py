@@ -16,23 +16,14 @@ from lorapro_hf.commands.compare.settings import CompareSettings, TaskSettings
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One training.
-
-    Args:
-        task: The task.
-        rank: Of the adapter. Full fine-tuning has none, and its run serves every rank.
-        method: The method.
-        learning_rate: The highest of its schedule.
-        seed: Decides order, initial values and dropout.
-        key: A hash of the settings and versions that decide how it ends.
-    """
+    """One training."""
 
     task: TaskSettings
-    rank: int | None
+    rank: int | None  # full fine-tuning has none, and its run serves every rank
     method: ComparedMethod
-    learning_rate: float
-    seed: int
-    key: str
+    learning_rate: float  # the highest of its schedule
+    seed: int  # decides order, initial values and dropout
+    key: str  # a hash of the settings and versions that decide how it ends
 
     @property
     def title(self) -> str:

@@ -17,14 +17,10 @@ from lorapro_hf.commands.compare.tasks.base import IGNORED, LoadedTask
 def reference_losses(task: LoadedTask, seed: int, device: torch.device) -> dict[str, float]:
     """Test losses of two models that have learned nothing from their inputs.
 
-    Args:
-        task: A loaded task, which is left as it is.
-        seed: Of the classifier, where there is one.
-        device: Where the untrained model is evaluated.
-
     Returns:
-        `untrained`: of the model before the first step. `frequencies`: of a unigram model, which gives every target its
-        frequency among the targets of the training set, for tokens with one added to each token's count.
+        `untrained`: of the model before the first step, its classifier drawn from `seed`. `frequencies`: of a unigram
+        model, which gives every target its frequency among the targets of the training set, for tokens with one added
+        to each token's count.
     """
     model = copy.deepcopy(task.model).to(device)
     task.start_head(model, seed)

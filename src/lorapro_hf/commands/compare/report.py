@@ -48,13 +48,7 @@ def write_report(folder: Path) -> Summary:
 
 
 def render(summary: Summary, sweep: dict[str, Any], pictures: list[str]) -> str:
-    """The report in GitHub's Markdown.
-
-    Args:
-        summary: Of the comparison.
-        sweep: The content of `sweep.json`, for the methods.
-        pictures: Names of the figures.
-    """
+    """The report in GitHub's Markdown, of a summary, the content of `sweep.json` and the names of the figures."""
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)
     environment.filters |= {"cell": _cell, "value": _value, "size": _size}
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))

@@ -27,59 +27,30 @@ _NEED_DATASET = {"text_column", "label_column", "dataset_config"}
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """A task: the model, the data and the length of the training.
-
-    Args:
-        name: Its name in tables and files.
-        kind: `"questions"` (question and worked answer, exact match of the final number), `"text"` (language modeling)
-            or `"classification"`.
-        model: Hub name or local folder; `None` for a packaged one (SmolLM2-135M; MiniLM to classify), `"tiny-random"`
-            for a tiny random one.
-        layers: Keep only the first so many transformer blocks.
-        cut_vocabulary: Keep only the tokens of the data, which makes a small model train several times faster
-            (questions, text).
-        dataset: Hub name or local file; `None` for built-in data: word problems, modules of Python's standard library,
-            or docstrings with the package that they are from.
-        dataset_config: Configuration of a hub dataset.
-        text_column: Column of the text (text, classification).
-        label_column: Column of the label (classification).
-        classes: Number of packages to tell apart (classification, built-in data).
-        target_modules: Layers to adapt: `"all-linear"`, or a list of ends of their names.
-        ranks: Ranks of the adapter, each a comparison of its own.
-        steps: Optimizer steps.
-        batch_size: Examples in each step.
-        max_length: Tokens of an example; longer texts are cut, longer questions left out.
-        train_size: Training examples; `None` for as many as are needed to see each once.
-        validation_size: Held-out examples that decide on the learning rate.
-        test_size: Other held-out examples, for the figures in the tables.
-        generate: Number of test questions to answer for the exact match; 0 for none (questions).
-        head_learning_rate: Learning rate of the classifier, the same for all methods (classification).
-        data_seed: Decides which examples are in which set; the seed of a run decides order and initial values.
-        learning_rates: Grids of methods for this task, in place of those under `methods`.
-    """
+    """A task: the model, the data and the length of the training. Options of one kind of task name it in brackets."""
 
     name: str
-    kind: str
-    model: str | None = None
-    layers: int | None = None
-    cut_vocabulary: bool = False
-    dataset: str | None = None
+    kind: str  # "questions" (exact match of the final number), "text" (language modeling) or "classification"
+    model: str | None = None  # hub name or folder; None for the packaged one, "tiny-random" for a tiny random one
+    layers: int | None = None  # keep only the first so many transformer blocks
+    cut_vocabulary: bool = False  # keep only the tokens of the data, which makes a small model fast (questions, text)
+    dataset: str | None = None  # hub name or file; None for word problems, the standard library or its docstrings
     dataset_config: str | None = None
-    text_column: str = "text"
-    label_column: str = "label"
-    classes: int = 20
-    target_modules: str | tuple[str, ...] = "all-linear"
-    ranks: tuple[int, ...] = (8,)
+    text_column: str = "text"  # (text, classification)
+    label_column: str = "label"  # (classification)
+    classes: int = 20  # packages to tell apart (classification, built-in data)
+    target_modules: str | tuple[str, ...] = "all-linear"  # or a list of ends of their names
+    ranks: tuple[int, ...] = (8,)  # each a comparison of its own
     steps: int = 100
     batch_size: int = 8
-    max_length: int = 128
-    train_size: int | None = None
-    validation_size: int = 128
-    test_size: int = 128
-    generate: int = 0
-    head_learning_rate: float = 1e-3
-    data_seed: int = 0
-    learning_rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    max_length: int = 128  # tokens of an example; longer texts are cut, longer questions left out
+    train_size: int | None = None  # None for as many examples as are needed to see each once
+    validation_size: int = 128  # held-out examples that decide on the learning rate
+    test_size: int = 128  # other held-out examples, for the figures in the tables
+    generate: int = 0  # test questions to answer for the exact match (questions)
+    head_learning_rate: float = 1e-3  # of the classifier, the same for all methods (classification)
+    data_seed: int = 0  # which examples are in which set; the seed of a run decides order and initial values
+    learning_rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # grids for this task alone
 
     def __post_init__(self) -> None:
         for name in [
@@ -120,33 +91,19 @@ class TaskSettings:
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """Everything that a comparison is made of.
-
-    Args:
-        tasks: See `TaskSettings`.
-        methods: See `method_of`.
-        seeds: Each decides order and initial values.
-        output_dir: Folder of the results and the report.
-        scaling: LoRA's alpha over r, the same at all ranks (rsLoRA's is larger by √r).
-        schedule: Course of the learning rate, a name known to `transformers.get_scheduler`.
-        warmup: Fraction of the steps in which the rate rises from 0.
-        max_grad_norm: Clip gradients beyond this norm; 0 for none.
-        precision: `"fp32"`, or `"bf16"` for autocast.
-        baseline: The method that the others are tested against.
-        reference: The method at the other end of the gap.
-    """
+    """Everything that a comparison is made of."""
 
     tasks: tuple[TaskSettings, ...]
-    methods: tuple[ComparedMethod, ...]
-    seeds: tuple[int, ...]
+    methods: tuple[ComparedMethod, ...]  # see `method_of`
+    seeds: tuple[int, ...]  # each decides order and initial values
     output_dir: Path
-    scaling: float = 2.0
-    schedule: str = "cosine"
-    warmup: float = 0.1
-    max_grad_norm: float = 0.0
-    precision: str = "fp32"
-    baseline: str = LORA
-    reference: str = FULL
+    scaling: float = 2.0  # alpha over r, the same at all ranks (rsLoRA's is larger by √r)
+    schedule: str = "cosine"  # a name known to `transformers.get_scheduler`
+    warmup: float = 0.1  # fraction of the steps in which the rate rises from 0
+    max_grad_norm: float = 0.0  # 0 for no clipping
+    precision: str = "fp32"  # or "bf16" for autocast
+    baseline: str = LORA  # the others are tested against it
+    reference: str = FULL  # the other end of the gap
 
     def __post_init__(self) -> None:
         for noun, names in (
@@ -185,12 +142,7 @@ class CompareSettings:
 
 
 def read_settings(path: Path, overrides: Sequence[str] = (), output_dir: Path | None = None) -> CompareSettings:
-    """The settings of a YAML file.
-
-    Args:
-        path: The file.
-        overrides: Entries such as `tasks.code.steps=20`, whose values are YAML too.
-        output_dir: Replaces that of the file.
+    """The settings of a YAML file, changed by overrides such as `tasks.code.steps=20`.
 
     Raises:
         UsageError: there is no such file, or something in it is unknown or of no use.

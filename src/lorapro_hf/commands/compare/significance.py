@@ -12,24 +12,14 @@ _ROUNDING = 1e-9  # of the mean difference: spread below it is none
 
 @dataclass
 class PairedTest:
-    """One method against another on the same seeds.
+    """One method against another on the same seeds. P-values are two-sided, and `None` without spread or scipy."""
 
-    Args:
-        seeds: The number of pairs.
-        difference: The mean of the one's values less the other's.
-        better: The number of seeds on which the one has the lower value.
-        t_test: The p-value of the paired t-test, two-sided. It takes the differences for normal, which few seeds can
-            not show. `None` without spread, with one seed, or without scipy.
-        wilcoxon: The exact p-value of Wilcoxon's signed-rank test, two-sided; `None` as above.
-        t_test_holm: The t-test's p-value, corrected for the number of methods.
-    """
-
-    seeds: int
-    difference: float
-    better: int
-    t_test: float | None = None
-    wilcoxon: float | None = None
-    t_test_holm: float | None = None
+    seeds: int  # the number of pairs
+    difference: float  # the mean of the one's losses less the other's
+    better: int  # the number of seeds on which the one has the lower loss
+    t_test: float | None = None  # paired; it takes the differences for normal, which few seeds can not show
+    wilcoxon: float | None = None  # Wilcoxon's signed-rank test, exact
+    t_test_holm: float | None = None  # the t-test's, corrected for the number of methods
 
 
 def paired(own: Mapping[str, float], others: Mapping[str, float]) -> PairedTest | None:

@@ -22,25 +22,7 @@ FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
 
 @dataclass
 class RunRecord:
-    """A run that is done: a line of `runs.jsonl`.
-
-    Args:
-        key: Of the run in the plan, as are task, rank, method, learning rate and seed.
-        status: `"finished"`, `"diverged"` (a loss was NaN or infinite) or `"failed"` (an exception).
-        scores: Metrics of the sets `"validation"` and `"test"`.
-        losses: The training loss of each step.
-        diverged_at: The step whose loss was not finite.
-        error: The exception, with its traceback.
-        examples: A hash of the examples of all sets.
-        data: A hash of the batches.
-        trainable: Number of trained parameters, apart from those of a head.
-        state_bytes: Size of the optimizer's state.
-        peak_bytes: The highest memory use, where the system tells it.
-        step_ms: Median time of a step, and of the optimizer in it.
-        wall_s: Time of everything; `setup_s`, `train_s` and `evaluation_s` are parts of it.
-        finished_at: UTC.
-        environment: Versions and machine.
-    """
+    """A run that is done: a line of `runs.jsonl`, which begins with the run's entry in the plan."""
 
     key: str
     task: str
@@ -48,25 +30,25 @@ class RunRecord:
     method: str
     learning_rate: float
     seed: int
-    status: str = FAILED
-    scores: dict[str, dict[str, float]] | None = None
-    losses: list[float] = field(default_factory=list)
+    status: str = FAILED  # or "finished"; "diverged" if a loss was NaN or infinite
+    scores: dict[str, dict[str, float]] | None = None  # metrics of the sets "validation" and "test"
+    losses: list[float] = field(default_factory=list)  # the training loss of each step
     diverged_at: int | None = None
     error: str | None = None
     traceback: str | None = None
-    examples: str | None = None
-    data: str | None = None
+    examples: str | None = None  # a hash of the examples of all sets
+    data: str | None = None  # a hash of the batches
     adapted_layers: int | None = None
-    trainable: int | None = None
-    state_bytes: int | None = None
-    peak_bytes: int | None = None
-    step_ms: float | None = None
+    trainable: int | None = None  # trained parameters, without those of a head
+    state_bytes: int | None = None  # of the optimizer
+    peak_bytes: int | None = None  # where the system tells it
+    step_ms: float | None = None  # the median, as of the next
     optimizer_ms: float | None = None
     setup_s: float | None = None
     train_s: float | None = None
     evaluation_s: float | None = None
-    wall_s: float | None = None
-    finished_at: str | None = None
+    wall_s: float | None = None  # all of it
+    finished_at: str | None = None  # UTC
     environment: dict[str, Any] = field(default_factory=dict)
 
 
@@ -115,13 +97,7 @@ class Store:
     def write_sweep(
         self, settings: CompareSettings, runs: Sequence[PlannedRun], levels: Mapping[str, Any] | None = None
     ) -> None:
-        """Note settings, environment and the list of all runs.
-
-        Args:
-            settings: Of the comparison.
-            runs: From `plan`.
-            levels: From `reference_losses`, by task, as far as they are known.
-        """
+        """Note settings, environment, all planned runs, and by task the reference losses that are known."""
         methods = {m.name: {"title": m.title, "is_lora_pro": m.is_lora_pro, **m.decides()} for m in settings.methods}
         content = {
             "settings": settings.to_dict(),

@@ -20,24 +20,16 @@ _DIGITS = 5  # of the losses of a curve
 
 @dataclass
 class RateSummary:
-    """One learning rate of one method over all seeds, which are the keys of all mappings.
-
-    Args:
-        learning_rate: The rate.
-        validation_loss: The mean over the seeds if all have finished: it decides.
-        status: How each seed ended, or `"missing"`.
-        no_better: Seeds whose run finished no better than it began: the mean training loss of the last quarter of the
-            steps is not below the loss of the first step.
-        keys: The keys of the runs.
-        test: Metrics on the test set, of the seeds that have finished.
-    """
+    """One learning rate of one method over all seeds, which are the keys of all mappings."""
 
     learning_rate: float
-    validation_loss: float | None
+    validation_loss: float | None  # the mean over the seeds if all have finished: it decides
     status: dict[str, str]
-    no_better: list[int]
-    keys: dict[str, str]
-    test: dict[str, dict[str, float]]
+    no_better: list[
+        int
+    ]  # seeds whose training loss in the last quarter is in the mean not below that of the first step
+    keys: dict[str, str]  # of the runs
+    test: dict[str, dict[str, float]]  # metrics, of the seeds that have finished
 
     @property
     def whole(self) -> bool:
@@ -49,41 +41,27 @@ class RateSummary:
 class MethodSummary:
     """A method in one comparison, at its own best learning rate.
 
-    Args:
-        method: Its name.
-        title: Its name for people.
-        rates: All its rates in ascending order.
-        learning_rate: The rate with the lowest mean validation loss of those at which all seeds have finished; one at
-            which a seed finished no better than it began only if there is no other. `None` if there is none.
-        at_edge: `"lowest"` or `"highest"` if the best rate is an end of a grid of several: a better one may lie beyond.
-        ties: Other rates that are worse by no more than the standard error of the best.
-        good_range: Lowest and highest rate around the best with a validation loss within 2 % of the best's; `None`
-            if at the best itself a seed finished no better than it began.
-        good_at_edge: Ends of that range that are ends of the grid: it may reach beyond.
-        test: Mean and standard deviation of each metric over the seeds.
-        cost: Medians over the seeds.
-        loss_curve: The mean training loss of each step.
-        gap_closed: Fraction of the way from the baseline's loss to the reference's.
-        against_baseline: The paired comparison of the test losses.
-        runs: The number of runs by status, over all rates.
-        no_better: The number of finished runs that ended no better than they began, over all rates.
+    That is the rate with the lowest mean validation loss of those at which all seeds have finished; one at which a seed
+    finished no better than it began only if there is no other.
     """
 
     method: str
     title: str
-    rates: list[RateSummary]
-    learning_rate: float | None = None
-    at_edge: str | None = None
-    ties: list[float] = field(default_factory=list)
-    good_range: tuple[float, float] | None = None
-    good_at_edge: list[str] = field(default_factory=list)
-    test: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    cost: dict[str, float | None] = field(default_factory=dict)
-    loss_curve: list[float] = field(default_factory=list)
-    gap_closed: float | None = None
+    rates: list[RateSummary]  # in ascending order
+    learning_rate: float | None = None  # the best
+    at_edge: str | None = (
+        None  # "lowest" or "highest" if that is an end of a grid of several: a better one may lie beyond
+    )
+    ties: list[float] = field(default_factory=list)  # rates that are worse by no more than the best's standard error
+    good_range: tuple[float, float] | None = None  # around the best, with a validation loss within 2 % of its own
+    good_at_edge: list[str] = field(default_factory=list)  # ends of that range that are ends of the grid
+    test: dict[str, dict[str, float | None]] = field(default_factory=dict)  # mean and std of each metric
+    cost: dict[str, float | None] = field(default_factory=dict)  # medians over the seeds
+    loss_curve: list[float] = field(default_factory=list)  # the mean training loss of each step
+    gap_closed: float | None = None  # fraction of the way from the baseline's loss to the reference's
     against_baseline: PairedTest | None = None
-    runs: dict[str, int] = field(default_factory=dict)
-    no_better: int = 0
+    runs: dict[str, int] = field(default_factory=dict)  # the number of runs by status, over all rates
+    no_better: int = 0  # the number of runs that ended no better than they began, over all rates
 
     @property
     def best(self) -> RateSummary | None:
@@ -93,65 +71,38 @@ class MethodSummary:
 
 @dataclass
 class StepSpread:
-    """How evenly the steps of equal runs went.
+    """How evenly the steps of equal runs went: ratios of the slowest to the fastest seed of a method and rate."""
 
-    Args:
-        rates: The number of rates of methods at which the step times of several seeds are known.
-        uneven: The number of these at which the slowest seed took more than 1.2 times the fastest.
-        largest: The largest such ratio.
-        best: The largest at the methods' best rates.
-    """
-
-    rates: int
-    uneven: int
+    rates: int  # the number of ratios
+    uneven: int  # the number of those beyond 1.2
     largest: float
-    best: float | None
+    best: float | None  # the largest at the methods' best rates
 
 
 @dataclass
 class TaskSummary:
-    """All methods on one task at one rank.
-
-    Args:
-        task: Name of the task.
-        rank: Of the adapters.
-        methods: In the order of the YAML.
-        metrics: Names of the metrics, `loss` first.
-        levels: The reference losses, if they are known.
-        gap: The baseline's test loss less the reference's; `None` without both.
-        gap_seeds: The number of seeds on which the reference is the better one.
-        equal_data: Whether all runs have the same examples, and those of a seed saw the same batches.
-        step_spread: `None` without step times of several seeds.
-    """
+    """All methods on one task at one rank."""
 
     task: str
     rank: int
-    methods: list[MethodSummary]
-    metrics: list[str]
-    levels: dict[str, Any] | None
-    gap: float | None
-    gap_seeds: int
-    equal_data: bool
-    step_spread: StepSpread | None
+    methods: list[MethodSummary]  # in the order of the YAML
+    metrics: list[str]  # `loss` first
+    levels: dict[str, Any] | None  # the reference losses, if they are known
+    gap: float | None  # the baseline's test loss less the reference's; None without both
+    gap_seeds: int  # the number of seeds on which the reference is the better one
+    equal_data: bool  # whether all runs have the same examples, and those of a seed saw the same batches
+    step_spread: StepSpread | None  # None without step times of several seeds
 
 
 @dataclass
 class Summary:
-    """The content of `summary.json`.
-
-    Args:
-        settings: Of the comparison.
-        environment: The values that the environments of all runs have in common.
-        missing: The number of runs that are still to come.
-        comparisons: One for each task and rank.
-        unfinished: Runs that diverged or failed, and why.
-    """
+    """The content of `summary.json`."""
 
     settings: dict[str, Any]
-    environment: dict[str, Any]
-    missing: int
-    comparisons: list[TaskSummary]
-    unfinished: list[dict[str, Any]]
+    environment: dict[str, Any]  # the values that all runs have in common
+    missing: int  # the number of runs that are still to come
+    comparisons: list[TaskSummary]  # one for each task and rank
+    unfinished: list[dict[str, Any]]  # runs that diverged or failed, and why
 
 
 def summarize(store: Store) -> Summary:

@@ -23,14 +23,7 @@ from lorapro_hf.options import UsageError
 
 
 class Sweep:
-    """The runs of one process.
-
-    Args:
-        settings: Of the comparison.
-        worker: Decides which runs are its own.
-        device: Where they train.
-        console: Shows the progress.
-        retry_failed: Whether runs that ended with an exception are trained again.
+    """The runs of one process; with `retry_failed` those that ended with an exception are trained again.
 
     Raises:
         UsageError: a method cannot run here, or the folder of the results cannot be written to.
@@ -67,9 +60,9 @@ class Sweep:
                 the same folder.
         """
         with self.store.locked(self.worker.index, self._say):
-            if self.worker.index == 0:  # first: another process may find all runs done and report
+            if self.worker.index == 0:
                 self.levels = self._known_levels()
-                self._write_sweep()
+                self.store.write_sweep(self.settings, self.planned, self.levels)
             self.pending = self._still_to_do()
             self._say_what_is_to_do()
             self._try_tasks()
@@ -110,24 +103,14 @@ class Sweep:
     def _try_tasks(self) -> None:
         """Load the last tasks before the first: one that cannot be loaded is noticed at once, not hours later.
 
-        Process 0 notes the reference losses that are missing, of tasks without a run to do as well.
+        Process 0 notes the reference losses that are missing.
         """
-        needed = {run.task.name: run.task for run in self.pending}
-        unknown = [task for task in self.settings.tasks if task.name not in self.levels]
-        others = {task.name: task for task in unknown if self.worker.index == 0}
-        for name, task in reversed({**needed, **others}.items()):
-            try:
-                loaded = self._load(task)
-            except UsageError as error:
-                if name in needed:
-                    raise
-                self._say(f"The untrained loss of task {name} stays unknown: {error}")
-                continue
-            if name in others:
+        for task in {run.task.name: run.task for run in reversed(self.pending)}.values():
+            loaded = self._load(task)
+            if self.worker.index == 0 and task.name not in self.levels:
                 levels = reference_losses(loaded, self.settings.seeds[0], self.device)
-                self.levels[name] = {**levels, "key": references_key(self.settings, task)}
-        if others:
-            self._write_sweep()
+                self.levels[task.name] = {**levels, "key": references_key(self.settings, task)}
+                self.store.write_sweep(self.settings, self.planned, self.levels)
 
     def _known_levels(self) -> dict[str, Any]:
         """The reference losses that an earlier start has noted of the same tasks."""
@@ -137,9 +120,6 @@ class Sweep:
             return {}
         keys = {task.name: references_key(self.settings, task) for task in self.settings.tasks}
         return {name: noted[name] for name, key in keys.items() if noted.get(name, {}).get("key") == key}
-
-    def _write_sweep(self) -> None:
-        self.store.write_sweep(self.settings, self.planned, self.levels)
 
     def _load(self, settings: TaskSettings) -> LoadedTask:
         if self._task is None or self._task.settings != settings:

@@ -54,13 +54,16 @@ class RunTrainer(LoRAProTrainer):
         task: Gives examples and loss.
         run: Its seed decides the order and the dropout masks.
         head: The module that every method trains in full.
+        max_head_norm: The head's gradient is clipped to this norm; 0 for no clipping.
         **kwargs: Of `LoRAProTrainer`.
     """
 
-    def __init__(self, task: LoadedTask, run: PlannedRun, head: nn.Module | None, **kwargs: Any) -> None:
+    def __init__(
+        self, task: LoadedTask, run: PlannedRun, head: nn.Module | None, max_head_norm: float, **kwargs: Any
+    ) -> None:
         examples = [task.sets["train"][index] for step in task.order(run.seed) for index in step]
         super().__init__(train_dataset=examples, data_collator=task.collate, **kwargs)
-        self.task, self.seed, self.head = task, run.seed, head
+        self.task, self.seed, self.head, self.max_head_norm = task, run.seed, head, max_head_norm
         self.losses: list[float] = []
         if head is not None:
             rate = task.settings.head_learning_rate
@@ -100,8 +103,6 @@ class RunTrainer(LoRAProTrainer):
         self.head_scheduler.step()
         head.zero_grad(set_to_none=True)  # LoRA-FA steps all parameters that have a gradient
 
-    max_head_norm = 0.0
-
 
 def train_run(
     task: LoadedTask,
@@ -110,15 +111,7 @@ def train_run(
     device: torch.device,
     on_step: Callable[[], None] = lambda: None,
 ) -> RunRecord:
-    """Train and evaluate one run; an exception of any kind ends up in the record.
-
-    Args:
-        task: The run's task.
-        run: The run.
-        settings: Of the comparison.
-        device: Where it trains.
-        on_step: Called after each step.
-    """
+    """Train and evaluate one run, and call `on_step` after each step; any exception ends up in the record."""
     started = time.perf_counter()
     record = RunRecord(**run.entry())
     gc.freeze()  # objects that are there now need not be searched for garbage of this run
@@ -139,15 +132,15 @@ def _train_and_score(
     record: RunRecord, task: LoadedTask, run: PlannedRun, settings: CompareSettings, times: StepTimes
 ) -> RunRecord:
     memory = PeakMemory(times.device)
-    clock = _Clock()
+    begun = time.perf_counter()
     trainer = _trainer(record, task, run, settings, times)
-    record.setup_s = clock.lap()
+    ready = time.perf_counter()
     try:
         trainer.train()
         record.state_bytes = state_bytes(unwrap_optimizer(trainer.optimizer))
     except _DivergedError:
         record.diverged_at = len(trainer.losses)
-    record.train_s = clock.lap()
+    trained = time.perf_counter()
     record.losses = trainer.losses
     of_head = set() if trainer.head is None else set(trainer.head.parameters())
     # after the training: LoRA-FA's optimizer freezes A
@@ -158,7 +151,8 @@ def _train_and_score(
         record.scores = task.score(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False))
         if all(math.isfinite(value) for metrics in record.scores.values() for value in metrics.values()):
             record.status = FINISHED
-    record.evaluation_s = clock.lap()
+    record.setup_s, record.train_s = ready - begun, trained - ready
+    record.evaluation_s = time.perf_counter() - trained
     record.peak_bytes = memory.read()
     record.step_ms, record.optimizer_ms = _median(times.step_ms), _median(times.optimizer_ms)
     return record
@@ -190,12 +184,12 @@ def _trainer(
         task,
         run,
         head,
+        settings.max_grad_norm,
         model=adapted,
         args=training_arguments(run, settings, times.device),
         callbacks=[times],
         optimizers=(None if ours else build_optimizer(run.method, adapted, run.learning_rate), None),
     )
-    trainer.max_head_norm = settings.max_grad_norm
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -222,18 +216,6 @@ def training_arguments(run: PlannedRun, settings: CompareSettings, device: torch
         disable_tqdm=True,
         log_level="error",
     )
-
-
-class _Clock:
-    """Seconds since it was asked last."""
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        """The seconds since the last call."""
-        last, self._last = self._last, time.perf_counter()
-        return self._last - last
 
 
 def _median(values: list[float]) -> float | None:

@@ -42,12 +42,9 @@ class Worker:
 
 
 def launch(devices: int, device: str, arguments: Sequence[str]) -> int:
-    """Run `lorapro compare` in so many processes through accelerate, and wait for them.
+    """Run `lorapro compare` in several processes through accelerate, and wait for them.
 
-    Args:
-        devices: The number of processes.
-        device: `"cpu"` or `"cuda"`; on a CPU the processes share its cores out unless OMP_NUM_THREADS says otherwise.
-        arguments: Of `lorapro compare`, for each process.
+    On a CPU the processes share its cores out unless OMP_NUM_THREADS says otherwise.
 
     Returns:
         The exit code of accelerate; 128 and a signal's number if one ended it. Signals are passed on to it.

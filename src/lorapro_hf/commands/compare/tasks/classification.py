@@ -1,4 +1,4 @@
-"""How is an encoder trained to tell classes of text apart?"""
+"""Classes of text, told apart by an encoder."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ _Rows = dict[str, list[tuple[str, str]]]
 
 def load_classification(settings: TaskSettings) -> LoadedTask:
     """Docstrings of the standard library by the package they are from, or a text and a label column of a dataset.
-
-    The classifier on top is trained by every method alike, see `training.py`; its initial values follow the seed.
 
     Raises:
         UsageError: for a model or data that are not there, or fewer than two classes.
@@ -50,16 +48,7 @@ def load_classification(settings: TaskSettings) -> LoadedTask:
         )
         return {"accuracy": right / len(sets["test"])}
 
-    task = LoadedTask(
-        settings,
-        model,
-        "classifier",
-        sets,
-        lambda batch: dict(collate(batch)),
-        _loss,
-        measure,
-        {"loss": False, "accuracy": True},
-    )
+    task = LoadedTask(settings, model, "classifier", sets, lambda batch: dict(collate(batch)), _loss, measure)
     return task
 
 

@@ -1,4 +1,4 @@
-"""How is a model trained to answer questions with worked steps, and how well does it answer others?"""
+"""Questions with worked answers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def load_questions(settings: TaskSettings) -> LoadedTask:
     examples = encode(rest, tokenizer, settings.max_length)
     if len(examples) < 2:
         raise UsageError(f"Task {settings.name}: too few held-out questions of at most {settings.max_length} tokens.")
-    # in the same shares where long ones had to go
+    # in the same proportion where long ones had to go
     cut = max(1, len(examples) * settings.validation_size // held_out)
     validation, test = examples[:cut], examples[cut:]
     asked = test[: settings.generate]
@@ -59,16 +59,7 @@ def load_questions(settings: TaskSettings) -> LoadedTask:
     }
     if settings.cut_vocabulary:
         sets = cut_vocabulary(model, sets)
-    return LoadedTask(
-        settings,
-        model,
-        None,
-        sets,
-        _padded,
-        language_loss,
-        measure,
-        {"loss": False, **({"exact_match": True} if asked else {})},
-    )
+    return LoadedTask(settings, model, None, sets, _padded, language_loss, measure)
 
 
 def _padded(batch: list[Features]) -> Batch:

@@ -78,10 +78,11 @@ compare-ranks: ## compare an encoder at other ranks and write docs/results.md, h
 compare-costs: ## measure what each method takes and write docs/results.md, ten minutes with nothing else running
 compare-costs: DEVICES := 1
 DEVICES ?= 2
-# Stopped, it goes on where it was. What is in docs/results is replaced at the end, and not by what ARGS have changed.
+# Stopped, it goes on where it was. Only a comparison that ARGS have not changed replaces what is in docs/results.
 compare-%: $(STAMP)
 	$(BIN)/lorapro compare $* --devices $(DEVICES) $(ARGS)
-	$(if $(ARGS),,$(BIN)/lorapro compare --report_only --output_dir runs/compare-$* --report_dir docs/results/$* --fresh)
+	$(if $(ARGS),,rm -rf docs/results/$* && mkdir -p docs/results/$*)
+	$(if $(ARGS),,cp -r runs/compare-$*/summary.json runs/compare-$*/figures docs/results/$*)
 	$(if $(ARGS),,$(BIN)/python benchmarks/results.py)
 
 docs: $(STAMP) ## build the documentation into build/site

@@ -1,11 +1,10 @@
-"""Which way of spending a step on the two factors ends best? Those that the package has against others that were tried.
+"""Compares the package's ways of spending a step on the two factors with others.
 
     python benchmarks/step_variants.py                   # about an hour on one core; goes on where it was stopped
     python benchmarks/step_variants.py --set seeds=[0]   # any option of `lorapro compare`
-    accelerate launch --multi_gpu --num_processes 2 benchmarks/step_variants.py
 
-Trains with `lorapro compare` after adding the variants below to its methods; `step_variants.yaml` says on what. Report
-and summary go to `step_variants/` beside this script.
+Trains with `lorapro compare` after adding the variants below to its methods; `step_variants.yaml` lists the tasks.
+Summary and figures are copied to `step_variants/` beside this script, except with options.
 
 The variants are written for reading, in dense tensors: Adam's direction u of the equivalent gradient is formed as a
 matrix and handed to a function that moves the factors.
@@ -13,6 +12,7 @@ matrix and handed to a function that moves the factors.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lorapro_hf import cli, find_lora_pairs, project_lora_gradients
 from lorapro_hf.commands.compare import methods, optimizers
+from lorapro_hf.commands.compare.settings import read_settings
 from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.functional.bases import row_basis
 
@@ -52,20 +53,20 @@ def linear(u: Tensor, A: Tensor, B: Tensor, s: float, lr: float, step: int) -> F
 def linear_limited(u: Tensor, A: Tensor, B: Tensor, s: float, lr: float, step: int) -> Factors:
     """Both at once, shortened alike so that A moves by a tenth of its norm at most."""
     d_A, d_B = linear(u, A, B, s, lr, step)
-    share = (LIMIT * A.norm() / d_A.norm().clamp_min(1e-30)).clamp_max(1)
-    return share * d_A, share * d_B
+    kept_fraction = (LIMIT * A.norm() / d_A.norm().clamp_min(1e-30)).clamp_max(1)
+    return kept_fraction * d_A, kept_fraction * d_B
 
 
 def linear_within_first_order(u: Tensor, A: Tensor, B: Tensor, s: float, lr: float, step: int) -> Factors:
-    """Both at once, shortened alike so that the product of the two changes is a tenth of what was meant at most."""
+    """Both at once, shortened alike: the product of the two changes is at most a tenth of their first-order change."""
     d_A, d_B = linear(u, A, B, s, lr, step)
     meant, product = (B @ d_A + d_B @ A).norm(), (d_B @ d_A).norm()
-    share = (LIMIT * meant / product.clamp_min(1e-30)).clamp_max(1)
-    return share * d_A, share * d_B
+    kept_fraction = (LIMIT * meant / product.clamp_min(1e-30)).clamp_max(1)
+    return kept_fraction * d_A, kept_fraction * d_B
 
 
 def B_first(u: Tensor, A: Tensor, B: Tensor, s: float, lr: float, step: int, damping: float = 0.0) -> Factors:
-    """B takes its part, A what is left through the new B: the package's sequential update."""
+    """B takes its part, A the rest through the new B: the package's sequential update."""
     of_A = inverse_gram(A)
     d_B = -lr / s * (u @ A.mT) @ of_A
     new = (B + d_B).mT
@@ -190,12 +191,21 @@ def register() -> None:
     methods.METHODS = {**methods.METHODS, **{each.name: each for each in map(method, WAYS)}}
 
 
-def method(way: str) -> methods.Method:
+def method(way: str) -> methods.ComparedMethod:
     """A variant as a method of the comparison."""
-    return methods.Method(f"step_{way}", way.replace("_", " "), "variant", (), {"spend": way})
+    return methods.ComparedMethod(f"step_{way}", way.replace("_", " "), "variant", (), {"spend": way})
+
+
+def main(options: list[str]) -> int:
+    """Run the comparison, and keep its summary and figures if no option has changed it."""
+    register()
+    code = cli.main(["compare", str(HERE / "step_variants.yaml"), *options])
+    if not code and not options:
+        results, kept = Path(read_settings(HERE / "step_variants.yaml").output_dir), HERE / "step_variants"
+        shutil.copy(results / "summary.json", kept)
+        shutil.copytree(results / "figures", kept / "figures", dirs_exist_ok=True)
+    return code
 
 
 if __name__ == "__main__":
-    register()
-    folder = str(HERE / "step_variants")
-    sys.exit(cli.main(["compare", str(HERE / "step_variants.yaml"), "--report_dir", folder, *sys.argv[1:]]))
+    sys.exit(main(sys.argv[1:]))

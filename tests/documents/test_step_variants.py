@@ -1,4 +1,4 @@
-"""The ways of spending a step that benchmarks/step_variants.py tries: they are what they are called."""
+"""The ways of spending a step in benchmarks/step_variants.py do as their names say."""
 
 import copy
 import importlib.util

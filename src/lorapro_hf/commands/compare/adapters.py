@@ -1,4 +1,4 @@
-"""How is a model made ready for a method: which layers, with which adapter, from which initial values?"""
+"""How is a model prepared for a method: which layers, with which adapter, from which initial values?"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorapro_hf.commands.compare.methods import Method
+from lorapro_hf.commands.compare.plan import PlannedRun
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.targets import described, ends_of, unmatched
 
@@ -22,7 +22,7 @@ def layers_to_adapt(model: Any, targets: str | Sequence[str], head: nn.Module | 
     Args:
         model: A pretrained model without an adapter.
         targets: `"all-linear"` for all but the output layer, or ends of names such as `["q_proj", "v_proj"]`.
-        head: What is trained in full by every method and so not adapted.
+        head: The module that every method trains in full; it is not adapted.
 
     Raises:
         UsageError: if there is none.
@@ -48,56 +48,47 @@ def layers_to_adapt(model: Any, targets: str | Sequence[str], head: nn.Module | 
 
 
 def make_trainable(
-    model: Any,
-    method: Method,
-    layers: Sequence[str],
-    *,
-    rank: int | None,
-    scaling: float,
-    seed: int,
-    take_gradients: Callable[[], None],
+    model: Any, run: PlannedRun, layers: Sequence[str], scaling: float, take_gradients: Callable[[], None]
 ) -> Any:
-    """The model with what `method` trains requiring gradients and nothing else.
+    """The model with gradients for the parameters that the method trains, and for no others.
 
     Args:
-        model: A pretrained model of its own for this run: PiSSA and LoRA-GA change its weights.
-        method: How it is adapted.
+        model: A pretrained model for this run alone: PiSSA and LoRA-GA change its weights.
+        run: Says the method, the rank and the seed of the adapter's initial values: methods with the same
+            initialization start from the same.
         layers: Names of the layers.
-        rank: Of the adapter.
         scaling: Alpha over rank.
-        seed: Of the adapter's initial values; methods with the same initialization start from the same.
         take_gradients: Runs forward and backward passes of some training batches on `model`; only LoRA-GA asks for it.
 
     Returns:
         The PEFT model, or `model` itself for full fine-tuning.
     """
     model.requires_grad_(False)
-    if method.adapter is None:
+    if run.method.adapter is None:
         for name in layers:
             model.get_submodule(name).weight.requires_grad_(True)
         return model
-    if rank is None:
-        raise ValueError(f"method {method.name} has an adapter and needs a rank.")
+    assert run.rank is not None
     config = LoraConfig(
-        r=rank,
-        lora_alpha=scaling * rank,  # type: ignore[arg-type, unused-ignore]
+        r=run.rank,
+        lora_alpha=scaling * run.rank,  # type: ignore[arg-type, unused-ignore]
         target_modules=list(layers),
         task_type=None,
-        **_adapter_settings(method),
+        **_adapter_settings(run.method.adapter),
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(run.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers to PEFT
         if config.init_lora_weights == "lora_ga":
             from peft import preprocess_loraga
 
             preprocess_loraga(model, config, take_gradients)
-            torch.manual_seed(seed)
+            torch.manual_seed(run.seed)
         return get_peft_model(model, config)
 
 
-def _adapter_settings(method: Method) -> dict[str, Any]:
-    settings = dict(method.adapter or {})
+def _adapter_settings(adapter: Any) -> dict[str, Any]:
+    settings = dict(adapter)
     if settings.get("init_lora_weights") == "lora_ga":
         try:
             from peft import LoraGAConfig

@@ -1,25 +1,55 @@
-"""How much memory does a training take?"""
+"""How much time and memory does a training take?"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # to clear_refs: forget the highest resident size so far
 
 
-class PeakMemory:
-    """The highest memory use since it was made: CUDA's allocator, or on a CPU the resident size of the process.
+class StepTimes(TrainerCallback):
+    """Times the steps of a `Trainer` and the optimizer's part in them, in ms, and calls `on_step` after each."""
 
-    Args:
-        device: Where the training runs.
-    """
+    def __init__(self, device: torch.device, on_step: Callable[[], None]) -> None:
+        self.device, self.on_step = device, on_step
+        self.step_ms: list[float] = []
+        self.optimizer_ms: list[float] = []
+        self._step = self._optimizer = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """A step begins."""
+        self._step = self._now()
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The gradients are there."""
+        self._optimizer = self._now()
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The optimizer has taken its step."""
+        self.optimizer_ms.append((self._now() - self._optimizer) * 1e3)
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """The step is over."""
+        self.step_ms.append((self._now() - self._step) * 1e3)
+        self.on_step()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+class PeakMemory:
+    """The highest memory use since it was made: CUDA's allocator, or on a CPU the resident size of the process."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -42,8 +72,8 @@ class PeakMemory:
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all tensors in the optimizer's state, memory that several share counted once."""
-    found = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in _tensors(optimizer.state)}
-    return sum(storage.nbytes() for storage in found.values())
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in _tensors(optimizer.state)}
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

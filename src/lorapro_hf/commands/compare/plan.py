@@ -7,36 +7,23 @@ import importlib.metadata
 import json
 import platform
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import lorapro_hf
-from lorapro_hf.commands.compare.methods import Method
+from lorapro_hf.commands.compare.methods import ComparedMethod
 from lorapro_hf.commands.compare.settings import CompareSettings, TaskSettings
-
-_LIBRARIES = ("torch", "transformers", "peft")
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training.
-
-    Args:
-        task: What is trained.
-        rank: Of the adapter. Full fine-tuning has none, and its run serves every rank.
-        method: How it is trained.
-        learning_rate: The highest of its schedule.
-        seed: Decides order, initial values and dropout.
-        key: A hash of everything that decides how it ends.
-    """
+class PlannedRun:
+    """One training."""
 
     task: TaskSettings
-    rank: int | None
-    method: Method
-    learning_rate: float
-    seed: int
-    key: str
+    rank: int | None  # full fine-tuning has none, and its run serves every rank
+    method: ComparedMethod
+    learning_rate: float  # the highest of its schedule
+    seed: int  # decides order, initial values and dropout
+    key: str  # a hash of the settings and versions that decide how it ends
 
     @property
     def title(self) -> str:
@@ -55,7 +42,7 @@ class Run:
         return f"lr {self.learning_rate:g}, seed {self.seed}"
 
     def entry(self) -> dict[str, Any]:
-        """What identifies it in `sweep.json` and in its own line."""
+        """The values that identify it in `sweep.json` and in its own line."""
         return {
             "key": self.key,
             "task": self.task.name,
@@ -66,7 +53,7 @@ class Run:
         }
 
 
-def plan(settings: CompareSettings) -> list[Run]:
+def plan(settings: CompareSettings) -> list[PlannedRun]:
     """All runs, in the order in which they are trained.
 
     Within a task the seeds are outermost, so that the methods take turns: other work on the machine is less likely
@@ -90,29 +77,18 @@ def plan(settings: CompareSettings) -> list[Run]:
                             "versions": versions[method.name],
                             **settings.decides(),
                         }
-                        runs.append(Run(task, rank, method, rate, seed, digest(decisive)))
+                        runs.append(PlannedRun(task, rank, method, rate, seed, digest(decisive)))
     return runs
 
 
-def code_versions(method: Method) -> dict[str, str]:
-    """Versions of the code that runs of a method are made with; another version means other runs."""
-    packages = [] if method.package is None else [method.package]
+def code_versions(method: ComparedMethod) -> dict[str, str]:
+    """Versions of the code that the runs of a method depend on; another version means another run."""
+    packages = ["torch", "transformers", "peft", *([] if method.package is None else [method.package])]
     return {
         "lorapro_hf": lorapro_hf.__version__,
-        "python": platform.python_version(),  # its library is what the built-in texts are from
-        **{name: importlib.metadata.version(name) for name in (*_LIBRARIES, *packages)},
+        "python": platform.python_version(),  # the built-in texts are from its library
+        **{name: importlib.metadata.version(name) for name in packages},
     }
-
-
-@cache
-def source_hash() -> str:
-    """Twelve hexadecimal digits that stand for the files of this package, as they were when first asked for."""
-    root = Path(lorapro_hf.__file__).parent
-    found = hashlib.sha256()
-    for path in sorted(root.rglob("*")):
-        if path.is_file() and "__pycache__" not in path.parts:
-            found.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return found.hexdigest()[:12]
 
 
 def digest(value: Any) -> str:

@@ -5,105 +5,71 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from transformers import SchedulerType
+import torch
+from transformers import SchedulerType, get_scheduler
 
-from lorapro_hf.commands.compare.checks import (
-    number,
-    require_mapping,
-    require_name,
-    require_schedule,
-    require_types,
-)
-from lorapro_hf.commands.compare.methods import FULL, LORA, Method, learning_rates, method_of
+from lorapro_hf.commands.compare.methods import FULL, LORA, ComparedMethod, learning_rates, method_of
+from lorapro_hf.commands.compare.values import require_mapping, require_name, typed
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.yaml_files import parse_yaml, read_yaml
 
-# Options of a task beyond those that all kinds have.
+# Options that only some kinds of task have.
 KINDS: Mapping[str, frozenset[str]] = {
     "questions": frozenset({"generate", "cut_vocabulary"}),
     "text": frozenset({"text_column", "cut_vocabulary"}),
     "classification": frozenset({"classes", "text_column", "label_column", "head_learning_rate"}),
 }
 PRECISIONS = ("fp32", "bf16")
-_TEXT, _TEXT_OR_NONE, _FLAG, _WHOLE = (str,), (str, type(None)), (bool,), (int,)
-_TASK_TYPES: Mapping[str, tuple[type, ...]] = {
-    **dict.fromkeys(("model", "dataset", "dataset_config"), _TEXT_OR_NONE),
-    **dict.fromkeys(("text_column", "label_column"), _TEXT),
-    "cut_vocabulary": _FLAG,
-    **dict.fromkeys(("data_seed", "generate"), _WHOLE),
-}
 _NEED_DATASET = {"text_column", "label_column", "dataset_config"}
 
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """A task: what is trained, on which data, for how long.
-
-    Args:
-        name: Its name in tables and files.
-        kind: `"questions"` (question and worked answer, exact match of the final number), `"text"` (language modeling)
-            or `"classification"`.
-        model: Hub name or local folder; `None` for a packaged one (SmolLM2-135M; MiniLM to classify), `"tiny-random"`
-            for a tiny random one.
-        layers: Keep only the first so many transformer blocks.
-        cut_vocabulary: Keep only the tokens of the data, which makes a small model's training several times faster
-            (questions, text).
-        dataset: Hub name or local file; `None` for built-in data: word problems, modules of Python's standard library,
-            docstrings to be told apart by the package they are from.
-        dataset_config: Configuration of a hub dataset.
-        text_column: Column of the text (text, classification).
-        label_column: Column of the label (classification).
-        classes: How many packages to tell apart (classification, built-in data).
-        target_modules: Layers to adapt: `"all-linear"`, or a list of ends of their names.
-        ranks: Ranks of the adapter, each a comparison of its own.
-        steps: Optimizer steps.
-        batch_size: Examples a step.
-        max_length: Tokens of an example; longer texts are cut, longer questions left out.
-        train_size: Examples to train on; `None` for as many as are needed to see each once.
-        validation_size: Held-out examples that decide on the learning rate.
-        test_size: Other held-out examples, for the figures in the tables.
-        generate: How many of the test questions to answer for the exact match; 0 for none (questions).
-        head_learning_rate: Of the classifier on top, the same for all methods (classification).
-        data_seed: Decides which examples are in which set; the seed of a run decides order and initial values.
-        learning_rates: Grids of methods for this task, in place of those under `methods`.
-    """
+    """A task: the model, the data and the length of the training. Options of one kind of task name it in brackets."""
 
     name: str
-    kind: str
-    model: str | None = None
-    layers: int | None = None
-    cut_vocabulary: bool = False
-    dataset: str | None = None
+    kind: str  # "questions" (exact match of the final number), "text" (language modeling) or "classification"
+    model: str | None = None  # hub name or folder; None for the packaged one, "tiny-random" for a tiny random one
+    layers: int | None = None  # keep only the first so many transformer blocks
+    cut_vocabulary: bool = False  # keep only the tokens of the data, which makes a small model fast (questions, text)
+    dataset: str | None = None  # hub name or file; None for word problems, the standard library or its docstrings
     dataset_config: str | None = None
-    text_column: str = "text"
-    label_column: str = "label"
-    classes: int = 20
-    target_modules: str | tuple[str, ...] = "all-linear"
-    ranks: tuple[int, ...] = (8,)
+    text_column: str = "text"  # (text, classification)
+    label_column: str = "label"  # (classification)
+    classes: int = 20  # packages to tell apart (classification, built-in data)
+    target_modules: str | tuple[str, ...] = "all-linear"  # or a list of ends of their names
+    ranks: tuple[int, ...] = (8,)  # each a comparison of its own
     steps: int = 100
     batch_size: int = 8
-    max_length: int = 128
-    train_size: int | None = None
-    validation_size: int = 128
-    test_size: int = 128
-    generate: int = 0
-    head_learning_rate: float = 1e-3
-    data_seed: int = 0
-    learning_rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    max_length: int = 128  # tokens of an example; longer texts are cut, longer questions left out
+    train_size: int | None = None  # None for as many examples as are needed to see each once
+    validation_size: int = 128  # held-out examples that decide on the learning rate
+    test_size: int = 128  # other held-out examples, for the figures in the tables
+    generate: int = 0  # test questions to answer for the exact match (questions)
+    head_learning_rate: float = 1e-3  # of the classifier, the same for all methods (classification)
+    data_seed: int = 0  # which examples are in which set; the seed of a run decides order and initial values
+    learning_rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # grids for this task alone
 
     def __post_init__(self) -> None:
-        counts = ["steps", "batch_size", "max_length", "validation_size", "test_size", "classes"]
-        counts += [name for name in ("layers", "train_size") if getattr(self, name) is not None]
-        for name in counts:
+        for name in [
+            "steps",
+            "batch_size",
+            "max_length",
+            "validation_size",
+            "test_size",
+            "classes",
+            "layers",
+            "train_size",
+        ]:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if value is not None and value < 1:
                 raise UsageError(f"Task {self.name}: {name}={value!r} must be a whole number from 1 on.")
-        if not self.ranks or any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in self.ranks):
-            raise UsageError(f"Task {self.name}: ranks={list(self.ranks)} must be whole numbers from 1 on.")
-        if len(set(self.ranks)) < len(self.ranks):
-            raise UsageError(f"Task {self.name}: ranks={list(self.ranks)} must be different.")
+        if not self.ranks or min(self.ranks) < 1 or len(set(self.ranks)) < len(self.ranks):
+            raise UsageError(f"Task {self.name}: ranks={list(self.ranks)} must be different whole numbers from 1 on.")
+        if not self.target_modules:
+            raise UsageError(f"Task {self.name}: target_modules=[] must be 'all-linear' or a list of ends of names.")
         if self.head_learning_rate <= 0.0:
             raise UsageError(f"Task {self.name}: head_learning_rate={self.head_learning_rate} must be positive.")
         if not 0 <= self.generate <= self.test_size:
@@ -115,57 +81,41 @@ class TaskSettings:
 
     @property
     def examples(self) -> int:
-        """Examples to train on."""
+        """The number of training examples."""
         return self.train_size or self.steps * self.batch_size
 
     def decides(self) -> dict[str, Any]:
-        """What of it decides how a run ends."""
+        """The settings that decide how a run ends."""
         return {key: value for key, value in asdict(self).items() if key not in ("name", "ranks", "learning_rates")}
 
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """Everything that a comparison is made of.
-
-    Args:
-        tasks: What to train, see `TaskSettings`.
-        methods: How, see `method_of`.
-        seeds: Each decides order and initial values.
-        output_dir: Where results and report go.
-        scaling: LoRA's alpha over r, the same at all ranks (rsLoRA's is larger by √r).
-        schedule: Course of the learning rate, a name known to `transformers.get_scheduler`.
-        warmup: Share of the steps in which it rises from 0.
-        max_grad_norm: Clip gradients beyond this norm; 0 for none.
-        precision: `"fp32"`, or `"bf16"` for autocast.
-        baseline: The method that the others are tested against.
-        reference: The method at the other end of the gap that is to be closed.
-    """
+    """Everything that a comparison is made of."""
 
     tasks: tuple[TaskSettings, ...]
-    methods: tuple[Method, ...]
-    seeds: tuple[int, ...]
+    methods: tuple[ComparedMethod, ...]  # see `method_of`
+    seeds: tuple[int, ...]  # each decides order and initial values
     output_dir: Path
-    scaling: float = 2.0
-    schedule: str = "cosine"
-    warmup: float = 0.1
-    max_grad_norm: float = 0.0
-    precision: str = "fp32"
-    baseline: str = LORA
-    reference: str = FULL
+    scaling: float = 2.0  # alpha over r, the same at all ranks (rsLoRA's is larger by √r)
+    schedule: str = "cosine"  # a name known to `transformers.get_scheduler`
+    warmup: float = 0.1  # fraction of the steps in which the rate rises from 0
+    max_grad_norm: float = 0.0  # 0 for no clipping
+    precision: str = "fp32"  # or "bf16" for autocast
+    baseline: str = LORA  # the others are tested against it
+    reference: str = FULL  # the other end of the gap
 
     def __post_init__(self) -> None:
-        for what, names in (
+        for noun, names in (
             ("task", [task.name for task in self.tasks]),
             ("method", [method.name for method in self.methods]),
             ("seed", list(self.seeds)),
         ):
             if not names or len(set(names)) < len(names):
-                raise UsageError(f"A comparison needs at least one {what}, each named once; got {names}.")
-        if self.precision not in PRECISIONS:
-            raise UsageError(f"precision={self.precision!r} is none of {', '.join(PRECISIONS)}.")
-        schedules = [each.value for each in SchedulerType]
-        if self.schedule not in schedules:
-            raise UsageError(f"schedule={self.schedule!r} is none of {', '.join(schedules)}.")
+                raise UsageError(f"A comparison needs at least one {noun}, each named once; got {names}.")
+        for key, valid in (("precision", PRECISIONS), ("schedule", [each.value for each in SchedulerType])):
+            if getattr(self, key) not in valid:
+                raise UsageError(f"{key}={getattr(self, key)!r} is none of {', '.join(valid)}.")
         if not 0.0 <= self.warmup < 1.0 or self.max_grad_norm < 0.0 or self.scaling <= 0.0:
             raise UsageError(
                 f"warmup={self.warmup} must be in [0, 1), max_grad_norm={self.max_grad_norm} at least 0 and "
@@ -173,13 +123,17 @@ class CompareSettings:
             )
         known = {method.name for method in self.methods}
         for task in self.tasks:
-            require_schedule(self.schedule, task.steps, round(self.warmup * task.steps))
+            _require_schedule(self.schedule, self.warmup_steps(task), task.steps)
             strangers = sorted(set(task.learning_rates) - known)
             if strangers:
                 raise UsageError(f"Task {task.name} has learning rates for {strangers}, which are not under methods.")
 
+    def warmup_steps(self, task: TaskSettings) -> int:
+        """The steps of a task in which the learning rate rises."""
+        return round(self.warmup * task.steps)
+
     def decides(self) -> dict[str, Any]:
-        """What of it decides how every run ends."""
+        """The settings that decide how every run ends."""
         return {key: getattr(self, key) for key in ("scaling", "schedule", "warmup", "max_grad_norm", "precision")}
 
     def to_dict(self) -> dict[str, Any]:
@@ -188,12 +142,7 @@ class CompareSettings:
 
 
 def read_settings(path: Path, overrides: Sequence[str] = (), output_dir: Path | None = None) -> CompareSettings:
-    """The settings of a YAML file.
-
-    Args:
-        path: The file.
-        overrides: Entries such as `tasks.code.steps=20`, whose values are YAML too.
-        output_dir: In place of the file's.
+    """The settings of a YAML file, changed by overrides such as `tasks.code.steps=20`.
 
     Raises:
         UsageError: there is no such file, or something in it is unknown or of no use.
@@ -203,13 +152,11 @@ def read_settings(path: Path, overrides: Sequence[str] = (), output_dir: Path | 
         raise UsageError(f"{str(path)!r} must hold a mapping with tasks, methods and seeds.")
     for override in overrides:
         _override(content, override)
-    if output_dir is not None:
-        content["output_dir"] = output_dir
-    return settings_of(content)
+    return settings_of(content if output_dir is None else {**content, "output_dir": str(output_dir)})
 
 
 def settings_of(content: Mapping[str, Any]) -> CompareSettings:
-    """`CompareSettings` from what a YAML file holds.
+    """`CompareSettings` from the content of a YAML file.
 
     Raises:
         UsageError: as `read_settings`.
@@ -222,24 +169,16 @@ def settings_of(content: Mapping[str, Any]) -> CompareSettings:
     methods = _listed(methods) if isinstance(methods, list) else methods
     if not isinstance(tasks, Mapping) or not isinstance(methods, Mapping):
         raise UsageError("`tasks` must be a mapping from names, and `methods` a mapping or a list of names.")
-    if not isinstance(content["seeds"], list) or not all(type(seed) is int for seed in content["seeds"]):
-        raise UsageError(f"seeds={content['seeds']!r} must be a list of whole numbers.")
-    found: dict[str, Any] = {key: content[key] for key in content if key not in ("tasks", "methods", "seeds")}
-    kinds = dict.fromkeys(("baseline", "reference", "schedule", "precision"), _TEXT)
-    require_types("The comparison", content, kinds)
-    if not isinstance(content.get("output_dir", ""), str | Path):
-        raise UsageError(f"output_dir={content['output_dir']!r} must be the path of a folder.")
+    hints = {**get_type_hints(CompareSettings), "output_dir": str}
+    plain = {key: value for key, value in content.items() if key not in ("tasks", "methods")}
+    values = typed("", plain, hints)
     for key in ("baseline", "reference"):
         if key in content and content[key] not in methods:
             raise UsageError(f"{key}={content[key]!r} is not under methods.")
-    for key in ("scaling", "warmup", "max_grad_norm"):
-        if key in found:
-            found[key] = number("", key, found[key])
     return CompareSettings(
         tasks=tuple(_task(name, entry) for name, entry in tasks.items()),
         methods=tuple(method_of(name, entry) for name, entry in methods.items()),
-        seeds=tuple(content["seeds"]),
-        **{**found, "output_dir": Path(content.get("output_dir", "runs/compare"))},
+        **{**values, "output_dir": Path(values.get("output_dir", "runs/compare"))},
     )
 
 
@@ -257,37 +196,20 @@ def _task(name: str, entry: Any) -> TaskSettings:
     kind = entry.get("kind") if isinstance(entry, Mapping) else None
     if not isinstance(entry, Mapping) or not isinstance(kind, str) or kind not in KINDS:
         raise UsageError(f"Task {name} must be a mapping with a `kind` out of {', '.join(KINDS)}.")
-    foreign = frozenset().union(*KINDS.values()) - KINDS[entry["kind"]]
+    foreign = frozenset().union(*KINDS.values()) - KINDS[kind]
     known = {each.name for each in fields(TaskSettings)} - {"name"} - foreign
     unknown = sorted(map(str, set(entry) - known))
     if unknown:
-        raise UsageError(f"Task {name}: {unknown} unknown to kind {entry['kind']}, which knows {sorted(known)}.")
-    useless = _NEED_DATASET if entry.get("dataset") is None else {"classes"}
-    if useless & set(entry):
+        raise UsageError(f"Task {name}: {unknown} unknown to kind {kind}, which knows {sorted(known)}.")
+    useless = sorted(set(entry) & (_NEED_DATASET if entry.get("dataset") is None else {"classes"}))
+    if useless:
         which = "without" if entry.get("dataset") is None else "with"
-        raise UsageError(
-            f"Task {name}: {sorted(useless & set(entry))} have no use {which} a `dataset`; leave them out."
-        )
-    values = dict(entry)
-    require_types(f"Task {name}", values, _TASK_TYPES)
-    if "head_learning_rate" in values:
-        values["head_learning_rate"] = number(f"Task {name}: ", "head_learning_rate", values["head_learning_rate"])
-    for key in ("ranks", "target_modules"):
-        if isinstance(values.get(key), list):
-            values[key] = tuple(values[key])
-    if not isinstance(values.get("ranks", ()), tuple):
-        raise UsageError(f"Task {name}: ranks={values['ranks']!r} must be a list.")
-    modules = values.get("target_modules", "all-linear")
-    if not isinstance(modules, str) and not (
-        isinstance(modules, tuple) and modules and all(isinstance(end, str) for end in modules)
-    ):
-        raise UsageError(f"Task {name}: target_modules={modules!r} must be 'all-linear' or a list of ends of names.")
-    grids = values.get("learning_rates") or {}
+        raise UsageError(f"Task {name}: {useless} have no use {which} a `dataset`; leave them out.")
+    grids = entry.get("learning_rates") or {}
     require_mapping(f"Task {name}", "learning_rates", grids)
-    values["learning_rates"] = {
-        method: learning_rates(f"{method} in task {name}", grid) for method, grid in grids.items()
-    }
-    return TaskSettings(name=name, **values)
+    plain = {key: value for key, value in entry.items() if key != "learning_rates"}
+    rates = {method: learning_rates(f"{method} in task {name}", grid) for method, grid in grids.items()}
+    return TaskSettings(name, **typed(f"Task {name}: ", plain, get_type_hints(TaskSettings)), learning_rates=rates)
 
 
 def _override(content: dict[str, Any], override: str) -> None:
@@ -301,3 +223,17 @@ def _override(content: dict[str, Any], override: str) -> None:
     if not sign or not isinstance(place, dict):
         raise UsageError(f"--set {override!r} must read KEY=VALUE, such as tasks.code.steps=20 or seeds=[0].")
     place[keys[-1]] = parse_yaml(text, f"--set {override!r}")
+
+
+def _require_schedule(name: str, warmup: int, steps: int) -> None:
+    """Refuse a schedule that needs more than the number of steps, by trying it."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    try:
+        scheduler = get_scheduler(name, optimizer, warmup, steps)
+        optimizer.step()
+        scheduler.step()
+    except Exception as error:
+        raise UsageError(
+            f"schedule={name!r} cannot be used here, where a schedule knows steps and warm-up alone ({error}); choose "
+            "linear, cosine, constant or the like."
+        ) from error

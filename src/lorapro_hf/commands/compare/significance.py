@@ -10,50 +10,40 @@ from dataclasses import dataclass
 _ROUNDING = 1e-9  # of the mean difference: spread below it is none
 
 
-@dataclass(frozen=True)
-class Paired:
-    """One method against another on the same seeds.
+@dataclass
+class PairedTest:
+    """One method against another on the same seeds. P-values are two-sided, and `None` without spread or scipy."""
 
-    Args:
-        seeds: How many pairs.
-        difference: The mean of the one's values less the other's.
-        better: On how many seeds the one is better.
-        t_test: The p-value of the paired t-test, two-sided. It takes the differences for normal, which few seeds can
-            not show. `None` without spread, with one seed, or without scipy.
-        wilcoxon: The exact p-value of Wilcoxon's signed-rank test, two-sided; `None` as above.
-        sign_test: The p-value of the sign test, two-sided, on the seeds that differ.
-    """
-
-    seeds: int
-    difference: float
-    better: int
-    t_test: float | None
-    wilcoxon: float | None
-    sign_test: float | None
+    seeds: int  # the number of pairs
+    difference: float  # the mean of the one's losses less the other's
+    better: int  # the number of seeds on which the one has the lower loss
+    t_test: float | None = None  # paired; it takes the differences for normal, which few seeds can not show
+    wilcoxon: float | None = None  # Wilcoxon's signed-rank test, exact
+    t_test_holm: float | None = None  # the t-test's, corrected for the number of methods
 
 
-def paired(own: Sequence[float], others: Sequence[float], more_is_better: bool) -> Paired | None:
-    """Compare values of the same seeds, given in the same order; `None` if there are none."""
-    if not own:
+def paired(own: Mapping[str, float], others: Mapping[str, float]) -> PairedTest | None:
+    """Compare losses by seed; `None` if there are no common seeds."""
+    seeds = sorted(own.keys() & others.keys())
+    if not seeds:
         return None
-    differences = [one - other for one, other in zip(own, others, strict=True)]
+    values: list[Sequence[float]] = [[each[seed] for seed in seeds] for each in (own, others)]
+    differences = [one - other for one, other in zip(*values, strict=True)]
     unequal = [difference for difference in differences if difference != 0]
-    better = sum((difference > 0) == more_is_better for difference in unequal)
-    t_test = wilcoxon = sign_test = None
+    mean = statistics.fmean(differences)
+    result = PairedTest(len(seeds), mean, sum(difference < 0 for difference in unequal))
     if has_scipy():
         from scipy import stats
 
-        mean = abs(statistics.fmean(differences))
-        if len(differences) > 1 and statistics.pstdev(differences) > _ROUNDING * mean:
-            t_test = float(stats.ttest_rel(own, others).pvalue)
+        if len(seeds) > 1 and statistics.pstdev(differences) > _ROUNDING * abs(mean):
+            result.t_test = float(stats.ttest_rel(*values).pvalue)
         if unequal:
-            wilcoxon = float(stats.wilcoxon(unequal).pvalue)
-            sign_test = float(stats.binomtest(better, len(unequal)).pvalue)
-    return Paired(len(differences), statistics.fmean(differences), better, t_test, wilcoxon, sign_test)
+            result.wilcoxon = float(stats.wilcoxon(unequal).pvalue)
+    return result
 
 
 def smallest_p(seeds: int) -> float:
-    """The smallest p-value that Wilcoxon's and the sign test can give with so many seeds."""
+    """The smallest p-value that Wilcoxon's test can give with so many seeds."""
     return min(1.0, 2.0 ** (1 - seeds))
 
 

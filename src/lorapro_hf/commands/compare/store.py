@@ -4,18 +4,55 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from lorapro_hf.commands.common.records import environment, without_nan
-from lorapro_hf.commands.compare.plan import Run, source_hash
+from lorapro_hf.commands.compare.plan import PlannedRun
 from lorapro_hf.commands.compare.settings import CompareSettings
 from lorapro_hf.options import UsageError
 from lorapro_hf.utils.text_files import parse_json, write_text
 
 RECORDS, SWEEP = "runs.jsonl", "sweep.json"
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
+
+
+@dataclass
+class RunRecord:
+    """A run that is done: a line of `runs.jsonl`, which begins with the run's entry in the plan."""
+
+    key: str
+    task: str
+    rank: int | None
+    method: str
+    learning_rate: float
+    seed: int
+    status: str = FAILED  # or "finished"; "diverged" if a loss was NaN or infinite
+    scores: dict[str, dict[str, float]] | None = None  # metrics of the sets "validation" and "test"
+    losses: list[float] = field(default_factory=list)  # the training loss of each step
+    diverged_at: int | None = None
+    error: str | None = None
+    traceback: str | None = None
+    examples: str | None = None  # a hash of the examples of all sets
+    data: str | None = None  # a hash of the batches
+    adapted_layers: int | None = None
+    trainable: int | None = None  # trained parameters, without those of a head
+    state_bytes: int | None = None  # of the optimizer
+    peak_bytes: int | None = None  # where the system tells it
+    step_ms: float | None = None  # the median, as of the next
+    optimizer_ms: float | None = None
+    setup_s: float | None = None
+    train_s: float | None = None
+    evaluation_s: float | None = None
+    wall_s: float | None = None  # all of it
+    finished_at: str | None = None  # UTC
+    environment: dict[str, Any] = field(default_factory=dict)
+
+
+_FIELDS = {each.name for each in fields(RunRecord)}
 
 
 class Store:
@@ -28,10 +65,9 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def append(self, record: Mapping[str, Any]) -> None:
+    def append(self, record: RunRecord) -> None:
         """Add a line, on disk when this returns; other processes may do the same at the same time."""
-        text = json.dumps(without_nan(dict(record)), allow_nan=False)
-        line = f"{text}\n".encode()
+        line = f"{json.dumps(without_nan(asdict(record)), allow_nan=False)}\n".encode()
         descriptor = os.open(self.folder / RECORDS, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             # A killed process may have left half a line: end it first. One write to a file that is open for appending
@@ -45,71 +81,72 @@ class Store:
         finally:
             os.close(descriptor)
 
-    def records(self) -> dict[str, dict[str, Any]]:
-        """The lines by key, the latest of each; what is no whole line is left out."""
+    def records(self) -> dict[str, RunRecord]:
+        """The records by key, the latest of each; half-written lines are left out."""
         path = self.folder / RECORDS
-        if not path.exists():
-            return {}
         found = {}
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
             try:
-                record = parse_json(line)
-            except json.JSONDecodeError:
+                values = parse_json(line)
+                record = RunRecord(**{name: value for name, value in values.items() if name in _FIELDS})
+            except (json.JSONDecodeError, AttributeError, TypeError):
                 continue
-            if isinstance(record, dict) and isinstance(record.get("key"), str) and "status" in record:
-                found[record["key"]] = record
+            found[record.key] = record
         return found
 
-    def copy_to(self, folder: Path) -> None:
-        """Make a folder that can be reported on and gone on with like this one, without runs of other sweeps.
-
-        Each line gets the names that this sweep has for its run, whatever they were where it was trained; of several
-        methods with the same run, those of the first.
-        """
-        records = self.records()
-        entries = {run["key"]: run for run in reversed(self.sweep()["runs"])}
-        keys = [key for key in keys_of(self.sweep()) if key in records]
-        lines = [json.dumps({**records[key], **entries[key]}) for key in keys]
-        write_text(folder / RECORDS, "".join(f"{line}\n" for line in lines))
-        write_text(folder / SWEEP, (self.folder / SWEEP).read_text(encoding="utf-8"))
-
     def write_sweep(
-        self, settings: CompareSettings, runs: Sequence[Run], levels: Mapping[str, Any] | None = None
+        self, settings: CompareSettings, runs: Sequence[PlannedRun], levels: Mapping[str, Any] | None = None
     ) -> None:
-        """Note settings, environment and the list of all runs.
-
-        Args:
-            settings: What is compared.
-            runs: From `plan`.
-            levels: From `levels_of`, by task, as far as they are known.
-        """
+        """Note settings, environment, all planned runs, and by task the reference losses that are known."""
         methods = {m.name: {"title": m.title, "is_lora_pro": m.is_lora_pro, **m.decides()} for m in settings.methods}
         content = {
             "settings": settings.to_dict(),
             "methods": methods,
             "environment": environment(),
-            "source": source_hash(),
             "levels": dict(levels or {}),
             "runs": [run.entry() for run in runs],
         }
         write_text(self.folder / SWEEP, json.dumps(without_nan(content), indent=1, allow_nan=False) + "\n")
 
     def sweep(self) -> dict[str, Any]:
-        """What `write_sweep` noted.
+        """The content that `write_sweep` wrote.
 
         Raises:
-            UsageError: if there is nothing.
+            UsageError: if there is none.
         """
-        path = self.folder / SWEEP
         try:
-            content: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
+            content: dict[str, Any] = parse_json((self.folder / SWEEP).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UsageError(
                 f"There is no comparison to report on in {str(self.folder)!r}: {error}. Give the --output_dir of one."
             ) from error
         return content
 
+    @contextmanager
+    def locked(self, index: int, warn: Callable[[str], None]) -> Iterator[None]:
+        """Keep a second comparison out of the folder; the system lifts the lock when the process ends.
 
-def keys_of(sweep: Mapping[str, Any]) -> list[str]:
-    """The keys of its runs, those that several methods share once."""
-    return list(dict.fromkeys(run["key"] for run in sweep["runs"]))
+        Args:
+            index: The number of this process. Every comparison has a process 0, so that two always meet.
+            warn: Gets a line where the file system knows no locks.
+
+        Raises:
+            UsageError: another process has the lock.
+        """
+        with (self.folder / f".lock-{index}").open("a+") as file:
+            try:
+                import fcntl  # there is none on Windows
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise UsageError(
+                    f"Another process ({file.read().strip() or 'number unknown'}) is training into "
+                    f"{str(self.folder)!r}. Wait for its end, or choose another --output_dir."
+                ) from None
+            except (OSError, ImportError) as error:
+                warn(f"{self.folder} cannot be locked ({error}): make sure that no other comparison writes there.")
+            file.truncate(0)
+            file.write(f"pid {os.getpid()}\n")
+            file.flush()
+            yield

@@ -1,202 +1,228 @@
-"""What does a comparison show? From its two files alone."""
+"""What does a comparison show? A summary of its two files."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorapro_hf.commands.compare.significance import Paired, holm, paired
-from lorapro_hf.commands.compare.store import DIVERGED, FAILED, FINISHED
+from lorapro_hf.commands.compare.significance import PairedTest, holm, paired
+from lorapro_hf.commands.compare.store import DIVERGED, FAILED, FINISHED, RunRecord, Store
 
 MISSING = "missing"
-NEAR_BEST = 0.02  # rates whose loss is within this share of the best count as good
+NEAR_BEST = 0.02  # rates whose loss is within this fraction of the best count as good
 LAST = 4  # the last of so many parts of a training says how it ended
-Record = Mapping[str, Any]
+UNEVEN = 1.2  # slowest over fastest median step of a method's seeds at one rate: beyond it other work ran
+_COSTS = ("step_ms", "optimizer_ms", "train_s", "setup_s", "state_bytes", "peak_bytes", "trainable")
+_DIGITS = 5  # of the losses of a curve
 
 
 @dataclass
-class Rate:
-    """One learning rate of one method over all seeds.
-
-    Args:
-        learning_rate: The rate.
-        records: The runs that are done, by seed.
-        statuses: How each seed ended, or `"missing"`.
-        validation: The mean loss on the validation set if all seeds have finished: what decides.
-    """
+class RateSummary:
+    """One learning rate of one method over all seeds, which are the keys of all mappings."""
 
     learning_rate: float
-    records: dict[int, Record]
-    statuses: dict[int, str]
-    validation: float | None = None
-
-    def values(self, metric: str, which: str = "test") -> dict[int, float]:
-        """A metric by seed, of the runs that have finished."""
-        done = {seed: record for seed, record in self.records.items() if self.statuses[seed] == FINISHED}
-        return {seed: record["scores"][which][metric] for seed, record in done.items()}
-
-    @property
-    def no_better(self) -> list[int]:
-        """The seeds whose run finished no better than it began: it blew up and did not come back."""
-        return [seed for seed, status in self.statuses.items() if status == FINISHED and blew_up(self.records[seed])]
+    validation_loss: float | None  # the mean over the seeds if all have finished: it decides
+    status: dict[str, str]
+    no_better: list[
+        int
+    ]  # seeds whose training loss in the last quarter is in the mean not below that of the first step
+    keys: dict[str, str]  # of the runs
+    test: dict[str, dict[str, float]]  # metrics, of the seeds that have finished
 
     @property
     def whole(self) -> bool:
         """Whether all seeds have finished."""
-        return all(status == FINISHED for status in self.statuses.values())
-
-
-def blew_up(record: Record) -> bool:
-    """Whether the mean training loss of the last quarter of the steps is not below the loss of the first step."""
-    losses = record["losses"]
-    return len(losses) > 1 and statistics.fmean(losses[-max(1, len(losses) // LAST) :]) >= losses[0]
+        return set(self.status.values()) == {FINISHED}
 
 
 @dataclass
-class Row:
+class MethodSummary:
     """A method in one comparison, at its own best learning rate.
 
-    Args:
-        method: Its name.
-        title: Its name for people.
-        rates: All its rates in ascending order.
-        best: The rate with the lowest mean validation loss of those at which all seeds have finished; one at which a
-            seed finished no better than it began only if there is no other.
-        at_edge: `"lowest"` or `"highest"` if that is an end of a grid of several: a better one may lie beyond.
-        ties: Other rates that are worse by no more than the standard error of the best.
-        good_range: Lowest and highest rate around the best with a validation loss within 2 % of the best's; `None`
-            if at the best itself a seed finished no better than it began.
-        good_at_edge: Which ends of that range are ends of the grid: it may reach beyond.
-        against: The paired comparison with the baseline on the deciding metric.
-        t_test_holm: The t-test's p-value, corrected for the number of methods.
-        gap_closed: Share of the way from the baseline's loss to the reference's.
+    That is the rate with the lowest mean validation loss of those at which all seeds have finished; one at which a seed
+    finished no better than it began only if there is no other.
     """
 
     method: str
     title: str
-    rates: list[Rate]
-    best: Rate | None = None
-    at_edge: str | None = None
-    ties: list[float] = field(default_factory=list)
-    good_range: tuple[float, float] | None = None
-    good_at_edge: list[str] = field(default_factory=list)
-    against: Paired | None = None
-    t_test_holm: float | None = None
-    gap_closed: float | None = None
+    rates: list[RateSummary]  # in ascending order
+    learning_rate: float | None = None  # the best
+    at_edge: str | None = (
+        None  # "lowest" or "highest" if that is an end of a grid of several: a better one may lie beyond
+    )
+    ties: list[float] = field(default_factory=list)  # rates that are worse by no more than the best's standard error
+    good_range: tuple[float, float] | None = None  # around the best, with a validation loss within 2 % of its own
+    good_at_edge: list[str] = field(default_factory=list)  # ends of that range that are ends of the grid
+    test: dict[str, dict[str, float | None]] = field(default_factory=dict)  # mean and std of each metric
+    cost: dict[str, float | None] = field(default_factory=dict)  # medians over the seeds
+    loss_curve: list[float] = field(default_factory=list)  # the mean training loss of each step
+    gap_closed: float | None = None  # fraction of the way from the baseline's loss to the reference's
+    against_baseline: PairedTest | None = None
+    runs: dict[str, int] = field(default_factory=dict)  # the number of runs by status, over all rates
+    no_better: int = 0  # the number of runs that ended no better than they began, over all rates
 
-    def median(self, name: str) -> float | None:
-        """The median of a measurement over the seeds at the best rate."""
-        records = [] if self.best is None else self.best.records.values()
-        values = [record[name] for record in records if record.get(name) is not None]
-        return statistics.median(values) if values else None
-
-    def counts(self) -> dict[str, int]:
-        """How many runs ended in which way, over all rates."""
-        statuses = [status for rate in self.rates for status in rate.statuses.values()]
-        return {name: statuses.count(name) for name in (FINISHED, DIVERGED, FAILED, MISSING)}
-
-    def no_better(self) -> int:
-        """How many finished runs ended no better than they began, over all rates."""
-        return sum(len(rate.no_better) for rate in self.rates)
+    @property
+    def best(self) -> RateSummary | None:
+        """The best rate."""
+        return next((rate for rate in self.rates if rate.learning_rate == self.learning_rate), None)
 
 
 @dataclass
-class Comparison:
-    """All methods on one task at one rank.
+class StepSpread:
+    """How evenly the steps of equal runs went: ratios of the slowest to the fastest seed of a method and rate."""
 
-    Args:
-        task: Name of the task.
-        rank: Of the adapters.
-        rows: The methods in the order of the YAML.
-        metrics: The metrics there are, `loss` first.
-        baseline: Name of the method that the others are compared with.
-        reference: Name of the method at the other end of the gap.
-        gap: The baseline's test loss less the reference's; `None` without both.
-        gap_seeds: On how many seeds the reference is the better one.
-        equal_data: Whether all runs have the same examples, and those of a seed saw the same batches.
-    """
+    rates: int  # the number of ratios
+    uneven: int  # the number of those beyond 1.2
+    largest: float
+    best: float | None  # the largest at the methods' best rates
+
+
+@dataclass
+class TaskSummary:
+    """All methods on one task at one rank."""
 
     task: str
     rank: int
-    rows: list[Row]
-    metrics: list[str]
-    baseline: str
-    reference: str
-    gap: float | None = None
-    gap_seeds: int = 0
-    equal_data: bool = True
-
-    @property
-    def name(self) -> str:
-        """A name for files."""
-        return f"{self.task}-r{self.rank}"
-
-    def row(self, method: str) -> Row | None:
-        """The row of a method, if there is one."""
-        return next((row for row in self.rows if row.method == method), None)
+    methods: list[MethodSummary]  # in the order of the YAML
+    metrics: list[str]  # `loss` first
+    levels: dict[str, Any] | None  # the reference losses, if they are known
+    gap: float | None  # the baseline's test loss less the reference's; None without both
+    gap_seeds: int  # the number of seeds on which the reference is the better one
+    equal_data: bool  # whether all runs have the same examples, and those of a seed saw the same batches
+    step_spread: StepSpread | None  # None without step times of several seeds
 
 
-def summarize(sweep: Mapping[str, Any], records: Mapping[str, Record]) -> list[Comparison]:
-    """The comparisons of a sweep, one for each task and rank.
+@dataclass
+class Summary:
+    """The content of `summary.json`."""
 
-    Args:
-        sweep: What `sweep.json` holds: the runs that there should be.
-        records: The lines of `runs.jsonl` by key; others than those of the sweep are not looked at.
+    settings: dict[str, Any]
+    environment: dict[str, Any]  # the values that all runs have in common
+    missing: int  # the number of runs that are still to come
+    comparisons: list[TaskSummary]  # one for each task and rank
+    unfinished: list[dict[str, Any]]  # runs that diverged or failed, and why
+
+
+def summarize(store: Store) -> Summary:
+    """The summary of a folder, of the runs that its `sweep.json` lists and no others.
+
+    Raises:
+        UsageError: there is no comparison in the folder.
     """
-    settings = sweep["settings"]
-    found = []
-    for task in settings["tasks"]:
-        for rank in task["ranks"]:
-            runs = [run for run in sweep["runs"] if run["task"] == task["name"] and run["rank"] in (rank, None)]
-            rows = [_row(name, method["title"], runs, records) for name, method in sweep["methods"].items()]
-            comparison = Comparison(
-                task["name"], rank, rows, _metrics(rows), settings["baseline"], settings["reference"]
-            )
-            _relate(comparison)
-            comparison.equal_data = _equal_data(rows)
-            found.append(comparison)
-    return found
+    sweep, records = store.sweep(), store.records()
+    keys = list(dict.fromkeys(run["key"] for run in sweep["runs"]))
+    used = [records[key].environment for key in keys if key in records] or [sweep["environment"]]
+    return Summary(
+        sweep["settings"],
+        {name: value for name, value in used[0].items() if all(each.get(name) == value for each in used)},
+        sum(key not in records for key in keys),
+        [_of_task(sweep, records, task, rank) for task in sweep["settings"]["tasks"] for rank in task["ranks"]],
+        [
+            {**run, "status": records[run["key"]].status, "reason": _reason(records[run["key"]])}
+            for run in sweep["runs"]
+            if run["key"] in records and records[run["key"]].status in (DIVERGED, FAILED)
+        ],
+    )
 
 
-def _row(name: str, title: str, runs: Sequence[Mapping[str, Any]], records: Mapping[str, Record]) -> Row:
-    own = [run for run in runs if run["method"] == name]
-    rates = []
-    for value in sorted({run["learning_rate"] for run in own}):
-        here = [run for run in own if run["learning_rate"] == value]
-        done = {run["seed"]: records[run["key"]] for run in here if run["key"] in records}
-        statuses = {run["seed"]: done[run["seed"]]["status"] if run["seed"] in done else MISSING for run in here}
-        rate = Rate(value, done, statuses)
-        if rate.whole:
-            rate.validation = statistics.fmean(rate.values("loss", "validation").values())
-        rates.append(rate)
-    row = Row(name, title, rates)
-    _choose(row)
-    return row
+def _reason(record: RunRecord) -> str:
+    step = record.diverged_at
+    return record.error or (f"loss not finite at step {step}" if step else "held-out loss not finite")
 
 
-def _choose(row: Row) -> None:
+def _of_task(
+    sweep: Mapping[str, Any], records: Mapping[str, RunRecord], task: Mapping[str, Any], rank: int
+) -> TaskSummary:
+    runs = [run for run in sweep["runs"] if run["task"] == task["name"] and run["rank"] in (rank, None)]
+    done = [records[run["key"]] for run in runs if run["key"] in records]
+    methods = [
+        _of_method(name, method["title"], [run for run in runs if run["method"] == name], records)
+        for name, method in sweep["methods"].items()
+    ]
+    metrics = dict.fromkeys(["loss", *(name for each in methods for rate in each.rates for name in rate.test)])
+    gap, gap_seeds = _relate(methods, sweep["settings"]["baseline"], sweep["settings"]["reference"])
+    return TaskSummary(
+        task["name"],
+        rank,
+        methods,
+        list(metrics),
+        sweep.get("levels", {}).get(task["name"]),
+        gap,
+        gap_seeds,
+        _equal_data(done),
+        _step_spread(methods, records),
+    )
+
+
+def _of_method(
+    name: str, title: str, runs: Sequence[Mapping[str, Any]], records: Mapping[str, RunRecord]
+) -> MethodSummary:
+    rates = sorted({run["learning_rate"] for run in runs})
+    found = [_of_rate(rate, [run for run in runs if run["learning_rate"] == rate], records) for rate in rates]
+    summary = MethodSummary(name, title, found)
+    statuses = [status for rate in found for status in rate.status.values()]
+    summary.runs = {status: statuses.count(status) for status in (FINISHED, DIVERGED, FAILED, MISSING)}
+    summary.no_better = sum(len(rate.no_better) for rate in found)
+    _choose(summary, records)
+    best = [] if summary.best is None else [records[key] for key in summary.best.keys.values() if key in records]
+    for cost in _COSTS:
+        values = [getattr(record, cost) for record in best if getattr(record, cost) is not None]
+        summary.cost[cost] = statistics.median(values) if values else None
+    curves = zip(*(record.losses for record in best), strict=True)
+    summary.loss_curve = [float(f"{statistics.fmean(losses):.{_DIGITS}g}") for losses in curves]
+    for metric, by_seed in {} if summary.best is None else summary.best.test.items():
+        values = list(by_seed.values())
+        summary.test[metric] = {
+            "mean": statistics.fmean(values),
+            "std": statistics.stdev(values) if len(values) > 1 else None,
+        }
+    return summary
+
+
+def _of_rate(value: float, runs: Sequence[Mapping[str, Any]], records: Mapping[str, RunRecord]) -> RateSummary:
+    done = {str(run["seed"]): records[run["key"]] for run in runs if run["key"] in records}
+    status = {str(run["seed"]): MISSING for run in runs} | {seed: record.status for seed, record in done.items()}
+    scores = {seed: record.scores for seed, record in done.items() if record.status == FINISHED and record.scores}
+    metrics = dict.fromkeys(name for each in scores.values() for name in each["test"])
+    validation = [each["validation"]["loss"] for each in scores.values()]
+    return RateSummary(
+        value,
+        statistics.fmean(validation) if len(validation) == len(status) else None,
+        status,
+        [int(seed) for seed in scores if _blew_up(done[seed].losses)],
+        {str(run["seed"]): run["key"] for run in runs},
+        {name: {seed: each["test"][name] for seed, each in scores.items()} for name in metrics},
+    )
+
+
+def _blew_up(losses: Sequence[float]) -> bool:
+    return len(losses) > 1 and statistics.fmean(losses[-max(1, len(losses) // LAST) :]) >= losses[0]
+
+
+def _choose(method: MethodSummary, records: Mapping[str, RunRecord]) -> None:
     """Find the best rate of a method and say how sure that is."""
-    every = {rate.learning_rate: rate.validation for rate in row.rates if rate.validation is not None}
+    every = {rate.learning_rate: rate.validation_loss for rate in method.rates if rate.validation_loss is not None}
     if not every:
         return
-    losses = {rate.learning_rate: every[rate.learning_rate] for rate in row.rates if rate.whole and not rate.no_better}
+    blew_up = {rate.learning_rate for rate in method.rates if rate.no_better}
+    losses = {rate: loss for rate, loss in every.items() if rate not in blew_up}
     candidates = losses or every
-    best = min(candidates, key=lambda value: candidates[value])
-    grid = [rate.learning_rate for rate in row.rates]
+    best = method.learning_rate = min(candidates, key=lambda rate: candidates[rate])
+    grid = [rate.learning_rate for rate in method.rates]
     place = grid.index(best)
-    row.best = row.rates[place]
     if len(grid) > 1 and place in (0, len(grid) - 1):
-        row.at_edge = "lowest" if place == 0 else "highest"
-    values = list(row.best.values("loss", "validation").values())
+        method.at_edge = "lowest" if place == 0 else "highest"
+    scores = [records[key].scores or {} for key in method.rates[place].keys.values()]
+    values = [each["validation"]["loss"] for each in scores]
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    row.ties = [v for v, loss in candidates.items() if v != best and loss - candidates[best] <= error]
+    method.ties = [rate for rate, loss in candidates.items() if rate != best and loss - candidates[best] <= error]
     if losses:
-        _find_good_range(row, losses, grid, place)
+        _find_good_range(method, losses, grid, place)
 
 
-def _find_good_range(row: Row, losses: Mapping[float, float], grid: Sequence[float], place: int) -> None:
+def _find_good_range(method: MethodSummary, losses: Mapping[float, float], grid: Sequence[float], place: int) -> None:
     """Walk from the best rate to both sides as long as the loss stays near its own."""
     limit = losses[grid[place]] + NEAR_BEST * abs(losses[grid[place]])
     low = high = place
@@ -204,53 +230,47 @@ def _find_good_range(row: Row, losses: Mapping[float, float], grid: Sequence[flo
         low -= 1
     while high < len(grid) - 1 and losses.get(grid[high + 1], limit + 1) <= limit:
         high += 1
-    row.good_range = (grid[low], grid[high])
+    method.good_range = (grid[low], grid[high])
     ends = {"lowest": low == 0, "highest": high == len(grid) - 1}
-    row.good_at_edge = [name for name, reached in ends.items() if reached and len(grid) > 1]
+    method.good_at_edge = [name for name, reached in ends.items() if reached and len(grid) > 1]
 
 
-def _relate(comparison: Comparison) -> None:
-    """Compare every method with the baseline and place it between baseline and reference."""
-    base, reference = comparison.row(comparison.baseline), comparison.row(comparison.reference)
-    if base is None or base.best is None:
-        return
-    of_base = base.best.values("loss")
-    if reference is not None and reference.best is not None:
-        of_reference = reference.best.values("loss")
-        comparison.gap = statistics.fmean(of_base.values()) - statistics.fmean(of_reference.values())
-        comparison.gap_seeds = sum(of_reference[seed] < of_base[seed] for seed in of_base.keys() & of_reference.keys())
-    for row in comparison.rows:
-        if row.best is None or row is base:
-            continue
-        own = row.best.values("loss")
-        seeds = sorted(own.keys() & of_base.keys())
-        row.against = paired([own[seed] for seed in seeds], [of_base[seed] for seed in seeds], more_is_better=False)
-        if comparison.gap is not None and comparison.gap > 0:
-            own_gap = statistics.fmean(of_base.values()) - statistics.fmean(own.values())
-            row.gap_closed = own_gap / comparison.gap
-    tested = {r.method: r.against.t_test for r in comparison.rows if r.against and r.against.t_test is not None}
-    corrected = holm(tested)
-    for row in comparison.rows:
-        row.t_test_holm = corrected.get(row.method)
+def _relate(methods: Sequence[MethodSummary], baseline: str, reference: str) -> tuple[float | None, int]:
+    """Compare every method with the baseline; returns the gap to the reference and the seeds that show it."""
+    losses = {each.method: each.best.test["loss"] for each in methods if each.best is not None}
+    base, goal = losses.get(baseline), losses.get(reference)
+    if base is None:
+        return None, 0
+    gap = None if goal is None else statistics.fmean(base.values()) - statistics.fmean(goal.values())
+    for each in methods:
+        if each.method in losses and each.method != baseline:
+            own = losses[each.method]
+            each.against_baseline = paired(own, base)
+            if gap is not None and gap > 0:
+                each.gap_closed = (statistics.fmean(base.values()) - statistics.fmean(own.values())) / gap
+    tests = {each.method: each.against_baseline for each in methods if each.against_baseline is not None}
+    for name, value in holm({name: t.t_test for name, t in tests.items() if t.t_test is not None}).items():
+        tests[name].t_test_holm = value
+    return gap, 0 if goal is None else sum(goal[seed] < base[seed] for seed in goal.keys() & base.keys())
 
 
-def _metrics(rows: Sequence[Row]) -> list[str]:
-    names = ["loss"]
-    for row in rows:
-        for rate in row.rates:
-            for record in rate.records.values():
-                names += [name for name in (record.get("scores") or {}).get("test", {}) if name not in names]
-    return names
+def _equal_data(records: Iterable[RunRecord]) -> bool:
+    seen: dict[int | None, set[str | None]] = {}
+    for record in records:
+        seen.setdefault(record.seed, set()).add(record.data)
+        seen.setdefault(None, set()).add(record.examples)  # of the task, whatever the seed
+    return all(len(hashes - {None}) <= 1 for hashes in seen.values())
 
 
-def _equal_data(rows: Sequence[Row]) -> bool:
-    """Like is compared with like: records from before `examples` was noted have only the hash of their batches."""
-    seen: dict[tuple[str, int], set[str]] = {}
-    for row in rows:
-        for rate in row.rates:
-            for seed, record in rate.records.items():
-                if record.get("data") is not None:
-                    seen.setdefault(("data", seed), set()).add(record["data"])
-                if record.get("examples") is not None:
-                    seen.setdefault(("examples", 0), set()).add(record["examples"])  # of the task, whatever the seed
-    return all(len(each) == 1 for each in seen.values())
+def _step_spread(methods: Sequence[MethodSummary], records: Mapping[str, RunRecord]) -> StepSpread | None:
+    ratios: dict[bool, list[float]] = {True: [], False: []}
+    for method in methods:
+        for rate in method.rates:
+            done = [records[key].step_ms for key in rate.keys.values() if key in records]
+            times = [time for time in done if time]
+            if len(times) > 1:
+                ratios[rate.learning_rate == method.learning_rate].append(max(times) / min(times))
+    every = ratios[True] + ratios[False]
+    if not every:
+        return None
+    return StepSpread(len(every), sum(x > UNEVEN for x in every), max(every), max(ratios[True], default=None))

@@ -1,9 +1,9 @@
 """How is one run trained and measured?
 
-A plain loop, the same for every method, so that nothing differs but what the method is: the batches and their order,
-the number of steps, the course of the learning rate, the dropout masks (drawn anew from seed and step), no weight
-decay. Where a task has a head, an AdamW of its own trains it at one rate for all methods, so that a method's rate says
-nothing about the head.
+`LoRAProTrainer` trains every method; for the methods of others it is plain `Trainer` with their optimizer. Runs differ
+in the method alone: batches and their order, number of steps, schedule and dropout masks (drawn anew from seed and
+step) are the same, and nothing decays. Where a task has a head, an AdamW of its own trains it at one rate for all
+methods, so that a method's rate says nothing about the head.
 """
 
 from __future__ import annotations
@@ -16,213 +16,206 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import get_scheduler
+from transformers.trainer_callback import PrinterCallback
 
 from lorapro_hf.commands.common.records import environment
 from lorapro_hf.commands.compare.adapters import layers_to_adapt, make_trainable
-from lorapro_hf.commands.compare.meters import PeakMemory, state_bytes
+from lorapro_hf.commands.compare.meters import PeakMemory, StepTimes, state_bytes
 from lorapro_hf.commands.compare.optimizers import build_optimizer
-from lorapro_hf.commands.compare.plan import Run, digest, source_hash
+from lorapro_hf.commands.compare.plan import PlannedRun, digest
 from lorapro_hf.commands.compare.settings import CompareSettings
-from lorapro_hf.commands.compare.store import DIVERGED, FAILED, FINISHED
-from lorapro_hf.commands.compare.tasks.base import Batch, Task, to_device
+from lorapro_hf.commands.compare.store import DIVERGED, FINISHED, RunRecord
+from lorapro_hf.commands.compare.tasks.base import LoadedTask, to_device
+from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.optim.lora_pro import unwrap_optimizer
+from lorapro_hf.trainer.arguments import LoRAProTrainingArguments
+from lorapro_hf.trainer.trainer import LoRAProTrainer
 
-GRADIENT_BATCHES = 4  # of the first that the run trains on: what LoRA-GA starts from
+GRADIENT_BATCHES = 4  # of the first that the run trains on: LoRA-GA starts from their gradients
 _STEP_SEEDS = 1_000_003
 
 
-@dataclass
-class Trained:
-    """What comes out of a training loop."""
+class _DivergedError(Exception):
+    """The loss is NaN or infinite."""
 
-    losses: list[float] = field(default_factory=list)
-    step_ms: list[float] = field(default_factory=list)
-    optimizer_ms: list[float] = field(default_factory=list)
-    state_bytes: int = 0
-    diverged_at: int | None = None
+
+class RunTrainer(LoRAProTrainer):
+    """A `LoRAProTrainer` that takes the batches of a run in their order and leaves the head to an optimizer of its own.
+
+    Args:
+        task: Gives examples and loss.
+        run: Its seed decides the order and the dropout masks.
+        head: The module that every method trains in full.
+        max_head_norm: The head's gradient is clipped to this norm; 0 for no clipping.
+        **kwargs: Of `LoRAProTrainer`.
+    """
+
+    def __init__(
+        self, task: LoadedTask, run: PlannedRun, head: nn.Module | None, max_head_norm: float, **kwargs: Any
+    ) -> None:
+        examples = [task.sets["train"][index] for step in task.order(run.seed) for index in step]
+        super().__init__(train_dataset=examples, data_collator=task.collate, **kwargs)
+        self.task, self.seed, self.head, self.max_head_norm = task, run.seed, head, max_head_norm
+        self.losses: list[float] = []
+        if head is not None:
+            rate = task.settings.head_learning_rate
+            self.head_optimizer = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=0.0, fused=True)
+            steps = (self.args.get_warmup_steps(self.args.max_steps), self.args.max_steps)
+            self.head_scheduler = get_scheduler(self.args.lr_scheduler_type, self.head_optimizer, *steps)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The examples as they are: they are in their order already."""
+        dataset: Any = self.train_dataset
+        return DataLoader(dataset, batch_size=self.args.train_batch_size, collate_fn=self.data_collator)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss of the task, which is noted."""
+        loss, _ = self.task.loss_of(model, inputs)
+        self.losses.append(float(loss.detach()))
+        if not math.isfinite(self.losses[-1]):
+            raise _DivergedError
+        return loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the parent, with fixed dropout masks, and a step of the head."""
+        # methods that draw numbers of their own must not change the dropout of later steps
+        torch.manual_seed(self.seed * _STEP_SEEDS + self.state.global_step)
+        if self.head is not None:
+            self.head.requires_grad_(True)  # only now: the method's optimizer is built and does not hold the head
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if self.head is not None:
+            self._step_head(self.head)
+        return loss
+
+    def _step_head(self, head: nn.Module) -> None:
+        """Step the head, clipped apart, so that its step does not depend on what else a method trains."""
+        if self.max_head_norm > 0.0:
+            nn.utils.clip_grad_norm_(head.parameters(), self.max_head_norm)
+        self.head_optimizer.step()
+        self.head_scheduler.step()
+        head.zero_grad(set_to_none=True)  # LoRA-FA steps all parameters that have a gradient
 
 
 def train_run(
-    task: Task, run: Run, settings: CompareSettings, device: torch.device, on_step: Callable[[], None] = lambda: None
-) -> dict[str, Any]:
-    """Train and evaluate one run; what goes wrong is in the record, whatever it is.
-
-    Args:
-        task: The run's task.
-        run: What to train.
-        settings: Of the comparison.
-        device: Where.
-        on_step: Called after each step.
-
-    Returns:
-        A record of plain values, with `status` `"finished"`, `"diverged"` (the loss was NaN or infinite) or `"failed"`
-        (an exception).
-    """
+    task: LoadedTask,
+    run: PlannedRun,
+    settings: CompareSettings,
+    device: torch.device,
+    on_step: Callable[[], None] = lambda: None,
+) -> RunRecord:
+    """Train and evaluate one run, and call `on_step` after each step; any exception ends up in the record."""
     started = time.perf_counter()
-    record: dict[str, Any] = {**run.entry(), "status": FAILED}
-    gc.freeze()  # what is there now need not be searched for garbage of this run
+    record = RunRecord(**run.entry())
+    gc.freeze()  # objects that are there now need not be searched for garbage of this run
     try:
-        record.update(_train_and_score(task, run, settings, device, on_step))
+        record = _train_and_score(record, task, run, settings, StepTimes(device, on_step))
     except Exception as error:
-        record["error"] = f"{type(error).__name__}: {error}"[:2000]
-        record["traceback"] = traceback.format_exc()[-4000:]
+        record.error = f"{type(error).__name__}: {error}"[:2000]
+        record.traceback = traceback.format_exc()[-4000:]
     gc.collect()  # the moments of full mode are as large as the model
     gc.unfreeze()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    where = {"environment": environment(), "source": source_hash()}
-    return {**record, "wall_s": time.perf_counter() - started, "finished_at": finished, **where}
+    record.finished_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return replace(record, wall_s=time.perf_counter() - started, environment=environment())
 
 
 def _train_and_score(
-    task: Task, run: Run, settings: CompareSettings, device: torch.device, on_step: Callable[[], None]
-) -> dict[str, Any]:
-    memory = PeakMemory(device)
-    started = time.perf_counter()
+    record: RunRecord, task: LoadedTask, run: PlannedRun, settings: CompareSettings, times: StepTimes
+) -> RunRecord:
+    memory = PeakMemory(times.device)
+    begun = time.perf_counter()
+    trainer = _trainer(record, task, run, settings, times)
+    ready = time.perf_counter()
+    try:
+        trainer.train()
+        record.state_bytes = state_bytes(unwrap_optimizer(trainer.optimizer))
+    except _DivergedError:
+        record.diverged_at = len(trainer.losses)
+    trained = time.perf_counter()
+    record.losses = trainer.losses
+    of_head = set() if trainer.head is None else set(trainer.head.parameters())
+    # after the training: LoRA-FA's optimizer freezes A
+    record.trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad and p not in of_head)
+    record.status = DIVERGED
+    if record.diverged_at is None:
+        # without the wrapper for mixed precision
+        record.scores = task.score(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False))
+        if all(math.isfinite(value) for metrics in record.scores.values() for value in metrics.values()):
+            record.status = FINISHED
+    record.setup_s, record.train_s = ready - begun, trained - ready
+    record.evaluation_s = time.perf_counter() - trained
+    record.peak_bytes = memory.read()
+    record.step_ms, record.optimizer_ms = _median(times.step_ms), _median(times.optimizer_ms)
+    return record
+
+
+def _trainer(
+    record: RunRecord, task: LoadedTask, run: PlannedRun, settings: CompareSettings, times: StepTimes
+) -> RunTrainer:
+    """The trainer of a run; the record gets the data and the number of layers."""
     order = task.order(run.seed)
-    model = copy.deepcopy(task.model).to(device)
-    head = task.head_of(model)
-    if head is not None:
-        start_head(head, run.seed)
+    model = copy.deepcopy(task.model).to(times.device)
+    head = task.start_head(model, run.seed)
     layers = layers_to_adapt(model, task.settings.target_modules, head)
 
     def take_gradients() -> None:
         for indices in order[:GRADIENT_BATCHES]:
-            loss, _ = task.loss_of(model, _batch(task, indices, model))
+            batch = task.collate([task.sets["train"][index] for index in indices])
+            loss, _ = task.loss_of(model, to_device(batch, model))
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Full backward hook")  # PEFT's, on a model whose inputs need no grads
                 loss.backward()
 
-    trained_model = make_trainable(
-        model,
-        run.method,
-        layers,
-        rank=run.rank,
-        scaling=settings.scaling,
-        seed=run.seed,
-        take_gradients=take_gradients,
+    adapted = make_trainable(model, run, layers, settings.scaling, take_gradients)
+    record.examples = task.digest
+    record.data = digest([[list(task.sets["train"][index]["input_ids"]) for index in step] for step in order])
+    record.adapted_layers = len(layers)
+    ours = run.method.is_lora_pro
+    trainer = RunTrainer(
+        task,
+        run,
+        head,
+        settings.max_grad_norm,
+        model=adapted,
+        args=training_arguments(run, settings, times.device),
+        callbacks=[times],
+        optimizers=(None if ours else build_optimizer(run.method, adapted, run.learning_rate), None),
     )
-    optimizer = build_optimizer(run.method, trained_model, run.learning_rate)
-    trainable = sum(p.numel() for p in trained_model.parameters() if p.requires_grad)
-    setup_s, started = time.perf_counter() - started, time.perf_counter()
-    loop = _Loop(task, run, settings, trained_model, head, optimizer)
-    trained = loop.train(order, on_step)
-    train_s, started = time.perf_counter() - started, time.perf_counter()
-    scores = task.score(trained_model) if trained.diverged_at is None else None
-    finite = scores is not None and all(math.isfinite(value) for part in scores.values() for value in part.values())
-    return {
-        "status": FINISHED if finite else DIVERGED,
-        "diverged_at": trained.diverged_at,
-        "scores": scores,
-        "losses": trained.losses,
-        "examples": task.digest,
-        "data": digest([[list(task.sets["train"][index]["input_ids"]) for index in step] for step in order]),
-        "adapted_layers": len(layers),
-        "trainable": trainable,
-        "state_bytes": trained.state_bytes,
-        "peak_bytes": memory.read(),
-        "step_ms": _median(trained.step_ms),
-        "optimizer_ms": _median(trained.optimizer_ms),
-        "setup_s": setup_s,
-        "train_s": train_s,
-        "evaluation_s": time.perf_counter() - started,
-    }
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
-class _Loop:
-    """The steps of one run."""
-
-    def __init__(
-        self, task: Task, run: Run, settings: CompareSettings, model: Any, head: nn.Module | None, optimizer: Any
-    ) -> None:
-        self.task, self.run, self.model = task, run, model
-        self.optimizers = [optimizer]
-        if head is not None:
-            # after the method's optimizer was built, which is to know nothing of the head
-            head.requires_grad_(True)
-            rate = task.settings.head_learning_rate
-            self.optimizers.append(torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=0.0, fused=True))
-        steps = task.settings.steps
-        warmup = round(settings.warmup * steps)
-        self.schedulers = [get_scheduler(settings.schedule, each, warmup, steps) for each in self.optimizers]
-        self.head = head
-        of_head = [] if head is None else list(head.parameters())
-        theirs = set(of_head)
-        own = [p for p in model.parameters() if p.requires_grad and p not in theirs]
-        # apart from each other, so that the head's step does not depend on what else a method trains
-        self.clipped = [part for part in (own if run.method.clips else [], of_head) if part]
-        self.max_grad_norm = settings.max_grad_norm
-        self.precision = settings.precision
-
-    def train(self, order: list[list[int]], on_step: Callable[[], None]) -> Trained:
-        """All steps, or those until the loss is no number."""
-        trained = Trained()
-        self.model.train()
-        for step, indices in enumerate(order):
-            # methods that draw numbers of their own must not change the dropout of later steps
-            torch.manual_seed(self.run.seed * _STEP_SEEDS + step)
-            started = self._now()
-            with self._autocast():
-                loss, _ = self.task.loss_of(self.model, _batch(self.task, indices, self.model))
-            value = float(loss.detach())
-            trained.losses.append(value)
-            if not math.isfinite(value):
-                trained.diverged_at = step + 1
-                return trained
-            loss.backward()
-            trained.optimizer_ms.append(self._step())
-            trained.step_ms.append((self._now() - started) * 1e3)
-            on_step()
-        trained.state_bytes = state_bytes(self.optimizers[0])
-        return trained
-
-    def _step(self) -> float:
-        """Step and clear the gradients; the milliseconds of the method's own step."""
-        if self.max_grad_norm > 0.0:
-            for part in self.clipped:
-                nn.utils.clip_grad_norm_(part, self.max_grad_norm)
-        for optimizer in self.optimizers[1:]:
-            optimizer.step()
-        if self.head is not None:
-            self.head.zero_grad(set_to_none=True)  # LoRA-FA steps whatever has a gradient
-        started = self._now()
-        self.optimizers[0].step()
-        elapsed = (self._now() - started) * 1e3
-        for scheduler in self.schedulers:
-            scheduler.step()
-        self.model.zero_grad(set_to_none=True)
-        return elapsed
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        kind = self.model.device.type
-        return torch.autocast(kind, dtype=torch.bfloat16) if self.precision == "bf16" else nullcontext()
-
-    def _now(self) -> float:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        return time.perf_counter()
-
-
-def start_head(head: nn.Module, seed: int) -> None:
-    """Give the head its initial values: those of the seed."""
-    torch.manual_seed(seed)
-    for module in head.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-
-def _batch(task: Task, indices: list[int], model: Any) -> Batch:
-    return to_device(task.collate([task.sets["train"][index] for index in indices]), model)
+def training_arguments(run: PlannedRun, settings: CompareSettings, device: torch.device) -> LoRAProTrainingArguments:
+    """The arguments of a run."""
+    pro = asdict(LoRAProConfig(**run.method.settings)) if run.method.is_lora_pro else {}
+    return LoRAProTrainingArguments(
+        output_dir=str(settings.output_dir),
+        lora_pro=run.method.is_lora_pro,
+        **{f"lora_pro_{name}": value for name, value in pro.items()},
+        learning_rate=run.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup_steps(run.task),
+        max_steps=run.task.steps,
+        per_device_train_batch_size=run.task.batch_size,
+        max_grad_norm=settings.max_grad_norm if run.method.clips else 0.0,
+        bf16=settings.precision == "bf16",
+        seed=run.seed,
+        use_cpu=device.type == "cpu",
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+    )
 
 
 def _median(values: list[float]) -> float | None:

@@ -1,22 +1,22 @@
-"""The tasks: a model, its data and how well it does on what is held out. Built-in ones need no network."""
+"""The tasks: models, data and metrics. Built-in ones need no network."""
 
 from __future__ import annotations
 
 import re
 
 from lorapro_hf.commands.compare.settings import TaskSettings
-from lorapro_hf.commands.compare.tasks.base import Task
+from lorapro_hf.commands.compare.tasks.base import LoadedTask
 from lorapro_hf.options import UsageError
 
-# What is shared with the demo speaks of its options; a task has them as keys, two under other names.
+# Messages shared with the demo name its options; a task has them as keys, one under another name.
 _KEYS = {"eval_size": "validation_size or test_size"}
 
 
-def load_task(settings: TaskSettings) -> Task:
+def load_task(settings: TaskSettings) -> LoadedTask:
     """Load the model and the data of a task.
 
     Raises:
-        UsageError: for a model or data that are not there or of no use; it names the task and the keys of the YAML.
+        UsageError: model or data are missing or useless; it names the task and the keys of the YAML.
     """
     try:
         return _load(settings)
@@ -28,7 +28,7 @@ def load_task(settings: TaskSettings) -> Task:
         raise UsageError(text if named else f"Task {settings.name}: {text}") from error
 
 
-def _load(settings: TaskSettings) -> Task:
+def _load(settings: TaskSettings) -> LoadedTask:
     if settings.kind == "questions":
         from lorapro_hf.commands.compare.tasks.questions import load_questions
 

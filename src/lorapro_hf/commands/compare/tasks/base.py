@@ -1,4 +1,4 @@
-"""What does a training need to know of a task?"""
+"""A loaded task: model, data, loss and metrics."""
 
 from __future__ import annotations
 
@@ -20,28 +20,16 @@ IGNORED = -100
 
 
 @dataclass
-class Task:
-    """A task that is loaded. Held-out examples are in two sets: one decides on the learning rate, one is reported.
-
-    Args:
-        settings: What it was loaded from.
-        model: The pretrained model, never trained: each run trains a copy.
-        head: Name of the part that every method trains in full; `None` if there is none.
-        sets: Examples `"train"`, `"validation"` and `"test"`.
-        collate: Makes a batch of some examples.
-        loss_of: The loss of a model on a batch, and how many targets it is the mean of.
-        measure: Further metrics of a model on the test set, given its loss there.
-        metrics: Names of all metrics, the deciding one first, and whether more is better.
-    """
+class LoadedTask:
+    """A task that is loaded. Held-out examples are in two sets: one decides on the learning rate, one is reported."""
 
     settings: TaskSettings
-    model: Any
-    head: str | None
-    sets: Mapping[str, Sequence[Features]]
+    model: Any  # pretrained, never trained: each run trains a copy
+    head: str | None  # name of the module that every method trains in full
+    sets: Mapping[str, Sequence[Features]]  # "train", "validation" and "test"
     collate: Callable[[list[Features]], Batch]
-    loss_of: Callable[[Any, Batch], tuple[Tensor, int]]
-    measure: Callable[[Any], Mapping[str, float]]
-    metrics: Mapping[str, bool]
+    loss_of: Callable[[Any, Batch], tuple[Tensor, int]]  # of a model on a batch: the mean, and of how many targets
+    measure: Callable[[Any], Mapping[str, float]]  # metrics of a model on the test set beside the loss
 
     @cached_property
     def digest(self) -> str:
@@ -52,9 +40,18 @@ class Task:
         }
         return digest(content)
 
-    def head_of(self, model: nn.Module) -> nn.Module | None:
-        """The part of `model` that every method trains in full."""
-        return None if self.head is None else model.get_submodule(self.head)
+    def start_head(self, model: nn.Module, seed: int) -> nn.Module | None:
+        """The module of `model` that every method trains in full, with the initial values of the seed."""
+        if self.head is None:
+            return None
+        head = model.get_submodule(self.head)
+        torch.manual_seed(seed)
+        for module in head.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        return head
 
     @torch.no_grad()
     def loss(self, model: Any, which: str) -> float:
@@ -83,12 +80,11 @@ class Task:
 
     def order(self, seed: int) -> list[list[int]]:
         """The indices of the training examples of each step: the same for all methods with the same seed."""
-        generator = torch.Generator().manual_seed(seed)
-        wanted = self.settings.steps * self.settings.batch_size
+        generator, size = torch.Generator().manual_seed(seed), self.settings.batch_size
+        wanted = self.settings.steps * size
         indices: list[int] = []
         while len(indices) < wanted:
             indices += torch.randperm(len(self.sets["train"]), generator=generator).tolist()
-        size = self.settings.batch_size
         return [indices[start : start + size] for start in range(0, wanted, size)]
 
 
@@ -97,15 +93,15 @@ def _plain(labels: Any) -> Any:
 
 
 def to_device(batch: Batch, model: Any) -> Batch:
-    """The batch where the model is."""
+    """The batch on the device of the model."""
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
 def language_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
-    """The mean loss of the next tokens that count, and how many they are.
+    """The mean loss of the next tokens that count, and their number.
 
-    The vocabulary's scores are computed only at places where some example of the batch has a token that counts: with a
-    small model and a large vocabulary they are most of the work.
+    Logits are computed only at places where some example of the batch has a token that counts: with a small model and a
+    large vocabulary they are most of the work.
     """
     targets = batch["labels"][:, 1:]
     counts = targets != IGNORED

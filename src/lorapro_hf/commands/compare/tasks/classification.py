@@ -1,4 +1,4 @@
-"""How is an encoder trained to tell classes of text apart?"""
+"""Classes of text, told apart by an encoder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DataCollatorWithPadding
 
 from lorapro_hf.commands.compare.settings import TaskSettings
-from lorapro_hf.commands.compare.tasks.base import Batch, Task, to_device
+from lorapro_hf.commands.compare.tasks.base import Batch, LoadedTask, to_device
 from lorapro_hf.commands.compare.tasks.models import sentence_classifier
 from lorapro_hf.commands.compare.tasks.sources import docstrings, table
 from lorapro_hf.options import UsageError
@@ -18,10 +18,8 @@ from lorapro_hf.options import UsageError
 _Rows = dict[str, list[tuple[str, str]]]
 
 
-def load_classification(settings: TaskSettings) -> Task:
+def load_classification(settings: TaskSettings) -> LoadedTask:
     """Docstrings of the standard library by the package they are from, or a text and a label column of a dataset.
-
-    The classifier on top is trained by every method alike, see `training.py`; its initial values follow the seed.
 
     Raises:
         UsageError: for a model or data that are not there, or fewer than two classes.
@@ -50,16 +48,7 @@ def load_classification(settings: TaskSettings) -> Task:
         )
         return {"accuracy": right / len(sets["test"])}
 
-    task = Task(
-        settings,
-        model,
-        "classifier",
-        sets,
-        lambda batch: dict(collate(batch)),
-        _loss,
-        measure,
-        {"loss": False, "accuracy": True},
-    )
+    task = LoadedTask(settings, model, "classifier", sets, lambda batch: dict(collate(batch)), _loss, measure)
     return task
 
 

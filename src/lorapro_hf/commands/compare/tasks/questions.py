@@ -1,4 +1,4 @@
-"""How is a model trained to answer questions with worked steps, and how well does it answer others?"""
+"""Questions with worked answers."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.nn.utils.rnn import pad_sequence
 from lorapro_hf.commands.common.problems import encode, load_problems
 from lorapro_hf.commands.common.scoring import Evaluator
 from lorapro_hf.commands.compare.settings import TaskSettings
-from lorapro_hf.commands.compare.tasks.base import IGNORED, Batch, Features, Task, language_loss
+from lorapro_hf.commands.compare.tasks.base import IGNORED, Batch, Features, LoadedTask, language_loss
 from lorapro_hf.commands.compare.tasks.models import causal_model
 from lorapro_hf.commands.compare.tasks.vocabulary import cut_vocabulary
 from lorapro_hf.options import UsageError
 
 
-def load_questions(settings: TaskSettings) -> Task:
+def load_questions(settings: TaskSettings) -> LoadedTask:
     """Arithmetic word problems, or a dataset with the columns `question` and `answer` as GSM8K has.
 
     The loss counts on the answers only. With `generate`, some test questions are answered greedily and the final
@@ -34,7 +34,7 @@ def load_questions(settings: TaskSettings) -> Task:
     examples = encode(rest, tokenizer, settings.max_length)
     if len(examples) < 2:
         raise UsageError(f"Task {settings.name}: too few held-out questions of at most {settings.max_length} tokens.")
-    # in the same shares where long ones had to go
+    # in the same proportion where long ones had to go
     cut = max(1, len(examples) * settings.validation_size // held_out)
     validation, test = examples[:cut], examples[cut:]
     asked = test[: settings.generate]
@@ -50,16 +50,7 @@ def load_questions(settings: TaskSettings) -> Task:
     }
     if settings.cut_vocabulary:
         sets = cut_vocabulary(model, sets)
-    return Task(
-        settings,
-        model,
-        None,
-        sets,
-        _padded,
-        language_loss,
-        measure,
-        {"loss": False, **({"exact_match": True} if asked else {})},
-    )
+    return LoadedTask(settings, model, None, sets, _padded, language_loss, measure)
 
 
 def _padded(batch: list[Features]) -> Batch:

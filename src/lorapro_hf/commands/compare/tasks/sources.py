@@ -1,4 +1,4 @@
-"""Which texts are there without a network, and how are others loaded?"""
+"""Texts of the standard library, which need no network, and tables of texts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sysconfig
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ _SETS = ("validation", "test", "train")
 _LEFT_OUT = {"test", "tests", "idlelib", "idle_test", "turtledemo", "lib2to3", "distutils", "ensurepip"}
 _LEFT_OUT |= {"site-packages", "dist-packages", "__pycache__", "encodings", "pydoc_data"}
 _SHORTEST_DOCSTRING = 40  # characters
-# Those with the most docstrings, out of what every installation and every supported version of Python has.
+# The packages with the most docstrings that every installation and every supported version of Python has.
 PACKAGES = (
     *("asyncio", "importlib", "email", "logging", "xml", "multiprocessing", "unittest", "http", "mailbox", "urllib"),
     *("tarfile", "inspect", "ipaddress", "typing", "pydoc", "pathlib", "threading", "doctest", "imaplib", "wsgiref"),
@@ -35,8 +36,9 @@ PACKAGES = (
 )
 
 
+@cache
 def standard_modules() -> list[tuple[str, Path]]:
-    """The source files of Python's standard library, each with the package (or module) it belongs to."""
+    """The source files of Python's standard library with the packages (or modules) that they belong to."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = []
     for path in sorted(root.rglob("*.py")):
@@ -64,6 +66,7 @@ def library_code(seed: int) -> dict[str, Iterator[str]]:
     return {name: (path.read_text(encoding="utf-8", errors="ignore") for path in by_set[name]) for name in _SETS}
 
 
+@cache
 def docstrings(classes: int, seed: int) -> dict[str, list[tuple[str, str]]]:
     """Docstrings of classes and functions with the package that they are from, whose name is masked in them.
 
@@ -98,7 +101,7 @@ def docstrings(classes: int, seed: int) -> dict[str, list[tuple[str, str]]]:
 
 def _docstrings_of(path: Path) -> Iterator[str]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the parser to whoever wrote the file
+        warnings.simplefilter("ignore")  # of the parser to the author of the file
         tree = ast.parse(path.read_text(encoding="utf-8", errors="ignore"))
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -114,17 +117,17 @@ def _in_turns(groups: Iterable[list[tuple[str, str]]], seed: int) -> list[tuple[
 
 
 def _set_of(text: str) -> str:
-    """A tenth and a half of what is hashed is for validation, as much for the test, the rest for training."""
+    """The set that the hash of a text decides on: 15 % validation, 15 % test."""
     part = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 20
     return "validation" if part < 3 else "test" if part < 6 else "train"
 
 
 def table(settings: TaskSettings, columns: tuple[str, ...]) -> dict[str, Dataset]:
-    """The sets of a dataset by name, shuffled; what it does not hold out is taken from its training set.
+    """The sets of a dataset by name, shuffled; held-out sets that it lacks are taken from its training set.
 
     Args:
-        settings: Say which dataset.
-        columns: That of the texts, and that of the labels if it is used; rows that are blank there are left out.
+        settings: Name the dataset.
+        columns: Of the texts, and of the labels if they are used; rows that are blank there are left out.
 
     Raises:
         UsageError: if there is no such dataset, a column is missing, or a cell holds something else than text.

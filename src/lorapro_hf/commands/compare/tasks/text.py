@@ -1,4 +1,4 @@
-"""How is a language model trained on running text?"""
+"""Language modeling on running text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lorapro_hf.commands.compare.settings import TaskSettings
-from lorapro_hf.commands.compare.tasks.base import Batch, Features, Task, language_loss
+from lorapro_hf.commands.compare.tasks.base import Batch, Features, LoadedTask, language_loss
 from lorapro_hf.commands.compare.tasks.models import causal_model
 from lorapro_hf.commands.compare.tasks.sources import library_code, table
 from lorapro_hf.commands.compare.tasks.vocabulary import cut_vocabulary
@@ -17,10 +17,10 @@ from lorapro_hf.options import UsageError
 _MOST_FROM_ONE_TEXT = 8  # blocks: no single long text fills a set
 
 
-def load_text(settings: TaskSettings) -> Task:
+def load_text(settings: TaskSettings) -> LoadedTask:
     """Modules of Python's standard library, whole modules held out, or a text column of a dataset.
 
-    Each text is cut into blocks of `max_length` tokens; what is left at its end is not used.
+    Each text is cut into blocks of `max_length` tokens; the rest at its end is not used.
 
     Raises:
         UsageError: for a model or data that are not there, or too little text.
@@ -33,14 +33,14 @@ def load_text(settings: TaskSettings) -> Task:
         rows = table(settings, (settings.text_column,))
         texts = {name: [row[settings.text_column] for row in part] for name, part in rows.items()}
     sets = {name: _blocks(texts[name], tokenizer, settings.max_length, wanted[name]) for name in ("validation", "test")}
-    # steps beyond what there is see it again
+    # longer trainings see them again
     sets["train"] = _blocks(texts["train"], tokenizer, settings.max_length, wanted["train"])
     for name, blocks in sets.items():
         if not blocks:
             raise UsageError(f"Task {settings.name}: no text for {name} has {settings.max_length} tokens.")
     if settings.cut_vocabulary:
         sets = cut_vocabulary(model, sets)
-    return Task(settings, model, None, sets, _stack, language_loss, lambda trained: {}, {"loss": False})
+    return LoadedTask(settings, model, None, sets, _stack, language_loss, lambda trained: {})
 
 
 def _blocks(texts: Iterable[str], tokenizer: Any, length: int, count: int) -> list[Features]:

@@ -1,4 +1,4 @@
-"""How is a vocabulary cut down to the tokens of a task's data?"""
+"""A vocabulary cut to the tokens of a task's data."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Sets = Mapping[str, Sequence[Features]]
 def cut_vocabulary(model: Any, sets: Sets) -> dict[str, list[Features]]:
     """Leave only the tokens that occur in the data, held-out data included, in the embedding and the output layer.
 
-    With a few transformer blocks below a vocabulary of tens of thousands, most of a training is spent on tokens that
-    never occur. The model can no longer say them, and its tokenizer no longer fits it.
+    Under a few transformer blocks a vocabulary of tens of thousands takes most of the time, for tokens that never
+    occur. The model can no longer write them, and its tokenizer no longer fits it.
 
     Args:
         model: A causal language model, which is changed.
         sets: Examples with `input_ids` and perhaps `labels`.
 
     Returns:
-        The examples with the numbers that the tokens have now.
+        The examples with the new numbers of the tokens.
     """
     kept = sorted({token for examples in sets.values() for example in examples for token in example["input_ids"]})
     number = {token: place for place, token in enumerate(kept)} | {IGNORED: IGNORED}

@@ -267,7 +267,9 @@ def test_entries_that_take_no_part_stay_as_they_are(backend, storage, entries, e
 
 
 @pytest.mark.parametrize("storage", [torch.float64, *STORAGES[1:]])
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    "threads", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("elements", [1, 700, 2000, 4000, 9000])
 def test_any_tiling_gives_what_one_tile_gives(storage, threads, elements, monkeypatch):
     """From single rows over parts of a matrix to several matrices a tile, with rows that do not divide evenly."""

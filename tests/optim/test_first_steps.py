@@ -22,6 +22,7 @@ from lorapro_hf import (
     find_lora_pairs,
 )
 from lorapro_hf.distributed.ownership import Shares
+from lorapro_hf.optim import first_steps
 from lorapro_hf.optim.first_steps import FIRST_STEPS
 from optimizer_helpers import backward, both_modes, small_model
 from trainer_helpers import arguments, build, run, sequences, tiny_lora
@@ -191,7 +192,7 @@ def test_only_the_first_rank_speaks(monkeypatch, caplog):
     optimizer = create_lorapro_optimizer(model, lr=1e-3)
     loss().backward()
     optimizer.step()
-    monkeypatch.setattr("lorapro_hf.optim.first_steps.everyone", lambda: SimpleNamespace(rank=lambda: 1))
+    monkeypatch.setattr(first_steps, "everyone", lambda: SimpleNamespace(rank=lambda: 1))
     optimizer.finish_training()
     assert not warnings_in(caplog)
 

@@ -20,6 +20,7 @@ from lorapro_hf.commands.bench.probes import memory_of
 from lorapro_hf.config import MODES
 from lorapro_hf.factors.stacks import Stack
 from lorapro_hf.functional import reference
+from lorapro_hf.optim import memory
 from lorapro_hf.optim.memory import StateTooLargeError, require_state_fits, scratch_bytes, state_bytes_by_device
 from lorapro_hf.optim.rules import rule_of
 from lorapro_hf.optim.state import StackState
@@ -161,7 +162,15 @@ def test_small_steps_add_up_as_in_float64(config, dtype):
 
 
 @each_config
-@pytest.mark.parametrize("name", ["linear", "experts (in, out)", "Conv2d with groups", "embedding"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linear",
+        pytest.param("experts (in, out)", marks=pytest.mark.slow),
+        "Conv2d with groups",
+        pytest.param("embedding", marks=pytest.mark.slow),
+    ],
+)
 def test_a_stack_steps_as_its_pairs_do_alone(config, name):
     together = several(name)
     alone = copy.deepcopy(together)
@@ -294,7 +303,7 @@ def test_refusals(monkeypatch):
     stand_ins = [(pair.A.detach().float(), pair.B.detach().float()) for pair in pairs]
     with pytest.raises(ValueError, match=r"engine keeps float32 masters.*Leave master_factors out"):
         StackState(Stack(pairs, factors=stand_ins), rule_of(LoRAProConfig(master_factors=True)).specs(pairs[0]))
-    monkeypatch.setattr("lorapro_hf.optim.memory.available_bytes", lambda device: 1)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 1)
     message = r"mode='full' with master_factors=True, with a step's working memory, needs.*No mode fits; the smallest, "
     with pytest.raises(
         StateTooLargeError, match=message + r"'factored' with master_factors=True.*leave out master_fac"

@@ -91,12 +91,12 @@ def test_bytes_are_those_of_allocated_tensors(mode: str, moments_dtype: str, dty
     assert estimate(pairs, config, others_of(model)) == {CPU: expected + 2 * 8 * dtype.itemsize}
 
 
-@all_settings
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_bytes_of_every_kind_of_layer(row, mode: str, moments_dtype: str):
+def test_bytes_of_every_kind_of_layer(row):
     pairs = find_lora_pairs(row.build())
-    expected = sum(allocated(pair, mode, moments_dtype) for pair in pairs)
-    assert estimate(pairs, LoRAProConfig(mode=mode, moments_dtype=moments_dtype)) == {CPU: expected}
+    for mode, moments_dtype in SETTINGS:
+        expected = sum(allocated(pair, mode, moments_dtype) for pair in pairs)
+        assert estimate(pairs, LoRAProConfig(mode=mode, moments_dtype=moments_dtype)) == {CPU: expected}
 
 
 @pytest.mark.parametrize(

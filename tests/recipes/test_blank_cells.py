@@ -11,10 +11,10 @@ import pytest
 from datasets import Dataset, Image
 from transformers import TrainingArguments
 
-from lorapro_hf.commands.common.datasets import load_rows
 from lorapro_hf.commands.common.problems import load_problems
 from lorapro_hf.commands.compare.settings import TaskSettings
 from lorapro_hf.commands.compare.tasks.sources import table
+from lorapro_hf.commands.evaluate.data import load_rows
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.cells import complete_rows, with_texts
 from lorapro_hf.recipes.data import load_splits

@@ -15,10 +15,10 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 from transformers import TrainingArguments
 
-from lorapro_hf.commands.common.datasets import load_rows
 from lorapro_hf.commands.common.problems import load_problems
 from lorapro_hf.commands.compare.settings import TaskSettings
 from lorapro_hf.commands.compare.tasks.sources import table
+from lorapro_hf.commands.evaluate.data import load_rows
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes import files
 from lorapro_hf.recipes.data import DataArguments, load_splits

@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lorapro_hf.commands.common.datasets import is_file, load_rows
 from lorapro_hf.commands.common.generation import Completion
 from lorapro_hf.commands.common.word_problems import word_problems
 from lorapro_hf.commands.evaluate.answers import FinalAnswer, judge
+from lorapro_hf.commands.evaluate.data import is_file, load_rows
 from lorapro_hf.commands.evaluate.prompts import check_style, question_prompt, question_stops
 from lorapro_hf.commands.evaluate.solving import Problem, Sample, Solving, share_of, solve
 from lorapro_hf.options import UsageError

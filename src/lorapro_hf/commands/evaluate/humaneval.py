@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lorapro_hf.commands.common.datasets import is_file, load_rows
 from lorapro_hf.commands.common.generation import Completion
+from lorapro_hf.commands.evaluate.data import is_file, load_rows
 from lorapro_hf.commands.evaluate.prompts import check_style, code_prompt, code_stops
 from lorapro_hf.commands.evaluate.sandbox import Sandbox
 from lorapro_hf.commands.evaluate.solving import Problem, Sample, Solving, share_of, solve

@@ -1,4 +1,4 @@
-"""How does a command hand over to another program, so that neither outlives the other?"""
+"""How does a command start another program, so that neither outlives the other?"""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 IS_POSIX = os.name == "posix"
-GRACE = 30.0  # seconds between a signal and SIGKILL, as torchrun leaves them to its workers
+GRACE = 30.0  # seconds between a signal and SIGKILL, as torchrun gives its workers
 # schedulers of clusters send SIGUSR1 or SIGUSR2 before they end a job
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 _PASSED_ON = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
 def become(command: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
-    """Replace this process by a program; POSIX only, elsewhere the process would end and the program run on."""
+    """Replace this process by a program; POSIX only, elsewhere this process would end before the program."""
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(command[0], list(command), environment)
 
 
 def supervise(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Run a program, pass signals on to it and all that it has started, and end with them.
+    """Run a program, pass signals on to its process group, and wait until the whole group has ended.
 
-    Ctrl-C, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2 reach the whole group of processes. A member that is still
-    there 30 seconds after the program has ended by a signal is killed.
+    The signals are Ctrl-C, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2. Processes of the group that still run 30
+    seconds after a signal has ended the program are killed.
 
     Returns:
-        The exit code of the program; as in a shell, 128 and the number of the signal that ended it.
+        The exit code of the program; as in a shell, 128 plus the number of the signal that ended it.
     """
     received: list[int] = []
     early: list[int] = []
@@ -47,7 +47,7 @@ def supervise(command: Sequence[str], environment: Mapping[str, str]) -> int:
             _send(process, number)
 
     with _handled(pass_on):
-        # A session of its own: Ctrl-C in a terminal comes through this process alone, and once.
+        # In a session of its own the program gets Ctrl-C from this process only, and once.
         process = subprocess.Popen(command, env=environment, start_new_session=IS_POSIX)
         for number in early:
             _send(process, number)
@@ -61,8 +61,8 @@ def supervise(command: Sequence[str], environment: Mapping[str, str]) -> int:
 
 @contextmanager
 def _handled(handler: object) -> Iterator[None]:
-    """Handle signals so, except those that the parent has told this process to ignore, as `nohup` does."""
-    if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread alone
+    """Handle signals with `handler`, except those that the parent made this process ignore, as `nohup` does."""
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals only there
         yield
         return
     before = {number: signal.getsignal(number) for number in _PASSED_ON}
@@ -77,20 +77,20 @@ def _handled(handler: object) -> Iterator[None]:
 
 
 def _send(process: subprocess.Popen[bytes], number: int) -> bool:
-    """Send a signal to the group of a process, and say whether there was anybody left; 0 only asks."""
-    if not IS_POSIX:  # the console sends Ctrl-C to all of its processes by itself
+    """Send a signal to the group of a process; gives whether the group still had members. Signal 0 only asks."""
+    if not IS_POSIX:  # the console itself sends Ctrl-C to all its processes
         if number == signal.SIGTERM:
             process.terminate()
         return process.poll() is None
     try:
         os.killpg(process.pid, number)
-    except (ProcessLookupError, PermissionError):  # the latter on macOS, where only zombies are left
+    except (ProcessLookupError, PermissionError):  # PermissionError on macOS if only zombies are left
         return False
     return True
 
 
 def _end_group(process: subprocess.Popen[bytes], number: int | None) -> None:
-    """Wait for what a program has started and not ended itself, after a signal if one is given."""
+    """Wait until all processes of a group have ended; first send them a signal if one is given."""
     if number is not None:
         _send(process, number)
     end = time.monotonic() + GRACE

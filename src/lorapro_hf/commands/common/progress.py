@@ -1,4 +1,4 @@
-"""How does a command show how far it is?"""
+"""How does a command show its progress?"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHORTEST_BAR = 8
 
 
 class _GivingWay(TextColumn):
-    """A text that ends in `…` where the line has no room for all of it."""
+    """A text that is cut off with `…` on a narrow line."""
 
     def __init__(self, format: str) -> None:
         super().__init__(format, table_column=Column())
@@ -31,9 +31,9 @@ class _GivingWay(TextColumn):
 
 
 def progress_bars(console: Console) -> Progress:
-    """Bars with a description, counts, the time that has passed and is left, and the task's field `note`.
+    """Bars with a description, counts, elapsed and remaining time, and the task's field `note`.
 
-    On a narrow terminal the bar gets shorter first, then description and note; counts and times are always whole.
+    On a narrow terminal the bar gets shorter first, then description and note; counts and times are never cut.
     """
     return Progress(
         _GivingWay("{task.description}"),

@@ -130,4 +130,4 @@ def plot_curves(path: Path, base: Score | None, results: Sequence[MethodResult])
         label = f"held-out, base model: {base.loss:.3f}"
         axes.plot([0], [base.loss], color="black", marker="D", linestyle="none", label=label)
     finish_loss_axes(axes, "LoRA and LoRA-Pro")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)

@@ -16,7 +16,7 @@ from torch import Tensor
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.distributed.access import ShardedAccess
 from lorapro_hf.distributed.attendance import Absence, Attendance
-from lorapro_hf.distributed.ownership import Shares
+from lorapro_hf.distributed.ownership import PairOwnership
 from lorapro_hf.factors.pairs import LoRAPair, unwrapped_name
 from lorapro_hf.optim.state import state_dtype, state_shapes
 
@@ -30,41 +30,43 @@ class _Entry(NamedTuple):
     dtype: torch.dtype
 
 
-def collect_states(shares: Shares, state: Mapping[Tensor, dict[str, Any]], config: LoRAProConfig, to: int) -> States:
+def collect_states(
+    ownership: PairOwnership, state: Mapping[Tensor, dict[str, Any]], config: LoRAProConfig, to: int
+) -> States:
     """The state of all pairs, on the CPU of the rank `to` of the group.
 
     The other ranks get the state of their own pairs and the steps of the others', so that all ranks have an entry for
     each pair that has been stepped. Distributed checkpoints take from a rank what it has, and put it together.
     """
-    assert shares.group is not None
+    assert ownership.group is not None
     found: States = {}
-    for index, (pair, steps) in enumerate(zip(shares.pairs, _steps(shares, state), strict=True)):
-        owner = shares.owner_of(index)
+    for index, (pair, steps) in enumerate(zip(ownership.pairs, _steps(ownership, state), strict=True)):
+        owner = ownership.owner_of(index)
         for entry in [] if steps is None else _entries(pair, config):
             own = None
-            if shares.rank == owner:
+            if ownership.rank == owner:
                 own = state[entry.parameter][entry.name].contiguous()
                 if owner != to:
-                    dist.send(own, dst=dist.get_global_rank(shares.group, to), group=shares.group)
-            elif shares.rank == to:
+                    dist.send(own, dst=dist.get_global_rank(ownership.group, to), group=ownership.group)
+            elif ownership.rank == to:
                 own = torch.empty(entry.shape, dtype=entry.dtype, device=pair.A.device)
-                dist.recv(own, src=dist.get_global_rank(shares.group, owner), group=shares.group)
+                dist.recv(own, src=dist.get_global_rank(ownership.group, owner), group=ownership.group)
             elif entry.name == "step":
                 own = torch.tensor(steps, dtype=torch.float32)
             if own is not None:
-                found.setdefault(entry.parameter, {})[entry.name] = own.cpu() if shares.rank == to else own
+                found.setdefault(entry.parameter, {})[entry.name] = own.cpu() if ownership.rank == to else own
     return found
 
 
-def shard_states(shares: Shares, state: Mapping[Tensor, dict[str, Any]], config: LoRAProConfig) -> States:
+def shard_states(ownership: PairOwnership, state: Mapping[Tensor, dict[str, Any]], config: LoRAProConfig) -> States:
     """The state of all pairs in rows: a DTensor on the mesh of the factors for each moment, steps on every rank."""
-    access = shares.access
+    access = ownership.access
     assert isinstance(access, ShardedAccess)
     found: States = {}
-    for index, (pair, steps) in enumerate(zip(shares.pairs, _steps(shares, state), strict=True)):
+    for index, (pair, steps) in enumerate(zip(ownership.pairs, _steps(ownership, state), strict=True)):
         for entry in [] if steps is None else _entries(pair, config):
-            owner = shares.owner_of(index) if shares.group else None
-            own = state[entry.parameter][entry.name] if owner in (None, shares.rank) else None
+            owner = ownership.owner_of(index) if ownership.group else None
+            own = state[entry.parameter][entry.name] if owner in (None, ownership.rank) else None
             found.setdefault(entry.parameter, {})[entry.name] = _rows_of(access, entry, own, owner)
     return found
 
@@ -114,21 +116,23 @@ def _reason(absence: Absence, attendance: Attendance, saves: bool) -> str:
     )
 
 
-def own_state(shares: Shares, state: Mapping[Tensor, dict[str, Any]], config: LoRAProConfig) -> dict[str, Tensor]:
+def own_state(
+    ownership: PairOwnership, state: Mapping[Tensor, dict[str, Any]], config: LoRAProConfig
+) -> dict[str, Tensor]:
     """The state of this rank's pairs by names that hold on any number of ranks. Not collective."""
     return {
         f"{_key(pair, entry)}.{entry.name}": state[entry.parameter][entry.name].contiguous()
-        for pair in shares.own
+        for pair in ownership.owned
         for entry in _entries(pair, config)
         if "exp_avg" in state.get(pair.A, {})
     }
 
 
-def read_own_state(shares: Shares, read: Callable[[str], Tensor | None], config: LoRAProConfig) -> States:
+def read_own_state(ownership: PairOwnership, read: Callable[[str], Tensor | None], config: LoRAProConfig) -> States:
     """The inverse of `own_state`, from what any number of ranks have saved. Not collective.
 
     Args:
-        shares: who steps what now.
+        ownership: who steps what now.
         read: gives the tensor of a name, `None` where there is none.
         config: mode and dtype of the moments.
 
@@ -136,7 +140,7 @@ def read_own_state(shares: Shares, read: Callable[[str], Tensor | None], config:
         ValueError: a pair has part of its state only, or state of another shape.
     """
     found: States = {}
-    for pair in shares.own:
+    for pair in ownership.owned:
         entries = _entries(pair, config)
         names = [f"{_key(pair, entry)}.{entry.name}" for entry in entries]
         values = [read(name) for name in names]
@@ -206,10 +210,10 @@ def _entries(pair: LoRAPair, config: LoRAProConfig) -> list[_Entry]:
     return entries
 
 
-def _steps(shares: Shares, state: Mapping[Tensor, dict[str, Any]]) -> list[float | None]:
+def _steps(ownership: PairOwnership, state: Mapping[Tensor, dict[str, Any]]) -> list[float | None]:
     """How often each pair has been stepped, as its owner knows; `None` for a pair without any state."""
-    own = {id(pair) for pair in shares.own}
-    known = [state.get(pair.A, {}) if id(pair) in own else {} for pair in shares.pairs]
+    own = {id(pair) for pair in ownership.owned}
+    known = [state.get(pair.A, {}) if id(pair) in own else {} for pair in ownership.pairs]
     flags = [[float("exp_avg" in each) for each in known], [float(each.get("step", 0)) for each in known]]
-    together = shares.total(torch.tensor(flags, dtype=torch.float32, device=shares.pairs[0].A.device)).tolist()
+    together = ownership.total(torch.tensor(flags, dtype=torch.float32, device=ownership.pairs[0].A.device)).tolist()
     return [steps if has_begun else None for has_begun, steps in zip(*together, strict=True)]

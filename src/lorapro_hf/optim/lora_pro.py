@@ -10,11 +10,11 @@ from torch import Tensor
 
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.distributed.access import local
-from lorapro_hf.distributed.ownership import Shares
+from lorapro_hf.distributed.ownership import PairOwnership
 from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.factors.stacks import StackGradient, exact_arithmetic, global_norm, read_stacks
 from lorapro_hf.kernels.dense import require_backend
-from lorapro_hf.optim.adamw import step_ordinary
+from lorapro_hf.optim.adamw import step_adamw
 from lorapro_hf.optim.finite import can_be_read, require_finite_rates
 from lorapro_hf.optim.pair_optimizer import PairOptimizer
 from lorapro_hf.optim.rules.base import (
@@ -131,11 +131,11 @@ class LoRAProAdamW(PairOptimizer):
             self._on_step()
         else:
             with self._together():
-                self._step(self._current_shares(), self._ordinary())
+                self._step(self._current_ownership(), self._others())
         return loss
 
-    def _step(self, shares: Shares, ordinary: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
-        has_gradient = shares.fetch()
+    def _step(self, ownership: PairOwnership, others: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
+        has_gradient = ownership.fetch()
         if not any(has_gradient):
             raise RuntimeError(
                 f"none of the {len(self.pairs)} LoRA pairs has a gradient. Call loss.backward() before step(), and "
@@ -144,9 +144,9 @@ class LoRAProAdamW(PairOptimizer):
         require_finite_rates(self._whole_groups)
         self._consolidated = None
         with exact_arithmetic(self._stacks):
-            self._step_all(shares, read_stacks(self._stacks, self.config), ordinary)
-        shares.publish()
-        if shares.size > 1:  # distributed checkpoints take an optimizer that has no state for one that has not begun
+            self._step_all(ownership, read_stacks(self._stacks, self.config), others)
+        ownership.publish()
+        if ownership.size > 1:  # distributed checkpoints take an optimizer that has no state for one that has not begun
             for pair in self.pairs:
                 self.state[pair.A].setdefault("step", torch.zeros((), dtype=torch.float32))
         assert self.last_grad_norm is not None
@@ -155,30 +155,32 @@ class LoRAProAdamW(PairOptimizer):
             self.first_steps.warn(self.checked_skipped_steps())
 
     def _step_all(
-        self, shares: Shares, read: list[StackGradient], ordinary: list[tuple[dict[str, Any], list[Tensor]]]
+        self, ownership: PairOwnership, read: list[StackGradient], others: list[tuple[dict[str, Any], list[Tensor]]]
     ) -> None:
-        ordinary = [(group, [p for p in own if p.grad is not None]) for group, own in ordinary]
-        gradients = [local(p.grad) for _, parameters in ordinary for p in parameters if p.grad is not None]
+        others = [(group, [p for p in own if p.grad is not None]) for group, own in others]
+        gradients = [local(p.grad) for _, parameters in others for p in parameters if p.grad is not None]
         if any(gradient.is_sparse for gradient in gradients):
             raise RuntimeError("a parameter has a sparse gradient, which AdamW does not take; use sparse=False.")
-        norm, skip = self._measure(read, [gradient for gradient in gradients if gradient.numel()])
+        norm, found_inf = self._measure(read, [gradient for gradient in gradients if gradient.numel()])
         adjusted = []
         if self.config.mode == "efficient":
             adjusted = [adjusted_gradients_(each, self.config.x_mode) for each in read]
         # Allocated before anything is stepped: where memory does not suffice, no rank has changed anything.
         moments_of = [self._moments_of(each.stack) for each in read]
-        self.last_grad_norm, skip = shares.agree(norm, skip)
+        self.last_grad_norm, found_inf = ownership.agree(norm, found_inf)
         if not self._is_being_captured():
             self._require_finite_start()
-        if can_be_read(skip) and skip:
+        if can_be_read(found_inf) and found_inf:
             self.require_finite(state=False)
-        self._pairs_skipped = skip
-        self._skipped = skip.clone() if self._skipped is None else self._skipped.add_(skip.to(self._skipped.device))
-        for group, parameters in ordinary:
-            step_ordinary(parameters, self.state, group, skip)
+        self._found_inf = found_inf
+        self._skipped = (
+            found_inf.clone() if self._skipped is None else self._skipped.add_(found_inf.to(self._skipped.device))
+        )
+        for group, parameters in others:
+            step_adamw(parameters, self.state, group, found_inf)
         while read:  # what a stack was read into is let go once it is stepped
             each, moments = read.pop(), moments_of.pop()
-            there = skip.to(each.stack.device)
+            there = found_inf.to(each.stack.device)
             groups = (self._whole_groups[each.stack.groups[0]], self._whole_groups[each.stack.groups[1]])
             moments.count_step(each.live, there)
             if self.config.mode == "efficient":

@@ -26,7 +26,7 @@ def said(action, *arguments):
 def ours(optimizer, rank):
     """The last pair if this rank steps it."""
     pair = optimizer.pairs[1]
-    return pair if any(pair is own for own in optimizer._current_shares().own) else None
+    return pair if any(pair is own for own in optimizer._current_ownership().owned) else None
 
 
 def ddp(rank, ranks):

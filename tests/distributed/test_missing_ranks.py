@@ -128,7 +128,7 @@ def alone(rank, ranks):
     model = DistributedDataParallel(build())
     optimizer = make_optimizer(model, {"mode": "efficient", "shard_states": True})
     train(model, optimizer, rank, ranks, steps=range(1))
-    present = optimizer._current_shares().attendance
+    present = optimizer._current_ownership().attendance
     found = {"limit": present.limit.total_seconds()}
     if rank == 0:
         limit, present.limit = present.limit, timedelta()

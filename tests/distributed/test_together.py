@@ -103,8 +103,8 @@ def on_a_device(rank, ranks):
     model = DistributedDataParallel(build())
     optimizer = make_optimizer(model, {"mode": "full", "shard_states": True})
     train(model, optimizer, rank, ranks, steps=range(1))
-    shares = optimizer._current_shares()
-    type(shares)._can_read_flags, kept = False, type(shares)._can_read_flags
+    ownership = optimizer._current_ownership()
+    type(ownership)._can_read_flags, kept = False, type(ownership)._can_read_flags
     try:
         before = result(model)
         loss_of(model, share(batches()[1], rank, ranks)).backward()
@@ -116,7 +116,7 @@ def on_a_device(rank, ranks):
             said = str(error)
         after = result(model)
     finally:
-        type(shares)._can_read_flags = kept
+        type(ownership)._can_read_flags = kept
     train(model, optimizer, rank, ranks, steps=range(1, 2))
     return {"said": said, "before": before, "after": after, "end": result(model), "skipped": optimizer.skipped_steps}
 

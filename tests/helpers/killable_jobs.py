@@ -24,7 +24,7 @@ from lorapro_hf import (
     LoRAProTrainingArguments,
     create_lorapro_optimizer,
 )
-from lorapro_hf.distributed.ownership import Shares
+from lorapro_hf.distributed.ownership import PairOwnership
 from trainer_helpers import arguments, build, factors, sequences, tiny_lora
 
 SCHEDULE = {"lr_scheduler_type": "linear", "warmup_steps": 2, "weight_decay": 0.1, "max_grad_norm": 0.5}
@@ -103,14 +103,14 @@ class Fatal(TrainerCallback):
     def arm(self, trainer: Trainer, when: str, step: int) -> None:
         """`when` is an event of the callback, "publish" (pairs are stepped, and no rank knows it) or a file's name."""
         self.moment = (when, step)
-        original = Shares.publish
+        original = PairOwnership.publish
 
-        def publish(shares: Shares) -> None:
+        def publish(ownership: PairOwnership) -> None:
             if self.moment == ("publish", trainer.state.global_step + 1):
                 die()
-            original(shares)
+            original(ownership)
 
-        Shares.publish = publish  # type: ignore[method-assign]
+        PairOwnership.publish = publish  # type: ignore[method-assign]
         end = f"checkpoint-{step}/{when}"
         torch.save = _cutting(torch.save, lambda _, path, *rest, **more: path, end)
         safe_save = peft.peft_model.safe_save_file

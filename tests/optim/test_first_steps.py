@@ -21,7 +21,7 @@ from lorapro_hf import (
     create_lorapro_optimizer,
     find_lora_pairs,
 )
-from lorapro_hf.distributed.ownership import Shares
+from lorapro_hf.distributed.ownership import PairOwnership
 from lorapro_hf.optim import first_steps
 from lorapro_hf.optim.first_steps import FIRST_STEPS
 from optimizer_helpers import backward, both_modes, small_model
@@ -208,7 +208,7 @@ def test_gradients_that_an_engine_holds_are_known_by_pair():
         gradients=lambda parameters: held,
         values=lambda parameters: [parameter.detach() for parameter in parameters],
     )
-    assert Shares(pairs, access, shared=False).fetch() == [False, True]
+    assert PairOwnership(pairs, access, shared=False).fetch() == [False, True]
 
 
 # ---- the Trainer side ----

@@ -28,7 +28,7 @@ _FAILED = 2.0**32
 _NOT_BEGUN, _FETCHED, _AGREED = range(3)
 
 
-class Shares:
+class PairOwnership:
     """The pairs of a model and the ranks that step them.
 
     Args:
@@ -37,7 +37,7 @@ class Shares:
         shared: whether each pair has one owner; otherwise every rank steps all pairs.
 
     Attributes:
-        own: the pairs that this rank steps.
+        owned: the pairs that this rank steps.
         factors: A and B of these pairs, whole: the parameters themselves, or buffers that `fetch` fills.
     """
 
@@ -56,12 +56,12 @@ class Shares:
         self._owner_of = dict.fromkeys(range(len(self.pairs)), 0)
         for indices, owners in zip(self.alike, self.owners, strict=True):
             self._owner_of.update(zip(indices, owners, strict=True))
-        self._own = [index for index in range(len(self.pairs)) if self._owner_of[index] == self.rank]
-        self.own = [self.pairs[index] for index in self._own]
-        self.factors: list[tuple[Tensor, Tensor]] = [(pair.A, pair.B) for pair in self.own]
+        self._owned_ids = [index for index in range(len(self.pairs)) if self._owner_of[index] == self.rank]
+        self.owned = [self.pairs[index] for index in self._owned_ids]
+        self.factors: list[tuple[Tensor, Tensor]] = [(pair.A, pair.B) for pair in self.owned]
         if not access.in_place:
             self.factors = [
-                (_buffer(pair.A, pair.shape_A, access), _buffer(pair.B, pair.shape_B, access)) for pair in self.own
+                (_buffer(pair.A, pair.shape_A, access), _buffer(pair.B, pair.shape_B, access)) for pair in self.owned
             ]
 
     @cached_property
@@ -92,7 +92,7 @@ class Shares:
 
     def _fetch_all(self) -> list[bool]:
         found = [False] * len(self.pairs)
-        own = dict(zip(self._own, self.factors, strict=True))
+        own = dict(zip(self._owned_ids, self.factors, strict=True))
         for indices in self._portions():
             parameters = [factor for index in indices for factor in (self.pairs[index].A, self.pairs[index].B)]
             gradients = self.access.gradients(parameters)
@@ -129,10 +129,10 @@ class Shares:
     def publish(self) -> None:
         """Store the new factors of all pairs on all ranks, at the end of a step."""
         self._progress = _NOT_BEGUN
-        new = dict(zip(self._own, self.factors, strict=True))
+        new = dict(zip(self._owned_ids, self.factors, strict=True))
         if self.group is None:
             if not self.access.in_place:
-                parameters = [factor for pair in self.own for factor in (pair.A, pair.B)]
+                parameters = [factor for pair in self.owned for factor in (pair.A, pair.B)]
                 self.access.store(parameters, [value for factors in self.factors for value in factors])
             return
         for indices, owners in zip(self.alike, self.owners, strict=True):
@@ -169,28 +169,28 @@ class Shares:
             dist.all_reduce(values, group=self.group)
         return values
 
-    def agree(self, norms: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
+    def agree(self, norms: Tensor, found_inf: Tensor) -> tuple[Tensor, Tensor]:
         """The norms over the pairs of all ranks together, and whether any rank must skip the step.
 
         Args:
             norms: those of this rank's pairs, `(2,)`.
-            skip: 1 if this rank has found something that is not finite, else 0; ranks differ in this also where all
-                step all pairs, as other parameters may be sharded.
+            found_inf: 1 if a tensor of this rank is not finite, else 0. Ranks can differ in this also where all of
+                them step all pairs, since other parameters may be sharded.
 
         Raises:
             RuntimeError: another rank has met an error, see `fail`.
         """
         if self._agreeing is None:
-            return norms, skip
+            return norms, found_inf
         squares = norms.double().square() if self.group else torch.zeros_like(norms, dtype=torch.float64)
-        both = torch.cat([squares, skip.double()[None]])
+        both = torch.cat([squares, found_inf.double()[None]])
         dist.all_reduce(both, group=self._agreeing)
         self._progress = _AGREED
         if self._can_read_flags and both[-1] >= _FAILED:
             raise RuntimeError(
                 f"all ranks leave out this step, and nothing has been changed: {self._errors_of_others()}"
             )
-        return both[:-1].sqrt().to(norms.dtype) if self.group else norms, (both[-1] > 0).to(skip.dtype)
+        return both[:-1].sqrt().to(norms.dtype) if self.group else norms, (both[-1] > 0).to(found_inf.dtype)
 
     def fail(self, error: Exception) -> None:
         """Take part in the collectives of a step that has failed on this rank, so that all ranks skip it.
@@ -257,14 +257,14 @@ class Shares:
 
 def share_pairs(
     pairs: Sequence[LoRAPair], access: Access, shard_states: bool | None, saved_collectively: bool
-) -> Shares:
+) -> PairOwnership:
     """Who steps which pairs: ranks share them if `shard_states` says so.
 
     If it is `None`, ranks share pairs where all of them take part in saving the state: with factors that are not whole
     on each rank always, else if `saved_collectively`.
     """
     shared = not access.in_place or saved_collectively if shard_states is None else shard_states
-    return Shares(pairs, access, shared)
+    return PairOwnership(pairs, access, shared)
 
 
 def everyone() -> dist.ProcessGroup | None:

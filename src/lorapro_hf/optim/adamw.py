@@ -11,16 +11,19 @@ from torch import Tensor
 from lorapro_hf.distributed.access import local
 
 
-def step_ordinary(
-    parameters: Sequence[Tensor], state: MutableMapping[Tensor, dict[str, Any]], group: Mapping[str, Any], skip: Tensor
+def step_adamw(
+    parameters: Sequence[Tensor],
+    state: MutableMapping[Tensor, dict[str, Any]],
+    group: Mapping[str, Any],
+    found_inf: Tensor,
 ) -> None:
-    """Take one AdamW step of parameters with gradients; change nothing, not even a count, if `skip` is 1.
+    """Take one AdamW step of parameters with gradients; change nothing, not even a count, if `found_inf` is 1.
 
     Args:
         parameters: plain tensors or DTensors, whose state is then sharded as they are.
         state: `exp_avg`, `exp_avg_sq` and `step` by parameter; missing ones are created.
         group: learning rate, betas, eps and weight decay.
-        skip: 0 or 1, float32.
+        found_inf: 0 or 1, float32.
     """
     for p in parameters:
         if "exp_avg" not in state[p]:
@@ -30,7 +33,7 @@ def step_ordinary(
                 exp_avg_sq=torch.zeros_like(p, memory_format=torch.preserve_format),
             )
     for kind in {(p.device, p.dtype) for p in parameters}:  # on CUDA the kernel takes one dtype at a time
-        there, own = skip.to(kind[0]), [p for p in parameters if (p.device, p.dtype) == kind]
+        there, own = found_inf.to(kind[0]), [p for p in parameters if (p.device, p.dtype) == kind]
         torch._foreach_add_([state[p]["step"] for p in own], 1 - there)
         own = [p for p in own if local(p).numel()]  # a rank may hold nothing of a short tensor
         if own:

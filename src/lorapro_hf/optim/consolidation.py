@@ -17,7 +17,7 @@ from torch import Tensor
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.distributed.access import ShardedAccess
 from lorapro_hf.distributed.attendance import Absence, Attendance
-from lorapro_hf.distributed.ownership import Shares
+from lorapro_hf.distributed.ownership import PairOwnership
 from lorapro_hf.factors.pairs import LoRAPair, unwrapped_name
 from lorapro_hf.optim.rules import rule_of
 from lorapro_hf.optim.rules.base import UpdateRule
@@ -38,41 +38,43 @@ class _Entry(NamedTuple):
         return state[self.parameter][self.name]
 
 
-def collect_states(shares: Shares, state: Mapping[Tensor, dict[str, Any]], config: LoRAProConfig, to: int) -> States:
+def collect_states(
+    ownership: PairOwnership, state: Mapping[Tensor, dict[str, Any]], config: LoRAProConfig, to: int
+) -> States:
     """The state of all pairs, on the CPU of the rank `to` of the group.
 
     The other ranks get the state of their own pairs and the step counts of the others, so that every rank has an entry
     for each pair that has been stepped. Distributed checkpoints combine the entries of all ranks.
     """
-    assert shares.group is not None
+    assert ownership.group is not None
     rule, found = rule_of(config), States()
-    for index, (pair, steps) in enumerate(zip(shares.pairs, _steps(shares, state, rule), strict=True)):
-        owner = shares.owner_of(index)
+    for index, (pair, steps) in enumerate(zip(ownership.pairs, _steps(ownership, state, rule), strict=True)):
+        owner = ownership.owner_of(index)
         for entry in [] if steps is None else _entries(pair, rule):
             own = None
-            if shares.rank == owner:
+            if ownership.rank == owner:
                 own = entry.of(state).contiguous()
                 if owner != to:
-                    dist.send(own, dst=dist.get_global_rank(shares.group, to), group=shares.group)
-            elif shares.rank == to:
+                    dist.send(own, dst=dist.get_global_rank(ownership.group, to), group=ownership.group)
+            elif ownership.rank == to:
                 own = torch.empty(entry.spec.shape, dtype=entry.spec.dtype, device=pair.A.device)
-                dist.recv(own, src=dist.get_global_rank(shares.group, owner), group=shares.group)
+                dist.recv(own, src=dist.get_global_rank(ownership.group, owner), group=ownership.group)
             elif entry.name == "step":
                 own = torch.tensor(steps, dtype=torch.float32)
             if own is not None:
-                found.setdefault(entry.parameter, {})[entry.name] = own.cpu() if shares.rank == to else own
+                found.setdefault(entry.parameter, {})[entry.name] = own.cpu() if ownership.rank == to else own
     return found
 
 
-def shard_states(shares: Shares, state: Mapping[Tensor, dict[str, Any]], config: LoRAProConfig) -> States:
+def shard_states(ownership: PairOwnership, state: Mapping[Tensor, dict[str, Any]], config: LoRAProConfig) -> States:
     """The state of all pairs, each moment a DTensor of rows on the mesh of the factors, step counts on every rank."""
-    access = shares.access
+    access = ownership.access
     assert isinstance(access, ShardedAccess)
     rule, found = rule_of(config), States()
-    for index, (pair, steps) in enumerate(zip(shares.pairs, _steps(shares, state, rule), strict=True)):
+    for index, (pair, steps) in enumerate(zip(ownership.pairs, _steps(ownership, state, rule), strict=True)):
         for entry in [] if steps is None else _entries(pair, rule):
-            owner = shares.owner_of(index) if shares.group else None
-            own = entry.of(state) if owner in (None, shares.rank) else None
+            owner = ownership.owner_of(index) if ownership.group else None
+            own = entry.of(state) if owner in (None, ownership.rank) else None
             found.setdefault(entry.parameter, {})[entry.name] = _rows_of(access, entry, own, owner)
     return found
 
@@ -122,22 +124,24 @@ def _reason(absence: Absence, attendance: Attendance, saves: bool) -> str:
     )
 
 
-def own_state(shares: Shares, state: Mapping[Tensor, dict[str, Any]], config: LoRAProConfig) -> dict[str, Tensor]:
+def own_state(
+    ownership: PairOwnership, state: Mapping[Tensor, dict[str, Any]], config: LoRAProConfig
+) -> dict[str, Tensor]:
     """The state of this rank's pairs, by names that are the same on any number of ranks. Not collective."""
     rule = rule_of(config)
     return {
         f"{_key(pair, entry)}.{entry.name}": entry.of(state).contiguous()
-        for pair in shares.own
+        for pair in ownership.owned
         if _has_begun(pair, rule, state)
         for entry in _entries(pair, rule)
     }
 
 
-def read_own_state(shares: Shares, read: Callable[[str], Tensor | None], config: LoRAProConfig) -> States:
+def read_own_state(ownership: PairOwnership, read: Callable[[str], Tensor | None], config: LoRAProConfig) -> States:
     """The state of this rank's pairs from files written by `own_state` on any number of ranks. Not collective.
 
     Args:
-        shares: the present ownership of the pairs.
+        ownership: the present ownership of the pairs.
         read: gives the tensor of a name, `None` where there is none.
         config: the settings of the optimizer.
 
@@ -145,7 +149,7 @@ def read_own_state(shares: Shares, read: Callable[[str], Tensor | None], config:
         ValueError: a pair has part of its state only, or state of another shape.
     """
     rule, found = rule_of(config), States()
-    for pair in shares.own:
+    for pair in ownership.owned:
         entries = _entries(pair, rule)
         names = [f"{_key(pair, entry)}.{entry.name}" for entry in entries]
         values = [read(name) for name in names]
@@ -218,10 +222,13 @@ def _has_begun(pair: LoRAPair, rule: UpdateRule, state: Mapping[Tensor, dict[str
     return all(entry.name in state.get(entry.parameter, {}) for entry in _entries(pair, rule))
 
 
-def _steps(shares: Shares, state: Mapping[Tensor, dict[str, Any]], rule: UpdateRule) -> list[float | None]:
+def _steps(ownership: PairOwnership, state: Mapping[Tensor, dict[str, Any]], rule: UpdateRule) -> list[float | None]:
     """How often each pair has been stepped, as its owner knows; `None` for a pair without any state."""
-    begun = [_has_begun(pair, rule, state) for pair in shares.own]
-    known = {id(pair): float(state[pair.A]["step"]) for pair, has in zip(shares.own, begun, strict=True) if has}
-    flags = [[float(id(pair) in known) for pair in shares.pairs], [known.get(id(pair), 0.0) for pair in shares.pairs]]
-    together = shares.total(torch.tensor(flags, dtype=torch.float32, device=shares.pairs[0].A.device)).tolist()
+    begun = [_has_begun(pair, rule, state) for pair in ownership.owned]
+    known = {id(pair): float(state[pair.A]["step"]) for pair, has in zip(ownership.owned, begun, strict=True) if has}
+    flags = [
+        [float(id(pair) in known) for pair in ownership.pairs],
+        [known.get(id(pair), 0.0) for pair in ownership.pairs],
+    ]
+    together = ownership.total(torch.tensor(flags, dtype=torch.float32, device=ownership.pairs[0].A.device)).tolist()
     return [steps if has_begun else None for has_begun, steps in zip(*together, strict=True)]

@@ -76,7 +76,7 @@ def create_lorapro_optimizer(
             group = {"params": named, "weight_decay": weight_decay if decay else 0.0, "lora_pro_factors": are_factors}
             groups += [group] if named else []
     if check_memory:
-        own = share_pairs(pairs, access_to(pairs, everyone()), config.shard_states, saved_collectively).own
+        own = share_pairs(pairs, access_to(pairs, everyone()), config.shard_states, saved_collectively).owned
         require_state_fits(own, config, [local(p) for _, p in trainable if id(p) not in of_pairs])
     optimizer = LoRAProAdamW(groups, pairs, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, config=config)
     optimizer.saved_collectively = saved_collectively

@@ -67,15 +67,15 @@ class FiniteChecks(HeldPairs):
         Raises:
             ValueError: the message names the parameter.
         """
-        shares = self._current_shares()
-        named = [*of_factors(self.pairs, shares.access), *of_groups(self._whole_groups)]
+        ownership = self._current_ownership()
+        named = [*of_factors(self.pairs, ownership.access), *of_groups(self._whole_groups)]
         if not self.has_engine:
-            named += of_others(self._ordinary(), self.state if state else None)
+            named += of_others(self._others(), self.state if state else None)
         if state:
-            named += of_states(shares.own, self.state)
+            named += of_states(ownership.owned, self.state)
         # whole factors are the same on all ranks
-        alone = shares.access.in_place and not (state and shares.group)
-        require_finite(named, None if alone else shares.access.group)
+        alone = ownership.access.in_place and not (state and ownership.group)
+        require_finite(named, None if alone else ownership.access.group)
 
     @contextmanager
     def saving_finite(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.distributed.access import Access, access_to, local
-from lorapro_hf.distributed.ownership import Shares, everyone, share_pairs
+from lorapro_hf.distributed.ownership import PairOwnership, everyone, share_pairs
 from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.factors.stacks import Stack, stacks_of
 from lorapro_hf.optim.groups import check_hyperparameters, group_positions, name_parameters
@@ -45,7 +45,7 @@ class HeldPairs(torch.optim.Optimizer):
         self._on_step: Callable[[], None] | None = None
         self._groups_in_step: Groups | None = None
         self._positions: dict[int, tuple[int, int]] = {}
-        self._shares: Shares | None = None
+        self._ownership: PairOwnership | None = None
         self._stacks: list[Stack] = []
         self._moments: dict[Stack, StackState] = {}
         self._signature: list[Any] = []
@@ -71,8 +71,8 @@ class HeldPairs(torch.optim.Optimizer):
 
     def estimated_state_bytes(self) -> int:
         """Bytes of optimizer state on this rank once all parameters have been stepped."""
-        pairs = self._current_shares().own
-        others = [local(p) for _, parameters in self._ordinary() for p in parameters if p.requires_grad]
+        pairs = self._current_ownership().owned
+        others = [local(p) for _, parameters in self._others() for p in parameters if p.requires_grad]
         return sum(state_bytes_by_device(pairs, self.config, others).values())
 
     @property
@@ -89,7 +89,7 @@ class HeldPairs(torch.optim.Optimizer):
         """The positions of the param groups that A and B of a pair belong to."""
         return self._positions[id(pair)]
 
-    def _current_shares(self) -> Shares:
+    def _current_ownership(self) -> PairOwnership:
         """Who steps which pairs; the stacks are built anew when parameters or groups have been replaced."""
         factors = [factor for pair in self.pairs for factor in (pair.A, pair.B, *pair.tied_parameters)]
         shared = self.config.shard_states
@@ -100,17 +100,17 @@ class HeldPairs(torch.optim.Optimizer):
             [] if self.has_engine else [list(map(id, group["params"])) for group in self.param_groups],
             (self.access, self.saved_collectively if shared is None else shared),
         ]
-        if self._shares is None or signature != self._signature:
+        if self._ownership is None or signature != self._signature:
             if not self.has_engine:
                 self._find_groups()
             access = self.access or access_to(self.pairs, everyone())
-            self._shares = share_pairs(self.pairs, access, shared, self.saved_collectively)
-            self._stacks = stacks_of(self._shares.own, self.group_positions, factors=self._shares.factors)
+            self._ownership = share_pairs(self.pairs, access, shared, self.saved_collectively)
+            self._stacks = stacks_of(self._ownership.owned, self.group_positions, factors=self._ownership.factors)
             self._moments, self._signature = {}, signature
             self._of_pairs = set(map(id, factors))
         for stack in self._stacks:
             self._check_groups(stack.pairs[0].name, *stack.groups)
-        return self._shares
+        return self._ownership
 
     def _moments_of(self, stack: Stack) -> StackState:
         """The moments of a stack, read from `state` after that was loaded or moved."""
@@ -125,8 +125,8 @@ class HeldPairs(torch.optim.Optimizer):
         """All param groups, also while an engine has cut them down in its step."""
         return self.param_groups if self._groups_in_step is None else self._groups_in_step
 
-    def _ordinary(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
-        """The groups with their parameters that belong to no pair; call `_current_shares` first."""
+    def _others(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
+        """The groups with their parameters that belong to no pair; call `_current_ownership` first."""
         return [(group, [p for p in group["params"] if id(p) not in self._of_pairs]) for group in self.param_groups]
 
     def _find_groups(self) -> None:

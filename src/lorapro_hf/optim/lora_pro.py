@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.distributed.access import local
-from lorapro_hf.distributed.ownership import Shares
+from lorapro_hf.distributed.ownership import PairOwnership
 from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.factors.stacks import StackGradient, exact_arithmetic, global_norm, read_stacks
-from lorapro_hf.optim.adamw import step_ordinary
+from lorapro_hf.optim.adamw import step_adamw
 from lorapro_hf.optim.finite import can_be_read, require_finite_rates
 from lorapro_hf.optim.pair_optimizer import PairOptimizer
 from lorapro_hf.optim.rules import rule_of
@@ -121,11 +121,11 @@ class LoRAProAdamW(PairOptimizer):
             self._on_step()
         else:
             with self._together():
-                self._step(self._current_shares(), self._ordinary())
+                self._step(self._current_ownership(), self._others())
         return loss
 
-    def _step(self, shares: Shares, ordinary: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
-        has_gradient = shares.fetch()
+    def _step(self, ownership: PairOwnership, others: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
+        has_gradient = ownership.fetch()
         if not any(has_gradient):
             raise RuntimeError(
                 f"none of the {len(self.pairs)} LoRA pairs has a gradient. Call loss.backward() before step(), and "
@@ -134,9 +134,9 @@ class LoRAProAdamW(PairOptimizer):
         require_finite_rates(self._whole_groups)
         self._consolidated = None
         with exact_arithmetic(self._stacks):
-            self._step_all(shares, read_stacks(self._stacks, self.config), ordinary)
-        shares.publish()
-        if shares.size > 1:  # distributed checkpoints take an optimizer that has no state for one that has not begun
+            self._step_all(ownership, read_stacks(self._stacks, self.config), others)
+        ownership.publish()
+        if ownership.size > 1:  # distributed checkpoints take an optimizer that has no state for one that has not begun
             for pair in self.pairs:
                 self.state[pair.A].setdefault("step", torch.zeros((), dtype=torch.float32))
         assert self.last_grad_norm is not None
@@ -145,28 +145,28 @@ class LoRAProAdamW(PairOptimizer):
             self.first_steps.warn(self.checked_skipped_steps())
 
     def _step_all(
-        self, shares: Shares, read: list[StackGradient], ordinary: list[tuple[dict[str, Any], list[Tensor]]]
+        self, ownership: PairOwnership, read: list[StackGradient], others: list[tuple[dict[str, Any], list[Tensor]]]
     ) -> None:
-        ordinary = [(group, [p for p in own if p.grad is not None]) for group, own in ordinary]
-        gradients = [local(p.grad) for _, parameters in ordinary for p in parameters if p.grad is not None]
+        others = [(group, [p for p in own if p.grad is not None]) for group, own in others]
+        gradients = [local(p.grad) for _, parameters in others for p in parameters if p.grad is not None]
         if any(gradient.is_sparse for gradient in gradients):
             raise RuntimeError("a parameter has a sparse gradient, which AdamW does not take; use sparse=False.")
         norms, found_inf = self._measure(read, [gradient for gradient in gradients if gradient.numel()])
         # Allocated before anything is stepped: where memory does not suffice, no rank has changed anything.
         states = [self._moments_of(each.stack) for each in read]
-        norms, found_inf = shares.agree(norms, found_inf)
+        norms, found_inf = ownership.agree(norms, found_inf)
         self.last_grad_norm, shared_norm = norms
         if not self._is_being_captured():
             self._require_finite_start()
         if can_be_read(found_inf) and found_inf:
             self.require_finite(state=False)
-        self._pairs_skipped = found_inf
+        self._found_inf = found_inf
         if self._skipped is None:
             self._skipped = found_inf.clone()
         else:
             self._skipped.add_(found_inf.to(self._skipped.device))
-        for group, parameters in ordinary:
-            step_ordinary(parameters, self.state, group, found_inf)
+        for group, parameters in others:
+            step_adamw(parameters, self.state, group, found_inf)
         rule = self.rule
         while read:  # frees the buffers of each stack as soon as it has been stepped
             each, state = read.pop(), states.pop()

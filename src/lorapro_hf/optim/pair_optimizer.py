@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lorapro_hf.distributed.access import Access
-from lorapro_hf.distributed.ownership import Shares
+from lorapro_hf.distributed.ownership import PairOwnership
 from lorapro_hf.factors.pairs import LoRAPair
-from lorapro_hf.optim.adamw import step_ordinary
+from lorapro_hf.optim.adamw import step_adamw
 from lorapro_hf.optim.checkpoint import check_state_dict
 from lorapro_hf.optim.consolidation import (
     States,
@@ -59,10 +59,10 @@ class PairOptimizer(FiniteChecks):
     def _forget_run(self) -> None:
         super()._forget_run()
         self._pairs_are_due = False
-        self._pairs_skipped: Tensor | None = None
+        self._found_inf: Tensor | None = None
         self._consolidated: States | None = None
 
-    def _step(self, shares: Shares, ordinary: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
+    def _step(self, ownership: PairOwnership, others: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
         """Step the pairs of this rank and other parameters, which are given with their groups."""
         raise NotImplementedError
 
@@ -72,8 +72,8 @@ class PairOptimizer(FiniteChecks):
         try:
             yield
         except Exception as error:
-            if self._shares is not None:
-                self._shares.fail(error)
+            if self._ownership is not None:
+                self._ownership.fail(error)
             raise
 
     # ---- the seam for engines ----
@@ -95,7 +95,7 @@ class PairOptimizer(FiniteChecks):
             ValueError: a parameter or its state is not finite at the first step of a training.
         """
         self._require_finite_start()  # before the engine can skip all steps by itself
-        self._groups_in_step, self._pairs_are_due, self._pairs_skipped = self.param_groups, True, None
+        self._groups_in_step, self._pairs_are_due, self._found_inf = self.param_groups, True, None
         try:
             yield
         finally:
@@ -113,18 +113,18 @@ class PairOptimizer(FiniteChecks):
         if self._pairs_are_due:
             self._pairs_are_due = False
             with self._together():
-                self._step(self._current_shares(), [])
+                self._step(self._current_ownership(), [])
 
     @torch.no_grad()
     def step_others(self, groups: Iterable[dict[str, Any]]) -> None:
         """Step all tensors with a gradient in some groups by AdamW, unless `step_pairs` has skipped this step."""
-        skip = torch.zeros(()) if self._pairs_skipped is None else self._pairs_skipped
+        found_inf = torch.zeros(()) if self._found_inf is None else self._found_inf
         for group in groups:
-            step_ordinary([p for p in group["params"] if p.grad is not None], self.state, group, skip)
+            step_adamw([p for p in group["params"] if p.grad is not None], self.state, group, found_inf)
 
     def pair_state(self) -> dict[str, Tensor]:
         """The state of the pairs that this rank steps, by names that hold for any number of ranks."""
-        return own_state(self._current_shares(), self.state, self.config)
+        return own_state(self._current_ownership(), self.state, self.config)
 
     def load_pair_state(self, read: Callable[[str], Tensor | None]) -> None:
         """Load the state of this rank's pairs from what `pair_state` returned on any number of ranks.
@@ -138,12 +138,12 @@ class PairOptimizer(FiniteChecks):
             ValueError: part of the state of a pair is missing or has another shape, or the state of a pair holds NaN
                 or Inf on any rank. Nothing has been changed then.
         """
-        shares = self._current_shares()
-        states = read_own_state(shares, read, self.config)
-        require_finite(of_states(shares.own, states), shares.access.group)
+        ownership = self._current_ownership()
+        states = read_own_state(ownership, read, self.config)
+        require_finite(of_states(ownership.owned, states), ownership.access.group)
         self._moments = {}
         self._begin_loaded()
-        for pair in shares.own:  # a pair without saved state had not been stepped
+        for pair in ownership.owned:  # a pair without saved state had not been stepped
             for parameter in (pair.A, pair.B):
                 self.state.pop(parameter, None)
                 if parameter in states:
@@ -191,10 +191,10 @@ class PairOptimizer(FiniteChecks):
             RuntimeError: another rank has ended, or does not call this within the limit of the process group.
             ValueError: a parameter or its state holds NaN or Inf.
         """
-        shares = self._current_shares()
-        if shares.group is not None and shares.access.in_place:
-            await_all(shares.attendance, saves=True)
-            self._consolidated = collect_states(shares, self.state, self.config, to)
+        ownership = self._current_ownership()
+        if ownership.group is not None and ownership.access.in_place:
+            await_all(ownership.attendance, saves=True)
+            self._consolidated = collect_states(ownership, self.state, self.config, to)
             self.require_finite_save()
 
     def state_dict(self) -> dict[str, Any]:
@@ -213,18 +213,18 @@ class PairOptimizer(FiniteChecks):
         self._settle_skipped()
         if self.has_engine:
             return self._state_dict_of_engine()
-        shares = self._current_shares()
+        ownership = self._current_ownership()
         saved = super().state_dict()
-        if shares.access.in_place and shares.group is None:
+        if ownership.access.in_place and ownership.group is None:
             self.require_finite_save()
             return saved
         states = self._consolidated
         if states is None:
-            await_all(shares.attendance, self.saved_collectively)
-            if shares.access.in_place:
-                states = collect_states(shares, self.state, self.config, 0)
+            await_all(ownership.attendance, self.saved_collectively)
+            if ownership.access.in_place:
+                states = collect_states(ownership, self.state, self.config, 0)
             else:
-                states = shard_states(shares, self.state, self.config)
+                states = shard_states(ownership, self.state, self.config)
             self.require_finite_save()
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         keys = [key for group in saved["param_groups"] for key in group["params"]]
@@ -247,8 +247,8 @@ class PairOptimizer(FiniteChecks):
         if self.has_engine:
             self._load_state_dict_of_engine(state_dict)
             return
-        shares = self._current_shares()
-        needed = shares.own if shares.access.in_place else self.pairs  # all ranks gather DTensors
+        ownership = self._current_ownership()
+        needed = ownership.owned if ownership.access.in_place else self.pairs  # all ranks gather DTensors
         check_state_dict(state_dict, self.param_groups, self.pairs, self.config, needed)
         for index, group in enumerate(state_dict["param_groups"]):
             check_hyperparameters({**self.defaults, **group}, f" in param group {index} of the checkpoint")
@@ -260,9 +260,9 @@ class PairOptimizer(FiniteChecks):
         # of bf16 factors and makes 8-bit codes four times as large.
         others = {key: value for key, value in state_dict["state"].items() if key not in of_factors}
         super().load_state_dict({**state_dict, "state": others})
-        self._shares, self._consolidated = None, None
+        self._ownership, self._consolidated = None, None
         self._begin_loaded()
-        own_pairs = set(map(id, self._current_shares().own))
+        own_pairs = set(map(id, self._current_ownership().owned))
         for key, parameter in zip(saved, loaded, strict=True):
             if key in of_factors:
                 pair = pair_of[id(parameter)]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.distributed.access import Access, access_to
-from lorapro_hf.distributed.ownership import Shares
+from lorapro_hf.distributed.ownership import PairOwnership
 from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.factors.stacks import StackGradient, exact_arithmetic, global_norm, read_stacks, stacks_of
 from lorapro_hf.optim.finite import can_be_read, of_factors, require_finite
@@ -34,9 +34,9 @@ def project_pair_gradients_(pairs: Sequence[LoRAPair], config: LoRAProConfig) ->
         RuntimeError: a gradient is missing for one factor of a pair, sparse, or sharded in a way that is not supported.
     """
     access = access_to(pairs)
-    shares = Shares(pairs, access, shared=False)
-    shares.fetch()
-    stacks = stacks_of(pairs, factors=shares.factors)
+    ownership = PairOwnership(pairs, access, shared=False)
+    ownership.fetch()
+    stacks = stacks_of(pairs, factors=ownership.factors)
     with exact_arithmetic(stacks):
         read = read_stacks(stacks, config)
         norm = global_norm(read)

@@ -14,13 +14,13 @@ VARIES = "…"
 WARNING = "Warning"
 _REASONS = (
     "refusals.py",
-    "configuration.py",
+    "zero_configuration.py",
     "resume.py",
     "manifest.py",
     "step_counts.py",
     "engines.py",
-    "sharded_files.py",
-    "zero_files.py",
+    "sharded.py",
+    "zero.py",
 )
 
 

@@ -38,7 +38,7 @@ ASSUMED = {
     "docs/migrating.md": "torch model data args",
 }
 KNOWS_FACTORIES = int(transformers.__version__.split(".")[0]) >= 5
-PROGRAMS = ("bench", "comparison", "demo", "evaluation", "inspection", "plot", "recipes", "cli.py", "options.py")
+PROGRAMS = ("commands", "recipes", "cli.py", "options.py")
 
 
 def as_it_reads(block: Block) -> str:

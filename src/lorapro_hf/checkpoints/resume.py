@@ -108,12 +108,12 @@ def find_flaw(folder: Path, checksums: bool = True) -> str | None:
         flaw = find_damage(folder) or engine_flaw(folder) or _find_mixture(folder, checksums)
     except OSError as error:
         return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
-    return flaw and _with_remedy(folder, flaw)
+    return _with_remedy(folder, flaw)
 
 
-def _with_remedy(folder: Path, flaw: str) -> str:
+def _with_remedy(folder: Path, flaw: str | None) -> str | None:
     """The flaw; where only the state is incomplete, with the way to go on from the weights."""
-    name, found, _ = flaw.partition(" is missing")
+    name, found, _ = (flaw or "").partition(" is missing")
     is_state = any(fnmatchcase(name, pattern) for pattern in _STATE_FILES)
     if not (found and is_state and holds_weights(folder) and {*written_by(folder)} <= {ONE_PROCESS, DDP}):
         return flaw

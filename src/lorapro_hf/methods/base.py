@@ -192,7 +192,7 @@ def found_inf(optimizer: torch.optim.Optimizer) -> Tensor | None:
     """
     optimizer = unwrap_optimizer(optimizer)
     if isinstance(optimizer, LoRAProAdamW):
-        return optimizer._pairs_skipped
+        return optimizer._found_inf
     return getattr(optimizer, "found_inf", None)  # a GradScaler lets fused optimizers decide
 
 

@@ -115,9 +115,9 @@ class LoRAProTrainingArguments(TrainingArguments):
         check_gap_layers(self.lora_pro_gap_layers, _GAP)
         if self.lora_pro_gap_max_bytes is not None:
             check_gap_max_bytes(self.lora_pro_gap_max_bytes, _GAP)
-        for name in ("lora_pro_rtol", "lora_pro_trust_region"):
-            if getattr(self, name) is not None:
-                setattr(self, name, _number(name, getattr(self, name)))
+        for name in ("rtol", "trust_region"):
+            if (value := getattr(self, f"lora_pro_{name}")) is not None:
+                setattr(self, f"lora_pro_{name}", _number(name, value))
         rule_of(self.lora_pro_config)  # validates the rest
         super().__post_init__()
 
@@ -144,7 +144,7 @@ def _number(name: str, value: Any) -> float:
     try:
         return float(value)  # YAML reads 1e-6, without a dot, as text
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}={value!r} must be a number, or be left out.") from error
+        raise ValueError(f"lora_pro_{name}={value!r} must be a number, or be left out.") from error
 
 
 def _trains_without(trainer: Trainer) -> bool:

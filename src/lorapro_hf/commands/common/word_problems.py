@@ -1,4 +1,4 @@
-"""Where do problems to learn from come from when there is no network?"""
+"""Which arithmetic word problems can be generated without a network?"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from datasets import Dataset
 _NAMES = ("Ana", "Ben", "Cora", "Dan", "Emma", "Finn", "Grace", "Hugo", "Ivy", "Jack", "Kate", "Leo", "Mia", "Noah")
 _THINGS = ("apples", "books", "cards", "coins", "cups", "eggs", "hats", "pens", "shells", "stamps", "toys")
 _WORKERS = ("A baker", "A cook", "A farmer", "A machine", "A painter", "A robot", "A worker")
-_TRIES = 1000  # of a template for a problem that is not there yet
+_TRIES = 1000  # how often a template may repeat earlier questions before it counts as exhausted
 _VEHICLES = ("A boat", "A bus", "A car", "A cyclist", "A train", "A truck")
 
 
@@ -27,7 +27,7 @@ class Step:
 
     @property
     def result(self) -> int:
-        """What the step computes."""
+        """The result of the step."""
         if self.op == "/":
             return self.left // self.right
         return {"+": self.left + self.right, "-": self.left - self.right, "*": self.left * self.right}[self.op]
@@ -38,7 +38,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Problem:
-    """A question and its worked steps; the last step's result is the answer."""
+    """A question and its worked steps; the result of the last step is the answer."""
 
     question: str
     steps: tuple[Step, ...]
@@ -216,7 +216,7 @@ TEMPLATES: tuple[Callable[[random.Random], Problem], ...] = (
 
 
 def generate_problems(count: int, seed: int) -> list[Problem]:
-    """`count` problems with pairwise different questions, the kinds taken in turn; the same for the same seed.
+    """Return `count` different problems, the templates taken in turn; the same seed gives the same problems.
 
     Raises:
         ValueError: if `count` is negative or more than the templates can tell apart.
@@ -230,13 +230,13 @@ def generate_problems(count: int, seed: int) -> list[Problem]:
         candidates = (template(rng) for _ in range(_TRIES))
         problem = next((problem for problem in candidates if problem.question not in problems), None)
         if problem is None:
-            raise ValueError(f"count={count} is more than there are different problems; ask for fewer.")
+            raise ValueError(f"count={count} is more than the templates can tell apart; ask for fewer.")
         problems[problem.question] = problem
     return list(problems.values())
 
 
 def word_problems(train_size: int, test_size: int, *, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """A training and a held-out set of word problems without a question in common.
+    """Return a training set and a held-out set of word problems without a common question.
 
     Args:
         train_size: How many problems to train on.

@@ -36,10 +36,6 @@ ASSUMED = {
     "docs/migrating.md": "torch model data args",
 }
 KNOWS_FACTORIES = int(transformers.__version__.split(".")[0]) >= 5
-<<<<<<< HEAD
-=======
-PROGRAMS = ("commands", "recipes", "cli.py", "options.py")
->>>>>>> methods
 
 
 def as_it_reads(block: Block) -> str:

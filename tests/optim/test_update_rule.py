@@ -136,6 +136,7 @@ def test_two_ranks_share_its_state_and_take_the_steps_of_one(sgd, tmp_path):
 
 def test_it_is_inspected(sgd, tmp_path, capsys):
     tiny_base().save_pretrained(tmp_path)
+    capsys.readouterr()  # saving may import a library that prints
     assert cli.main(["inspect", str(tmp_path), "--json"]) == 0
     costs = {cost["mode"]: cost for cost in json.loads(capsys.readouterr().out)["costs"]}
     assert costs["sgd"]["state_bytes"] == costs["efficient"]["state_bytes"] / 2

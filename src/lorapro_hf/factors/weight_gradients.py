@@ -210,8 +210,8 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     buffers = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and (buffer.is_floating_point() or buffer.dim() == 0)
+        for name, buffer in module.named_buffers(recurse=False)
+        if buffer.is_floating_point() or buffer.dim() == 0
     ]
     for parameter in trained:
         parameter.requires_grad_(False)

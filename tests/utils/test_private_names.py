@@ -214,6 +214,7 @@ def test_every_override_is_called(
     args = arguments(tmp_path, LoRAProTrainingArguments, **settings)
     build(LoRAProTrainer, args).train()
     trainer = build(LoRAProTrainer, args)
+    trainer.model_init = lambda: trainer.model  # as a search for hyperparameters has one
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     trainer.save_model()
     assert called == overridden

@@ -11,7 +11,6 @@ from typing import Any
 
 from lorapro_hf.commands.common.arguments import option
 from lorapro_hf.config import MODES
-from lorapro_hf.optim.rules import RULES
 from lorapro_hf.options import UsageError, at_least_one, rate
 
 BASELINE = "adamw"
@@ -30,7 +29,7 @@ class MeasuredOptimizer:
         settings: Arguments of that function.
         package: The module that it needs beyond lorapro_hf's own dependencies, or `None`.
         install: The requirement that installs the module.
-        dense: Whether its work or memory grows with m·n or m·m.
+        peer_is_dense: Whether work or memory of an optimizer of another package grows with m·n or m·m.
     """
 
     name: str
@@ -39,12 +38,21 @@ class MeasuredOptimizer:
     settings: Mapping[str, Any] = field(default_factory=dict)
     package: str | None = None
     install: str | None = None
-    dense: bool = False
+    peer_is_dense: bool = False
 
     @property
     def ours(self) -> bool:
         """Whether it is a mode of LoRA-Pro."""
         return self.builder == "lorapro"
+
+    @property
+    def dense(self) -> bool:
+        """Whether its work or memory grows with m·n or m·m."""
+        if not self.ours:
+            return self.peer_is_dense
+        from lorapro_hf.optim.rules import RULES  # needs torch, and the command line's help does not
+
+        return RULES[self.name].keeps_dense_moments
 
     @property
     def dense_moments(self) -> bool:
@@ -55,19 +63,16 @@ class MeasuredOptimizer:
 def _peer(mode: str) -> MeasuredOptimizer:
     settings = {"lorapro_mode": mode}
     title, install = f"lora-pro-adamw {mode}", "lora-pro-adamw==0.2.1"
-    return MeasuredOptimizer(f"adamw_{mode}", title, "lora_pro_adamw", settings, "lora_pro", install, dense=True)
+    return MeasuredOptimizer(
+        f"adamw_{mode}", title, "lora_pro_adamw", settings, "lora_pro", install, peer_is_dense=True
+    )
 
 
 METHODS: Mapping[str, MeasuredOptimizer] = {
     method.name: method
     for method in (
         MeasuredOptimizer(BASELINE, "AdamW (fused)", "adamw"),
-        *(
-            MeasuredOptimizer(
-                mode, f"LoRA-Pro {mode}", "lorapro", {"mode": mode}, dense=RULES[mode].keeps_dense_moments
-            )
-            for mode in MODES
-        ),
+        *(MeasuredOptimizer(mode, f"LoRA-Pro {mode}", "lorapro", {"mode": mode}) for mode in MODES),
         _peer("efficient"),
         _peer("full"),
         MeasuredOptimizer("riemannian", "PEFT Riemannian", "riemannian", {"fused": False}),

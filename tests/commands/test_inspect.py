@@ -20,6 +20,7 @@ from lorapro_hf.commands.inspect.show import sections
 from lorapro_hf.commands.inspect.sources import Request, inspect_source
 from lorapro_hf.commands.inspect.tasks import TASKS
 from lorapro_hf.factors.pairs import survey_lora_pairs
+from lorapro_hf.optim.rules import RULES
 from lorapro_hf.options import UsageError
 from support_models import merged, token_ids, two_adapters, with_frozen_A
 from trainer_helpers import tiny_lora
@@ -167,10 +168,11 @@ def test_weights_of_a_quantized_configuration_are_not_guessed(models: Path, tmp_
 
 
 def test_learning_rates_fall_with_size_but_for_efficient():
-    assert learning_rates("full", 7_000_000_000) < learning_rates("full", 2_000_000_000) < learning_rates("full", 135)
-    low, high = learning_rates("factored", 7_000_000_000)
+    large, medium, small = (learning_rates(RULES["full"], count) for count in (7_000_000_000, 2_000_000_000, 135))
+    assert large < medium < small
+    low, high = learning_rates(RULES["factored"], 7_000_000_000)
     assert low < 2e-5 < high
-    assert learning_rates("efficient", 135) == learning_rates("efficient", 7_000_000_000)
+    assert learning_rates(RULES["efficient"], 135) == learning_rates(RULES["efficient"], 7_000_000_000)
 
 
 # What is refused

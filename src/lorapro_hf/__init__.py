@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lorapro_hf.factors.weight_gradients import weight_gradients
     from lorapro_hf.functional.projection import equivalent_gradient, project_lora_gradients
     from lorapro_hf.hub import create_model_card, load_lora_pro_config, push_adapter, save_adapter
+    from lorapro_hf.methods import LoRAMethod
     from lorapro_hf.optim.factory import LoRAProOptimizerFactory, create_lorapro_optimizer
     from lorapro_hf.optim.lora_pro import LoRAProAdamW
     from lorapro_hf.optim.memory import StateTooLargeError
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GradientGapCallback",
+    "LoRAMethod",
     "LoRAPair",
     "LoRAProAdamW",
     "LoRAProCallback",
@@ -69,6 +71,7 @@ __all__ = [
 
 _HOMES = {
     "GradientGapCallback": "diagnostics",
+    "LoRAMethod": "methods",
     "LoRAPair": "factors.pair",
     "LoRAProAdamW": "optim.lora_pro",
     "LoRAProCallback": "trainer.callback",

@@ -224,7 +224,7 @@ def test_ctrl_c_while_libraries_are_imported_is_one_line(rank: str, said: str, t
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of a file's size")
-@pytest.mark.parametrize("room", [100_000, 4_000], ids=["optimizer", "adapter"])
+@pytest.mark.parametrize("room", [100_000, pytest.param(4_000, marks=pytest.mark.slow)], ids=["optimizer", "adapter"])
 def test_a_full_disk_leaves_no_checkpoint_that_looks_whole(
     room: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,7 +6,6 @@ Then what the scripts make of models, labels and metrics that are less plain tha
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from lorapro_hf.cli import build_parser
 from lorapro_hf.recipes.metrics import of_labels
 from lorapro_hf.recipes.model import ModelArguments, load_model
 from lorapro_hf.recipes.parser import EXTENDS, SCRIPT, RecipeParser, read_recipe
-from script_helpers import CONFIGS, INPUTS, ROOT, SCRIPTS, TINY, check_adapter, factors, make_inputs, results, script
+from script_helpers import CONFIGS, INPUTS, SCRIPTS, TINY, check_adapter, factors, make_inputs, results, script
 
 SMOKE = CONFIGS / "smoke"
 NO_RECIPES = {"accelerate", "compare", "smoke"}
@@ -123,20 +122,6 @@ def test_twin_trains(name: str, inputs: Path, tmp_path: Path, monkeypatch: pytes
     assert ("eval_loss" in found) == bool(settings.get("do_eval"))
     assert (tmp_path / "out" / "README.md").is_file()
     check_adapter(tmp_path / "out", program)
-
-
-def test_the_page_on_recipes_names_them_all() -> None:
-    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"^\| (`.*?`) \|", page, re.MULTILINE))
-    files = {name for cell in named for name in re.findall(r"`([^`]+\.(?:yaml|py))`", cell)}
-    assert files == {*RECIPES, *(path.name for path in SCRIPTS.glob("run_*.py"))}
-
-
-def test_the_page_on_recipes_says_their_modes() -> None:
-    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    for line in page.splitlines():
-        for name in re.findall(r"`([^`]+\.yaml)`", line.split(" | ")[0]) if line.startswith("| `") else []:
-            assert f"| `{read_recipe(CONFIGS / name)['lora_pro_mode']}` |" in line, name
 
 
 LLAMA, DATA = f"{INPUTS}/models/llama", f"{INPUTS}/data"

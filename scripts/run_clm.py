@@ -12,7 +12,7 @@ import lorapro_hf.recipes.quiet  # noqa: F401  (before other libraries are impor
 # isort: split
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, default_data_collator
+from transformers.hf_argparser import HfArg
 
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
 from lorapro_hf.options import UsageError
@@ -38,12 +39,9 @@ TEXT = "text"
 class TextArguments(DataArguments):
     """The data set of texts."""
 
-    text_column: str | None = field(
-        default=None, metadata={"help": "Column with the texts; by default `text`, else the first."}
-    )
-    block_size: int | None = field(
-        default=None,
-        metadata={"help": f"Tokens of an example; by default the model's longest, at most {DEFAULT_BLOCK}."},
+    text_column: str | None = HfArg(default=None, help="Column with the texts; by default `text`, else the first.")
+    block_size: int | None = HfArg(
+        default=None, help=f"Tokens of an example; by default the model's longest, at most {DEFAULT_BLOCK}."
     )
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ import lorapro_hf.recipes.quiet  # noqa: F401  (before other libraries are impor
 
 # isort: split
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from transformers import (
     DataCollatorWithPadding,
     default_data_collator,
 )
+from transformers.hf_argparser import HfArg
 
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
 from lorapro_hf.options import UsageError
@@ -59,12 +60,13 @@ REGRESSION_METRICS = ("pearson_and_spearman", "mse")
 class GlueArguments(DataArguments):
     """The data set of texts and labels."""
 
-    task_name: str | None = field(default=None, metadata={"help": "GLUE task.", "choices": [*TEXT_COLUMNS]})
-    max_seq_length: int = field(default=128, metadata={"help": "Most tokens of a text, within the limit of the model."})
-    pad_to_max_length: bool = field(default=False, metadata={"help": "Pad to max_seq_length, not to the batch."})
-    metric_for_labels: str | None = field(
+    task_name: str | None = HfArg(default=None, help="GLUE task.", metadata={"choices": [*TEXT_COLUMNS]})
+    max_seq_length: int = HfArg(default=128, help="Most tokens of a text, within the limit of the model.")
+    pad_to_max_length: bool = HfArg(default=False, help="Pad to max_seq_length, not to the batch.")
+    metric_for_labels: str | None = HfArg(
         default=None,
-        metadata={"help": "Metric if no task is named.", "choices": [*dict.fromkeys(GLUE_METRICS.values()), "mse"]},
+        help="Metric if no task is named.",
+        metadata={"choices": [*dict.fromkeys(GLUE_METRICS.values()), "mse"]},
     )
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ import lorapro_hf.recipes.quiet  # noqa: F401  (before other libraries are impor
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from datasets import ClassLabel, Dataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers.hf_argparser import HfArg
 
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
 from lorapro_hf.options import UsageError, require_packages
@@ -52,12 +53,12 @@ with one_line_errors():
 class ImageArguments(DataArguments):
     """The data set of images."""
 
-    train_dir: str | None = field(default=None, metadata={"help": "Folder with a folder of images for each class."})
-    validation_dir: str | None = field(default=None, metadata={"help": "The same for the evaluation."})
-    image_column_name: str = field(default="image", metadata={"help": "Column with the images."})
-    label_column_name: str = field(default="label", metadata={"help": "Column with the classes."})
-    random_crop: bool = field(default=False, metadata={"help": "Train on random parts of the images."})
-    random_flip: bool = field(default=False, metadata={"help": "Mirror every second image of the training."})
+    train_dir: str | None = HfArg(default=None, help="Folder with a folder of images for each class.")
+    validation_dir: str | None = HfArg(default=None, help="The same for the evaluation.")
+    image_column_name: str = HfArg(default="image", help="Column with the images.")
+    label_column_name: str = HfArg(default="label", help="Column with the classes.")
+    random_crop: bool = HfArg(default=False, help="Train on random parts of the images.")
+    random_flip: bool = HfArg(default=False, help="Mirror every second image of the training.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,7 +15,7 @@ import lorapro_hf.recipes.quiet  # noqa: F401  (before other libraries are impor
 
 # isort: split
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, Seq2SeqTrainer
 from transformers import Seq2SeqTrainingArguments as Seq2SeqSettings
+from transformers.hf_argparser import HfArg
 
 from lorapro_hf import LoRAProTrainerMixin, LoRAProTrainingArguments
 from lorapro_hf.options import UsageError
@@ -48,22 +49,23 @@ class TrainingSettings(Seq2SeqSettings, LoRAProTrainingArguments):
 class TextPairArguments(DataArguments):
     """The data set of pairs: a text to read and a text to write."""
 
-    text_column: str | None = field(default=None, metadata={"help": "Column to read; by default the first."})
-    summary_column: str | None = field(default=None, metadata={"help": "Column to write; by default the second."})
-    source_lang: str | None = field(default=None, metadata={"help": "Language to read from a column `translation`."})
-    target_lang: str | None = field(default=None, metadata={"help": "Language to write."})
-    label_texts: list[str] | None = field(
-        default=None, metadata={"help": "Texts to write for the labels 0, 1, ... of a column of numbers."}
+    text_column: str | None = HfArg(default=None, help="Column to read; by default the first.")
+    summary_column: str | None = HfArg(default=None, help="Column to write; by default the second.")
+    source_lang: str | None = HfArg(default=None, help="Language to read from a column `translation`.")
+    target_lang: str | None = HfArg(default=None, help="Language to write.")
+    label_texts: list[str] | None = HfArg(
+        default=None, help="Texts to write for the labels 0, 1, ... of a column of numbers."
     )
-    source_prefix: str = field(default="", metadata={"help": "Beginning of every text to read, as T5 expects it."})
-    second_text_column: str | None = field(default=None, metadata={"help": "Second column to read."})
-    second_prefix: str = field(default=" ", metadata={"help": "Text between the two texts to read."})
-    max_source_length: int = field(default=1024, metadata={"help": "Most tokens of a text to read."})
-    max_target_length: int = field(default=128, metadata={"help": "Most tokens of a text to write."})
-    num_beams: int = field(default=1, metadata={"help": "Beams of the generation."})
-    metric: str = field(
+    source_prefix: str = HfArg(default="", help="Beginning of every text to read, as T5 expects it.")
+    second_text_column: str | None = HfArg(default=None, help="Second column to read.")
+    second_prefix: str = HfArg(default=" ", help="Text between the two texts to read.")
+    max_source_length: int = HfArg(default=1024, help="Most tokens of a text to read.")
+    max_target_length: int = HfArg(default=128, help="Most tokens of a text to write.")
+    num_beams: int = HfArg(default=1, help="Beams of the generation.")
+    metric: str = HfArg(
         default="rouge",
-        metadata={"help": "Metric of the generated texts.", "choices": ["rouge", "sacrebleu", "exact_match"]},
+        help="Metric of the generated texts.",
+        metadata={"choices": ["rouge", "sacrebleu", "exact_match"]},
     )
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ import lorapro_hf.recipes.quiet  # noqa: F401  (before other libraries are impor
 
 import io
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from math import gcd
 from pathlib import Path
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from datasets import Audio, Dataset
 from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer, Wav2Vec2CTCTokenizer
+from transformers.hf_argparser import HfArg
 
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
 from lorapro_hf.options import UsageError, require_packages
@@ -48,11 +49,11 @@ with one_line_errors():
 class SpeechArguments(DataArguments):
     """The data set of recordings and their words."""
 
-    audio_column_name: str = field(default="audio", metadata={"help": "Column with recordings, or paths of files."})
-    text_column_name: str = field(default="text", metadata={"help": "Column with the words."})
-    max_duration_in_seconds: float = field(default=20.0, metadata={"help": "Drop longer recordings."})
-    text_case: str | None = field(
-        default=None, metadata={"help": "Change the words to this case.", "choices": ["lower", "upper"]}
+    audio_column_name: str = HfArg(default="audio", help="Column with recordings, or paths of files.")
+    text_column_name: str = HfArg(default="text", help="Column with the words.")
+    max_duration_in_seconds: float = HfArg(default=20.0, help="Drop longer recordings.")
+    text_case: str | None = HfArg(
+        default=None, help="Change the words to this case.", metadata={"choices": ["lower", "upper"]}
     )
 
 

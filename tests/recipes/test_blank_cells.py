@@ -222,7 +222,14 @@ CALLED = [SAID[0], {"role": "assistant", "content": None, "tool_calls": [{"funct
     ],
     ids=["no-message", "null", "null-content", "no-content", "null-role", "null-part"],
 )
-@pytest.mark.parametrize("columns", [["messages"], ["prompt", "completion"], ["chosen", "rejected"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "columns",
+    [
+        ["messages"],
+        *(pytest.param(c, marks=pytest.mark.slow) for c in (["prompt", "completion"], ["chosen", "rejected"])),
+    ],
+    ids=" ".join,
+)
 def test_messages_are_no_word_none(columns: list[str], blank: list[Any], caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("trl")
     whole = dict.fromkeys(columns, SAID)

@@ -218,10 +218,7 @@ def test_splits_of_a_saved_data_set_are_chosen_by_name() -> None:
         load_splits(DataArguments(dataset_name="saved", train_split="train[:1]"), training)
 
 
-@pytest.mark.parametrize(
-    "name", ["max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers"]
-)
-@pytest.mark.parametrize("value", [0, -3])
+@pytest.mark.parametrize(("name", "value"), [("max_train_samples", 0), ("preprocessing_num_workers", -3)])
 def test_counts_that_are_not_positive_are_refused(name: str, value: int) -> None:
     with pytest.raises(UsageError, match=f"--{name} {value} must be positive"):
         DataArguments(**{name: value})

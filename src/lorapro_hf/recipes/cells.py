@@ -76,15 +76,7 @@ def with_texts(
     keep_all: str | None = None,
     map_kwargs: dict[str, Any] | None = None,
 ) -> Dataset:
-    """Return the complete rows, with the numbers in the columns written as texts.
-
-    Args:
-        rows: A split as it was loaded.
-        columns: The columns that hold texts or numbers.
-        where: Name of the rows for messages.
-        need_text: See `complete_rows`.
-        keep_all: See `complete_rows`.
-        map_kwargs: Keywords for `Dataset.map`.
+    """Return the complete rows, see `complete_rows`, with the numbers in the columns written as texts.
 
     Raises:
         UsageError: if a cell is neither text nor number, or as in `complete_rows`.
@@ -103,13 +95,7 @@ def with_texts(
 
 
 def require_plain(rows: Dataset, column: str, where: str, scalars: bool = False) -> None:
-    """Refuse a column with a cell that is neither text nor number nor blank.
-
-    Args:
-        rows: A split as it was loaded.
-        column: The column to look at.
-        where: Name of the rows for messages.
-        scalars: Whether to accept other single values as well, such as booleans and dates.
+    """Refuse a column with a cell that is neither text nor number nor blank, nor a single value if `scalars`.
 
     Raises:
         UsageError: with the number of the row.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetsError
 from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
 
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.files import fault_in, is_saved, read_file, read_named, reason
@@ -23,36 +24,32 @@ _NO_SPLIT = re.compile("unknown split|bad split", re.IGNORECASE)  # messages of 
 class DataArguments:
     """The data set: a name on the Hub, a local folder, or a file for each split."""
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Data set: a name on the Hub, or a local folder of data files or from save_to_disk."},
+    dataset_name: str | None = HfArg(
+        default=None, help="Data set: a name on the Hub, or a local folder of data files or from save_to_disk."
     )
-    dataset_config_name: str | None = field(
-        default=None, metadata={"help": "Configuration of the data set.", "aliases": ["--dataset_config"]}
+    dataset_config_name: str | None = HfArg(
+        default=None, help="Configuration of the data set.", aliases=["--dataset_config"]
     )
-    train_file: str | None = field(default=None, metadata={"help": "CSV, JSON, JSON lines, Parquet or text file."})
-    validation_file: str | None = field(default=None, metadata={"help": "The same for the evaluation."})
-    test_file: str | None = field(default=None, metadata={"help": "The same for the prediction."})
-    train_split: str = field(
-        default="train",
-        metadata={"help": "Split to train on, such as train[:100000].", "aliases": ["--dataset_train_split"]},
+    train_file: str | None = HfArg(default=None, help="CSV, JSON, JSON lines, Parquet or text file.")
+    validation_file: str | None = HfArg(default=None, help="The same for the evaluation.")
+    test_file: str | None = HfArg(default=None, help="The same for the prediction.")
+    train_split: str = HfArg(
+        default="train", help="Split to train on, such as train[:100000].", aliases=["--dataset_train_split"]
     )
-    validation_split: str = field(
+    validation_split: str = HfArg(
         default="validation",
-        metadata={
-            "help": "Split to evaluate on; if it is missing, a part of the training set is held out.",
-            "aliases": ["--dataset_test_split"],
-        },
+        help="Split to evaluate on; if it is missing, a part of the training set is held out.",
+        aliases=["--dataset_test_split"],
     )
-    test_split: str = field(default="test", metadata={"help": "Split to predict."})
-    validation_split_percentage: float = field(
-        default=5.0, metadata={"help": "Percentage of the training set to hold out if there is no validation set."}
+    test_split: str = HfArg(default="test", help="Split to predict.")
+    validation_split_percentage: float = HfArg(
+        default=5.0, help="Percentage of the training set to hold out if there is no validation set."
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on the first N rows only."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on the first N rows only."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "Predict the first N rows only."})
-    overwrite_cache: bool = field(default=False, metadata={"help": "Preprocess again in spite of the cache."})
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that preprocess."})
+    max_train_samples: int | None = HfArg(default=None, help="Train on the first N rows only.")
+    max_eval_samples: int | None = HfArg(default=None, help="Evaluate on the first N rows only.")
+    max_predict_samples: int | None = HfArg(default=None, help="Predict the first N rows only.")
+    overwrite_cache: bool = HfArg(default=False, help="Preprocess again in spite of the cache.")
+    preprocessing_num_workers: int | None = HfArg(default=None, help="Processes that preprocess.")
 
     def __post_init__(self) -> None:
         self.require_positive("max_train_samples", "max_eval_samples", "max_predict_samples")
@@ -82,9 +79,6 @@ class DataArguments:
 
     def available(self, cache_dir: str | None) -> dict[str, Dataset]:
         """Return the splits of the data set by name, as far as they exist.
-
-        Args:
-            cache_dir: Cache of datasets.
 
         Raises:
             UsageError: if no data set is named, or it cannot be read.

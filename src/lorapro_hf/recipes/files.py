@@ -100,11 +100,6 @@ def read_named(
 def read_images(folder: str, label: str, cache_dir: str | None = None) -> Dataset:
     """Return the images of a folder that has a subfolder for each class.
 
-    Args:
-        folder: The folder; its path is no pattern.
-        label: The option that named the folder, for messages.
-        cache_dir: Cache of datasets.
-
     Raises:
         UsageError: if the folder holds no images.
     """

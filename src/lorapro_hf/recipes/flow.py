@@ -114,38 +114,28 @@ def run(
     Raises:
         DiskFullError: if a file could not be written to its end.
     """
-    with with_a_way_on(trainer):
-        return _carry_out(trainer, test_dataset, dict(card or {}), finish_metrics, save_predictions)
-
-
-def _carry_out(
-    trainer: Trainer,
-    test_dataset: Any,
-    card: dict[str, Any],
-    finish_metrics: Callable[[dict[str, float]], dict[str, float]],
-    save_predictions: Callable[[Any], None] | None,
-) -> dict[str, float]:
-    arguments = trainer.args
+    card = dict(card or {})
+    arguments, metrics = trainer.args, {}
     if "finetuned_from" in card and Path(card["finetuned_from"]).exists():
         del card["finetuned_from"]  # the Hub would refuse a local path as the name of a model
-    metrics: dict[str, float] = {}
-    if arguments.do_train:
-        _log_parameters(trainer)
-        result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments))
-        trainer.save_model()
-        metrics |= _saved(trainer, "train", {**result.metrics, "train_samples": len(trainer.train_dataset)})
-        trainer.save_state()
-    if arguments.do_eval:
-        metrics |= _saved(trainer, "eval", finish_metrics(trainer.evaluate()))
-    if arguments.do_predict:
-        output = trainer.predict(test_dataset, metric_key_prefix="predict")
-        metrics |= _saved(trainer, "predict", finish_metrics(dict(output.metrics)))
-        if save_predictions is not None and trainer.is_world_process_zero():
-            save_predictions(output)
-    if arguments.push_to_hub:
-        trainer.push_to_hub(**card)
-    elif arguments.do_train:
-        trainer.create_model_card(**card)
+    with with_a_way_on(trainer):
+        if arguments.do_train:
+            _log_parameters(trainer)
+            result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments))
+            trainer.save_model()
+            metrics |= _saved(trainer, "train", {**result.metrics, "train_samples": len(trainer.train_dataset)})
+            trainer.save_state()
+        if arguments.do_eval:
+            metrics |= _saved(trainer, "eval", finish_metrics(trainer.evaluate()))
+        if arguments.do_predict:
+            output = trainer.predict(test_dataset, metric_key_prefix="predict")
+            metrics |= _saved(trainer, "predict", finish_metrics(dict(output.metrics)))
+            if save_predictions is not None and trainer.is_world_process_zero():
+                save_predictions(output)
+        if arguments.push_to_hub:
+            trainer.push_to_hub(**card)
+        elif arguments.do_train:
+            trainer.create_model_card(**card)
     if arguments.do_train and trainer.is_world_process_zero():
         logger.info("The adapter and its model card, README.md, lie in %s", arguments.output_dir)
     return metrics

@@ -20,36 +20,29 @@ def load_with_head(
 ) -> tuple[Any, set[str]]:
     """Load a model that may need a new head, which one line of log names in place of transformers' report.
 
-    The report stays if any other weight is new.
-
     Args:
         auto_class: Such as `AutoModelForSequenceClassification`.
         arguments: The model's name and settings.
-        head: Name of the head; by default every layer outside the base model.
+        head: Name of the head; by default every layer outside the base model. Other new layers get a warning.
         **kwargs: More keywords for `load_model`.
 
     Returns:
         The model, and the names of the weights that start at random.
     """
-    with _held_reports() as reports:
+    with _without_reports():
         model, report = load_model(auto_class, arguments, output_loading_info=True, **kwargs)
-        resized = {key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]}
-        new = {*report["missing_keys"], *resized}
-        if all(_is_of_head(key, model, head) for key in new):
-            reports.clear()
-            if new:
-                layers = ", ".join(sorted({key.rpartition(".")[0] for key in new}))
-                logger.info("New in the %s, to be trained whole: %s", type(model).__name__, layers)
+    resized = {key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]}
+    new = {*report["missing_keys"], *resized}
+    others = {key for key in new if not _is_of_head(key, model, head)}
+    if new - others:
+        logger.info("New in the %s, to be trained whole: %s", type(model).__name__, _layers(new - others))
+    if others:
+        logger.warning("%s has no weights for %s: they start at random.", arguments.model_name_or_path, _layers(others))
     return model, set(report["missing_keys"])
 
 
 def layers_without_weights(model: PreTrainedModel, missing_keys: Collection[str]) -> set[str]:
-    """Return the layers that start at random: heads, and layers between the base model and the head.
-
-    Args:
-        model: The loaded model.
-        missing_keys: Of `from_pretrained(..., output_loading_info=True)`.
-    """
+    """Return the layers that start at random: heads, and layers between the base model and the head."""
     prefix = f"{model.base_model_prefix}."
     inside = {key.rpartition(".")[0] for key in missing_keys if key.startswith(prefix)}
     return inside | {key.partition(".")[0] for key in missing_keys if not key.startswith(prefix)}
@@ -62,21 +55,20 @@ def _is_of_head(key: str, model: PreTrainedModel, head: str | None) -> bool:
     return hasattr(model, base) and not key.startswith(f"{base}.")
 
 
+def _layers(keys: Collection[str]) -> str:
+    return ", ".join(sorted({key.rpartition(".")[0] for key in keys}))
+
+
 @contextmanager
-def _held_reports() -> Iterator[list[logging.LogRecord]]:
-    """Hold the load reports of transformers back, and log the reports left in the list at the end."""
-    source, held = logging.getLogger("transformers.modeling_utils"), []
+def _without_reports() -> Iterator[None]:
+    """Drop transformers' report on missing weights."""
+    source = logging.getLogger("transformers.modeling_utils")
 
-    def hold(record: logging.LogRecord) -> bool:
-        is_report = any(words in record.getMessage() for words in _REPORTS)
-        if is_report:
-            held.append(record)
-        return not is_report
+    def is_other(record: logging.LogRecord) -> bool:
+        return not any(words in record.getMessage() for words in _REPORTS)
 
-    source.addFilter(hold)
+    source.addFilter(is_other)
     try:
-        yield held
+        yield
     finally:
-        source.removeFilter(hold)
-        for record in held:
-            source.handle(record)
+        source.removeFilter(is_other)

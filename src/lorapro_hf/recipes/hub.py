@@ -16,11 +16,7 @@ class NotFetchedError(OSError):
 
 @contextmanager
 def sought(kind: str, name: str | None) -> Iterator[None]:
-    """Name the wanted thing where the message of transformers or datasets speaks of the Hub alone.
-
-    Args:
-        kind: What is loaded, such as "the model".
-        name: Its name or folder.
+    """Name the model or data set in errors of transformers and datasets that speak of the Hub alone.
 
     Raises:
         NotFetchedError: in place of such an error, with its first line.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
 
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.cells import require_columns, require_plain, with_texts
@@ -29,30 +30,27 @@ Below is an instruction that describes a task. Write a response that appropriate
 class InstructionArguments(DataArguments):
     """The data set: conversations, prompts with completions, or columns that become prompts and completions."""
 
-    prompt_column: str | None = field(default=None, metadata={"help": "Column with the instruction or question."})
-    input_column: str | None = field(
-        default=None, metadata={"help": "Column with the material of the instruction; blank cells add nothing."}
+    prompt_column: str | None = HfArg(default=None, help="Column with the instruction or question.")
+    input_column: str | None = HfArg(
+        default=None, help="Column with the material of the instruction; blank cells add nothing."
     )
-    completion_column: str | None = field(default=None, metadata={"help": "Column with the answer."})
-    prompt_template: str | None = field(
+    completion_column: str | None = HfArg(default=None, help="Column with the answer.")
+    prompt_template: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Template for --prompt_column: alpaca, chat (the tokenizer's chat template) or a text with "
-            "{instruction}. By default none."
-        },
+        help="Template for --prompt_column: alpaca, chat (the tokenizer's chat template) or a text with "
+        "{instruction}. By default none.",
     )
-    completion_pattern: str | None = field(
-        default=None,
-        metadata={"help": "Regular expression: keep the part of an answer that it matches, drop rows without a match."},
+    completion_pattern: str | None = HfArg(
+        default=None, help="Regular expression: keep the part of an answer that it matches, drop rows without a match."
     )
-    keep_where: list[str] | None = field(
-        default=None, metadata={"help": "COLUMN=PATTERN: keep rows in which each regular expression matches."}
+    keep_where: list[str] | None = HfArg(
+        default=None, help="COLUMN=PATTERN: keep rows in which each regular expression matches."
     )
-    drop_where: list[str] | None = field(
-        default=None, metadata={"help": "COLUMN=PATTERN: drop rows in which a regular expression matches."}
+    drop_where: list[str] | None = HfArg(
+        default=None, help="COLUMN=PATTERN: drop rows in which a regular expression matches."
     )
-    drop_longer_than: int | None = field(
-        default=None, metadata={"help": "Drop rows whose prompt and completion together have more tokens."}
+    drop_longer_than: int | None = HfArg(
+        default=None, help="Drop rows whose prompt and completion together have more tokens."
     )
 
     def __post_init__(self) -> None:
@@ -102,13 +100,6 @@ def prepared(
     """Return the rows that the conditions keep, with columns `prompt` and `completion` if columns are named.
 
     Numbers become texts, and rows without a prompt or completion are dropped. A condition never holds in a blank cell.
-
-    Args:
-        rows: A split as it was loaded.
-        split: Its name, for messages.
-        data: The columns, the conditions and the template.
-        tokenizer: Counts tokens for `drop_longer_than`.
-        templates: Templates with `{instruction}`, by name.
 
     Raises:
         UsageError: if a column or template does not exist, a cell holds something other than text, or no row is left.

@@ -132,11 +132,6 @@ def of_labels(name: str, is_regression: bool = False) -> Callable[[Any], dict[st
 
 
 def labels_in(predictions: Any, is_regression: bool = False) -> Any:
-    """Return the labels, or the numbers if `is_regression`, of a `Trainer`'s predictions.
-
-    Args:
-        predictions: Logits, or a tuple of logits and states of an encoder.
-        is_regression: Whether the model returns one number.
-    """
+    """Return the labels, or the numbers if `is_regression`, of a `Trainer`'s logits, which may lead a tuple."""
     logits = predictions[0] if isinstance(predictions, tuple) else predictions
     return np.squeeze(logits, axis=-1) if is_regression else np.argmax(logits, axis=-1)

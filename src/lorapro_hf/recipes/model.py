@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.utils import ModulesToSaveWrapper
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
 
 from lorapro_hf.checkpoints.adapters import ADAPTER_FILES
 from lorapro_hf.options import UsageError
@@ -29,36 +30,30 @@ _FLAGS |= {name: name for name in ("lora_alpha", "lora_dropout", "use_rslora", "
 class ModelArguments:
     """The base model: a name on the Hub or a local folder."""
 
-    model_name_or_path: str = field(metadata={"help": "Base model: a name on the Hub or a local folder."})
-    config_name: str | None = field(default=None, metadata={"help": "Configuration, if not the model's own."})
-    tokenizer_name: str | None = field(
-        default=None, metadata={"help": "Tokenizer or processor, if not the model's own."}
+    model_name_or_path: str = HfArg(help="Base model: a name on the Hub or a local folder.")
+    config_name: str | None = HfArg(default=None, help="Configuration, if not the model's own.")
+    tokenizer_name: str | None = HfArg(default=None, help="Tokenizer or processor, if not the model's own.")
+    gguf_file: str | None = HfArg(
+        default=None, help="GGUF file of the model's folder to load and dequantize (extra 'demo')."
     )
-    gguf_file: str | None = field(
-        default=None, metadata={"help": "GGUF file of the model's folder to load and dequantize (extra 'demo')."}
+    cache_dir: str | None = HfArg(default=None, help="Folder for downloads.")
+    model_revision: str = HfArg(default="main", help="Branch, tag or commit of the model.")
+    token: str | None = HfArg(default=None, help="Token for the Hub, if not the one you logged in with.")
+    trust_remote_code: bool = HfArg(
+        default=False, help="Run code that comes with the model. Read it before you set this."
     )
-    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloads."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model."})
-    token: str | None = field(default=None, metadata={"help": "Token for the Hub, if not the one you logged in with."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that comes with the model. Read it before you set this."}
-    )
-    dtype: str | None = field(
+    dtype: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "Precision of the base model; by default the checkpoint's (under transformers 4 float32).",
-            "choices": ["auto", "float32", "bfloat16", "float16"],
-        },
+        help="Precision of the base model; by default the checkpoint's (under transformers 4 float32).",
+        metadata={"choices": ["auto", "float32", "bfloat16", "float16"]},
     )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention: eager, sdpa, flash_attention_2, ..."}
+    attn_implementation: str | None = HfArg(default=None, help="Attention: eager, sdpa, flash_attention_2, ...")
+    load_in_4bit: bool = HfArg(default=False, help="Quantize the base model to 4 bits (QLoRA).")
+    load_in_8bit: bool = HfArg(default=False, help="Quantize the base model to 8 bits.")
+    bnb_4bit_quant_type: str = HfArg(
+        default="nf4", help="Data type of the 4 bits.", metadata={"choices": ["nf4", "fp4"]}
     )
-    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the base model to 4 bits (QLoRA)."})
-    load_in_8bit: bool = field(default=False, metadata={"help": "Quantize the base model to 8 bits."})
-    bnb_4bit_quant_type: str = field(
-        default="nf4", metadata={"help": "Data type of the 4 bits.", "choices": ["nf4", "fp4"]}
-    )
-    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantize the scales of 4 bits as well."})
+    use_bnb_nested_quant: bool = HfArg(default=False, help="Quantize the scales of 4 bits as well.")
 
     def __post_init__(self) -> None:
         if self.load_in_4bit and self.load_in_8bit:
@@ -79,31 +74,27 @@ class ModelArguments:
 class AdapterArguments:
     """The LoRA adapter, by TRL's names."""
 
-    adapter_name_or_path: str | None = field(
-        default=None,
-        metadata={"help": "Adapter on the Hub or in a folder to continue or evaluate, in place of a new one."},
+    adapter_name_or_path: str | None = HfArg(
+        default=None, help="Adapter on the Hub or in a folder to continue or evaluate, in place of a new one."
     )
-    lora_r: int = field(default=8, metadata={"help": "Rank."})
-    lora_alpha: float = field(default=16, metadata={"help": "The update is scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapter."})
-    lora_target_modules: list[str] = field(
+    lora_r: int = HfArg(default=8, help="Rank.")
+    lora_alpha: float = HfArg(default=16, help="The update is scaled by lora_alpha / lora_r.")
+    lora_dropout: float = HfArg(default=0.0, help="Dropout before the adapter.")
+    lora_target_modules: list[str] = HfArg(
         default_factory=lambda: ["all-linear"],
-        metadata={
-            "help": "Names of the layers to adapt, all-linear (all but the head), or one regular expression that whole "
-            "names match, such as '.*language_model.*_proj'."
-        },
+        help="Names of the layers to adapt, all-linear (all but the head), or one regular expression that whole "
+        "names match, such as '.*language_model.*_proj'.",
     )
-    lora_target_parameters: list[str] | None = field(
-        default=None, metadata={"help": "Parameters to adapt that belong to no layer of their own (packed experts)."}
+    lora_target_parameters: list[str] | None = HfArg(
+        default=None, help="Parameters to adapt that belong to no layer of their own (packed experts)."
     )
-    lora_modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Layers to train whole; heads that a task adds are trained whole in any case."}
+    lora_modules_to_save: list[str] | None = HfArg(
+        default=None, help="Layers to train whole; heads that a task adds are trained whole in any case."
     )
-    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r) (rsLoRA)."})
-    use_dora: bool = field(default=False, metadata={"help": "Weight-decomposed adapter (DoRA)."})
-    init_lora_weights: str = field(
-        default="true",
-        metadata={"help": "Start of the factors: true (B = 0), gaussian, orthogonal, olora, pissa."},
+    use_rslora: bool = HfArg(default=False, help="Scale by lora_alpha / sqrt(lora_r) (rsLoRA).")
+    use_dora: bool = HfArg(default=False, help="Weight-decomposed adapter (DoRA).")
+    init_lora_weights: str = HfArg(
+        default="true", help="Start of the factors: true (B = 0), gaussian, orthogonal, olora, pissa."
     )
 
     def __post_init__(self) -> None:
@@ -117,11 +108,7 @@ class AdapterArguments:
             )
 
     def lora_config(self, task_type: str | None) -> LoraConfig:
-        """Return PEFT's configuration of the adapter.
-
-        Args:
-            task_type: PEFT's name of the task, such as `"CAUSAL_LM"`.
-        """
+        """Return PEFT's configuration of the adapter, for PEFT's name of a task such as `"CAUSAL_LM"`."""
         targets = self.lora_target_modules
         is_pattern = len(targets) == 1 and _PATTERN.search(targets[0]) is not None
         # older versions of PEFT do not have this setting
@@ -141,13 +128,7 @@ class AdapterArguments:
 
 
 def load_model(auto_class: Any, arguments: ModelArguments, **kwargs: Any) -> Any:
-    """Return the base model, quantized if asked for.
-
-    Args:
-        auto_class: Such as `AutoModelForCausalLM`.
-        arguments: The model's name and settings.
-        **kwargs: More keywords for `from_pretrained` (`config`, `num_labels`, ...).
-    """
+    """Return the base model, quantized if asked for; `kwargs` are more keywords for `from_pretrained`."""
     if arguments.config_name is not None and "config" not in kwargs:
         config, kwargs = load_config(arguments, return_unused_kwargs=True, **kwargs)
         kwargs["config"] = config
@@ -172,13 +153,7 @@ def load_config(arguments: ModelArguments, **kwargs: Any) -> Any:
 
 
 def load_processor(auto_class: Any, source: str, arguments: ModelArguments) -> Any:
-    """Return an image processor or feature extractor.
-
-    Args:
-        auto_class: Such as `AutoImageProcessor`.
-        source: Name on the Hub or local folder.
-        arguments: The settings for the Hub.
-    """
+    """Return an image processor or feature extractor."""
     with sought("the processor of the model", source):
         return auto_class.from_pretrained(source, **arguments.hub_kwargs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 import sys
@@ -80,26 +81,23 @@ class RecipeParser(HfArgumentParser):
         return f"; did you mean {' or '.join(close)}?" if close else "; --help lists them."
 
 
-def split_recipe(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+def split_recipe(words: Sequence[str]) -> tuple[Path | None, list[str]]:
     """Return the recipe of a command line, if there is one, and all other words.
 
     Raises:
         UsageError: if there are two recipes, or `--config` is the last word.
     """
-    rest, recipes = list(arguments), []
-    if rest and rest[0].endswith(_SUFFIXES) and not rest[0].startswith("-"):
-        recipes.append(rest.pop(0))
-    while "--config" in rest:
-        at = rest.index("--config")
-        if at + 1 == len(rest):
-            raise UsageError("--config needs the path of a YAML recipe.")
-        recipes.append(rest[at + 1])
-        del rest[at : at + 2]
-    inline = [word for word in rest if word.startswith("--config=")]
-    recipes += [word.partition("=")[2] for word in inline]
+    is_first = bool(words) and words[0].endswith(_SUFFIXES) and not words[0].startswith("-")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", action="append", default=[])
+    try:
+        options, rest = parser.parse_known_args(words[is_first:])
+    except argparse.ArgumentError as error:
+        raise UsageError("--config needs the path of a YAML recipe.") from error
+    recipes = [*words[:is_first], *options.config]
     if len(recipes) > 1:
         raise UsageError(f"{recipes[0]} and {recipes[1]}: one recipe at a time; a recipe may extend another.")
-    return (Path(recipes[0]) if recipes else None), [word for word in rest if word not in inline]
+    return (Path(recipes[0]) if recipes else None), rest
 
 
 def read_recipe(path: Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -11,11 +11,7 @@ CODE = 130  # 128 and the number of SIGINT, as in a shell
 
 
 def say_stopped(way_on: str = "") -> None:
-    """Print that Ctrl-C stopped the program, on the first of several processes.
-
-    Args:
-        way_on: How to resume the training; empty if it has not begun.
-    """
+    """Print that Ctrl-C stopped the program, on the first of several processes."""
     if os.environ.get("RANK", "0") == "0":
         way_on = way_on or "Nothing has been trained yet: the same command starts anew."
         print(f"{Path(sys.argv[0]).name}: stopped by Ctrl-C. {way_on}", file=sys.stderr)

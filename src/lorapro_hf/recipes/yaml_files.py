@@ -32,10 +32,6 @@ class _Loader(yaml.SafeLoader):
 def parse_yaml(text: str, where: str) -> Any:
     """Return the value of a YAML text.
 
-    Args:
-        text: The text.
-        where: Its file or option, for messages.
-
     Raises:
         UsageError: if the text is no YAML, or a mapping has a key twice.
     """
@@ -56,10 +52,6 @@ def parse_yaml(text: str, where: str) -> Any:
 
 def read_yaml(path: Path, kind: str) -> Any:
     """Return the value of a YAML file.
-
-    Args:
-        path: The file.
-        kind: Its kind for messages, such as "the recipe".
 
     Raises:
         UsageError: if the file cannot be read, is no YAML, or has a key twice in a mapping.

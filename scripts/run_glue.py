@@ -14,7 +14,6 @@ import lorapro_hf.recipes.quiet  # noqa: F401  (before other libraries are impor
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict
@@ -202,13 +201,12 @@ def main(argv: list[str] | None = None) -> None:
         compute_metrics=of_labels(metric, is_regression=labels is None),
     )
 
-    def save_predictions(output: Any) -> None:
-        found = labels_in(output.predictions, is_regression=labels is None)
-        lines = [f"{index}\t{value if labels is None else labels[value]}" for index, value in enumerate(found)]
-        Path(training.output_dir, "predictions.txt").write_text("\n".join(["index\tprediction", *lines]) + "\n")
+    def lines_of(output: Any) -> list[str]:
+        values = enumerate(labels_in(output.predictions, is_regression=labels is None))
+        return ["index\tprediction", *(f"{n}\t{value if labels is None else labels[value]}" for n, value in values)]
 
     card = {"finetuned_from": source, "tasks": "text-classification", "dataset": data.task_name or data.described}
-    run(trainer, splits.get("test"), card, save_predictions=save_predictions)
+    run(trainer, splits.get("test"), card, lines_of=lines_of)
 
 
 if __name__ == "__main__":

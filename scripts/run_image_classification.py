@@ -164,14 +164,13 @@ def main(argv: list[str] | None = None) -> None:
         compute_metrics=of_labels("accuracy"),
     )
 
-    def save_predictions(output: Any) -> None:
-        found = enumerate(labels_in(output.predictions))
-        lines = ["index\tprediction", *(f"{index}\t{labels[number]}" for index, number in found)]
-        Path(training.output_dir, "predictions.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    def lines_of(output: Any) -> list[str]:
+        numbers = enumerate(labels_in(output.predictions))
+        return ["index\tprediction", *(f"{n}\t{labels[number]}" for n, number in numbers)]
 
     dataset = data.described or (Path(data.train_dir).name if data.train_dir else None)
     card = {"finetuned_from": source, "tasks": "image-classification", "dataset": dataset}
-    run(trainer, splits.get("test"), card, save_predictions=save_predictions)
+    run(trainer, splits.get("test"), card, lines_of=lines_of)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import lorapro_hf.recipes.quiet  # noqa: F401  (before other libraries are impor
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -200,13 +199,12 @@ def main(argv: list[str] | None = None) -> None:
         compute_metrics=of_texts(data.metric, tokenizer) if training.predict_with_generate else None,
     )
 
-    def save_predictions(output: Any) -> None:
-        lines = [" ".join(text.split()) for text in decoded(tokenizer, output.predictions)]
-        Path(training.output_dir, "predictions.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    def lines_of(output: Any) -> list[str]:
+        return [" ".join(text.split()) for text in decoded(tokenizer, output.predictions)]
 
     task = "translation" if data.source_lang else "summarization" if data.metric == "rouge" else "text2text-generation"
     card = {"finetuned_from": source, "tasks": task, "dataset": data.described}
-    run(trainer, splits.get("test"), card, save_predictions=save_predictions)
+    run(trainer, splits.get("test"), card, lines_of=lines_of)
 
 
 if __name__ == "__main__":

@@ -181,13 +181,9 @@ def main(argv: list[str] | None = None) -> None:
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(dim=-1),
     )
 
-    def save_predictions(output: Any) -> None:
-        lines = "\n".join(decoded(output.predictions))
-        Path(training.output_dir, "predictions.txt").write_text(f"{lines}\n", encoding="utf-8")
-
     tokenizer.save_pretrained(training.output_dir)
     card = {"finetuned_from": source, "tasks": "automatic-speech-recognition", "dataset": data.described}
-    run(trainer, splits.get("test"), card, save_predictions=save_predictions)
+    run(trainer, splits.get("test"), card, lines_of=lambda output: decoded(output.predictions))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from datasets import Dataset, Image
 from transformers import TrainingArguments
@@ -27,7 +28,7 @@ WHERE = "the train set"
 
 @pytest.fixture(autouse=True)
 def _with_a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pandas
 import pytest
 from datasets import Dataset, DatasetDict
@@ -35,7 +36,7 @@ WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], Any]] = {
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_with_a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Literal
@@ -94,19 +94,19 @@ def run(
     test_dataset: Any = None,
     card: dict[str, Any] | None = None,
     finish_metrics: Callable[[dict[str, float]], dict[str, float]] = lambda metrics: metrics,
-    save_predictions: Callable[[Any], None] | None = None,
+    lines_of: Callable[[Any], Iterable[str]] | None = None,
 ) -> dict[str, float]:
     """Train, evaluate and predict as the arguments ask.
 
     `output_dir` gets the adapter, its model card, `trainer_state.json`, and the metrics in `all_results.json` and in a
-    file for each split.
+    file for each split; `predictions.txt` gets the predictions.
 
     Args:
         trainer: A trainer with the datasets that it needs.
         test_dataset: The rows for `--do_predict`.
         card: Keywords of `create_model_card` and `push_to_hub` (`dataset`, `tasks`, ...).
         finish_metrics: Adds metrics to those of a split, such as the perplexity.
-        save_predictions: Saves the output of `Trainer.predict`; called on the main process.
+        lines_of: Turns the output of `Trainer.predict` into the lines of `predictions.txt`.
 
     Returns:
         All metrics, by their names in `all_results.json`.
@@ -114,8 +114,8 @@ def run(
     Raises:
         DiskFullError: if a file could not be written to its end.
     """
-    card = dict(card or {})
-    arguments, metrics = trainer.args, {}
+    card, arguments = dict(card or {}), trainer.args
+    metrics: dict[str, float] = {}
     if "finetuned_from" in card and Path(card["finetuned_from"]).exists():
         del card["finetuned_from"]  # the Hub would refuse a local path as the name of a model
     with with_a_way_on(trainer):
@@ -130,8 +130,9 @@ def run(
         if arguments.do_predict:
             output = trainer.predict(test_dataset, metric_key_prefix="predict")
             metrics |= _saved(trainer, "predict", finish_metrics(dict(output.metrics)))
-            if save_predictions is not None and trainer.is_world_process_zero():
-                save_predictions(output)
+            if lines_of is not None and trainer.is_world_process_zero():
+                text = "".join(f"{line}\n" for line in lines_of(output))
+                Path(arguments.output_dir, "predictions.txt").write_text(text, encoding="utf-8")
         if arguments.push_to_hub:
             trainer.push_to_hub(**card)
         elif arguments.do_train:

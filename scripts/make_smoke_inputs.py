@@ -34,7 +34,7 @@ QUESTIONS, ANSWERS = [f"What is {n} + 1?" for n in range(24)], [f"The answer is 
 
 
 def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Bytes as tokens, and a chat template that marks what the assistant says."""
+    """Return a tokenizer of bytes with a chat template that marks the assistant's turns."""
     special = ["<pad>", "<s>", "</s>", "<image>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     plain = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(special + alphabet)}, merges=[]))
@@ -47,7 +47,7 @@ def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def t5_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """The same, closing each text with the end mark, as T5's does."""
+    """Return the same tokenizer, which ends each text with </s> as T5's does."""
     fast = byte_tokenizer()
     fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", fast.eos_token_id)]
@@ -56,7 +56,7 @@ def t5_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def text_models() -> dict[str, tuple[Any, Any]]:
-    """Language models by name, each with its tokenizer."""
+    """Return language models by name, each with its tokenizer."""
     words = byte_tokenizer()
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": len(words)}
     llama = transformers.LlamaConfig(**DECODER, **tokens)
@@ -79,18 +79,18 @@ def text_models() -> dict[str, tuple[Any, Any]]:
 
 
 class PixelSettings:
-    """What an image processor saves; the processor itself would want torchvision in some versions of transformers."""
+    """The saved settings of an image processor, which needs torchvision in some versions of transformers."""
 
     def __init__(self, kind: str, **settings: Any) -> None:
         self.settings = {"image_processor_type": kind, **settings}
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the settings to where `AutoImageProcessor` looks for them."""
+        """Write the settings for `AutoImageProcessor`."""
         (folder / "preprocessor_config.json").write_text(json.dumps(self.settings, indent=2), encoding="utf-8")
 
 
 def perception_models() -> dict[str, tuple[Any, Any]]:
-    """Models of pictures and of speech by name, each with its processor."""
+    """Return models of pictures and of speech by name, each with its processor."""
     square = {"height": 16, "width": 16}
     scaled = {"size": square, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     text = {**WIDTHS, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
@@ -113,7 +113,7 @@ def perception_models() -> dict[str, tuple[Any, Any]]:
 
 
 def write_texts(folder: Path) -> None:
-    """Rows for every script that reads texts, one file each."""
+    """Write a file of rows for each task on texts."""
     together = list(zip(QUESTIONS, ANSWERS, strict=True))
     tables: dict[str, Callable[[int, str, str], dict[str, Any]]] = {
         "messages": lambda n, q, a: {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]},
@@ -137,7 +137,7 @@ def write_texts(folder: Path) -> None:
 
 
 def write_pictures(folder: Path, count: int = 4) -> None:
-    """Noisy pictures of one color each, in a folder for each color."""
+    """Write noisy pictures of one color each, in a folder for each color."""
     generator = np.random.default_rng(0)
     for color, values in COLORS.items():
         (folder / color).mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ def write_pictures(folder: Path, count: int = 4) -> None:
 
 
 def write_speech(folder: Path, count: int = 6, rate: int = 8000) -> None:
-    """Tones of half a second in WAV files, and a table of what they say."""
+    """Write tones of half a second in WAV files, and a table of their words."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for number in range(count):
@@ -161,7 +161,7 @@ def write_speech(folder: Path, count: int = 6, rate: int = 8000) -> None:
 
 
 def main(folder: str) -> None:
-    """Write everything below a folder."""
+    """Write all models and data below a folder."""
     root = Path(folder)
     transformers.set_seed(0)
     for name, (model, processor) in {**text_models(), **perception_models()}.items():
@@ -174,5 +174,5 @@ def main(folder: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="where the models and data go, such as build/smoke")
+    parser.add_argument("folder", help="folder for the models and data, such as build/smoke")
     main(parser.parse_args().folder)

@@ -12,7 +12,7 @@ import lorapro_hf.recipes.quiet  # noqa: F401  (before other libraries are impor
 # isort: split
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, default_data_collator
+from transformers.hf_argparser import HfArg
 
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
 from lorapro_hf.options import UsageError
-from lorapro_hf.recipes.cells import with_texts
+from lorapro_hf.recipes.cells import holds_messages, with_texts
 from lorapro_hf.recipes.data import DataArguments, load_splits
 from lorapro_hf.recipes.flow import as_program, run, start
 from lorapro_hf.recipes.metrics import load_metric
@@ -36,14 +37,11 @@ TEXT = "text"
 
 @dataclass
 class TextArguments(DataArguments):
-    """The texts."""
+    """The data set of texts."""
 
-    text_column: str | None = field(
-        default=None, metadata={"help": "Column with the texts; by default `text`, else the first."}
-    )
-    block_size: int | None = field(
-        default=None,
-        metadata={"help": f"Tokens of an example; by default what the model can take, at most {DEFAULT_BLOCK}."},
+    text_column: str | None = HfArg(default=None, help="Column with the texts; by default `text`, else the first.")
+    block_size: int | None = HfArg(
+        default=None, help=f"Tokens of an example; by default the model's longest, at most {DEFAULT_BLOCK}."
     )
 
     def __post_init__(self) -> None:
@@ -52,25 +50,31 @@ class TextArguments(DataArguments):
 
 
 def texts(rows: Dataset, split: str, data: TextArguments) -> Dataset:
-    """The column of texts alone, without blank cells; an empty line is a text."""
+    """Return the column of texts without blank cells; an empty line is a text."""
     names = rows.column_names
-    column = data.text_column or ("text" if "text" in names else names[0])
+    conversations = next((name for name in ("messages", "conversations") if name in names), names[0])
+    column = data.text_column or (TEXT if TEXT in names else conversations)
     if column not in names:
         raise UsageError(f"--text_column {column}: the columns are {names}.")
+    if holds_messages(rows, column):
+        raise UsageError(
+            f"the column {column} of the {split} set holds messages: train on them by run_sft.py, or name a column of "
+            "plain text by --text_column."
+        )
     rows = with_texts(rows.select_columns([column]), (column,), f"the {split} set", map_kwargs=data.map_kwargs)
     return rows if column == TEXT else rows.rename_column(column, TEXT)
 
 
 def blocks(splits: DatasetDict, tokenizer: Any, block_size: int, data: TextArguments) -> DatasetDict:
-    """The texts of each split, joined, and cut into blocks of equal length; what remains at the end is left out."""
+    """Join the texts of each split and cut them into blocks of equal length, without the remainder."""
 
     def tokenize(batch: dict[str, list[str]]) -> dict[str, Any]:
         return dict(tokenizer(batch[TEXT], return_attention_mask=False, verbose=False))
 
     def cut(batch: dict[str, list[list[int]]]) -> dict[str, Any]:
         ids = list(chain.from_iterable(batch["input_ids"]))
-        whole = len(ids) - len(ids) % block_size
-        pieces = [ids[start : start + block_size] for start in range(0, whole, block_size)]
+        end = len(ids) - len(ids) % block_size
+        pieces = [ids[start : start + block_size] for start in range(0, end, block_size)]
         return {"input_ids": pieces, "labels": [list(piece) for piece in pieces]}
 
     tokens = splits.map(tokenize, batched=True, remove_columns=TEXT, **data.map_kwargs)
@@ -83,13 +87,13 @@ def blocks(splits: DatasetDict, tokenizer: Any, block_size: int, data: TextArgum
 
 
 def chosen_tokens(logits: Any, labels: Any) -> Any:
-    """The likeliest token at each place, so that the evaluation need not keep the logits."""
+    """Return the likeliest token at each position, which takes less memory than the logits."""
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
 
 
 @as_program
 def main(argv: list[str] | None = None) -> None:
-    """Train and evaluate as the flags say."""
+    """Train and evaluate as the flags ask."""
     parser = RecipeParser(
         (ModelArguments, AdapterArguments, TextArguments, LoRAProTrainingArguments), "run_clm.py", description=__doc__
     )
@@ -100,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     splits = load_splits(data, training, model_args.cache_dir, prepare=partial(texts, data=data))
     tokenizer = load_tokenizer(model_args)
     model = load_model(AutoModelForCausalLM, model_args)
-    # models without a table of positions (Mamba, BLOOM) have no such bound
+    # Mamba and BLOOM have no limit of positions
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
     longest = min(positions, tokenizer.model_max_length)
     block_size = data.block_size or min(longest, DEFAULT_BLOCK)
@@ -114,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def token_accuracy(prediction: Any) -> dict[str, float]:
         predicted, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
-        return dict(accuracy.compute(predictions=np.ravel(predicted), references=np.ravel(labels)))
+        return accuracy(np.ravel(predicted), np.ravel(labels))
 
     trainer = LoRAProTrainer(
         model,

@@ -1,11 +1,11 @@
 r"""Align a language model with preferences by DPO, with LoRA-Pro and TRL.
 
-Rows have `chosen` and `rejected`, and `prompt` where those two do not begin with it; all of them texts or messages.
+Rows have `chosen` and `rejected`, and `prompt` unless both begin with the prompt; each is a text or a list of messages.
 
     python scripts/run_dpo.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
         --dataset_name trl-lib/ultrafeedback_binarized --learning_rate 5e-7 --output_dir runs/dpo
 
-The reference is the base model, or with `--adapter_name_or_path` the adapter as it was before the training.
+The reference is the base model, or with `--adapter_name_or_path` the adapter before the training.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ with one_line_errors():
 
 @dataclass
 class PreferenceArguments(DataArguments):
-    """The preferences."""
+    """The data set of preferences."""
 
     prompt_column: str | None = field(default=None, metadata={"help": "Column with the prompt, if not `prompt`."})
     chosen_column: str = field(default="chosen", metadata={"help": "Column with the better answer."})
@@ -45,11 +45,11 @@ class PreferenceArguments(DataArguments):
 class DPOSettings(LoRAProDPOConfig):
     """`trl.DPOConfig` with LoRA-Pro's settings."""
 
-    trust_remote_code: bool = field(default=False, init=False)  # an argument of the model
+    trust_remote_code: bool = field(default=False, init=False)  # `ModelArguments` has it
 
 
 def preferences(rows: Dataset, split: str, data: PreferenceArguments) -> Dataset:
-    """The columns that are used, by TRL's names, without rows that are blank in one."""
+    """Return the columns by TRL's names, without blank rows."""
     names = {data.chosen_column: "chosen", data.rejected_column: "rejected"}
     prompt = data.prompt_column or "prompt"
     if data.prompt_column is not None or prompt in rows.column_names:
@@ -61,7 +61,7 @@ def preferences(rows: Dataset, split: str, data: PreferenceArguments) -> Dataset
 
 @as_program
 def main(argv: list[str] | None = None) -> None:
-    """Train and evaluate as the flags say."""
+    """Train and evaluate as the flags ask."""
     parser = RecipeParser(
         (ModelArguments, AdapterArguments, PreferenceArguments, DPOSettings), "run_dpo.py", description=__doc__
     )
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
             )
     trainer = LoRAProDPOTrainer(
         args=training,
-        train_dataset=splits.get("train", splits.get("validation")),  # TRL wants one to look at
+        train_dataset=splits.get("train", splits.get("validation")),  # TRL requires one
         eval_dataset=splits.get("validation"),
         **parts(training, model_args, adapter, tokenizer),
     )

@@ -12,9 +12,8 @@ import lorapro_hf.recipes.quiet  # noqa: F401  (before other libraries are impor
 
 # isort: split
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict
@@ -23,6 +22,7 @@ from transformers import (
     DataCollatorWithPadding,
     default_data_collator,
 )
+from transformers.hf_argparser import HfArg
 
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
 from lorapro_hf.options import UsageError
@@ -52,21 +52,20 @@ TEXT_COLUMNS = {
     "wnli": ("sentence1", "sentence2"),
 }
 
-OF_MEASURES = ("pearson_and_spearman", "mse")  # metrics of regressions
+REGRESSION_METRICS = ("pearson_and_spearman", "mse")
 
 
 @dataclass
 class GlueArguments(DataArguments):
-    """The texts and their labels."""
+    """The data set of texts and labels."""
 
-    task_name: str | None = field(default=None, metadata={"help": "GLUE task.", "choices": [*TEXT_COLUMNS]})
-    max_seq_length: int = field(
-        default=128, metadata={"help": "Cut texts to so many tokens, or to what the model takes."}
-    )
-    pad_to_max_length: bool = field(default=False, metadata={"help": "Pad to max_seq_length, not to the batch."})
-    metric_for_labels: str | None = field(
+    task_name: str | None = HfArg(default=None, help="GLUE task.", metadata={"choices": [*TEXT_COLUMNS]})
+    max_seq_length: int = HfArg(default=128, help="Most tokens of a text, within the limit of the model.")
+    pad_to_max_length: bool = HfArg(default=False, help="Pad to max_seq_length, not to the batch.")
+    metric_for_labels: str | None = HfArg(
         default=None,
-        metadata={"help": "Metric where there is no task.", "choices": [*dict.fromkeys(GLUE_METRICS.values()), "mse"]},
+        help="Metric if no task is named.",
+        metadata={"choices": [*dict.fromkeys(GLUE_METRICS.values()), "mse"]},
     )
 
     def __post_init__(self) -> None:
@@ -74,16 +73,16 @@ class GlueArguments(DataArguments):
         self.require_positive("max_seq_length")
         if self.task_name is None:
             return
-        if self.dataset_name is None and not self._files():  # files stand in for the task where there is no network
+        if self.dataset_name is None and not self._files():  # files may replace the download
             self.dataset_name, self.dataset_config_name = "nyu-mll/glue", self.task_name
         if self.task_name == "mnli" and self.dataset_name == "nyu-mll/glue":
-            for name in ("validation", "test"):  # --validation_split validation_mismatched stays what it is
+            for name in ("validation", "test"):  # keep --validation_split validation_mismatched
                 if getattr(self, f"{name}_split") == name:
                     setattr(self, f"{name}_split", f"{name}_matched")
 
 
 def text_columns(data: GlueArguments, names: list[str]) -> tuple[str, str | None]:
-    """The one or two columns that are read."""
+    """Return the one or two columns of texts."""
     if data.task_name is not None:
         return TEXT_COLUMNS[data.task_name]
     others = [name for name in names if name not in ("label", "idx", "id")]
@@ -95,7 +94,7 @@ def text_columns(data: GlueArguments, names: list[str]) -> tuple[str, str | None
 
 
 def complete(rows: Dataset, split: str, data: GlueArguments) -> Dataset:
-    """Rows with texts and a label; a test set may hide its labels."""
+    """Return the rows that have texts and a label; a test set may hide its labels."""
     columns = [column for column in text_columns(data, rows.column_names) if column is not None]
     require_columns(rows, columns)
     guessed = data.task_name is None and columns != ["sentence1", "sentence2"]
@@ -111,12 +110,12 @@ def complete(rows: Dataset, split: str, data: GlueArguments) -> Dataset:
 
 
 def hides_labels(rows: Dataset) -> bool:
-    """Whether the labels of a test set are blank, or GLUE's -1."""
+    """Return whether the labels of a test set are blank, or -1 as in GLUE."""
     return is_blank(rows, "label") or -1 in rows["label"]
 
 
 def labels_of(splits: DatasetDict) -> list[str] | None:
-    """The names of the labels, in the order of their numbers; `None` where labels are measures (regression)."""
+    """Return the names of the labels in the order of their numbers; `None` for a regression."""
     for name, rows in splits.items():
         if "label" not in rows.column_names and name != "test":
             raise UsageError(f"the {name} set has no column `label`, only {rows.column_names}.")
@@ -129,7 +128,7 @@ def labels_of(splits: DatasetDict) -> list[str] | None:
 
 
 def tokenized(splits: DatasetDict, tokenizer: Any, labels: list[str] | None, data: GlueArguments) -> DatasetDict:
-    """Tokens and numbers of labels, without the texts; no labels in a test set that hides them (GLUE's are -1)."""
+    """Return tokens and numbers of labels; a test set with hidden labels gets no labels."""
     are_numbers = labels is None or isinstance(splits["train"].features["label"], ClassLabel)
     numbers = {name: number for number, name in enumerate(labels or [])}
 
@@ -159,7 +158,7 @@ def tokenized(splits: DatasetDict, tokenizer: Any, labels: list[str] | None, dat
 
 @as_program
 def main(argv: list[str] | None = None) -> None:
-    """Train, evaluate and predict as the flags say."""
+    """Train, evaluate and predict as the flags ask."""
     parser = RecipeParser(
         (ModelArguments, AdapterArguments, GlueArguments, LoRAProTrainingArguments), "run_glue.py", description=__doc__
     )
@@ -167,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     start(training)
     splits = load_splits(
         *(data, training, model_args.cache_dir),
-        also=("train",),  # it numbers the labels
+        also=("train",),  # for the numbers of the labels
         prepare=partial(complete, data=data),
     )
     labels = labels_of(splits)
@@ -189,8 +188,8 @@ def main(argv: list[str] | None = None) -> None:
         splits = tokenized(splits, tokenizer, labels, data)
     by_default = "mse" if labels is None else "accuracy"
     metric = GLUE_METRICS[data.task_name] if data.task_name else data.metric_for_labels or by_default
-    if (metric in OF_MEASURES) != (labels is None) or (metric == "accuracy_and_f1" and len(labels or ()) != 2):
-        kind = "measures" if labels is None else f"{len(labels)} classes"
+    if (metric in REGRESSION_METRICS) != (labels is None) or (metric == "accuracy_and_f1" and len(labels or ()) != 2):
+        kind = "floats" if labels is None else f"{len(labels)} classes"
         raise UsageError(f"the metric {metric} does not fit labels that are {kind}; see --metric_for_labels.")
     trainer = LoRAProTrainer(
         model,
@@ -202,13 +201,12 @@ def main(argv: list[str] | None = None) -> None:
         compute_metrics=of_labels(metric, is_regression=labels is None),
     )
 
-    def save_predictions(output: Any) -> None:
-        found = labels_in(output.predictions, is_regression=labels is None)
-        lines = [f"{index}\t{value if labels is None else labels[value]}" for index, value in enumerate(found)]
-        Path(training.output_dir, "predictions.txt").write_text("\n".join(["index\tprediction", *lines]) + "\n")
+    def lines_of(output: Any) -> list[str]:
+        values = enumerate(labels_in(output.predictions, is_regression=labels is None))
+        return ["index\tprediction", *(f"{n}\t{value if labels is None else labels[value]}" for n, value in values)]
 
     card = {"finetuned_from": source, "tasks": "text-classification", "dataset": data.task_name or data.described}
-    run(trainer, splits.get("test"), card, save_predictions=save_predictions)
+    run(trainer, splits.get("test"), card, lines_of=lines_of)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-r"""Fine-tune a vision model such as ViT, or the image tower of CLIP, to classify images with LoRA-Pro.
+r"""Fine-tune a vision model such as ViT or CLIP's image tower to classify images with LoRA-Pro.
 
     python scripts/run_image_classification.py --model_name_or_path google/vit-base-patch16-224-in21k \
         --dataset_name ethz/food101 --validation_split validation --do_train --do_eval \
         --learning_rate 5e-5 --output_dir runs/food
 
-Images of your own: a folder with a subfolder of images for each class, as `--train_dir` and `--validation_dir`. Images
-are resized and normalized by the model's image processor; torchvision is not needed.
+Your own images lie in a folder with a subfolder for each class: `--train_dir` and `--validation_dir`. The model's image
+processor resizes and normalizes them; torchvision is not needed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import lorapro_hf.recipes.quiet  # noqa: F401  (before other libraries are impor
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from datasets import ClassLabel, Dataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers.hf_argparser import HfArg
 
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
 from lorapro_hf.options import UsageError, require_packages
@@ -50,14 +51,14 @@ with one_line_errors():
 
 @dataclass
 class ImageArguments(DataArguments):
-    """The images."""
+    """The data set of images."""
 
-    train_dir: str | None = field(default=None, metadata={"help": "Folder with a folder of images for each class."})
-    validation_dir: str | None = field(default=None, metadata={"help": "The same for the evaluation."})
-    image_column_name: str = field(default="image", metadata={"help": "Column with the images."})
-    label_column_name: str = field(default="label", metadata={"help": "Column with the classes."})
-    random_crop: bool = field(default=False, metadata={"help": "Train on random parts of the images."})
-    random_flip: bool = field(default=False, metadata={"help": "Mirror every second image of the training."})
+    train_dir: str | None = HfArg(default=None, help="Folder with a folder of images for each class.")
+    validation_dir: str | None = HfArg(default=None, help="The same for the evaluation.")
+    image_column_name: str = HfArg(default="image", help="Column with the images.")
+    label_column_name: str = HfArg(default="label", help="Column with the classes.")
+    random_crop: bool = HfArg(default=False, help="Train on random parts of the images.")
+    random_flip: bool = HfArg(default=False, help="Mirror every second image of the training.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,7 +66,7 @@ class ImageArguments(DataArguments):
             raise UsageError("--train_dir and --validation_dir exclude --dataset_name and --train_file.")
 
     def available(self, cache_dir: str | None) -> dict[str, Dataset]:
-        """The splits, of folders too."""
+        """Return the splits, from folders too."""
         for split, folder in self._folders().items():
             if not Path(folder).is_dir():
                 raise UsageError(f"--{split}_dir {folder}: there is no such folder.")
@@ -79,7 +80,7 @@ class ImageArguments(DataArguments):
 
 
 def labelled(rows: Dataset, split: str, data: ImageArguments) -> Dataset:
-    """The columns that are used, as `image` and `label`, with classes that have names, without blank rows."""
+    """Return the columns `image` and `label`, the latter with names of classes, without blank rows."""
     names = {data.image_column_name: "image", data.label_column_name: "label"}
     require_columns(rows, names, " Name them by --image_column_name and --label_column_name.")
     rows = complete_rows(rows.select_columns([*names]), names, f"the {split} set", keep_all=keep_all_of(split))
@@ -88,7 +89,7 @@ def labelled(rows: Dataset, split: str, data: ImageArguments) -> Dataset:
 
 
 def part_of(image: Image.Image) -> Image.Image:
-    """A random part, between a twelfth and all of the area, with sides at most a third longer or shorter."""
+    """Return a random part with 8 to 100 % of the area and a ratio of the sides changed by at most a third."""
     width, height = image.size
     for _ in range(10):
         side = (width * height * random.uniform(0.08, 1.0)) ** 0.5
@@ -101,7 +102,7 @@ def part_of(image: Image.Image) -> Image.Image:
 
 
 def reader(processor: Any, crop: bool = False, flip: bool = False) -> Callable[[dict[str, list[Any]]], dict[str, Any]]:
-    """What makes pixels of images when rows are read, anew each time."""
+    """Return a function from images to pixels, which runs whenever rows are read."""
 
     def read(batch: dict[str, list[Any]]) -> dict[str, Any]:
         images = [image.convert("RGB") for image in batch["image"]]
@@ -115,14 +116,14 @@ def reader(processor: Any, crop: bool = False, flip: bool = False) -> Callable[[
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch of images of one size."""
+    """Return a batch of images of one size."""
     labels = torch.tensor([row["labels"] for row in rows])
     return {"pixel_values": torch.stack([row["pixel_values"] for row in rows]), "labels": labels}
 
 
 @as_program
 def main(argv: list[str] | None = None) -> None:
-    """Train, evaluate and predict as the flags say."""
+    """Train, evaluate and predict as the flags ask."""
     parser = RecipeParser(
         (ModelArguments, AdapterArguments, ImageArguments, LoRAProTrainingArguments),
         "run_image_classification.py",
@@ -130,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     model_args, adapter, data, training = parser.parse(argv)
     start(training)
-    training.remove_unused_columns = False  # images become pixels only when they are read
+    training.remove_unused_columns = False  # the transform needs the images
     splits = load_splits(data, training, model_args.cache_dir, also=("train",), prepare=partial(labelled, data=data))
     labels = splits["train"].features["label"].names
     for split, rows in splits.items():
@@ -146,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         model_args,
         head="classifier",
         config=config,
-        ignore_mismatched_sizes=True,  # a head of other classes is made anew
+        ignore_mismatched_sizes=True,  # replaces a head of other classes
     )
     model = add_adapter(model, adapter, None, training.gradient_checkpointing, head="classifier")
 
@@ -163,14 +164,13 @@ def main(argv: list[str] | None = None) -> None:
         compute_metrics=of_labels("accuracy"),
     )
 
-    def save_predictions(output: Any) -> None:
-        found = enumerate(labels_in(output.predictions))
-        lines = ["index\tprediction", *(f"{index}\t{labels[number]}" for index, number in found)]
-        Path(training.output_dir, "predictions.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    def lines_of(output: Any) -> list[str]:
+        numbers = enumerate(labels_in(output.predictions))
+        return ["index\tprediction", *(f"{n}\t{labels[number]}" for n, number in numbers)]
 
     dataset = data.described or (Path(data.train_dir).name if data.train_dir else None)
     card = {"finetuned_from": source, "tasks": "image-classification", "dataset": dataset}
-    run(trainer, splits.get("test"), card, save_predictions=save_predictions)
+    run(trainer, splits.get("test"), card, lines_of=lines_of)
 
 
 if __name__ == "__main__":

@@ -15,15 +15,15 @@ import lorapro_hf.recipes.quiet  # noqa: F401  (before other libraries are impor
 
 # isort: split
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, Seq2SeqTrainer
 from transformers import Seq2SeqTrainingArguments as Seq2SeqSettings
+from transformers.hf_argparser import HfArg
 
 from lorapro_hf import LoRAProTrainerMixin, LoRAProTrainingArguments
 from lorapro_hf.options import UsageError
@@ -46,24 +46,25 @@ class TrainingSettings(Seq2SeqSettings, LoRAProTrainingArguments):
 
 @dataclass
 class TextPairArguments(DataArguments):
-    """The texts to read and to write."""
+    """The data set of pairs: a text to read and a text to write."""
 
-    text_column: str | None = field(default=None, metadata={"help": "Column to read; by default the first."})
-    summary_column: str | None = field(default=None, metadata={"help": "Column to write; by default the second."})
-    source_lang: str | None = field(default=None, metadata={"help": "Language to read from a column `translation`."})
-    target_lang: str | None = field(default=None, metadata={"help": "Language to write."})
-    label_texts: list[str] | None = field(
-        default=None, metadata={"help": "What to write for the labels 0, 1, ... where the column holds numbers."}
+    text_column: str | None = HfArg(default=None, help="Column to read; by default the first.")
+    summary_column: str | None = HfArg(default=None, help="Column to write; by default the second.")
+    source_lang: str | None = HfArg(default=None, help="Language to read from a column `translation`.")
+    target_lang: str | None = HfArg(default=None, help="Language to write.")
+    label_texts: list[str] | None = HfArg(
+        default=None, help="Texts to write for the labels 0, 1, ... of a column of numbers."
     )
-    source_prefix: str = field(default="", metadata={"help": "Put before every text to read, as T5 expects."})
-    second_text_column: str | None = field(default=None, metadata={"help": "Another column to read, after the first."})
-    second_prefix: str = field(default=" ", metadata={"help": "Put between the two texts to read."})
-    max_source_length: int = field(default=1024, metadata={"help": "Longer texts to read are cut to so many tokens."})
-    max_target_length: int = field(default=128, metadata={"help": "Longer texts to write are cut to so many tokens."})
-    num_beams: int = field(default=1, metadata={"help": "Beams of the generation."})
-    metric: str = field(
+    source_prefix: str = HfArg(default="", help="Beginning of every text to read, as T5 expects it.")
+    second_text_column: str | None = HfArg(default=None, help="Second column to read.")
+    second_prefix: str = HfArg(default=" ", help="Text between the two texts to read.")
+    max_source_length: int = HfArg(default=1024, help="Most tokens of a text to read.")
+    max_target_length: int = HfArg(default=128, help="Most tokens of a text to write.")
+    num_beams: int = HfArg(default=1, help="Beams of the generation.")
+    metric: str = HfArg(
         default="rouge",
-        metadata={"help": "What generated texts are held against.", "choices": ["rouge", "sacrebleu", "exact_match"]},
+        help="Metric of the generated texts.",
+        metadata={"choices": ["rouge", "sacrebleu", "exact_match"]},
     )
 
     def __post_init__(self) -> None:
@@ -74,7 +75,7 @@ class TextPairArguments(DataArguments):
 
 
 def columns_of(data: TextPairArguments, names: list[str]) -> tuple[str, str]:
-    """The columns to read and to write; those of a column `translation` are named as `Dataset.flatten` names them."""
+    """Return the columns to read and to write, for a column `translation` by the names of `Dataset.flatten`."""
     if data.source_lang is not None:
         languages = [name.removeprefix("translation.") for name in names if name.startswith("translation.")]
         if not languages:
@@ -88,7 +89,7 @@ def columns_of(data: TextPairArguments, names: list[str]) -> tuple[str, str]:
 
 
 def complete(rows: Dataset, split: str, data: TextPairArguments) -> Dataset:
-    """The columns that are used, without rows that are blank in one; a test set may hide what is to be written."""
+    """Return the columns to read and to write without blank rows; a test set may hide the texts to write."""
     rows = rows if data.source_lang is None else rows.flatten()
     source, target = columns_of(data, rows.column_names)
     read = [source] if data.second_text_column is None else [source, data.second_text_column]
@@ -104,7 +105,7 @@ def complete(rows: Dataset, split: str, data: TextPairArguments) -> Dataset:
 
 
 def texts_of(data: TextPairArguments, names: list[str]) -> Any:
-    """A function from a row to the text to read and the text to write, `None` where a test set hides it."""
+    """Return a function from a row to the text to read and the text to write (`None` if it is hidden)."""
     source, target = columns_of(data, names)
 
     def texts(row: dict[str, Any]) -> tuple[str, str | None]:
@@ -118,13 +119,13 @@ def texts_of(data: TextPairArguments, names: list[str]) -> Any:
             raise UsageError(f"--label_texts: {written!r} in the column {target} is no number of a label.") from error
         if label >= len(data.label_texts):
             raise UsageError(f"--label_texts has {len(data.label_texts)} texts, none for the label {label}.")
-        return read, None if label < 0 else data.label_texts[label]  # GLUE's test sets hide their labels as -1
+        return read, None if label < 0 else data.label_texts[label]  # hidden, as in GLUE's test sets
 
     return texts
 
 
 def tokenized(splits: DatasetDict, tokenizer: Any, data: TextPairArguments) -> DatasetDict:
-    """Tokens of both texts; of the first alone where the second is hidden."""
+    """Return the tokens of the texts to read and, unless they are hidden, of the texts to write."""
     names = next(iter(splits.values())).column_names
     texts = texts_of(data, names)
 
@@ -140,7 +141,7 @@ def tokenized(splits: DatasetDict, tokenizer: Any, data: TextPairArguments) -> D
 
 
 def of_texts(metric_name: str, tokenizer: Any) -> Any:
-    """`compute_metrics` for generated tokens."""
+    """Return `compute_metrics` for generated tokens."""
     metric = load_metric(metric_name)
 
     def compute(prediction: Any) -> dict[str, float]:
@@ -148,19 +149,19 @@ def of_texts(metric_name: str, tokenizer: Any) -> Any:
             [text.strip() for text in decoded(tokenizer, tokens)]
             for tokens in (prediction.predictions, prediction.label_ids)
         )
-        return dict(metric.compute(predictions=predictions, references=references))
+        return metric(predictions, references)
 
     return compute
 
 
 def decoded(tokenizer: Any, tokens: Any) -> list[str]:
-    """Texts of tokens in which -100 stands for padding."""
+    """Return the texts of tokens, of which -100 is padding."""
     return list(tokenizer.batch_decode(np.where(tokens < 0, tokenizer.pad_token_id, tokens), skip_special_tokens=True))
 
 
 @as_program
 def main(argv: list[str] | None = None) -> None:
-    """Train, evaluate and predict as the flags say."""
+    """Train, evaluate and predict as the flags ask."""
     parser = RecipeParser(
         (ModelArguments, AdapterArguments, TextPairArguments, TrainingSettings), "run_seq2seq.py", description=__doc__
     )
@@ -175,8 +176,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(model_args)
     if hasattr(tokenizer, "set_src_lang_special_tokens"):  # mBART, M2M100, NLLB
         raise UsageError(
-            f"{source} marks languages by tokens of its own, which this script does not set; take a model that is told "
-            "the task in words, such as T5."
+            f"{source} marks languages by tokens of its own, which this script does not set; take a model such as T5, "
+            "which reads the task in words."
         )
     model = load_model(AutoModelForSeq2SeqLM, model_args)
     model = add_adapter(model, adapter, "SEQ_2_SEQ_LM", training.gradient_checkpointing)
@@ -185,7 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     pad = DataCollatorForSeq2Seq(tokenizer, model=model)
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-        # without labels it says `None`, which the trainer would take for labels
+        # the trainer would take labels of `None` for labels
         return {name: values for name, values in pad(rows).items() if values is not None}
 
     trainer = LoRAProSeq2SeqTrainer(
@@ -198,13 +199,12 @@ def main(argv: list[str] | None = None) -> None:
         compute_metrics=of_texts(data.metric, tokenizer) if training.predict_with_generate else None,
     )
 
-    def save_predictions(output: Any) -> None:
-        lines = [" ".join(text.split()) for text in decoded(tokenizer, output.predictions)]
-        Path(training.output_dir, "predictions.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    def lines_of(output: Any) -> list[str]:
+        return [" ".join(text.split()) for text in decoded(tokenizer, output.predictions)]
 
     task = "translation" if data.source_lang else "summarization" if data.metric == "rouge" else "text2text-generation"
     card = {"finetuned_from": source, "tasks": task, "dataset": data.described}
-    run(trainer, splits.get("test"), card, save_predictions=save_predictions)
+    run(trainer, splits.get("test"), card, lines_of=lines_of)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 r"""Fine-tune a language model on conversations or instructions with LoRA-Pro and TRL.
 
 Conversations (a column `messages`, or `conversations` in ShareGPT's form), prompts with completions (columns `prompt`
-and `completion`) and plain text (a column `text`) are taken as they are:
+and `completion`) and plain text (a column `text`) need no more flags:
 
     python scripts/run_sft.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
         --dataset_name trl-lib/Capybara --packing --learning_rate 2e-5 --output_dir runs/capybara
 
-Any other columns are named:
+Other columns need their names:
 
     python scripts/run_sft.py --model_name_or_path meta-llama/Llama-2-7b-hf --dataset_name meta-math/MetaMathQA \
         --prompt_column query --completion_column response --prompt_template alpaca \
@@ -27,7 +27,7 @@ from typing import Any
 from datasets import Dataset
 
 from lorapro_hf.options import UsageError
-from lorapro_hf.recipes.cells import holds_messages
+from lorapro_hf.recipes.cells import complete_rows, holds_messages
 from lorapro_hf.recipes.data import load_splits
 from lorapro_hf.recipes.endings import one_line_errors
 from lorapro_hf.recipes.flow import as_program, run, start
@@ -39,18 +39,18 @@ from lorapro_hf.recipes.parser import RecipeParser
 with one_line_errors():
     from lorapro_hf import LoRAProSFTConfig, LoRAProSFTTrainer
 
-TEMPLATES = {"alpaca": ALPACA}  # as in the tasks gsm8k_alpaca and humaneval_alpaca of `lorapro evaluate`
+TEMPLATES = {"alpaca": ALPACA}  # the prompt of gsm8k_alpaca and humaneval_alpaca in `lorapro evaluate`
 
 
 @dataclass
 class SFTSettings(LoRAProSFTConfig):
     """`trl.SFTConfig` with LoRA-Pro's settings."""
 
-    trust_remote_code: bool = field(default=False, init=False)  # an argument of the model
+    trust_remote_code: bool = field(default=False, init=False)  # `ModelArguments` has it
 
 
 def is_conversation(rows: Dataset, data: InstructionArguments) -> bool:
-    """Whether the rows need a chat template."""
+    """Return whether the rows need a chat template."""
     if data.prompt_column is not None:
         return data.prompt_template == CHAT
     if {"messages", "conversations"} & set(rows.column_names):
@@ -58,15 +58,16 @@ def is_conversation(rows: Dataset, data: InstructionArguments) -> bool:
     return "prompt" in rows.column_names and not isinstance(rows[0]["prompt"], str)
 
 
-def known(rows: Dataset, split: str, text_column: str, map_kwargs: dict[str, Any]) -> Dataset:
-    """Rows of which TRL knows what to learn, without those that are blank there."""
+def trainable(rows: Dataset, split: str, text_column: str, map_kwargs: dict[str, Any]) -> Dataset:
+    """Return the rows without blank ones, if TRL can train on their columns."""
     names, where = rows.column_names, f"the {split} set"
     ready = next((column for column in ("messages", "conversations", "input_ids") if column in names), None)
+    if ready == "input_ids":
+        return complete_rows(rows, (ready,), where)
     if ready is not None:
-        rows = with_turns(rows, (ready,), where, map_kwargs)
-        if ready != "input_ids" and len(rows) and not holds_messages(rows, ready):
+        if len(rows) and not holds_messages(rows, ready):
             raise UsageError(f"the column {ready} of {where} must hold lists of messages with a role and a content.")
-        return rows
+        return with_turns(rows, (ready,), where, map_kwargs)
     columns = ("prompt", "completion") if {"prompt", "completion"} <= set(names) else (text_column,)
     if not set(columns) <= set(names):
         raise UsageError(
@@ -78,7 +79,7 @@ def known(rows: Dataset, split: str, text_column: str, map_kwargs: dict[str, Any
 
 @as_program
 def main(argv: list[str] | None = None) -> None:
-    """Train and evaluate as the flags say."""
+    """Train and evaluate as the flags ask."""
     parser = RecipeParser(
         (ModelArguments, AdapterArguments, InstructionArguments, SFTSettings), "run_sft.py", description=__doc__
     )
@@ -91,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def prepare(rows: Dataset, split: str) -> Dataset:
         rows = prepared(rows, split, data, tokenizer, TEMPLATES)
-        return known(rows, split, training.dataset_text_field, data.map_kwargs)
+        return trainable(rows, split, training.dataset_text_field, data.map_kwargs)
 
     splits = load_splits(data, training, model_args.cache_dir, prepare=prepare)
     for rows in splits.values():
@@ -101,12 +102,12 @@ def main(argv: list[str] | None = None) -> None:
                 f"{model_args.model_name_or_path} has no chat template for conversations: name one by "
                 "--chat_template_path, or take the model's instruction-tuned variant or another --prompt_template."
             )
-        # of conversations in ShareGPT's form TRL says that they are none
+        # TRL does not recognize ShareGPT's form here
         if training.assistant_only_loss and ("conversations" in rows.column_names or not is_conversation(rows, data)):
             raise UsageError("--assistant_only_loss needs conversations (a column `messages`).")
     trainer = LoRAProSFTTrainer(
         args=training,
-        train_dataset=splits.get("train", splits.get("validation")),  # TRL wants one to look at
+        train_dataset=splits.get("train", splits.get("validation")),  # TRL requires one
         eval_dataset=splits.get("validation"),
         **parts(training, model_args, adapter, tokenizer),
     )

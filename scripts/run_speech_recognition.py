@@ -1,11 +1,11 @@
-r"""Fine-tune a speech model such as wav2vec 2.0 to write down what is said (CTC) with LoRA-Pro.
+r"""Fine-tune a speech model such as wav2vec 2.0 to transcribe speech by CTC with LoRA-Pro.
 
     python scripts/run_speech_recognition.py --model_name_or_path facebook/wav2vec2-base \
         --dataset_name openslr/librispeech_asr --dataset_config_name clean --train_split train.100 \
         --do_train --do_eval --learning_rate 1e-4 --output_dir runs/librispeech
 
-Recordings of your own: a table (`--train_file`) whose column `audio` names WAV, FLAC or OGG files, relative to the
-table, and whose column `text` has the words. A model without a vocabulary gets the letters of the training set.
+For your own recordings, write a table (`--train_file`): its column `audio` names WAV, FLAC or OGG files, relative to
+the table, and its column `text` has the words. A model without a vocabulary gets the letters of the training set.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import lorapro_hf.recipes.quiet  # noqa: F401  (before other libraries are impor
 
 import io
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from math import gcd
 from pathlib import Path
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from datasets import Audio, Dataset
 from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer, Wav2Vec2CTCTokenizer
+from transformers.hf_argparser import HfArg
 
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
 from lorapro_hf.options import UsageError, require_packages
@@ -46,18 +47,18 @@ with one_line_errors():
 
 @dataclass
 class SpeechArguments(DataArguments):
-    """The recordings and what is said in them."""
+    """The data set of recordings and their words."""
 
-    audio_column_name: str = field(default="audio", metadata={"help": "Column with recordings, or paths of files."})
-    text_column_name: str = field(default="text", metadata={"help": "Column with the words."})
-    max_duration_in_seconds: float = field(default=20.0, metadata={"help": "Longer recordings are left out."})
-    text_case: str | None = field(
-        default=None, metadata={"help": "Turn the words to this case first.", "choices": ["lower", "upper"]}
+    audio_column_name: str = HfArg(default="audio", help="Column with recordings, or paths of files.")
+    text_column_name: str = HfArg(default="text", help="Column with the words.")
+    max_duration_in_seconds: float = HfArg(default=20.0, help="Drop longer recordings.")
+    text_case: str | None = HfArg(
+        default=None, help="Change the words to this case.", metadata={"choices": ["lower", "upper"]}
     )
 
 
 def recordings(rows: Dataset, split: str, data: SpeechArguments) -> Dataset:
-    """The columns `audio` (encoded: nothing but soundfile reads it) and `text`, without rows that are blank there."""
+    """Return the columns `audio` (not decoded, for soundfile) and `text` without blank rows."""
     names = {data.audio_column_name: "audio", data.text_column_name: "text"}
     require_columns(rows, names, " Name them by --audio_column_name and --text_column_name.")
     where, keep_all = f"the {split} set", keep_all_of(split)
@@ -71,7 +72,7 @@ def recordings(rows: Dataset, split: str, data: SpeechArguments) -> Dataset:
 
 
 def waveform(audio: Any, folder: Path, rate: int) -> np.ndarray:
-    """One channel at the given rate, from a path or from what an `Audio` column holds."""
+    """Return one channel at the given rate, from a path or a cell of an `Audio` column."""
     stored = {"path": audio, "bytes": None} if isinstance(audio, str) else audio
     source = io.BytesIO(stored["bytes"]) if stored.get("bytes") else folder / stored["path"]
     try:
@@ -84,12 +85,12 @@ def waveform(audio: Any, folder: Path, rate: int) -> np.ndarray:
 
 
 def tokenizer_for(model_args: ModelArguments, texts: list[str] | None, folder: Path) -> Any:
-    """The model's tokenizer or, where it has none, one with the letters of the training set."""
+    """Return the model's tokenizer or, if it has none, a tokenizer of the letters of the training set."""
     source = model_args.tokenizer_name or model_args.model_name_or_path
     letters = sorted(set("".join(texts or [])) - {" ", "|"})
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **model_args.hub_kwargs)
-    except (OSError, ValueError, TypeError) as error:  # what a missing vocabulary raises differs between versions
+    except (OSError, ValueError, TypeError) as error:  # versions raise different errors without a vocabulary
         if texts is None or model_args.tokenizer_name is not None:
             said = str(error).partition("\n")[0].rstrip(".")
             raise UsageError(f"{source} has no tokenizer ({said}): name one by --tokenizer_name.") from error
@@ -98,8 +99,8 @@ def tokenizer_for(model_args: ModelArguments, texts: list[str] | None, folder: P
         strange = [letter for letter in letters if letter not in known]
         if len(strange) > len(letters) / 2:
             raise UsageError(
-                f"{source} does not know most letters of the training set: {' '.join(strange)}. Turn the words to its "
-                "case by --text_case, or name another --tokenizer_name."
+                f"{source} does not know most letters of the training set: {' '.join(strange)}. Change the words to "
+                "its case by --text_case, or name another --tokenizer_name."
             )
         return tokenizer
     letters = ["|", *letters, "[UNK]", "[PAD]"]
@@ -111,7 +112,7 @@ def tokenizer_for(model_args: ModelArguments, texts: list[str] | None, folder: P
 
 @as_program
 def main(argv: list[str] | None = None) -> None:
-    """Train, evaluate and predict as the flags say."""
+    """Train, evaluate and predict as the flags ask."""
     parser = RecipeParser(
         (ModelArguments, AdapterArguments, SpeechArguments, LoRAProTrainingArguments),
         "run_speech_recognition.py",
@@ -144,12 +145,12 @@ def main(argv: list[str] | None = None) -> None:
             )
     sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "ctc_loss_reduction": "mean"}
     model, _ = load_with_head(AutoModelForCTC, model_args, "lm_head", **sizes, ignore_mismatched_sizes=True)
-    model.config.ctc_zero_infinity = True  # the loss of a recording too short for its text
-    model.config.layerdrop = 0.0  # a layer that is left out has no gradient, for which DDP would wait
-    # such models have no embeddings whose outputs could be made to need gradients; this kind of recomputing wants none
+    model.config.ctc_zero_infinity = True  # for recordings that are too short for their text
+    model.config.layerdrop = 0.0  # DDP would wait for the gradient of a dropped layer
+    # these models have no embeddings; only this kind of checkpointing needs no inputs with gradients
     training.gradient_checkpointing_kwargs = {"use_reentrant": False, **(training.gradient_checkpointing_kwargs or {})}
     model = add_adapter(model, adapter, None, head="lm_head")
-    # PEFT takes a vocabulary of another size for resized embeddings and would save them: there are none
+    # PEFT would take a vocabulary of another size for resized embeddings and save them
     model.get_input_embeddings = model.get_output_embeddings = lambda: None
 
     def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -161,13 +162,13 @@ def main(argv: list[str] | None = None) -> None:
     metric = load_metric("wer")
 
     def decoded(tokens: np.ndarray, **how: Any) -> list[str]:
-        # -100 fills up recordings that are shorter than others, and would be read as a letter that is not known
+        # the tokenizer would decode the padding -100 as an unknown letter
         return list(tokenizer.batch_decode(np.where(tokens < 0, tokenizer.pad_token_id, tokens), **how))
 
     def word_errors(prediction: Any) -> dict[str, float]:
-        # letters that stand twice in a text are no repetition of one sound
+        # two equal letters of a text are no repetition of one sound
         said = decoded(prediction.label_ids, group_tokens=False)
-        return dict(metric.compute(predictions=decoded(prediction.predictions), references=said))
+        return metric(decoded(prediction.predictions), said)
 
     trainer = LoRAProTrainer(
         model,
@@ -180,13 +181,9 @@ def main(argv: list[str] | None = None) -> None:
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(dim=-1),
     )
 
-    def save_predictions(output: Any) -> None:
-        lines = "\n".join(decoded(output.predictions))
-        Path(training.output_dir, "predictions.txt").write_text(f"{lines}\n", encoding="utf-8")
-
     tokenizer.save_pretrained(training.output_dir)
     card = {"finetuned_from": source, "tasks": "automatic-speech-recognition", "dataset": data.described}
-    run(trainer, splits.get("test"), card, save_predictions=save_predictions)
+    run(trainer, splits.get("test"), card, lines_of=lambda output: decoded(output.predictions))
 
 
 if __name__ == "__main__":

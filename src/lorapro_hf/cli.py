@@ -1,4 +1,4 @@
-"""The command line: `lorapro`."""
+"""The command line `lorapro` and its exit codes."""
 
 from __future__ import annotations
 
@@ -22,20 +22,26 @@ DESCRIPTION = """\
 LoRA-Pro for the Hugging Face stack: LoRA fine-tuning whose steps follow those of full fine-tuning.
 """
 EPILOG = """\
-`lorapro COMMAND --help` has the options and examples of a command. To begin with:
-  lorapro demo                                      see it train, without a download
-  lorapro inspect MODEL --lora_r 16                 what would be trained, and what it would cost
-  lorapro train --list                              recipes to start from
+`lorapro COMMAND --help` shows the options and examples of a command. To begin with:
+  lorapro demo                                      watch a training, without a download
+  lorapro inspect MODEL --lora_r 16                 see which layers would be trained, and at which cost
+  lorapro train --list                              list the recipes
 
-exit codes: 0 done, 1 it ran but did not do what it was for, 2 bad arguments, 130 stopped by Ctrl-C
-Results go to stdout, errors to stderr. With --json, where a command has it, stdout is JSON alone.
+exit codes: 0 done, 1 failed, 2 bad arguments, 130 stopped by Ctrl-C
+Results go to stdout, errors to stderr. With --json, which some commands have, stdout is JSON alone.
 """
 
 _COMMANDS = (
     ("demo", add_demo, "compare LoRA and LoRA-Pro on a small language model", DEMO, DEMO_EXAMPLES),
-    ("train", add_train, "train from a recipe, one of those that come along or your own", TRAIN, TRAIN_EXAMPLES),
+    ("train", add_train, "train from a recipe, the package's or your own", TRAIN, TRAIN_EXAMPLES),
     ("evaluate", add_evaluate, "evaluate a language model or adapter", EVALUATE, EVALUATE_EXAMPLES),
-    ("inspect", add_inspect, "what is in a model, adapter or checkpoint, and what it costs", INSPECT, INSPECT_EXAMPLES),
+    (
+        "inspect",
+        add_inspect,
+        "show what a model, adapter or checkpoint has, and its cost",
+        INSPECT,
+        INSPECT_EXAMPLES,
+    ),
     ("compare", add_compare, "compare methods over learning rates and seeds", COMPARE, COMPARE_EXAMPLES),
     ("plot", add_plot, "draw the gradient gap that a training recorded", PLOT, PLOT_EXAMPLES),
     ("bench", add_bench, "measure steps beside those of other optimizers for LoRA", BENCH, BENCH_EXAMPLES),
@@ -43,7 +49,7 @@ _COMMANDS = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the command `lorapro`, with a subcommand for each thing that it does."""
+    """Return the parser of `lorapro` and its subcommands."""
     parser = argparse.ArgumentParser(
         prog="lorapro", description=DESCRIPTION, epilog=EPILOG, formatter_class=HelpFormatter
     )
@@ -61,14 +67,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
-    0: done. 1: it ran but did not do what it was for; a disk that is full or a file that vanishes counts as that. 2:
-    what was asked for cannot be done. 130: stopped by Ctrl-C. Errors that are nobody's fault but the program's keep
-    their traceback.
+    0: done. 1: failed, for example because the disk is full. 2: bad arguments. 130: stopped by Ctrl-C. Defects of the
+    program keep their traceback.
     """
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    arguments.is_program = argv is None  # a caller in Python goes on after the command
-    import lorapro_hf.recipes.quiet  # noqa: F401  (before the libraries that a command imports)
+    arguments.is_program = argv is None  # otherwise the caller, in Python, goes on after the command
+    import lorapro_hf.recipes.quiet  # noqa: F401  (before other libraries)
 
     try:
         code = int(arguments.run(arguments))
@@ -76,13 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except (UsageError, MissingExtraError) as error:
         return _fail(arguments.command, error, 2)
-    except BrokenPipeError:  # who reads our output has seen enough, as `head` does
+    except BrokenPipeError:  # the reader of our output has ended, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        if os.environ.get("RANK", "0") == "0":  # each of several processes gets it, one speaks
+        if os.environ.get("RANK", "0") == "0":  # one of several processes prints
             print(f"\nStopped by Ctrl-C. {getattr(arguments, 'way_on', '')}".rstrip(), file=sys.stderr)
-        if arguments.is_program:  # at the interpreter's own end Triton prints sixty lines below the one that matters
+        if arguments.is_program:  # at the end of the interpreter Triton would print sixty more lines
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(130)
@@ -94,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(command: str, error: Exception, code: int) -> int:
-    """Say what is wrong in one line."""
+    """Print the error in one line and return the exit code."""
     print(f"lorapro {command}: error: {' '.join(str(error).split())}", file=sys.stderr)
     return code
 

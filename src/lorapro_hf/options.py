@@ -1,4 +1,4 @@
-"""What do the options of the command line have in common?"""
+"""Which errors, help formatter and types of values do the commands share?"""
 
 from __future__ import annotations
 
@@ -10,46 +10,44 @@ import re
 from lorapro_hf.utils.extras import install_command
 
 _FULL_NUMBERS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# what safetensors and torch make of those numbers
+# the messages of safetensors and torch for a full disk
 _FULL_WORDS = re.compile(
     rf"\(os error ({'|'.join(map(str, _FULL_NUMBERS))})\)|PytorchStreamWriter failed|inline_container.*unexpected pos"
 )
 
 
 class UsageError(ValueError):
-    """What the user asked for cannot be done; the message says why and what to do instead."""
+    """Bad input from the command line; the message says why it is bad and what to do instead."""
 
 
-def require_packages(what: str, *names: str, extra: str) -> None:
-    """Raise a `UsageError` with the command that installs them if packages are missing.
+def require_packages(command: str, *names: str, extra: str) -> None:
+    """Refuse to run a command whose packages are missing.
 
-    Args:
-        what: the command that needs them.
-        *names: the packages.
-        extra: the extra that has them.
+    Raises:
+        UsageError: with the command that installs the extra.
     """
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise UsageError(f"{what} needs {' and '.join(missing)}. Install with `{install_command(extra)}`.")
+        raise UsageError(f"{command} needs {' and '.join(missing)}. Install with `{install_command(extra)}`.")
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a file could not be written for want of room, whichever library says so."""
+    """Return whether an error of any library says that the disk is full."""
     if isinstance(error, OSError) and error.errno in _FULL_NUMBERS:
         return True
     return _FULL_WORDS.search(str(error)) is not None
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Default values where there are any, and descriptions as they are written."""
+    """Formatter that shows default values, except None, False and [], and keeps the lines of descriptions."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        says_nothing = action.default is None or action.default is False or action.default == []
-        return action.help if says_nothing else super()._get_help_string(action)
+        has_default = action.default is not None and action.default is not False and action.default != []
+        return super()._get_help_string(action) if has_default else action.help
 
 
 def at_least_one(text: str) -> int:
-    """A whole number from 1 on, for argparse."""
+    """Return a whole number of at least 1, as a type for argparse."""
     try:
         value = int(text)
     except ValueError:
@@ -60,7 +58,7 @@ def at_least_one(text: str) -> int:
 
 
 def rate(text: str) -> float:
-    """A positive number, for argparse."""
+    """Return a positive number, as a type for argparse."""
     try:
         value = float(text)
     except ValueError:

@@ -118,6 +118,11 @@ def test_refuses(tmp_path: Path, content: str | None, words: list[str], message:
         plot(str(tmp_path), *words)
 
 
+def test_refuses_a_missing_folder():
+    with pytest.raises(UsageError, match="there is no folder nowhere; name the output_dir of a training"):
+        plot("nowhere")
+
+
 def test_refuses_other_formats(folder: Path):
     with pytest.raises(UsageError, match=r"the picture is a PNG"):
         plot(str(folder), "--output", "gap.pdf")

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from datasets import Dataset, Image
 from transformers import TrainingArguments
@@ -27,7 +28,7 @@ WHERE = "the train set"
 
 @pytest.fixture(autouse=True)
 def _with_a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
 
 
@@ -161,6 +162,8 @@ def test_plain_texts_leave_out_blank_cells_but_not_empty_lines() -> None:
     assert prepare("run_clm.py", "texts", "TextArguments", rows) == [{"text": "x"}, {"text": ""}]
     with pytest.raises(UsageError, match="the column body of the train set has no text in row 1 but a list"):
         prepare("run_clm.py", "texts", "TextArguments", [{"body": ["x"]}])
+    with pytest.raises(UsageError, match=r"the column messages of the train set holds messages: .* by run_sft.py"):
+        prepare("run_clm.py", "texts", "TextArguments", [{"id": "x", "messages": [{"role": "user", "content": "q"}]}])
 
 
 def test_labels_and_their_texts_are_no_word_none() -> None:
@@ -201,7 +204,7 @@ def test_columns_of_trl_are_no_word_none(row: dict[str, Any]) -> None:
     pytest.importorskip("trl")
     for column in row:
         rows = Dataset.from_list([row, {**row, column: None}])
-        assert list(script("run_sft.py").known(rows, "train", "text", {})) == [row]
+        assert list(script("run_sft.py").trainable(rows, "train", "text", {})) == [row]
 
 
 SAID = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -220,7 +223,14 @@ CALLED = [SAID[0], {"role": "assistant", "content": None, "tool_calls": [{"funct
     ],
     ids=["no-message", "null", "null-content", "no-content", "null-role", "null-part"],
 )
-@pytest.mark.parametrize("columns", [["messages"], ["prompt", "completion"], ["chosen", "rejected"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "columns",
+    [
+        ["messages"],
+        *(pytest.param(c, marks=pytest.mark.slow) for c in (["prompt", "completion"], ["chosen", "rejected"])),
+    ],
+    ids=" ".join,
+)
 def test_messages_are_no_word_none(columns: list[str], blank: list[Any], caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("trl")
     whole = dict.fromkeys(columns, SAID)
@@ -230,14 +240,14 @@ def test_messages_are_no_word_none(columns: list[str], blank: list[Any], caplog:
         module = script("run_dpo.py")
         found = module.preferences(rows, "train", module.PreferenceArguments(train_file="x.json"))
     else:
-        found = script("run_sft.py").known(rows, "train", "text", {})
+        found = script("run_sft.py").trainable(rows, "train", "text", {})
     assert [row[columns[-1]][1]["content"] for row in found] == ["a"]
     assert f"1 of 2 rows are blank in {columns[-1]}" in caplog.text
 
 
 def test_turns_of_sharegpt_and_calls_of_tools() -> None:
     pytest.importorskip("trl")
-    known = script("run_sft.py").known
+    known = script("run_sft.py").trainable
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     rows = Dataset.from_list([{"conversations": turns}, {"conversations": [turns[0], {"from": "gpt", "value": None}]}])
     assert list(known(rows, "train", "text", {})) == [{"conversations": turns}]
@@ -249,12 +259,12 @@ def test_messages_of_other_kinds_are_refused_with_their_row(content: Any, kind: 
     pytest.importorskip("trl")
     rows = Dataset.from_list([{"messages": None}, {"messages": [{"role": "user", "content": content}]}])
     with pytest.raises(UsageError, match=f"the column messages of the train set has .* in row 2 but a {kind}: "):
-        script("run_sft.py").known(rows, "train", "text", {})
+        script("run_sft.py").trainable(rows, "train", "text", {})
 
 
 def test_messages_without_a_role_are_refused() -> None:
     pytest.importorskip("trl")
-    known = script("run_sft.py").known
+    known = script("run_sft.py").trainable
     Path("rows.jsonl").write_text(f"{json.dumps({'messages': SAID})}\n" + '{"messages": ["hi"]}\n')
     # older versions of datasets refuse such a file themselves
     with pytest.raises(UsageError, match=r"messages of the train set has .* in row 2 but a str: 'hi'|rows.jsonl"):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pandas
 import pytest
 from datasets import Dataset, DatasetDict
@@ -24,7 +25,7 @@ from lorapro_hf.recipes import files
 from lorapro_hf.recipes.data import DataArguments, load_splits
 from lorapro_hf.recipes.files import read_file, read_images, reason
 
-NAMES = ["part?", "data [v2]", "a::b", "x*", "[!a]", "50% of #1", "~b", "zip::c", "http:d", ".hidden", "a\\b"]
+NAMES = ["part?", "data [v2]", "x*", "[!a]", "50% of #1", "~b", "http:d", ".hidden", "a\\b"]
 WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], Any]] = {
     ".jsonl": lambda path, rows: path.write_text("".join(f"{json.dumps(row)}\n" for row in rows)),
     ".json": lambda path, rows: path.write_text(json.dumps(rows)),
@@ -35,7 +36,7 @@ WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], Any]] = {
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_with_a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
 
@@ -55,10 +56,7 @@ def test_files_of_every_kind_are_read_by_any_name(name: str, suffix: str) -> Non
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_json_lines_and_texts_are_read_by_any_name(name: str) -> None:
-    rows = [{"text": "one", "number": 1}, {"text": "two", "number": 2}]
-    write("part1.jsonl", rows * 2)
-    assert list(read_file(write(f"{name}.jsonl", rows), "--train_file")) == rows
+def test_texts_are_read_by_any_name(name: str) -> None:
     Path(f"{name}.txt").write_text("one\n\ntwo\n")
     assert read_file(f"{name}.txt", "--train_file")["text"][:] == ["one", "", "two"]
 
@@ -71,8 +69,8 @@ def test_a_file_that_has_changed_is_read_again() -> None:
         assert read_file("b.jsonl.gz", "--train_file")["text"][:] == [text]
 
 
-@pytest.mark.parametrize("name", ["part?.jsonl", "a::b.jsonl"])
-def test_all_programs_read_exactly_the_named_file(name: str) -> None:
+def test_all_programs_read_exactly_the_named_file() -> None:
+    name = "part?.jsonl"
     rows = [{"question": f"What is {n}?", "answer": f"#### {n}"} for n in range(9)]
     write("part1.jsonl", [{"question": "another", "answer": "#### 0"}] * 9)
     write(name, rows)
@@ -86,7 +84,9 @@ def test_all_programs_read_exactly_the_named_file(name: str) -> None:
     assert sorted(found) == [row["question"] for row in rows]
 
 
-@pytest.mark.parametrize("folder", ["my [folder]", "folder?", "plain"])
+@pytest.mark.parametrize(
+    "folder", ["my [folder]", *(pytest.param(n, marks=pytest.mark.slow) for n in ("folder?", "plain"))]
+)
 def test_folders_are_read_by_any_name(folder: str) -> None:
     rows = [{"question": "one", "answer": "#### 1"}]
     for name in ("my f", "folder1", folder):
@@ -103,6 +103,8 @@ def test_folders_are_read_by_any_name(folder: str) -> None:
 
 def test_folders_that_datasets_cannot_read_literally_are_refused() -> None:
     training = TrainingArguments("out", do_train=True, use_cpu=True)
+    with pytest.raises(UsageError, match="datasets splits paths at ::; rename"):
+        read_file(write("a::b.jsonl", [{"text": "one"}]), "--train_file")
     for name in ("a::b", "a [1]"):
         Path(name).mkdir()
         write(f"{name}/train.jsonl", [{"text": "one"}])
@@ -217,10 +219,7 @@ def test_splits_of_a_saved_data_set_are_chosen_by_name() -> None:
         load_splits(DataArguments(dataset_name="saved", train_split="train[:1]"), training)
 
 
-@pytest.mark.parametrize(
-    "name", ["max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers"]
-)
-@pytest.mark.parametrize("value", [0, -3])
+@pytest.mark.parametrize(("name", "value"), [("max_train_samples", 0), ("preprocessing_num_workers", -3)])
 def test_counts_that_are_not_positive_are_refused(name: str, value: int) -> None:
     with pytest.raises(UsageError, match=f"--{name} {value} must be positive"):
         DataArguments(**{name: value})

@@ -20,6 +20,7 @@ import pytest
 
 import lorapro_hf
 from lorapro_hf import LoRAProTrainer
+from lorapro_hf.checkpoints import manifest
 from lorapro_hf.checkpoints.resume import checkpoints_in, find_flaw
 from lorapro_hf.recipes.endings import _way_on, one_line_errors
 from lorapro_hf.utils.extras import MissingExtraError
@@ -184,7 +185,7 @@ def test_the_way_on_reads_no_whole_files_and_names_the_option_to_leave_out(
     def way_on(output: Path, asked: str | None) -> str:
         return _way_on(SimpleNamespace(args=SimpleNamespace(output_dir=str(output), resume_from_checkpoint=asked)))
 
-    monkeypatch.setattr("lorapro_hf.checkpoints.manifest._as_saved", lambda file: pytest.fail(f"{file} is read"))
+    monkeypatch.setattr(manifest, "_as_saved", lambda file: pytest.fail(f"{file} is read"))
     assert way_on(folder / "out", None).endswith("--resume_from_checkpoint true.")
     said = "has no complete checkpoint: give the same command without --resume_from_checkpoint to start anew."
     assert way_on(tmp_path / "absent", "true").endswith(said)
@@ -224,7 +225,7 @@ def test_ctrl_c_while_libraries_are_imported_is_one_line(rank: str, said: str, t
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of a file's size")
-@pytest.mark.parametrize("room", [100_000, 4_000], ids=["optimizer", "adapter"])
+@pytest.mark.parametrize("room", [100_000, pytest.param(4_000, marks=pytest.mark.slow)], ids=["optimizer", "adapter"])
 def test_a_full_disk_leaves_no_checkpoint_that_looks_whole(
     room: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -166,6 +166,7 @@ def test_a_share_of_warm_up_is_understood(tmp_path: Path):
     assert arguments.get_warmup_steps(100) == 25
 
 
+@pytest.mark.slow
 def test_instructions_are_trained_and_resumed(model: Path, tmp_path: Path):
     data, output = questions(tmp_path), tmp_path / "out"
     words = flags(model, output, data, *NAMED, "--keep_where", "kind=even", "--do_eval")
@@ -206,7 +207,9 @@ def test_without_do_train_it_trains_as_trl_does(model: Path, tmp_path: Path):
     assert all("lora_pro_grad_norm" in entry for entry in state.log_history if "loss" in entry)
 
 
-@pytest.mark.parametrize("more", [(), ("--adapter_name_or_path", "sft")], ids=["new", "continued"])
+@pytest.mark.parametrize(
+    "more", [(), pytest.param(("--adapter_name_or_path", "sft"), marks=pytest.mark.slow)], ids=["new", "continued"]
+)
 def test_preferences_are_trained(model: Path, tmp_path: Path, more: tuple[str, ...]):
     if more:
         script("run_sft").main(flags(model, tmp_path / "sft", questions(tmp_path), *NAMED))
@@ -235,6 +238,7 @@ def test_adapters_of_quantized_models_are_stepped_in_float32(
     assert '"master_factors": true' in (tmp_path / "out" / "lorapro_config.json").read_text()
 
 
+@pytest.mark.slow
 def test_an_adapter_is_evaluated_alone(model: Path, tmp_path: Path):
     data = questions(tmp_path)
     script("run_sft").main(flags(model, tmp_path / "sft", data, *NAMED, "--learning_rate", "1e-2"))

@@ -68,7 +68,7 @@ def test_exit_code_is_that_of_the_training(end: list[str], code: int) -> None:
         (["smolm2-135m"], "did you mean smollm2-135m.yaml"),
         (["run_gleu.py"], "did you mean run_glue.py"),
         (["qqqqqq"], "see lorapro train --list"),
-        (["nothing.yaml"], "nothing.yaml does not say which script it is for; add a line such as `script: run_sft.py`"),
+        (["nothing.yaml"], "nothing.yaml names no script; add a line such as `script: run_sft.py`"),
         (["lost.yaml"], "run_lost.py: there is no such file"),
         (
             ["mine.yaml", "--num_processes", "2"],
@@ -165,7 +165,9 @@ def ended(process: subprocess.Popen[str]) -> int:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+@pytest.mark.parametrize(
+    "name", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGHUP", "SIGINT"))]
+)
 def test_the_command_becomes_the_training(name: str) -> None:
     process, scripts = started()
     assert scripts == [process.pid]

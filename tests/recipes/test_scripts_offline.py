@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import datasets
+import huggingface_hub.constants
 import pytest
 
 from script_helpers import INPUTS, QUIET, make_inputs, script
@@ -49,8 +51,8 @@ def test_what_was_looked_for_and_its_name_are_said(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(inputs)
-    for library in ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE"):
-        monkeypatch.setattr(library, True)
+    for library in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(library, "HF_HUB_OFFLINE", True)
     with pytest.raises(SystemExit) as caught:
         script(program).main([*words, *QUIET, "--do_train", "--output_dir", str(tmp_path)])
     assert caught.value.code == 1

@@ -1,4 +1,4 @@
-"""What can be said on the command line of `lorapro plot`?"""
+"""The command line of `lorapro plot`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from lorapro_hf.options import UsageError, require_packages
 
 PLOT = """\
-Draw the gradient gap of trainings: how far the gradients of plain LoRA and of LoRA-Pro were from those of full
-fine-tuning, over steps (median and quartiles over the layers' latest values) and layer by layer (a heat map), and how
-far each step was from the one that was meant. Runs are drawn side by side on the same scale. Nothing is computed anew:
-a training with --lora_pro_log_gap N, or with GradientGapCallback, has written it all to lora_pro_gap.jsonl.
+Draw the gradient gap of trainings: the distance of the gradients of plain LoRA and of LoRA-Pro from those of full
+fine-tuning, over steps (median and quartiles over the layers' latest values) and layer by layer (a heat map), and the
+error of each step. Runs are drawn side by side on the same scale. The measurements come from lora_pro_gap.jsonl, which
+a training writes with --lora_pro_log_gap N or with GradientGapCallback.
 """
 
 PLOT_EXAMPLES = """\
@@ -38,15 +38,18 @@ def add_plot(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=argparse.SUPPRESS,
         metavar="FILE",
-        help=f"the picture, a .png (default: {PICTURE} in the folder of the run, of several runs in this one)",
+        help=f"the picture, a .png (default: {PICTURE} in the folder of the run, or here for several runs)",
     )
     parser.add_argument("--json", action="store_true", help="print medians and quartiles by step as JSON")
     parser.set_defaults(run=_plot)
 
 
 def _plot(arguments: argparse.Namespace) -> int:
+    for run in arguments.runs:
+        if not run.exists():
+            raise UsageError(f"there is no folder {run}; name the output_dir of a training.")
     require_packages("lorapro plot", "matplotlib", extra="demo")
-    from lorapro_hf.diagnostics.plot import plot_gap  # matplotlib takes its time: after the arguments have been checked
+    from lorapro_hf.diagnostics.plot import plot_gap  # slow: it imports matplotlib
     from lorapro_hf.diagnostics.runs import read_runs
 
     runs = read_runs(arguments.runs)
@@ -54,7 +57,7 @@ def _plot(arguments: argparse.Namespace) -> int:
     folder = Path() if len(runs) > 1 else (first if first.is_dir() else first.parent)
     output: Path = getattr(arguments, "output", folder / PICTURE)
     if output.suffix.lower() != ".png":
-        raise UsageError(f"--output {output}: the picture is a PNG; give it a name that ends with .png.")
+        raise UsageError(f"--output {output}: the picture is a PNG; its name must end with .png.")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         plot_gap(output, runs)

@@ -1,4 +1,4 @@
-"""How does `lorapro train` run a recipe?"""
+"""The command line of `lorapro train`: how a recipe runs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lorapro_hf.options import UsageError, at_least_one
 from lorapro_hf.recipes import folder_of
 from lorapro_hf.recipes.shipped import described, find
 
-TRAIN = """Train from a recipe: a YAML file that names a script and its settings. Whatever stands after the recipe
-overrides its settings. With --num_processes or --accelerate_config the script runs under `accelerate launch`."""
+TRAIN = """Train from a recipe: a YAML file with a script and its settings. Flags after the recipe override them.
+With --num_processes or --accelerate_config the script runs under `accelerate launch`."""
 TRAIN_EXAMPLES = """examples:
   lorapro train --list
   lorapro train smollm2-135m.yaml --learning_rate 1e-5
@@ -27,19 +27,19 @@ _NO_RECIPES = ("accelerate", "compare", "smoke")
 def add_train(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lorapro train`."""
     parser.add_argument("--list", action="store_true", help="list the recipes and scripts that come with the package")
-    parser.add_argument("--num_processes", type=at_least_one, help="processes to launch, usually one a device")
+    parser.add_argument("--num_processes", type=at_least_one, help="processes to launch, usually one for each device")
     parser.add_argument(
         "--accelerate_config",
         metavar="NAME|FILE",
-        help="ddp (unless you say otherwise), fsdp2, zero1, zero2, zero3 or a file written by `accelerate config`",
+        help="ddp (the default of several processes), fsdp2, zero1, zero2, zero3 or a file of `accelerate config`",
     )
-    parser.add_argument("recipe", nargs="?", help="a YAML file, or the name of a recipe or script of the package")
-    parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="...", help="settings, as flags of the script")
+    parser.add_argument("recipe", nargs="?", help="a YAML file, or a recipe or script of the package")
+    parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="...", help="flags of the script")
     parser.set_defaults(run=train)
 
 
 def train(arguments: argparse.Namespace) -> int:
-    """Run what was asked for, and return the exit code of the training."""
+    """Run the script and return its exit code."""
     if arguments.list:
         print(described({**_recipes(), **_scripts()}))
         return 0
@@ -53,7 +53,7 @@ def train(arguments: argparse.Namespace) -> int:
     command = [*_launcher(arguments), str(script), *words, *arguments.overrides]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if arguments.is_program and IS_POSIX and not _is_launched(arguments):
-        become(command, environment)  # whoever ends this process ends the training
+        become(command, environment)  # a signal to this process reaches the training
     return supervise(command, environment)
 
 
@@ -64,7 +64,7 @@ def _is_launched(arguments: argparse.Namespace) -> bool:
 def _launcher(arguments: argparse.Namespace) -> list[str]:
     if not _is_launched(arguments):
         return [sys.executable]
-    # without a configuration accelerate would start a single process where it sees no devices
+    # without a configuration accelerate starts a single process on a machine without devices
     name = arguments.accelerate_config or "ddp"
     shipped = folder_of("configs") / "accelerate" / f"{name}.yaml"
     config = shipped if shipped.is_file() else Path(name)
@@ -73,7 +73,7 @@ def _launcher(arguments: argparse.Namespace) -> list[str]:
         raise UsageError(f"--accelerate_config {name}: neither a file nor one of {known}.")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     if config == shipped:
-        # precision is up to the recipe, and trainings beside each other need ports of their own
+        # the recipe sets the precision, and trainings on one machine need different ports
         command += ["--mixed_precision", "no", "--main_process_port", "0"]
     if arguments.num_processes is not None:
         command += ["--num_processes", str(arguments.num_processes)]
@@ -81,7 +81,7 @@ def _launcher(arguments: argparse.Namespace) -> list[str]:
 
 
 def _resolve(name: str) -> tuple[Path, list[str]]:
-    """The script to run and the words that hand it the recipe."""
+    """Return the script to run and the words that name the recipe."""
     from lorapro_hf.recipes.parser import SCRIPT, read_recipe
 
     if name.endswith(".py"):
@@ -89,7 +89,7 @@ def _resolve(name: str) -> tuple[Path, list[str]]:
     recipe = _find(name, "configs")
     script = read_recipe(recipe).get(SCRIPT)
     if script is None:
-        raise UsageError(f"{recipe} does not say which script it is for; add a line such as `script: run_sft.py`.")
+        raise UsageError(f"{recipe} names no script; add a line such as `script: run_sft.py`.")
     return _find(str(script), "scripts"), [str(recipe)]
 
 

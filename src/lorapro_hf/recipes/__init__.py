@@ -1,4 +1,4 @@
-"""What the scripts have in common, and how `lorapro train` runs them."""
+"""What do the scripts share, and where do scripts and recipes lie?"""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def folder_of(name: str) -> Path:
-    """Where `scripts` or `configs` lie: inside an installed package, or beside `src` in a clone."""
+    """Return the folder `scripts` or `configs`: inside an installed package, or beside `src` in a clone."""
     installed = _PACKAGE / name
     return installed if installed.is_dir() else _PACKAGE.parents[1] / name

@@ -1,4 +1,4 @@
-"""In which line does a script end that cannot go on?"""
+"""With which last line does a script end that cannot go on?"""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from lorapro_hf.recipes.hub import NO_HUB
 from lorapro_hf.recipes.stopped import CODE, say_stopped
 from lorapro_hf.utils.extras import MissingExtraError
 
-_CANNOT_RESUME = "cannot resume from "  # with which every refusal of `lorapro_hf.checkpoints.resume` begins
+_CANNOT_RESUME = "cannot resume from "  # how every refusal of `lorapro_hf.checkpoints.resume` begins
 
 
 class DiskFullError(OSError):
-    """A training could not write; the message says which checkpoint is complete."""
+    """A training could not write; the message names the newest complete checkpoint."""
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the program in one line on stderr where a traceback would tell its user nothing.
+    """End the program with one line on stderr if an exception is no defect of the program.
 
-    The exit code is 2 where something cannot be done as asked, 1 without the Hub or with a full disk, 130 after Ctrl-C.
+    The exit code is 2 for bad input, 1 without the Hub or with a full disk, and 130 after Ctrl-C.
     """
     try:
         yield
@@ -38,16 +38,16 @@ def one_line_errors() -> Iterator[None]:
         if ending is None:
             raise
         line, code = ending
-        _say(f"error: {line}")
+        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         raise SystemExit(code) from error
 
 
 @contextmanager
 def with_a_way_on(trainer: Trainer) -> Iterator[None]:
-    """Have Ctrl-C and a full disk say which checkpoint a training can go on from.
+    """Add the checkpoint to resume from to Ctrl-C and to errors of a full disk.
 
     Raises:
-        DiskFullError: a file could not be written to its end.
+        DiskFullError: if a file could not be written to its end.
     """
     try:
         yield
@@ -78,7 +78,7 @@ def _way_on(trainer: Trainer) -> str:
 
 
 def _ending(error: Exception) -> tuple[str, int] | None:
-    """The line and the exit code for an exception; `None` for a defect, which keeps its traceback."""
+    """Return the last line and the exit code; `None` for a defect, which keeps its traceback."""
     text = str(error)
     if isinstance(error, (UsageError, MissingExtraError)):
         return text, 2
@@ -95,7 +95,3 @@ def _ending(error: Exception) -> tuple[str, int] | None:
 
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0].rstrip(".")
-
-
-def _say(line: str) -> None:
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)

@@ -1,9 +1,9 @@
-"""What does a script do once it has a trainer?"""
+"""How does a script begin, and how does it train, evaluate and predict?"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def as_program(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
-    """Let the `main` of a script end with one line on stderr where it cannot go on, see `one_line_errors`."""
+    """Decorate the `main` of a script with `one_line_errors`."""
 
     @wraps(main)
     def program(argv: list[str] | None = None) -> None:
@@ -33,16 +33,16 @@ def as_program(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
 
 
 def start(arguments: TrainingArguments) -> None:
-    """Set up logging and the seed, before model and data are made; one process speaks for all.
+    """Check the checkpoint to resume from, and set up logging and the seed, before model and data are loaded.
 
     Raises:
-        UsageError: nothing is asked for, no training, evaluation or prediction; or as `checkpoint_to_resume`.
-        ValueError: the checkpoint to go on from is not complete.
+        UsageError: if the arguments ask for nothing, or as in `checkpoint_to_resume`.
+        ValueError: if the checkpoint is not complete.
     """
     if not (arguments.do_train or arguments.do_eval or arguments.do_predict):
         raise UsageError("there is nothing to do: set --do_train, --do_eval or --do_predict.")
     if arguments.do_train:
-        _require_resumable(arguments)  # what is wrong with it is said before anything is loaded
+        _require_resumable(arguments)
     level = arguments.get_process_log_level()
     speaks = arguments.log_level == "passive" and arguments.should_log
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
@@ -53,7 +53,7 @@ def start(arguments: TrainingArguments) -> None:
 
 
 def _require_resumable(arguments: TrainingArguments) -> None:
-    """Raise if there is nothing to go on from; the trainer, which knows the engine, looks closer."""
+    """Refuse an incomplete checkpoint; the trainer, which knows the engine, checks it fully."""
     asked, output = checkpoint_to_resume(arguments), Path(arguments.output_dir)
     if asked is None or not getattr(arguments, "lora_pro", True):
         return
@@ -64,29 +64,29 @@ def _require_resumable(arguments: TrainingArguments) -> None:
 
 
 def checkpoint_to_resume(arguments: TrainingArguments) -> str | Literal[True] | None:
-    """What `--resume_from_checkpoint` means to a trainer: a folder, or `True` for the newest complete checkpoint.
+    """Return the folder to resume from, `True` for the newest complete checkpoint, or `None` to start anew.
 
     Raises:
-        UsageError: there is none, or the folder holds checkpoints and nobody said whether to go on from them.
+        UsageError: if there is no checkpoint, or the output folder has checkpoints that the arguments do not mention.
     """
     asked = arguments.resume_from_checkpoint
     asked = {"true": True, "false": None}.get(str(asked).lower(), asked)
     output = Path(arguments.output_dir)
     last = get_last_checkpoint(str(output)) if output.is_dir() else None
-    if asked is True:
-        if last is None:
-            raise UsageError(
-                f"--resume_from_checkpoint: {output} has no checkpoint. Leave it out to start anew, or name a folder."
-            )
-        return True
     if asked is None and last is not None:
         raise UsageError(
             f"{output} holds checkpoints of an earlier training, the last {Path(last).name}. Go on with it by "
             "--resume_from_checkpoint true, or choose another --output_dir."
         )
-    if asked is not None and not Path(asked).is_dir():
+    if asked is True and last is None:
+        raise UsageError(
+            f"--resume_from_checkpoint: {output} has no checkpoint. Leave it out to start anew, or name a folder."
+        )
+    if asked is None or asked is True:
+        return asked
+    if not Path(asked).is_dir():
         raise UsageError(f"--resume_from_checkpoint {asked}: there is no such folder.")
-    return None if asked is None else str(asked)
+    return str(asked)
 
 
 def run(
@@ -94,71 +94,61 @@ def run(
     test_dataset: Any = None,
     card: dict[str, Any] | None = None,
     finish_metrics: Callable[[dict[str, float]], dict[str, float]] = lambda metrics: metrics,
-    save_predictions: Callable[[Any], None] | None = None,
+    lines_of: Callable[[Any], Iterable[str]] | None = None,
 ) -> dict[str, float]:
-    """Train, evaluate and predict as the arguments ask, and leave everything in `output_dir`.
+    """Train, evaluate and predict as the arguments ask.
 
-    There lie the adapter, `all_results.json` and one file of metrics a split, `trainer_state.json`, the model card and,
-    after a prediction, what `save_predictions` wrote.
+    `output_dir` gets the adapter, its model card, `trainer_state.json`, and the metrics in `all_results.json` and in a
+    file for each split; `predictions.txt` gets the predictions.
 
     Args:
-        trainer: ready to train; its datasets may be `None` for what is not asked for.
-        test_dataset: for `--do_predict`.
-        card: keywords of `create_model_card` and `push_to_hub` (`dataset`, `tasks`, ...).
-        finish_metrics: adds to the metrics of a split, such as the perplexity from the loss.
-        save_predictions: is handed `Trainer.predict`'s output, on the main process only.
+        trainer: A trainer with the datasets that it needs.
+        test_dataset: The rows for `--do_predict`.
+        card: Keywords of `create_model_card` and `push_to_hub` (`dataset`, `tasks`, ...).
+        finish_metrics: Adds metrics to those of a split, such as the perplexity.
+        lines_of: Turns the output of `Trainer.predict` into the lines of `predictions.txt`.
 
     Returns:
         All metrics, by their names in `all_results.json`.
 
     Raises:
-        DiskFullError: a file could not be written to its end.
+        DiskFullError: if a file could not be written to its end.
     """
-    with with_a_way_on(trainer):
-        return _carry_out(trainer, test_dataset, dict(card or {}), finish_metrics, save_predictions)
-
-
-def _carry_out(
-    trainer: Trainer,
-    test_dataset: Any,
-    card: dict[str, Any],
-    finish_metrics: Callable[[dict[str, float]], dict[str, float]],
-    save_predictions: Callable[[Any], None] | None,
-) -> dict[str, float]:
-    arguments = trainer.args
+    card, arguments = dict(card or {}), trainer.args
+    metrics: dict[str, float] = {}
     if "finetuned_from" in card and Path(card["finetuned_from"]).exists():
-        del card["finetuned_from"]  # a path of this machine, which the Hub would refuse as the name of a model
-    found: dict[str, float] = {}
-    if arguments.do_train:
-        _say_what_is_trained(trainer)
-        result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments))
-        trainer.save_model()
-        found |= _keep(trainer, "train", {**result.metrics, "train_samples": len(trainer.train_dataset)})
-        trainer.save_state()
-    if arguments.do_eval:
-        metrics = finish_metrics(trainer.evaluate())
-        found |= _keep(trainer, "eval", metrics)
-    if arguments.do_predict:
-        output = trainer.predict(test_dataset, metric_key_prefix="predict")
-        found |= _keep(trainer, "predict", finish_metrics(dict(output.metrics)))
-        if save_predictions is not None and trainer.is_world_process_zero():
-            save_predictions(output)
-    if arguments.push_to_hub:
-        trainer.push_to_hub(**card)
-    elif arguments.do_train:
-        trainer.create_model_card(**card)
+        del card["finetuned_from"]  # the Hub would refuse a local path as the name of a model
+    with with_a_way_on(trainer):
+        if arguments.do_train:
+            _log_parameters(trainer)
+            result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments))
+            trainer.save_model()
+            metrics |= _saved(trainer, "train", {**result.metrics, "train_samples": len(trainer.train_dataset)})
+            trainer.save_state()
+        if arguments.do_eval:
+            metrics |= _saved(trainer, "eval", finish_metrics(trainer.evaluate()))
+        if arguments.do_predict:
+            output = trainer.predict(test_dataset, metric_key_prefix="predict")
+            metrics |= _saved(trainer, "predict", finish_metrics(dict(output.metrics)))
+            if lines_of is not None and trainer.is_world_process_zero():
+                text = "".join(f"{line}\n" for line in lines_of(output))
+                Path(arguments.output_dir, "predictions.txt").write_text(text, encoding="utf-8")
+        if arguments.push_to_hub:
+            trainer.push_to_hub(**card)
+        elif arguments.do_train:
+            trainer.create_model_card(**card)
     if arguments.do_train and trainer.is_world_process_zero():
         logger.info("The adapter and its model card, README.md, lie in %s", arguments.output_dir)
-    return found
+    return metrics
 
 
-def _say_what_is_trained(trainer: Trainer) -> None:
+def _log_parameters(trainer: Trainer) -> None:
     if isinstance(trainer.model, PeftModel) and trainer.is_world_process_zero():
         trained, whole = trainer.model.get_nb_trainable_parameters()
         logger.info("%s of %s parameters are trained (%.2f%%)", f"{trained:,}", f"{whole:,}", 100 * trained / whole)
 
 
-def _keep(trainer: Trainer, split: str, metrics: dict[str, float]) -> dict[str, float]:
+def _saved(trainer: Trainer, split: str, metrics: dict[str, float]) -> dict[str, float]:
     trainer.log_metrics(split, metrics)
     trainer.save_metrics(split, metrics)
     return metrics

@@ -1,4 +1,4 @@
-"""Which model or data set was it, where the Hub cannot be reached?"""
+"""Which model or data set was wanted when the Hub could not be reached?"""
 
 from __future__ import annotations
 
@@ -6,29 +6,25 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# what transformers, PEFT and datasets say of what they neither have nor can fetch
+# how the messages of transformers, PEFT and datasets begin when they find nothing here and nothing on the Hub
 NO_HUB = re.compile(r"https://huggingface\.co|on the Hub \(|Can't find 'adapter_config\.json'")
 
 
 class NotFetchedError(OSError):
-    """Something is neither on this machine nor to be had from the Hub."""
+    """A model, adapter or data set is neither on this machine nor on the Hub."""
 
 
 @contextmanager
-def sought(what: str, name: str | None) -> Iterator[None]:
-    """Tell what was looked for where transformers or datasets speak of the Hub alone.
-
-    Args:
-        what: such as "the model".
-        name: as it was given.
+def sought(kind: str, name: str | None) -> Iterator[None]:
+    """Name the model or data set in errors of transformers and datasets that speak of the Hub alone.
 
     Raises:
-        NotFetchedError: with both, and what the library said first.
+        NotFetchedError: in place of such an error, with its first line.
     """
     try:
         yield
     except (OSError, ValueError) as error:
         if isinstance(error, NotFetchedError) or not NO_HUB.search(str(error)):
             raise
-        said = str(error).splitlines()[0].rstrip(".")
-        raise NotFetchedError(f"cannot load {what} {name}: {said}.") from error
+        first_line = str(error).splitlines()[0].rstrip(".")
+        raise NotFetchedError(f"cannot load {kind} {name}: {first_line}.") from error

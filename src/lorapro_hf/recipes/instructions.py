@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
 
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.cells import require_columns, require_plain, with_texts
@@ -27,32 +28,29 @@ Below is an instruction that describes a task. Write a response that appropriate
 
 @dataclass
 class InstructionArguments(DataArguments):
-    """Conversations, prompts with completions, or columns that become such."""
+    """The data set: conversations, prompts with completions, or columns that become prompts and completions."""
 
-    prompt_column: str | None = field(default=None, metadata={"help": "Column with the instruction or question."})
-    input_column: str | None = field(
-        default=None, metadata={"help": "Column with what the instruction is about; empty ones are left out."}
+    prompt_column: str | None = HfArg(default=None, help="Column with the instruction or question.")
+    input_column: str | None = HfArg(
+        default=None, help="Column with the material of the instruction; blank cells add nothing."
     )
-    completion_column: str | None = field(default=None, metadata={"help": "Column with the answer."})
-    prompt_template: str | None = field(
+    completion_column: str | None = HfArg(default=None, help="Column with the answer.")
+    prompt_template: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "How --prompt_column is put to the model: alpaca, chat (the tokenizer's chat template) or a text "
-            "with {instruction}. By default as it stands."
-        },
+        help="Template for --prompt_column: alpaca, chat (the tokenizer's chat template) or a text with "
+        "{instruction}. By default none.",
     )
-    completion_pattern: str | None = field(
-        default=None,
-        metadata={"help": "Regular expression: keep the part of an answer that it matches, drop rows without a match."},
+    completion_pattern: str | None = HfArg(
+        default=None, help="Regular expression: keep the part of an answer that it matches, drop rows without a match."
     )
-    keep_where: list[str] | None = field(
-        default=None, metadata={"help": "COLUMN=PATTERN: keep rows in whose column each regular expression is found."}
+    keep_where: list[str] | None = HfArg(
+        default=None, help="COLUMN=PATTERN: keep rows in which each regular expression matches."
     )
-    drop_where: list[str] | None = field(
-        default=None, metadata={"help": "COLUMN=PATTERN: drop rows in whose column a regular expression is found."}
+    drop_where: list[str] | None = HfArg(
+        default=None, help="COLUMN=PATTERN: drop rows in which a regular expression matches."
     )
-    drop_longer_than: int | None = field(
-        default=None, metadata={"help": "Drop rows whose prompt and completion together have more tokens."}
+    drop_longer_than: int | None = HfArg(
+        default=None, help="Drop rows whose prompt and completion together have more tokens."
     )
 
     def __post_init__(self) -> None:
@@ -70,19 +68,19 @@ class InstructionArguments(DataArguments):
             _compiled(self.completion_pattern)
 
 
-def conditions(given: list[str] | None) -> list[tuple[str, re.Pattern[str]]]:
-    """Columns and what is looked for in them, from words of the form `COLUMN=PATTERN`.
+def conditions(words: list[str] | None) -> list[tuple[str, re.Pattern[str]]]:
+    """Return the column and the regular expression of each word `COLUMN=PATTERN`.
 
     Raises:
-        UsageError: a word has another form, or its pattern is no regular expression.
+        UsageError: if a word has another form, or its pattern is no regular expression.
     """
-    found = []
-    for word in given or []:
-        column, equals, pattern = word.partition("=")
-        if not (column and equals and pattern):
+    parsed = []
+    for word in words or []:
+        column, _, pattern = word.partition("=")
+        if not (column and pattern):
             raise UsageError(f"{word!r} must have the form COLUMN=PATTERN.")
-        found.append((column, _compiled(pattern)))
-    return found
+        parsed.append((column, _compiled(pattern)))
+    return parsed
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
@@ -99,35 +97,27 @@ def prepared(
     tokenizer: PreTrainedTokenizerBase,
     templates: Mapping[str, str],
 ) -> Dataset:
-    """The rows that the conditions leave, with columns `prompt` and `completion` where columns were named.
+    """Return the rows that the conditions keep, with columns `prompt` and `completion` if columns are named.
 
-    In these columns a number is a text. Rows without a prompt or completion are left out, and a condition never holds
-    in a blank cell.
-
-    Args:
-        rows: data as they were loaded.
-        split: which of the sets they are.
-        data: what to do with them.
-        tokenizer: counts tokens for `drop_longer_than`.
-        templates: prompts with `{instruction}`, by name.
+    Numbers become texts, and rows without a prompt or completion are dropped. A condition never holds in a blank cell.
 
     Raises:
-        UsageError: there is no such column or template, a cell holds something else than text, or no row is left.
+        UsageError: if a column or template does not exist, a cell holds something other than text, or no row is left.
     """
     keep, drop = conditions(data.keep_where), conditions(data.drop_where)
     named = (data.prompt_column, data.completion_column, data.input_column)
     require_columns(rows, [*(column for column in named if column is not None), *(column for column, _ in keep + drop)])
     where = f"the {split} set"
+    for column, _ in keep + drop:
+        require_plain(rows, column, where, scalars=True)
+
+    def holds(row: dict[str, Any], column: str, pattern: re.Pattern[str]) -> bool:
+        return row[column] is not None and pattern.search(str(row[column])) is not None
+
+    def stays(row: dict[str, Any]) -> bool:
+        return all(holds(row, *each) for each in keep) and not any(holds(row, *each) for each in drop)
+
     if keep or drop:
-        for column, _ in keep + drop:
-            require_plain(rows, column, where, scalars=True)
-
-        def holds(row: dict[str, Any], column: str, pattern: re.Pattern[str]) -> bool:
-            return row[column] is not None and pattern.search(str(row[column])) is not None
-
-        def stays(row: dict[str, Any]) -> bool:
-            return all(holds(row, *each) for each in keep) and not any(holds(row, *each) for each in drop)
-
         rows = rows.filter(stays, **data.map_kwargs)
     if data.prompt_column is not None and data.completion_column is not None:
         columns = (data.prompt_column, data.completion_column)
@@ -147,34 +137,30 @@ def _with_prompts(
     tokenizer: PreTrainedTokenizerBase,
     templates: Mapping[str, str],
 ) -> Dataset:
-    chosen = data.prompt_template or "{instruction}"
-    template = templates.get(chosen, chosen)
-    if chosen != CHAT and "{instruction}" not in template:
+    name, limit = data.prompt_template or "{instruction}", data.drop_longer_than
+    template = templates.get(name, name)
+    if name != CHAT and "{instruction}" not in template:
         names = ", ".join(sorted((*templates, CHAT)))
-        raise UsageError(f"--prompt_template {chosen!r} must be {names} or a text with {{instruction}}.")
+        raise UsageError(f"--prompt_template {name!r} must be {names} or a text with {{instruction}}.")
     pattern = None if data.completion_pattern is None else re.compile(data.completion_pattern)
 
     def rewrite(row: dict[str, Any]) -> dict[str, Any]:
-        instruction, completion = (str(row[column]) for column in columns)
-        given = None if data.input_column is None else row[data.input_column]
-        about = "" if given is None else str(given)
-        if about.strip():
-            instruction = f"{instruction}\n\n{about}"
+        instruction, completion = (row[column] for column in columns)
+        material = None if data.input_column is None else row[data.input_column]
+        if material is not None and str(material).strip():
+            instruction = f"{instruction}\n\n{material}"
         if pattern is not None:
             match = pattern.search(completion)
             completion = "" if match is None else match.group()
-        if chosen == CHAT:
+        if name == CHAT:
             turns = {"prompt": [{"role": "user", "content": instruction}]}
             return {**turns, "completion": [{"role": "assistant", "content": completion}]}
-        # not `format`: instructions and templates may have braces of their own
+        # `format` would read other braces in the template
         return {"prompt": template.replace("{instruction}", instruction), "completion": completion}
 
     def stays(row: dict[str, Any]) -> bool:
         texts = [part if isinstance(part, str) else part[0]["content"] for part in (row["prompt"], row["completion"])]
-        limit = data.drop_longer_than
         return texts[1] != "" and (limit is None or len(tokenizer("".join(texts))["input_ids"]) <= limit)
 
     rows = rows.map(rewrite, remove_columns=rows.column_names, **data.map_kwargs)
-    if pattern is not None or data.drop_longer_than is not None:
-        rows = rows.filter(stays, **data.map_kwargs)
-    return rows
+    return rows if pattern is None and limit is None else rows.filter(stays, **data.map_kwargs)

@@ -1,4 +1,4 @@
-"""What do the scripts on TRL's trainers have in common?"""
+"""What do the scripts on TRL's trainers share?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainingArguments
 
-from lorapro_hf.recipes.cells import complete_rows, holds_lists, require_contents, with_texts
+from lorapro_hf.recipes.cells import complete_rows, holds_messages, require_contents, with_texts
 from lorapro_hf.recipes.data import DataArguments
 from lorapro_hf.recipes.model import AdapterArguments, ModelArguments, continued_adapter, load_model
 from lorapro_hf.recipes.targets import require_known_names
@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 
 def complete(training: TrainingArguments, model: ModelArguments, data: DataArguments) -> None:
-    """Fill in what TRL's scripts take for granted, and what two groups of arguments mean alike.
+    """Set TRL's defaults in the training's settings, and copy settings that two groups of arguments share.
 
-    As in TRL's own scripts a call without `--do_train`, `--do_eval` and `--do_predict` trains.
+    As in TRL's scripts, a call without `--do_train`, `--do_eval` and `--do_predict` trains.
     """
     if not (training.do_train or training.do_predict or (training.do_eval and training.eval_strategy == "no")):
         training.do_train = True
@@ -36,31 +36,23 @@ def complete(training: TrainingArguments, model: ModelArguments, data: DataArgum
 def with_turns(
     rows: Dataset, columns: Collection[str], where: str, map_kwargs: dict[str, Any], need_text: Collection[str] = ()
 ) -> Dataset:
-    """As `with_texts`, of columns that may hold messages instead.
-
-    Args:
-        rows: as there.
-        columns: as there.
-        where: as there.
-        map_kwargs: as there.
-        need_text: as there.
-    """
-    messages = [column for column in columns if holds_lists(rows, column)]
-    texts = [column for column in columns if column not in messages]
-    for column in messages:
+    """Return the complete rows of columns that hold texts or messages; see `with_texts` for the arguments."""
+    conversations = [column for column in columns if holds_messages(rows, column)]
+    texts = [column for column in columns if column not in conversations]
+    for column in conversations:
         require_contents(rows, column, where)
-    return with_texts(complete_rows(rows, messages, where), texts, where, need_text, map_kwargs=map_kwargs)
+    return with_texts(complete_rows(rows, conversations, where), texts, where, need_text, map_kwargs=map_kwargs)
 
 
 def parts(
     training: TrainingArguments, model: ModelArguments, adapter: AdapterArguments, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
-    """Model, adapter and tokenizer as keywords of a trainer of TRL, which makes a new adapter itself."""
+    """Return model, adapter and tokenizer as keywords of a TRL trainer, which adds a new adapter itself."""
     settings: Any = training
     base = load_model(AutoModelForCausalLM, model, **(settings.model_init_kwargs or {}))
-    settings.model_init_kwargs = None  # TRL would say that it ignores them
+    settings.model_init_kwargs = None  # TRL warns about them beside a loaded model
     if adapter.adapter_name_or_path is not None:
         return {"model": continued_adapter(base, adapter), "processing_class": tokenizer}
     config = adapter.lora_config("CAUSAL_LM")
-    require_known_names(base, config)  # TRL would find out after it has tokenized the data
+    require_known_names(base, config)  # before TRL tokenizes the data
     return {"model": base, "peft_config": config, "processing_class": tokenizer}

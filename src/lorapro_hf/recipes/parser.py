@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import json
 import sys
@@ -21,21 +22,20 @@ _SUFFIXES = (".yaml", ".yml")
 
 
 class RecipeParser(HfArgumentParser):
-    """`HfArgumentParser` that also takes a YAML recipe, first or after `--config`; flags override what it says.
+    """`HfArgumentParser` that also takes a YAML recipe, first or after `--config`; flags override the recipe.
 
     ```bash
     python scripts/run_sft.py configs/smollm2-135m.yaml --learning_rate 1e-5
     ```
 
-    A recipe has one line `flag: value` for each setting, by the names of the flags. Lists are for flags with several
-    values, mappings for flags that take JSON. Two keys are the recipe's own: `script` names the program it is for, and
-    `extends` another recipe, beside this one or of the package, whose settings it takes over where it has none; `null`
-    drops one. Of a list of recipes the later ones go first.
+    A recipe has a line `flag: value` for each setting: a list for flags with several values, a mapping for flags that
+    take JSON. Two keys are the recipe's own: `script` names its program, and `extends` names one or more recipes,
+    beside this one or of the package, from which it inherits settings; later recipes win, and `null` removes a setting.
 
     Args:
-        dataclass_types: as in `HfArgumentParser`.
-        prog: the script's file name; a recipe for another script is refused.
-        **kwargs: as in `argparse.ArgumentParser`.
+        dataclass_types: As in `HfArgumentParser`.
+        prog: File name of the script; recipes for another script are refused.
+        **kwargs: As in `argparse.ArgumentParser`.
     """
 
     def __init__(self, dataclass_types: Iterable[Any], prog: str | None = None, **kwargs: Any) -> None:
@@ -47,7 +47,7 @@ class RecipeParser(HfArgumentParser):
         )
 
     def parse(self, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-        """The dataclasses, filled in; exits with code 2 and a message where that cannot be done."""
+        """Return the dataclasses with their settings; bad settings end the program with exit code 2."""
         arguments = list(sys.argv[1:] if argv is None else argv)
         try:
             recipe, overrides = split_recipe(arguments)
@@ -55,7 +55,7 @@ class RecipeParser(HfArgumentParser):
             *parsed, unknown = self.parse_args_into_dataclasses(
                 [*flags, *overrides], return_remaining_strings=True, look_for_args_file=False
             )
-        except (ValueError, TypeError) as error:  # settings that contradict each other
+        except (ValueError, TypeError) as error:
             self.error(str(error))
         if unknown:
             self.error(f"{unknown[0]} is no option of {self.prog}{self._alike(unknown[0].split('=')[0])}")
@@ -66,9 +66,9 @@ class RecipeParser(HfArgumentParser):
         script = settings.pop(SCRIPT, self.prog)
         if script != self.prog:
             raise UsageError(f"{recipe} is a recipe for {shortened(str(script))}, not for {self.prog}.")
-        share = settings.get("warmup_steps")
-        if isinstance(share, float) and share < 1 and "--warmup_ratio" in self._option_string_actions:
-            settings["warmup_ratio"] = settings.pop("warmup_steps")  # its name in transformers 4
+        warmup = settings.get("warmup_steps")
+        if isinstance(warmup, float) and warmup < 1 and "--warmup_ratio" in self._option_string_actions:
+            settings["warmup_ratio"] = settings.pop("warmup_steps")  # transformers 4
         for name in settings:
             if f"--{name}" not in self._option_string_actions:
                 given = shortened(str(name))
@@ -81,33 +81,30 @@ class RecipeParser(HfArgumentParser):
         return f"; did you mean {' or '.join(close)}?" if close else "; --help lists them."
 
 
-def split_recipe(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """The recipe of a command line, if it names one, and everything else.
+def split_recipe(words: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """Return the recipe of a command line, if there is one, and all other words.
 
     Raises:
-        UsageError: there are two recipes, or `--config` is the last word.
+        UsageError: if there are two recipes, or `--config` is the last word.
     """
-    rest, found = list(arguments), []
-    if rest and rest[0].endswith(_SUFFIXES) and not rest[0].startswith("-"):
-        found.append(rest.pop(0))
-    while "--config" in rest:
-        at = rest.index("--config")
-        if at + 1 == len(rest):
-            raise UsageError("--config needs the path of a YAML recipe.")
-        found.append(rest[at + 1])
-        del rest[at : at + 2]
-    inline = [word for word in rest if word.startswith("--config=")]
-    found += [word.partition("=")[2] for word in inline]
-    if len(found) > 1:
-        raise UsageError(f"{found[0]} and {found[1]}: one recipe at a time; a recipe may extend another.")
-    return (Path(found[0]) if found else None), [word for word in rest if word not in inline]
+    is_first = bool(words) and words[0].endswith(_SUFFIXES) and not words[0].startswith("-")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", action="append", default=[])
+    try:
+        options, rest = parser.parse_known_args(words[is_first:])
+    except argparse.ArgumentError as error:
+        raise UsageError("--config needs the path of a YAML recipe.") from error
+    recipes = [*words[:is_first], *options.config]
+    if len(recipes) > 1:
+        raise UsageError(f"{recipes[0]} and {recipes[1]}: one recipe at a time; a recipe may extend another.")
+    return (Path(recipes[0]) if recipes else None), rest
 
 
 def read_recipe(path: Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The settings of a recipe, with those of the recipes that it extends.
+    """Return the settings of a recipe, including the inherited ones.
 
     Raises:
-        UsageError: a file is missing, no YAML mapping, has a key twice, or extends itself.
+        UsageError: if a file is missing, is no YAML mapping, has a key twice, or extends itself.
     """
     path = path.resolve()
     if path in _above:
@@ -124,14 +121,12 @@ def read_recipe(path: Path, _above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def as_flags(settings: Mapping[str, Any]) -> list[str]:
-    """Settings as words of a command line, so that flags and recipes mean the same."""
+    """Return settings as words of a command line."""
     words: list[str] = []
     for name, value in settings.items():
-        if value is None:
-            continue
         if isinstance(value, list):
             words += [f"--{name}", *(_word(item) for item in value)]
-        else:
+        elif value is not None:
             words.append(f"--{name}={_word(value)}")
     return words
 

@@ -15,16 +15,16 @@ _SENTENCE = re.compile(r".*?[.?](?=\s|$)", re.DOTALL)
 
 
 def find(name: str, folder: Path, known: Iterable[str], listing: str) -> Path:
-    """The file of this name, in the current directory or else in the package.
+    """Return the file of this name, in the current directory or else in the package.
 
     Args:
-        name: a path, with or without `.yaml`; one of a clone, such as `configs/compare/smoke.yaml`, will do anywhere.
-        folder: where in the package it would be.
-        known: what there is, to choose from when nothing is found.
-        listing: the command that lists that.
+        name: Path with or without `.yaml`; a path in a clone, such as `configs/compare/smoke.yaml`, works anywhere.
+        folder: Folder of the package to look in.
+        known: Names to propose if there is no such file.
+        listing: The command that lists these names.
 
     Raises:
-        UsageError: there is no such file; with those whose names are near.
+        UsageError: if there is no such file, with similar names.
     """
     asked = Path(name if name.endswith(_SUFFIXES) else f"{name}.yaml")
     candidates = [Path(name), asked, folder / asked]
@@ -33,18 +33,16 @@ def find(name: str, folder: Path, known: Iterable[str], listing: str) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    names = list(known)
-    # without their suffixes, which would make all names alike
-    stems = {str(Path(each).with_suffix("")): each for each in names}
-    near = [asked.with_suffix(""), Path(asked.stem)]
-    close = next(filter(None, (difflib.get_close_matches(str(each), stems) for each in near)), [])
-    close = [stems[each] for each in close]
+    # suffixes would make all names alike
+    stems = {str(Path(each).with_suffix("")): each for each in known}
+    near = (difflib.get_close_matches(stem, stems) for stem in (str(asked.with_suffix("")), asked.stem))
+    close = [stems[each] for each in next(filter(None, near), [])]
     hint = f"did you mean {' or '.join(close)}?" if close else f"see {listing}."
     raise UsageError(f"{name}: there is no such file, and nothing of that name in the package; {hint}")
 
 
 def described(files: Mapping[str, Path]) -> str:
-    """One line for each file: its name, and the first sentence of what it says about itself."""
+    """Return one line for each file: its name and the first sentence of its docstring or comment."""
     width = max(map(len, files), default=0)
     return "\n".join(f"{name:{width}}  {_first_sentence(path)}".rstrip() for name, path in files.items())
 

@@ -1,4 +1,4 @@
-"""What does a program say when Ctrl-C stops it?"""
+"""With which line does a program end after Ctrl-C?"""
 
 from __future__ import annotations
 
@@ -7,27 +7,23 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-_ANEW = "Nothing has been trained yet: the same command starts anew."
-CODE = 130  # as a shell has it: 128 and the number of SIGINT
+CODE = 130  # 128 and the number of SIGINT, as in a shell
 
 
 def say_stopped(way_on: str = "") -> None:
-    """Say it in one line on stderr; each of several processes gets Ctrl-C, and the first one speaks.
-
-    Args:
-        way_on: how to go on; by default that nothing is lost.
-    """
+    """Print that Ctrl-C stopped the program, on the first of several processes."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: stopped by Ctrl-C. {way_on or _ANEW}", file=sys.stderr)
+        way_on = way_on or "Nothing has been trained yet: the same command starts anew."
+        print(f"{Path(sys.argv[0]).name}: stopped by Ctrl-C. {way_on}", file=sys.stderr)
 
 
 def end_imports_in_one_line() -> None:
-    """Let Ctrl-C end the program in that line where nothing else waits for it, as while libraries are imported."""
-    otherwise = sys.excepthook
+    """Replace the traceback of an uncaught Ctrl-C, as during imports, by that line."""
+    previous = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if not issubclass(kind, KeyboardInterrupt):
-            otherwise(kind, error, trace)
+            previous(kind, error, trace)
             return
         say_stopped()
         raise SystemExit(CODE)

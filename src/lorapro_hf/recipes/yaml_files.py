@@ -1,4 +1,4 @@
-"""What does a YAML file say, if it says each thing once?"""
+"""How is a YAML file read, so that a key that is there twice does not pass?"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys and says nothing; a merge (`<<`) may be overridden, as it is meant to."""
+    """Loader that refuses equal keys, of which PyYAML keeps the last; a merge (`<<`) may be overridden."""
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)  # type: ignore[no-untyped-call, unused-ignore]
@@ -30,14 +30,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """What a text says.
-
-    Args:
-        text: in YAML.
-        where: the file or option that it is from, with which messages begin.
+    """Return the value of a YAML text.
 
     Raises:
-        UsageError: the text is no YAML, or a mapping has a key twice.
+        UsageError: if the text is no YAML, or a mapping has a key twice.
     """
     try:
         return yaml.load(text, Loader=_Loader)
@@ -54,22 +50,18 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UsageError(f"{where}: {error}") from error
 
 
-def read_yaml(path: Path, what: str) -> Any:
-    """What a file says.
-
-    Args:
-        path: the file.
-        what: its kind in messages, such as "the recipe".
+def read_yaml(path: Path, kind: str) -> Any:
+    """Return the value of a YAML file.
 
     Raises:
-        UsageError: it cannot be read, is no YAML, or a mapping has a key twice.
+        UsageError: if the file cannot be read, is no YAML, or has a key twice in a mapping.
     """
     try:
         text = read_settings_text(path)
     except OSError as error:
-        raise UsageError(f"cannot read {what} {path}: {error.strerror}.") from error
+        raise UsageError(f"cannot read {kind} {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is no YAML: it is not UTF-8 ({error.reason}).") from error
     except ValueError as error:
-        raise UsageError(f"cannot read {what} {path}: {error}.") from error
+        raise UsageError(f"cannot read {kind} {path}: {error}.") from error
     return parse_yaml(text, str(path))

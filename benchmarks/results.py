@@ -204,8 +204,8 @@ PAGE_TEXT = """# Results
 
 Methods are trained at several learning rates under {seeds} seeds, on the same batches in the same order: {runs}. \
 These are short trainings of small models that fit on two CPU cores. They show how fast methods learn at their own \
-best rate, not how a large model ends after thousands of steps; `configs/compare/gpu.yaml` and the recipes in \
-`configs/paper/` would, and nobody has run them with this package yet.
+best rate, not how a large model ends after thousands of steps. Nobody has run `configs/compare/gpu.yaml` or the \
+recipes in `configs/paper/` on large models yet.
 
 `make compare-small`, `compare-long`, `compare-ranks`, `compare-whole`, `compare-limits` and `compare-costs` make the \
 runs again, with a report of all rates and seeds in `runs/`, and rewrite this page. The summaries are in \
@@ -238,14 +238,14 @@ equal to its formula up to {gap[largest_step_error]:.1e}.
 
 ## Right answers
 
-The accuracy on docstrings, at the rates that the loss has chosen.
+The accuracy on docstrings, at the learning rates of the first table.
 
 {answers}
 
 ## The whole model
 
 Other word problems under the whole of SmolLM2-135M, which writes the answers itself, for the 24 steps of `make demo`. \
-So few steps are over before the default limit lets go; LoRA-Pro has a wider one here.
+The default limit would shorten most of these steps, so LoRA-Pro has a wider one here.
 
 {whole}
 

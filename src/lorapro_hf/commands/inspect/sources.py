@@ -112,7 +112,7 @@ def _of_output(request: Request, checkpoints: Sequence[Checkpoint]) -> Report:
     if newest is None:
         return Report(request.name, notes=["No checkpoint in it is complete: the training has to start again."])
     report = _of_checkpoint(replace(request, name=newest.folder), newest)
-    note = f"The training has not saved an adapter at its end: this is {Path(newest.folder).name}."
+    note = f"The folder holds no adapter outside its checkpoints: this is {Path(newest.folder).name}."
     return replace(report, source=request.name, checkpoint=None, notes=[note, *report.notes])
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lorapro_hf import LoRAPair, equivalent_gradient, find_lora_pairs, project_lora_gradients
+from lorapro_hf.commands.common.plots import as_png
 
 HERE = Path(__file__).parent
 STEPS, BATCH, RANK, LEARNING_RATE = 10, 8, 8, 1e-3
@@ -107,7 +108,7 @@ def draw(found: list[Cosines], path: Path) -> None:
     figure, (plane, all_weights) = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=(1, 1.35), layout="constrained")
     _draw_plane(plane, sorted(found, key=lambda c: c.LoRA_Pro / c.LoRA)[len(found) // 2])
     _draw_all(all_weights, found)
-    figure.savefig(path, dpi=140)
+    path.write_bytes(as_png(figure, dpi=140))
     plt.close(figure)
 
 

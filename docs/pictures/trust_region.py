@@ -24,6 +24,7 @@ from transformers import DataCollatorForSeq2Seq, set_seed
 
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
 from lorapro_hf.commands.common.base_model import load_base_model
+from lorapro_hf.commands.common.plots import as_png
 from lorapro_hf.commands.common.problems import encode
 from lorapro_hf.commands.common.word_problems import word_problems
 from lorapro_hf.diagnostics.records import FILE, read
@@ -78,7 +79,7 @@ def figures(found: dict[int, list[float]]) -> dict[str, Any]:
 
 def draw(found: dict[float, dict[int, list[float]]], file: Path) -> None:
     """Both trainings in one picture."""
-    _, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
     for limit, color in LIMITS.items():
         low, middle, high = zip(*found[limit].values(), strict=True)
         axes.plot(list(found[limit]), middle, color=color, label=f"trust_region={limit:g}")
@@ -86,7 +87,7 @@ def draw(found: dict[float, dict[int, list[float]]], file: Path) -> None:
     axes.set(xlabel="step", ylabel="share of the step that is left", ylim=(0, 1.05), xlim=(0, STEPS))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="lower right")
-    plt.savefig(file, dpi=150)
+    file.write_bytes(as_png(figure, dpi=150))
 
 
 def main(folder: Path) -> None:

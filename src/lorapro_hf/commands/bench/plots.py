@@ -11,7 +11,7 @@ import pandas
 from lorapro_hf.commands.bench.growth import AXES
 from lorapro_hf.commands.bench.results import GrowthPoint, Outcome
 from lorapro_hf.commands.bench.settings import BASELINE, METHODS, MODELS
-from lorapro_hf.commands.common.plots import new_figure
+from lorapro_hf.commands.common.plots import as_png, new_figure
 
 _DPI = 60
 
@@ -40,7 +40,7 @@ def plot_ratios(path: Path, outcome: Outcome) -> bool:
         panel.margins(x=0.2)
     for panel in panels[-1]:
         panel.set_xlabel("time of a step over fused AdamW's (log scale)")
-    figure.savefig(path, dpi=_DPI)
+    path.write_bytes(as_png(figure, _DPI))
     return True
 
 
@@ -63,5 +63,5 @@ def plot_growth(path: Path, growth: list[GrowthPoint]) -> bool:
         panel.minorticks_off()
         panel.grid(alpha=0.2)
         panel.legend(fontsize=6)
-    figure.savefig(path, dpi=_DPI)
+    path.write_bytes(as_png(figure, _DPI))
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+_COLORS = 96  # of a picture: a third of the bytes, and no visible difference
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -16,6 +20,14 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def as_png(figure: Figure, dpi: int) -> bytes:
+    """The figure as a PNG file with few colors."""
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, dpi=dpi, format="png")
+    Image.open(drawn).convert("RGB").quantize(_COLORS).save(small, format="png", optimize=True)
+    return small.getvalue()
 
 
 def smooth(losses: Sequence[float], reach: int = 2) -> list[float]:

@@ -11,7 +11,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from lorapro_hf.commands.common.plots import finish_loss_axes, new_figure, smooth
+from lorapro_hf.commands.common.plots import as_png, finish_loss_axes, new_figure, smooth
 from lorapro_hf.commands.common.records import environment, write_json
 from lorapro_hf.commands.common.scoring import Score
 from lorapro_hf.commands.demo.settings import DemoSettings
@@ -130,4 +130,4 @@ def plot_curves(path: Path, base: Score | None, results: Sequence[MethodResult])
         label = f"held-out, base model: {base.loss:.3f}"
         axes.plot([0], [base.loss], color="black", marker="D", linestyle="none", label=label)
     finish_loss_axes(axes, "LoRA and LoRA-Pro")
-    figure.savefig(path, dpi=100)
+    path.write_bytes(as_png(figure, dpi=100))

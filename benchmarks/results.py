@@ -207,10 +207,10 @@ These are short trainings of small models that fit on two CPU cores. They show h
 best rate, not how a large model ends after thousands of steps. Nobody has run `configs/compare/gpu.yaml` or the \
 recipes in `configs/paper/` on large models yet.
 
-`make compare-small`, `compare-long`, `compare-ranks`, `compare-whole`, `compare-limits` and `compare-costs` make the \
-runs again, with a report of all rates and seeds in `runs/`, and rewrite this page. The summaries are in \
-[small](results/small/summary.json), [long](results/long/summary.json), [ranks](results/ranks/summary.json), \
-[whole](results/whole/summary.json), [limits](results/limits/summary.json) and [costs](results/costs/summary.json).
+`make compare-small` and its siblings make the runs again, with a report of all rates and seeds in `runs/`, and \
+rewrite this page. The summaries: [small](results/small/summary.json), [long](results/long/summary.json), \
+[ranks](results/ranks/summary.json), [whole](results/whole/summary.json), [limits](results/limits/summary.json), \
+[costs](results/costs/summary.json).
 
 ## Test loss
 
@@ -232,9 +232,9 @@ shows a gap; "no gap": full fine-tuning is not better.
 
 {closed}
 
-In two trainings of SmolLM2-135M that [measure the gradients](diagnostics.md#looking-at-it), the equivalent gradient \
-was closer to the true one than plain LoRA's in {gap[closer]} of {gap[measured]} measurements, and the sequential step \
-equal to its formula up to {gap[largest_step_error]:.1e}.
+In two trainings that [measure the gradients](diagnostics.md#looking-at-it), the equivalent gradient was closer to the \
+true one than plain LoRA's in {gap[closer]} of {gap[measured]} measurements, and the sequential step equal to its \
+formula up to {gap[largest_step_error]:.1e}.
 
 ## Right answers
 
@@ -251,9 +251,9 @@ The default limit would shorten most of these steps, so LoRA-Pro has a wider one
 
 ## The limit of a step
 
-LoRA-Pro's full mode with other limits of the [trust region](how_it_works.md#linear-and-sequential) on the tasks of \
-`compare-small`. The default, {default}, was chosen on these same tasks, by validation loss and by how wide the range \
-of usable rates is: LoRA-Pro's full and factored modes have one more tuned setting than the other methods.
+Mode `full` with other limits of the [trust region](how_it_works.md#linear-and-sequential). The default, {default}, \
+was chosen on these same tasks, by validation loss and by the range of usable rates: LoRA-Pro's full and factored \
+modes have one more tuned setting than the other methods.
 
 {limits}
 

@@ -30,6 +30,8 @@ def weight_gradients(
     """Compute the mean gradient of the loss over batches, with respect to each adapted frozen weight.
 
     ```python
+    from lorapro_hf import weight_gradients
+
     for pair, gradient in weight_gradients(model, batches):
         U, S, V = torch.svd_lowrank(gradient, q=16)
     ```

@@ -22,7 +22,8 @@ _ENGINES = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEG
 class LoRAMethod(TrainerCallback):
     """A method that acts on a LoRA training: before it, in its forward passes, around its steps, or on what is saved.
 
-    A subclass overrides the calls that it needs; each does nothing by default. A method is a callback of any `Trainer`:
+    A subclass sets `name` and overrides the calls that it needs; each does nothing by default. A method is a callback
+    of any `Trainer`:
 
     ```python
     trainer = LoRAProTrainer(model, args, train_dataset=data, callbacks=[Method()])
@@ -33,7 +34,8 @@ class LoRAMethod(TrainerCallback):
     other calls, but cannot resume a method that has a state. A loop of your own makes the calls itself:
 
     ```python
-    method.before_training(model, batches)
+    method.before_training(model, batches)  # before the optimizer is built
+    optimizer = create_lorapro_optimizer(model, lr=2e-5)
     for step, batch in enumerate(loader, start=1):
         with method.forward_context():
             model(**batch).loss.backward()

@@ -20,7 +20,7 @@ from lorapro_hf.cli import build_parser
 from lorapro_hf.recipes.metrics import of_labels
 from lorapro_hf.recipes.model import ModelArguments, load_model
 from lorapro_hf.recipes.parser import EXTENDS, SCRIPT, RecipeParser, read_recipe
-from script_helpers import CONFIGS, INPUTS, SCRIPTS, TINY, check_adapter, factors, make_inputs, results, script
+from script_helpers import CONFIGS, INPUTS, SCRIPTS, TINY, check_adapter, factors, results, script
 
 SMOKE = CONFIGS / "smoke"
 NO_RECIPES = {"accelerate", "compare", "smoke"}
@@ -31,7 +31,7 @@ SMALLER = {
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     "dataloader_num_workers",
 }
-BY_DEFAULT = "smollm2-135m.yaml"  # all others are slow
+BY_DEFAULT = "smollm2-135m.yaml"
 
 
 def recipes_in(folder: Path) -> list[str]:
@@ -41,15 +41,11 @@ def recipes_in(folder: Path) -> list[str]:
 
 
 RECIPES = recipes_in(CONFIGS)
+OTHERS_SLOW = [pytest.param(name, marks=[] if name == BY_DEFAULT else pytest.mark.slow) for name in RECIPES]
 
 
 class Parsed(Exception):
     """Ends a script once its settings are read."""
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("smoke"))
 
 
 def test_every_recipe_has_a_twin_and_every_twin_a_recipe() -> None:
@@ -81,7 +77,7 @@ def test_recipe_opens_with_its_launch_line_and_one_override(name: str) -> None:
             assert arguments.adapter == read_recipe(CONFIGS / name)["output_dir"]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", OTHERS_SLOW)
 def test_settings_parse_and_the_override_of_the_comment_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parse = RecipeParser.parse
     read: list[Any] = []
@@ -108,9 +104,7 @@ def test_settings_parse_and_the_override_of_the_comment_too(name: str, monkeypat
     assert any(repr(before) != repr(after) for before, after in zip(*read, strict=True))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == BY_DEFAULT else pytest.mark.slow) for name in RECIPES]
-)
+@pytest.mark.parametrize("name", OTHERS_SLOW)
 def test_twin_trains(name: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(inputs)
     program = read_recipe(SMOKE / name)[SCRIPT]

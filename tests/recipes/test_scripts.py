@@ -13,7 +13,7 @@ import torch
 from transformers import Trainer
 
 from lorapro_hf import LoRAProTrainer
-from script_helpers import INPUTS, QUIET, TINY, check_adapter, factors, make_inputs, results, script
+from script_helpers import INPUTS, QUIET, TINY, check_adapter, factors, results, script
 
 LLAMA, DATA = f"{INPUTS}/models/llama", f"{INPUTS}/data"
 GLUE = ["--model_name_or_path", LLAMA, "--max_seq_length", "32"]
@@ -23,11 +23,6 @@ SFT = ["--model_name_or_path", LLAMA, "--train_file", f"{DATA}/messages.jsonl", 
 PORJ = ["--lora_target_modules", "v_proj", "q_porj"]
 SPEECH = ["--model_name_or_path", f"{INPUTS}/models/wav2vec2", "--train_file", f"{DATA}/speech/train.jsonl"]
 IMAGES = ["--model_name_or_path", f"{INPUTS}/models/vit", "--train_dir", f"{DATA}/images"]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(autouse=True)

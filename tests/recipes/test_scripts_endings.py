@@ -24,7 +24,7 @@ from lorapro_hf.checkpoints import manifest
 from lorapro_hf.checkpoints.resume import checkpoints_in, find_flaw
 from lorapro_hf.recipes.endings import _way_on, one_line_errors
 from lorapro_hf.utils.extras import MissingExtraError
-from script_helpers import CONFIGS, INPUTS, SCRIPTS, TINY, Lines, factors, make_inputs, script
+from script_helpers import CONFIGS, INPUTS, SCRIPTS, TINY, Lines, factors, script
 
 SETTINGS = [
     *("--model_name_or_path", f"{INPUTS}/models/llama", "--train_file", f"{INPUTS}/data/text.txt"),
@@ -42,9 +42,10 @@ def logged() -> Iterator[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A folder with inputs and a training of three steps, each with a checkpoint; and what was said."""
-    folder = make_inputs(tmp_path_factory.mktemp("endings"))
+    folder = tmp_path_factory.mktemp("endings")
+    (folder / "build").symlink_to(inputs / "build")
     with pytest.MonkeyPatch.context() as patch, logged() as lines:
         patch.chdir(folder)
         script("run_clm.py").main([*SETTINGS, "--output_dir", "out"])

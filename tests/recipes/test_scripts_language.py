@@ -187,12 +187,6 @@ def test_instructions_are_trained_and_resumed(model: Path, tmp_path: Path):
     assert any(bool(factor.any()) for name, factor in whole.items() if "lora_B" in name)
 
 
-def test_assistant_only_loss_takes_instructions_put_as_conversations(model: Path, tmp_path: Path):
-    more = (*NAMED, "--prompt_template", "chat", "--assistant_only_loss")
-    script("run_sft").main(flags(model, tmp_path / "out", questions(tmp_path), *more))
-    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
-
-
 def test_without_do_train_it_trains_as_trl_does(model: Path, tmp_path: Path):
     rows = [
         {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}."}]}
@@ -227,11 +221,12 @@ def test_preferences_are_trained(model: Path, tmp_path: Path, more: tuple[str, .
     assert not any(".ref." in name for name in saved)
 
 
-def test_adapters_of_quantized_models_are_stepped_in_float32(
+def test_adapters_of_quantized_models_learn_instructions_put_as_conversations_in_float32(
     model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     pytest.importorskip("bitsandbytes")
     words = flags(model, tmp_path / "out", questions(tmp_path), *NAMED, "--load_in_4bit", "--learning_rate", "1e-6")
+    words += ["--prompt_template", "chat", "--assistant_only_loss"]
     with caplog.at_level(logging.INFO, logger="lorapro_hf"):
         script("run_sft").main(words)
     assert "--lora_pro_master_factors is set" in caplog.text

@@ -15,7 +15,7 @@ from hub_server import Hub, card_problems
 from lorapro_hf.cli import main
 from lorapro_hf.commands import train
 from lorapro_hf.recipes.parser import read_recipe
-from script_helpers import CONFIGS, INPUTS, SCRIPTS, TINY, check_adapter, factors, make_inputs, results, script
+from script_helpers import CONFIGS, INPUTS, SCRIPTS, TINY, check_adapter, factors, results, script
 from signals import listen
 
 STUB = """import json, os, signal, sys
@@ -208,8 +208,8 @@ def test_a_bad_setting_ends_with_exit_code_2() -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes_train_what_one_does() -> None:
-    make_inputs(Path.cwd())
+def test_two_processes_train_what_one_does(inputs: Path) -> None:
+    Path("build").symlink_to(inputs / "build")
     model = ["--model_name_or_path", f"{INPUTS}/models/llama", "--train_file", f"{INPUTS}/data/text.txt"]
     settings = [*model, *TINY, "--block_size", "16", "--do_train", "--do_eval", "--lora_pro_mode", "full"]
     launched = ["--num_processes", "2", "--accelerate_config", "ddp", "run_clm.py", *settings]
@@ -231,8 +231,8 @@ def test_two_processes_train_what_one_does() -> None:
 
 
 @pytest.mark.slow
-def test_a_training_ends_on_the_hub(tmp_path: Path) -> None:
-    make_inputs(tmp_path)
+def test_a_training_ends_on_the_hub(inputs: Path, tmp_path: Path) -> None:
+    Path("build").symlink_to(inputs / "build")
     model = ["--model_name_or_path", f"{INPUTS}/models/llama", "--train_file", f"{INPUTS}/data/messages.jsonl"]
     hub_flags = ["--push_to_hub", "--hub_model_id", "writer/chat", "--hub_private_repo", "true", "--output_dir", "chat"]
     words = ["train", "run_sft.py", *model, *TINY, "--max_length", "64", "--do_train", *hub_flags]

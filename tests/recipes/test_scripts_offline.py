@@ -8,14 +8,9 @@ import datasets
 import huggingface_hub.constants
 import pytest
 
-from script_helpers import INPUTS, QUIET, make_inputs, script
+from script_helpers import INPUTS, QUIET, script
 
 LLAMA, DATA = ["--model_name_or_path", f"{INPUTS}/models/llama"], ["--train_file", f"{INPUTS}/data/sst2.jsonl"]
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.mark.parametrize(

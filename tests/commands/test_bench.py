@@ -333,6 +333,9 @@ def test_report_is_a_function_of_the_results(folder: Path, tmp_path: Path, capsy
     (again / "results.json").write_bytes((folder / "results.json").read_bytes())
     assert cli.main(["bench", "--report_only", "--output_dir", str(again)]) == 0
     assert (again / "results.md").read_text(encoding="utf-8") == (folder / "results.md").read_text(encoding="utf-8")
+    capsys.readouterr()
+    assert cli.main(["bench", "--report_only", "--json", "--output_dir", str(again)]) == 0
+    assert capsys.readouterr().out == (again / "results.json").read_text(encoding="utf-8")
     (again / "results.json").write_text("{}")
     assert cli.main(["bench", "--report_only", "--output_dir", str(again)]) == 2
     assert "is no result of lorapro bench" in capsys.readouterr().err

@@ -163,6 +163,17 @@ def test_an_exception_is_recorded(task: LoadedTask, tmp_path: Path, monkeypatch:
     assert (record.status, record.error) == ("failed", "OutOfMemoryError: no room")
 
 
+def test_an_exception_while_scoring_is_no_divergence(
+    task: LoadedTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(type(task), "score", explode)
+    record = training.train_run(task, only("lora"), settings(tmp_path), CPU)
+    assert (record.status, record.error) == ("failed", "OutOfMemoryError: no room")
+
+
 # Tasks
 
 

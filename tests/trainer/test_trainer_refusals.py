@@ -70,6 +70,11 @@ def test_given_optimizer_of_another_mode_raises(tmp_path: Path):
         build(LoRAProTrainer, args, model=model, optimizers=(optimizer, None))
 
 
+def test_setting_without_a_meaning_in_the_mode_raises_at_construction(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"'efficient' has no trust region.*Leave it out"):
+        build(LoRAProTrainer, arguments(tmp_path), lora_pro_config={"mode": "efficient", "trust_region": 0.1})
+
+
 def test_config_of_a_wrong_kind_raises(tmp_path: Path):
     with pytest.raises(TypeError, match=r"must be a LoRAProConfig or a dictionary of its settings .* got 'efficient'"):
         build(LoRAProTrainer, arguments(tmp_path), lora_pro_config="efficient")

@@ -30,7 +30,9 @@ class Settings:
     def of(cls, given: LoRAProAdamW | LoRAProConfig | Mapping[str, Any] | None) -> Settings:
         """The settings of an optimizer, or those of LoRA-Pro alone."""
         if not isinstance(given, LoRAProAdamW):
-            return cls(LoRAProConfig.of(given))
+            config = LoRAProConfig.of(given)
+            rule_of(config)  # before anything is written: refuses settings that have no meaning in the mode
+            return cls(config)
         stated = given.defaults
         known = {name: stated["lr" if name == "learning_rate" else name] for name in _OF_OPTIMIZER}
         return cls(given.config, {name: _plain(value) for name, value in known.items()})
@@ -76,11 +78,13 @@ def load_lora_pro_config(
         ) from error
     known = {each.name for each in fields(LoRAProConfig)}
     try:
-        return LoRAProConfig.from_dict({k: v for k, v in content.items() if k in known or k not in _OF_OPTIMIZER})
+        config = LoRAProConfig.from_dict({k: v for k, v in content.items() if k in known or k not in _OF_OPTIMIZER})
+        rule_of(config)  # refuses settings that have no meaning in the mode
     except ValueError as error:
         raise ValueError(
             f"{file}, written by lorapro_hf {shortened(str(version), 40)}, cannot be read by {__version__}: {error}"
         ) from error
+    return config
 
 
 def _plain(value: Any) -> Any:

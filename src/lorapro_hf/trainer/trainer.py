@@ -21,6 +21,7 @@ from lorapro_hf.optim.factory import LoRAProOptimizerFactory, create_lorapro_opt
 from lorapro_hf.optim.groups import require_same_pairs
 from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.optim.memory import readable_bytes
+from lorapro_hf.optim.rules import rule_of
 from lorapro_hf.trainer.arguments import LoRAProTrainingArguments
 from lorapro_hf.trainer.callback import LoRAProCallback
 from lorapro_hf.trainer.checkpointing import CheckpointMixin
@@ -206,7 +207,9 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
                 f"{source} was built with {given}, but the trainer was told {stated}. State the settings once: drop "
                 f"{source} or give both the same."
             )
-        return stated or given or LoRAProConfig()
+        config = stated or given or LoRAProConfig()
+        rule_of(config)  # refuses settings that have no meaning in the mode
+        return config
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> optim.Optimizer:
         """The optimizer of the training: a `LoRAProAdamW`, or the parent's own while LoRA-Pro is off."""

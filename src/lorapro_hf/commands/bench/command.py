@@ -51,4 +51,4 @@ def _bench(arguments: argparse.Namespace) -> int:
     # takes seconds: after the arguments have been checked
     from lorapro_hf.commands.bench.run import report_again, run_bench
 
-    return report_again(settings) if arguments.report_only else run_bench(settings, as_json=arguments.json)
+    return (report_again if arguments.report_only else run_bench)(settings, as_json=arguments.json)

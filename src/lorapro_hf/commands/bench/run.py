@@ -130,14 +130,16 @@ def _report(folder: Path, outcome: Outcome, console: Console) -> list[Path]:
     return files + ([growth] if plot_growth(growth, outcome.growth) else [])
 
 
-def report_again(settings: BenchSettings) -> int:
+def report_again(settings: BenchSettings, as_json: bool = False) -> int:
     """Write tables and plots from the `results.json` of an earlier run.
 
     Raises:
         UsageError: there is none.
     """
     folder = settings.output_dir or Path("benchmarks") / slug(device_of(settings))
-    _report(folder, read_results(folder / RESULTS), Console())
+    _report(folder, read_results(folder / RESULTS), Console(stderr=as_json))
+    if as_json:
+        print((folder / RESULTS).read_text(encoding="utf-8"), end="")
     return 0
 
 

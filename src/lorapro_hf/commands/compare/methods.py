@@ -162,7 +162,7 @@ def _require_lora_pro(name: str, settings: Mapping[str, Any]) -> None:
             f"Method {name}: optimizer has {unknown}, unknown to LoRA-Pro, which knows {', '.join(known)}."
         )
     try:
-        LoRAProConfig(**settings)
+        rule_of(LoRAProConfig(**settings))
     except (TypeError, ValueError) as error:
         raise UsageError(f"Method {name}: {error}") from error
 

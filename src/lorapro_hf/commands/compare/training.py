@@ -145,12 +145,12 @@ def _train_and_score(
     of_head = set() if trainer.head is None else set(trainer.head.parameters())
     # after the training: LoRA-FA's optimizer freezes A
     record.trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad and p not in of_head)
-    record.status = DIVERGED
     if record.diverged_at is None:
         # without the wrapper for mixed precision
         record.scores = task.score(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False))
-        if all(math.isfinite(value) for metrics in record.scores.values() for value in metrics.values()):
-            record.status = FINISHED
+    scores = record.scores or {}
+    finite = [math.isfinite(value) for metrics in scores.values() for value in metrics.values()]
+    record.status = FINISHED if record.diverged_at is None and all(finite) else DIVERGED
     record.setup_s, record.train_s = ready - begun, trained - ready
     record.evaluation_s = time.perf_counter() - trained
     record.peak_bytes = memory.read()

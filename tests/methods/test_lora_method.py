@@ -308,3 +308,10 @@ def test_a_model_that_is_made_for_each_training_is_prepared(tmp_path: Path):
     trainer.train()
     assert trainer.model.is_prepared
     assert not (tmp_path / MANIFEST).exists()
+
+
+def test_a_method_without_a_name_is_refused():
+    with pytest.raises(TypeError, match="Nameless has no name: set `name`"):
+
+        class Nameless(LoRAMethod):
+            pass

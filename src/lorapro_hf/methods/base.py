@@ -65,6 +65,11 @@ class LoRAMethod(TrainerCallback):
     _hooks: Sequence[Any] = ()
     _window: contextlib.ExitStack | None = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not isinstance(getattr(cls, "name", None), str):
+            raise TypeError(f"{cls.__name__} has no name: set `name`, a short word in lower case, in its class body.")
+
     def before_training(self, model: nn.Module, batches: Iterable[Any] | None) -> None:
         """Prepare the model and this method, before the optimizer is built.
 

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from grids import rest_slow
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments, create_lorapro_optimizer, find_lora_pairs
+from lorapro_hf.optim.groups import require_same_pairs
 from trainer_helpers import arguments, assert_same, build, differ, factors, tiny_lora
 
 
@@ -100,7 +101,7 @@ def test_pairs_that_are_stepped_as_ordinary_parameters() -> None:
     model = tiny_lora()
     optimizer = create_lorapro_optimizer(model, lr=1e-2)
     optimizer.pairs = optimizer.pairs[1:]
-    optimizer.require_pairs(find_lora_pairs(model))
+    require_same_pairs(optimizer.pairs, optimizer.param_groups, find_lora_pairs(model))
 
 
 class Deleting(TrainerCallback):

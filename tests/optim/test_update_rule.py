@@ -45,10 +45,17 @@ class SGD(UpdateRule):
         return Rows(*linear_step(*state.factors(read.factors), *directions, options))
 
 
+def register(patch):
+    """As a line of the registry and a name in `MODES` do."""
+    patch.setitem(RULES, "sgd", SGD)
+    patch.setattr(config, "MODES", tuple(RULES))
+    mode = LoRAProConfig.__dataclass_fields__["mode"]
+    patch.setattr(mode, "metadata", {**mode.metadata, "choices": config.MODES})
+
+
 @pytest.fixture
 def sgd(monkeypatch):
-    monkeypatch.setitem(RULES, "sgd", SGD)
-    monkeypatch.setattr(config, "MODES", tuple(RULES))
+    register(monkeypatch)
 
 
 def test_the_modes_are_those_of_the_registry():
@@ -111,8 +118,7 @@ def test_a_step_that_is_not_finite_changes_nothing(sgd):
 
 def on_ranks(rank, ranks):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(RULES, "sgd", SGD)
-        patch.setattr(config, "MODES", tuple(RULES))
+        register(patch)
         model = DistributedDataParallel(build())
         optimizer = make_optimizer(model, {"mode": "sgd", "shard_states": True})
         train(model, optimizer, rank, ranks)

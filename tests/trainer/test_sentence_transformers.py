@@ -123,7 +123,7 @@ def test_an_adapter_that_is_not_saved_is_named(whole: Any, monkeypatch: pytest.M
     state = inner.get_adapter_state_dict()
     lost = next(name for name in state if "lora_B" in name)
     monkeypatch.setattr(inner, "get_adapter_state_dict", lambda *_, **__: {n: state[n] for n in state if n != lost})
-    with pytest.raises(ValueError, match=rf"adapter_model\.safetensors: {lost} is missing there.* cannot restore"):
+    with pytest.raises(ValueError, match=rf"adapter_model\.safetensors: {lost} is missing there.* cannot be restored"):
         whole.save_model(str(tmp_path))
     monkeypatch.setattr(whole.model, "save_pretrained", lambda *_, **__: None)
     with pytest.raises(ValueError, match="empty has no file of an adapter or a model"):

@@ -1,7 +1,7 @@
-"""How good are predictions? Metrics of the extra `scripts`, which need no network.
+"""How good are predictions? Metrics of the library `evaluate` that need no network.
 
-They compute the metrics of the same names on the Hub with the same libraries: scikit-learn, scipy, rouge_score,
-sacrebleu and jiwer.
+They compute the metrics of the same names on the Hub with the same libraries (extra `scripts`): scikit-learn, scipy,
+rouge_score, sacrebleu and jiwer.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+import evaluate
 import numpy as np
+from datasets import Features, Value
 
 from lorapro_hf.options import UsageError
 from lorapro_hf.utils.extras import install_command
@@ -109,9 +111,31 @@ METRICS: dict[str, tuple[Metric, str | None]] = {
 }
 """The metrics by name, each with the library that it needs."""
 
+_KINDS = {
+    **dict.fromkeys(("pearson_and_spearman", "mse"), "float64"),
+    **dict.fromkeys(("exact_match", "rouge", "sacrebleu", "wer"), "string"),
+}
+
+
+class OfflineMetric(evaluate.Metric):
+    """A metric that a function computes, instead of a module that `evaluate.load` would fetch."""
+
+    def __init__(self, function: Metric, kind: str) -> None:
+        self._function, self._kind = function, kind
+        super().__init__(keep_in_memory=True)
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = Features({part: Value(self._kind) for part in ("predictions", "references")})
+        return evaluate.MetricInfo(
+            description=str(self._function.__doc__), citation="", inputs_description="", features=features
+        )
+
+    def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
+        return self._function(predictions, references)
+
 
 def load_metric(name: str) -> Metric:
-    """Return a metric of `METRICS`.
+    """Return a metric of `METRICS`, as a function of predictions and references.
 
     Raises:
         UsageError: if its library is missing, so that a training does not fail at its end.
@@ -122,7 +146,13 @@ def load_metric(name: str) -> Metric:
             import_module(library)
     except ImportError as error:
         raise UsageError(f"the metric {name} needs {library}: {install_command('scripts')}.") from error
-    return metric
+    module = OfflineMetric(metric, _KINDS.get(name, "int64"))
+
+    def compute(predictions: Any, references: Any) -> dict[str, float]:
+        found: dict[str, float] = module.compute(predictions=predictions, references=references)
+        return found
+
+    return compute
 
 
 def of_labels(name: str, is_regression: bool = False) -> Callable[[Any], dict[str, float]]:

@@ -178,3 +178,11 @@ def test_deepspeed_takes_no_liberties_with_the_optimizer() -> None:
     assert {file.name: found for file in files if (found := liberties(file.read_text(encoding="utf-8")))} == {}
     taken = liberties("self.optimizer._settle()\noptimizer.state_dict = None\nengine.optimizer.step = 1")
     assert set(taken) == {"self.optimizer._settle", "optimizer.state_dict"}
+
+
+def test_a_copy_knows_its_groups_before_its_first_step() -> None:
+    model = small_model()
+    optimizer = create_lorapro_optimizer(model, lr=1e-2)
+    twin = copy.deepcopy(optimizer)
+    expected = [optimizer.group_positions(pair) for pair in optimizer.pairs]
+    assert [twin.group_positions(pair) for pair in twin.pairs] == expected

@@ -87,6 +87,8 @@ class HeldPairs(torch.optim.Optimizer):
 
     def group_positions(self, pair: LoRAPair) -> tuple[int, int]:
         """The positions of the param groups that A and B of a pair belong to."""
+        if not self._positions:  # after copying or unpickling
+            self._find_groups()
         return self._positions[id(pair)]
 
     def _current_ownership(self) -> PairOwnership:

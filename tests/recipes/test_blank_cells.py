@@ -219,7 +219,12 @@ CALLED = [SAID[0], {"role": "assistant", "content": None, "tool_calls": [{"funct
         [SAID[0], {"role": "assistant", "content": None}],
         [SAID[0], {"role": "assistant"}],
         [{"role": None, "content": "q"}, SAID[1]],
-        [SAID[0], {"role": "assistant", "content": [{"type": "text", "text": None}]}],
+        pytest.param(
+            [SAID[0], {"role": "assistant", "content": [{"type": "text", "text": None}]}],
+            marks=pytest.mark.skipif(
+                int(datasets.__version__.split(".")[0]) < 4, reason="this datasets reads no column of texts and lists"
+            ),
+        ),
     ],
     ids=["no-message", "null", "null-content", "no-content", "null-role", "null-part"],
 )

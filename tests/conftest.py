@@ -40,3 +40,9 @@ settings.load_profile("lorapro")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arguments of transformers 4 leave their precision in the environment, for all trainings that follow."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")

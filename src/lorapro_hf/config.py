@@ -9,7 +9,7 @@ from typing import Any
 
 from lorapro_hf.utils.text_files import shortened, shown
 
-MODES = ("full", "full_8bit", "factored", "efficient")
+MODES = ("full", "full_8bit", "factored", "spectral", "efficient")
 X_MODES = ("sylvester", "zero", "symmetric")
 UPDATES = ("linear", "sequential")
 MOMENTS_DTYPES = ("float32", "bfloat16")
@@ -26,9 +26,13 @@ def check_choice(name: str, value: object, valid: Sequence[object]) -> None:
         raise ValueError(f"{name}={shown(value)} is unknown; valid values are {listed}.")
 
 
-def _setting(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
-    """A field of `LoRAProConfig`; the command line takes default, help and choices from here."""
-    return field(default=default, metadata={"help": help, **({"choices": list(choices)} if choices else {})})
+def _setting(default: Any, help: str, choices: tuple[str, ...] = (), *, mode: str | None = None) -> Any:
+    """A field of `LoRAProConfig`; the command line takes default, help and choices from here.
+
+    `mode` is the only mode in which the setting has a meaning.
+    """
+    metadata = {"help": help, **({"choices": list(choices)} if choices else {}), **({"mode": mode} if mode else {})}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ class LoRAProConfig:
         master_factors: Whether factors in bfloat16 or float16 are stepped in float32 copies, and the parameters are
             the rounded copies: 4 bytes of state for each element of a factor. Without copies a step that changes an
             element by less than half a unit in its last place is lost. Wider factors get no copies.
+        spectral_iterations: How often mode `"spectral"` takes the polar factor of its momentum and projects it on what
+            the factors can follow: 1, or 3 to 5 for a direction whose singular values are closer to one.
 
     Raises:
         ValueError: for an unknown choice, an `rtol` outside `[0, 1)`, or a `trust_region` outside `[0, 1)`. Settings
@@ -120,6 +126,11 @@ class LoRAProConfig:
         "Step factors in bfloat16 or float16 in float32 copies, so that small steps are not rounded away; 4 bytes for "
         "each element of a factor.",
     )
+    spectral_iterations: int = _setting(
+        1,
+        "How often mode 'spectral' repeats its orthogonalisation and the projection on what the factors can follow.",
+        mode="spectral",
+    )
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -133,6 +144,10 @@ class LoRAProConfig:
             )
         if self.trust_region is not None:
             self._check_trust_region()
+        if isinstance(self.spectral_iterations, bool) or not (
+            isinstance(self.spectral_iterations, int) and self.spectral_iterations >= 1
+        ):
+            raise ValueError(f"spectral_iterations={shown(self.spectral_iterations)} must be a whole number from 1 on.")
 
     def _check_trust_region(self) -> None:
         limit = self.trust_region

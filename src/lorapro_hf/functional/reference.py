@@ -208,3 +208,33 @@ class DenseFactoredAdamW(DenseFullAdamW):
         row, column = self.row / (1 - beta2**self.t), self.column / (1 - beta2**self.t)
         root = torch.outer(row.sqrt() + self.eps, column.sqrt() + self.eps) / (row.mean().sqrt() + self.eps)
         return torch.where(root > 0, self.M / (1 - beta1**self.t) / root, 0)
+
+
+class DenseSpectral(DenseFactoredAdamW):
+    """Mode spectral on one pair, in float64.
+
+    Args:
+        iterations: how often polar factor and projection are repeated.
+        hyperparameters: as for `DenseFactoredAdamW`; the second beta and `eps` play no role.
+    """
+
+    def __init__(self, A: Tensor, B: Tensor, scaling: float, *, iterations: int = 1, **hyperparameters: Any) -> None:
+        super().__init__(A, B, scaling, **hyperparameters)
+        self.iterations = iterations
+
+    def direction(self, g: Tensor) -> Tensor:
+        """Count the gradient in and return `0.2 √max(m, n) P_T(msign N)` `(m, n)`."""
+        beta = self.betas[0]
+        projected = projected_gradient(g, self.A, self.B)
+        self.M = beta * self.M + (1 - beta) * projected
+        u = beta * self.M + (1 - beta) * projected
+        for _ in range(self.iterations):
+            u = projected_gradient(polar_factor(u), self.A, self.B)
+        return 0.2 * max(g.shape) ** 0.5 * u
+
+
+def polar_factor(matrix: Tensor) -> Tensor:
+    """`U Vᵀ` of the singular value decomposition, without the directions that are absent."""
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    present = S[0] * RTOL**0.5 < S
+    return U[:, present] @ Vh[present]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import ClassVar, NoReturn
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 from lorapro_hf.config import TRUST_REGION, LoRAProConfig
 from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.factors.stacks import Rows, StackGradient
-from lorapro_hf.functional.bases import Bases, row_bases
-from lorapro_hf.functional.projection import compute_dtype
+from lorapro_hf.functional.bases import Bases, RowBasis, row_bases, row_basis
+from lorapro_hf.functional.projection import Coordinates, compute_dtype, outside_
 from lorapro_hf.functional.step_options import Group, Rates, StepOptions
 from lorapro_hf.optim.state import MASTER, StackState, StateSpec
 
@@ -78,6 +79,10 @@ class UpdateRule(ABC):
             self._refuse("backend", "has no such kernel", "Leave it at 'auto', or use mode 'full'.")
         if config.trust_region and not self.has_trust_region:
             self._refuse("trust_region", "has no trust region", "Leave it out, or use another mode.")
+        for setting in fields(config):
+            mode = setting.metadata.get("mode", self.name)
+            if mode != self.name and getattr(config, setting.name) != setting.default:
+                self._refuse(setting.name, "does not know it", f"Leave it out, or use mode {mode!r}.")
 
     def _refuse(self, setting: str, reason: str, remedy: str) -> NoReturn:
         value = getattr(self.config, setting)
@@ -232,3 +237,25 @@ def stepped_factors(read: StackGradient, state: StackState, rtol: float | None) 
     if factors is read.factors:
         return factors, read.bases
     return factors, Bases(*row_bases(list(factors), rtol))
+
+
+def stepped_coordinates(read: StackGradient, state: StackState, rtol: float | None) -> tuple[Rows, Bases, Coordinates]:
+    """The factors that a step moves, their bases, and the equivalent gradient in these bases."""
+    factors, bases = stepped_factors(read, state, rtol)
+    if bases is read.bases:
+        return factors, bases, read.coordinates
+    left, right = read.products()
+    a = (bases.B.rows @ left.mT) @ right
+    return factors, bases, Coordinates(a, outside_((bases.A.rows @ right.mT) @ left, bases.B))
+
+
+def first_moment(A: Tensor, B: Tensor, state: PairState, rtol: float | None) -> tuple[Tensor, Tensor]:
+    """A first moment in the tangent space as a product `left @ right`: `M = B̂ M_a + M_b Â` with polar factors B̂, Â."""
+    of_A = row_basis(state[0].get(MASTER, A).to(A.dtype), rtol)
+    of_B = row_basis(state[1].get(MASTER, B).to(A.dtype).mT.contiguous(), rtol)
+    left = torch.cat([_polar(of_B).mT, state[1]["exp_avg"]], dim=1)
+    return left, torch.cat([state[0]["exp_avg"], _polar(of_A)])
+
+
+def _polar(basis: RowBasis) -> Tensor:
+    return basis.vectors @ basis.rows

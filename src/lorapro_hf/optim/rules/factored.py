@@ -7,12 +7,11 @@ from torch import Tensor
 
 from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.factors.stacks import Rows, StackGradient
-from lorapro_hf.functional.bases import RowBasis, row_basis
 from lorapro_hf.functional.factored import FactoredState, factored_step
-from lorapro_hf.functional.projection import Coordinates, compute_dtype, outside_
+from lorapro_hf.functional.projection import compute_dtype
 from lorapro_hf.functional.step_options import Group, StepOptions
-from lorapro_hf.optim.rules.base import PairState, RowsOf, UpdateRule, stepped_factors
-from lorapro_hf.optim.state import MASTER, StackState, StateSpec, matrix_shapes
+from lorapro_hf.optim.rules.base import PairState, RowsOf, UpdateRule, first_moment, stepped_coordinates
+from lorapro_hf.optim.state import StackState, StateSpec, matrix_shapes
 
 _LARGEST = 1e15  # the mode sums squares of gradients; beyond this norm the sums overflow in float32
 _BLOCK_ELEMENTS = 2**20  # of a matrix of the size of a weight that diagnostics form at a time
@@ -42,12 +41,7 @@ class Factored(UpdateRule):
 
     def step(self, read: StackGradient, state: StackState, options: StepOptions) -> Rows:
         """The step of `factored_step`."""
-        factors, bases = stepped_factors(read, state, options.rtol)
-        coordinates = read.coordinates
-        if bases is not read.bases:
-            left, right = read.products()
-            a = (bases.B.rows @ left.mT) @ right
-            coordinates = Coordinates(a, outside_((bases.A.rows @ right.mT) @ left, bases.B))
+        factors, bases, coordinates = stepped_coordinates(read, state, options.rtol)
         moments = FactoredState(
             state["A", "exp_avg"],
             state["B", "exp_avg"],
@@ -67,7 +61,7 @@ class Factored(UpdateRule):
         if started:
             row += beta2 * state[1]["exp_avg_sq"]
             column += beta2 * state[0]["exp_avg_sq"]
-            left, right = _first_moment(A, B, state, self.config.rtol)
+            left, right = first_moment(A, B, state, self.config.rtol)
         row, column = row / grown_2, column / grown_2
         divided = (column.sqrt() + eps) / (row.mean().sqrt() + eps)
 
@@ -90,15 +84,3 @@ def _mean_squares(gradient: RowsOf, m: int, A: Tensor) -> tuple[Tensor, Tensor]:
         row[rows] = square.mean(1)
         column += square.sum(0) / m
     return row, column
-
-
-def _first_moment(A: Tensor, B: Tensor, state: PairState, rtol: float | None) -> tuple[Tensor, Tensor]:
-    """`M = B̂ M_a + M_b Â` as a product `left @ right`, with the polar factors of the stepped factors."""
-    of_A = row_basis(state[0].get(MASTER, A).to(A.dtype), rtol)
-    of_B = row_basis(state[1].get(MASTER, B).to(A.dtype).mT.contiguous(), rtol)
-    left = torch.cat([_polar(of_B).mT, state[1]["exp_avg"]], dim=1)
-    return left, torch.cat([state[0]["exp_avg"], _polar(of_A)])
-
-
-def _polar(basis: RowBasis) -> Tensor:
-    return basis.vectors @ basis.rows

@@ -9,7 +9,7 @@ from typing import Any
 
 from lorapro_hf.utils.text_files import shortened, shown
 
-MODES = ("full", "full_8bit", "factored", "spectral", "efficient")
+MODES = ("full", "full_8bit", "factored", "spectral", "rite", "efficient")
 X_MODES = ("sylvester", "zero", "symmetric")
 UPDATES = ("linear", "sequential")
 MOMENTS_DTYPES = ("float32", "bfloat16")
@@ -73,6 +73,10 @@ class LoRAProConfig:
             element by less than half a unit in its last place is lost. Wider factors get no copies.
         spectral_iterations: How often mode `"spectral"` takes the polar factor of its momentum and projects it on what
             the factors can follow: 1, or 3 to 5 for a direction whose singular values are closer to one.
+        rite_clip: In mode `"rite"`, the largest norm of all pairs' gradients without the magnitude of the other factor;
+            0 is no limit. It takes the place of `max_grad_norm`, which would make steps depend on how B A is split.
+        rite_skip: In mode `"rite"`, such a gradient counts as zero if its root mean square is larger; 0 is no limit.
+        rite_escape: Whether mode `"rite"` adds to its second moments as much as changes of their bases have lost.
 
     Raises:
         ValueError: for an unknown choice, an `rtol` outside `[0, 1)`, or a `trust_region` outside `[0, 1)`. Settings
@@ -131,12 +135,34 @@ class LoRAProConfig:
         "How often mode 'spectral' repeats its orthogonalisation and the projection on what the factors can follow.",
         mode="spectral",
     )
+    rite_clip: float = _setting(
+        1.0,
+        "Mode 'rite': the largest norm that the gradients without the magnitude of the other factor have, all pairs "
+        "together; 0 for no limit. It takes the place of max_grad_norm.",
+        mode="rite",
+    )
+    rite_skip: float = _setting(
+        1.0,
+        "Mode 'rite': a gradient without the magnitude of the other factor whose root mean square is larger counts as "
+        "zero; 0 for no limit.",
+        mode="rite",
+    )
+    rite_escape: bool = _setting(
+        False,
+        "Mode 'rite': add to the second moments as much as changes of their bases have lost, the paper's escape.",
+        mode="rite",
+    )
 
     def __post_init__(self) -> None:
         for setting in fields(self):
             if "choices" in setting.metadata:
                 check_choice(setting.name, getattr(self, setting.name), setting.metadata["choices"])
         check_choice("shard_states", self.shard_states, (None, True, False))
+        check_choice("rite_escape", self.rite_escape, (True, False))
+        for name in ("rite_clip", "rite_skip"):
+            limit = getattr(self, name)
+            if isinstance(limit, bool) or not (isinstance(limit, int | float) and 0.0 <= limit < float("inf")):
+                raise ValueError(f"{name}={shown(limit)} must be a number from 0 on; 0 is no limit.")
         check_choice("master_factors", self.master_factors, (True, False))
         if self.rtol is not None and not (isinstance(self.rtol, int | float) and 0.0 <= self.rtol < 1.0):
             raise ValueError(

@@ -7,6 +7,7 @@ from lorapro_hf.optim.rules.base import UpdateRule
 from lorapro_hf.optim.rules.efficient import Efficient
 from lorapro_hf.optim.rules.factored import Factored
 from lorapro_hf.optim.rules.full import Full, Full8Bit
+from lorapro_hf.optim.rules.rite import Rite
 from lorapro_hf.optim.rules.spectral import Spectral
 
 RULES: dict[str, type[UpdateRule]] = {
@@ -14,6 +15,7 @@ RULES: dict[str, type[UpdateRule]] = {
     "full_8bit": Full8Bit,
     "factored": Factored,
     "spectral": Spectral,
+    "rite": Rite,
     "efficient": Efficient,
 }
 """The rule of each mode, in the order of `lorapro_hf.config.MODES`."""

@@ -1,0 +1,68 @@
+"""Mode rite: LoRA-RITE, Adam with matrix second moments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lorapro_hf.factors.pairs import LoRAPair
+from lorapro_hf.factors.stacks import Rows, StackGradient
+from lorapro_hf.functional.projection import compute_dtype
+from lorapro_hf.functional.rite import RiteGuards, RiteState, rite_step, unmagnified_norms
+from lorapro_hf.functional.step_options import StepOptions
+from lorapro_hf.optim.rules.base import UpdateRule, stepped_coordinates
+from lorapro_hf.optim.state import StackState, StateSpec, matrix_shapes
+
+
+class Rite(UpdateRule):
+    """Each factor steps along its gradient without the magnitude of the other, preconditioned by r x r moments."""
+
+    name = "rite"
+    has_trust_region = False
+    takes_lora_rates = True
+
+    def check(self) -> None:
+        """Refuse `update` and `x_mode` too: the direction of each factor is the rule's own."""
+        super().check()
+        for setting, default in (("update", "linear"), ("x_mode", "sylvester")):
+            if getattr(self.config, setting) != default:
+                self._refuse(setting, "has one way to move both factors", "Leave it out, or use another mode.")
+
+    @property
+    def described_update(self) -> str:
+        """The guards that hold back large gradients."""
+        config = self.config
+        escape = ", escape" if config.rite_escape else ""
+        return f"linear (clip={config.rite_clip:g}, skip={config.rite_skip:g}{escape})"
+
+    def state_spec(self, pair: LoRAPair) -> list[StateSpec]:
+        """First moments of the size of the factors, and second ones `(r, r)`, which are inverted and so exact."""
+        (A, B), dtype = matrix_shapes(pair), compute_dtype(pair.A, pair.B)
+        exact = torch.float32 if pair.A.device.type == "mps" else torch.float64
+        specs = [StateSpec("exp_avg", "A", A, dtype), StateSpec("exp_avg", "B", B, dtype, "rows")]
+        for side in "AB":
+            specs.append(StateSpec("exp_avg_sq", side, (*A[:-1], A[-2]), exact))
+            if self.config.rite_escape:
+                specs.append(StateSpec("escape", side, (*A[:-2], 1), exact))
+        return specs
+
+    def shared_norm(self, read: Sequence[StackGradient]) -> Tensor | None:
+        """The norm of all gradients without the magnitude of the other factor, those left out that are skipped."""
+        if not self.config.rite_clip or not read:
+            return None
+        skip = self.config.rite_skip
+        norms = [unmagnified_norms(each.bases, each.coordinates, each.scaling, skip) for each in read]
+        return torch.nn.utils.get_total_norm([norm for both in norms for norm in both])
+
+    def step(self, read: StackGradient, state: StackState, options: StepOptions) -> Rows:
+        """The step of `rite_step`."""
+        config = self.config
+        factors, bases, coordinates = stepped_coordinates(read, state, options.rtol)
+        escapes = (state["A", "escape"][:, 0], state["B", "escape"][:, 0]) if config.rite_escape else (None, None)
+        kept = [state[side, name] for name in ("exp_avg", "exp_avg_sq") for side in "AB"]
+        moments = RiteState(*kept, *escapes)
+        guards = RiteGuards(config.rite_clip, config.rite_skip, options.shared_norm)
+        steps = read.stack.per_entry(state.steps)
+        return Rows(*rite_step(*factors, bases, coordinates, read.scaling, steps, moments, guards, options))

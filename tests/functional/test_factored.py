@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorapro_hf.config import TRUST_REGION
 from lorapro_hf.functional import reference
-from lorapro_hf.functional.bases import Bases, row_bases
+from lorapro_hf.functional.bases import Bases, gradient_coordinates, row_bases
 from lorapro_hf.functional.factored import (
     FactoredState,
     adam_direction,
@@ -14,7 +14,6 @@ from lorapro_hf.functional.factored import (
     mean_squares,
     transport,
 )
-from lorapro_hf.functional.projection import gradient_coordinates
 from lorapro_hf.functional.step_options import Rates, StepOptions
 
 pytestmark = pytest.mark.filterwarnings("error")

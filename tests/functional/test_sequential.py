@@ -11,7 +11,7 @@ from lorapro_hf.functional import reference
 from lorapro_hf.functional.bases import ALL_DIRECTIONS, Bases, RowBasis, row_basis
 from lorapro_hf.functional.factor_steps import change_through, select, sequential_step, spend_direction
 from lorapro_hf.functional.step_options import Rates, StepOptions
-from lorapro_hf.kernels.torch_dense import DirectionProducts
+from lorapro_hf.kernels.dense import DirectionProducts
 
 pytestmark = pytest.mark.filterwarnings("error")
 

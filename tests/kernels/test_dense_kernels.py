@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from lorapro_hf.kernels import dense, eigh, torch_dense
+from lorapro_hf.kernels import dense
 from lorapro_hf.kernels.dense import choose_backend, dense_update
 from lorapro_hf.kernels.storage import Moments, moment_tensors
 
@@ -229,7 +229,7 @@ def test_elements_without_gradients_do_not_move_in_8_bits(storage):
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("elements", [2**19, 100])
 def test_a_skipped_step_changes_nothing_whatever_the_gradients_hold(backend, storage, elements, monkeypatch):
-    monkeypatch.setattr(torch_dense, "_CPU_ELEMENTS", elements)
+    monkeypatch.setattr(dense, "_CPU_ELEMENTS", elements)
     moments = random_moments((3, 9, 300), storage)
     before = copied(moments)
     left, right, A, B = inputs(3, 9, 300, 2, torch.float32)
@@ -247,7 +247,7 @@ def test_a_skipped_step_changes_nothing_whatever_the_gradients_hold(backend, sto
 @pytest.mark.parametrize("entries", [[1, 2, 4], [3], [0, 4]])
 @pytest.mark.parametrize("elements", [2**19, 100])
 def test_entries_that_take_no_part_stay_as_they_are(backend, storage, entries, elements, monkeypatch):
-    monkeypatch.setattr(torch_dense, "_CPU_ELEMENTS", elements)
+    monkeypatch.setattr(dense, "_CPU_ELEMENTS", elements)
     moments, steps = random_moments((5, 9, 30), storage), torch.tensor([4.0, 1.0, 7.0, 2.0, 3.0])
     before, operands = copied(moments), inputs(5, 9, 30, 2)
     others = [entry for entry in range(5) if entry not in entries]
@@ -278,7 +278,7 @@ def test_any_tiling_gives_what_one_tile_gives(storage, threads, elements, monkey
     whole = random_moments(shape[:3], storage)
     tiled = copied(whole)
     expected = update(whole, operands, steps, entries=[0, 1, 3, 4])
-    monkeypatch.setattr(torch_dense, "_CPU_ELEMENTS", elements)
+    monkeypatch.setattr(dense, "_CPU_ELEMENTS", elements)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     found = update(tiled, operands, steps, entries=[0, 1, 3, 4])
     if storage == torch.float64:
@@ -292,9 +292,9 @@ def test_any_tiling_gives_what_one_tile_gives(storage, threads, elements, monkey
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("elements", "tallest"), [(1, 1), (100, 3), (400, 13)])
 def test_tiles_hold_no_more_than_their_share(threads, elements, tallest, monkeypatch):
-    monkeypatch.setattr(torch_dense, "_CPU_ELEMENTS", elements)
+    monkeypatch.setattr(dense, "_CPU_ELEMENTS", elements)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    tiles = list(torch_dense._tiles([0, 1, 3], 13, 30, torch.device("cpu")))
+    tiles = list(dense._tiles([0, 1, 3], 13, 30, torch.device("cpu")))
     rows = [(e, row) for t in tiles for e in range(5)[t.entries] for row in range(13)[t.rows]]
     assert sorted(rows) == [(e, row) for e in (0, 1, 3) for row in range(13)]
     for tile in tiles:
@@ -320,11 +320,11 @@ def test_backends_are_chosen_by_device(monkeypatch):
 
 
 def test_triton_can_be_turned_off(monkeypatch):
-    monkeypatch.setattr(eigh, "find_spec", lambda name: name == "triton" or None)
+    monkeypatch.setattr(dense, "find_spec", lambda name: name == "triton" or None)
     found = []
     for value in (None, "0", "1"):
         monkeypatch.delenv("LORAPRO_HF_NO_TRITON", raising=False)
         if value is not None:
             monkeypatch.setenv("LORAPRO_HF_NO_TRITON", value)
-        found.append(eigh.has_triton.__wrapped__())
+        found.append(dense.has_triton.__wrapped__())
     assert found == [True, True, False]

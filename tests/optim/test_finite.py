@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lorapro_hf import LoRAProAdamW, create_lorapro_optimizer, find_lora_pairs, project_lora_gradients
-from lorapro_hf.kernels.eigh import symmetric_eigh
+from lorapro_hf.functional.bases import symmetric_eigh
 from lorapro_hf.optim import finite, lora_pro
 from lorapro_hf.optim.finite import find_broken
 from lorapro_hf.optim.projected_gradients import project_pair_gradients_

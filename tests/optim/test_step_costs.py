@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lorapro_hf import LoRAProAdamW, LoRAProConfig, create_lorapro_optimizer, find_lora_pairs
 from lorapro_hf.config import MODES
 from lorapro_hf.functional import reference
-from lorapro_hf.kernels import torch_dense
+from lorapro_hf.kernels import dense
 from lorapro_hf.optim import lora_pro
 
 # Sizes that no other quantity has; the weight is larger than the factors and the tiles.
@@ -156,7 +156,7 @@ def test_the_record_sees_what_would_wait():
 @each_config
 def test_no_step_makes_a_tensor_of_the_size_of_the_weight(config, monkeypatch):
     """Beside the dense moments there are factors, twice them side by side, and tiles."""
-    monkeypatch.setattr(torch_dense, "_CPU_ELEMENTS", TILE)
+    monkeypatch.setattr(dense, "_CPU_ELEMENTS", TILE)
     layers = 2
     optimizer = build(layers, config)
     record = third_step(optimizer)
@@ -184,7 +184,7 @@ def test_layers_of_one_shape_cost_no_more_operators(config, without):
 @with_dense_moments
 def test_operators_of_dense_moments_grow_with_the_tiles_alone(config, monkeypatch):
     """An unsplit tile takes several layers at once; of split ones each costs as many operators as any other."""
-    tiles_of = torch_dense._tiles
+    tiles_of = dense._tiles
     made = []
 
     def counted(*args):
@@ -192,11 +192,11 @@ def test_operators_of_dense_moments_grow_with_the_tiles_alone(config, monkeypatc
             made.append(tile)
             yield tile
 
-    monkeypatch.setattr(torch_dense, "_tiles", counted)
+    monkeypatch.setattr(dense, "_tiles", counted)
     halved = 2 if config["mode"] == "full_8bit" else 1  # tiles of 8-bit moments have half as many elements
 
     def cost(layers, elements):
-        monkeypatch.setattr(torch_dense, "_CPU_ELEMENTS", halved * elements)
+        monkeypatch.setattr(dense, "_CPU_ELEMENTS", halved * elements)
         optimizer = build(layers, config)
         made.clear()
         launched = third_step(optimizer).launched.total()

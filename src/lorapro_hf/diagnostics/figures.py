@@ -16,9 +16,9 @@ from torch import Tensor
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.factors.recording import row_blocks
 from lorapro_hf.functional.bases import row_basis
+from lorapro_hf.functional.factor_steps import kept_fraction_of_A, kept_fractions, square
 from lorapro_hf.functional.projection import project_lora_gradients
 from lorapro_hf.functional.step_options import Rates
-from lorapro_hf.functional.trust_region import kept_fraction_of_A, kept_fractions, square
 
 _ROUNDING = 1e-7
 

@@ -31,7 +31,7 @@ from lorapro_hf.factors.adapted_weights import holders_of_factors
 from lorapro_hf.factors.pairs import LoRAPair, survey_lora_pairs, unwrapped_name
 from lorapro_hf.factors.recording import Recording, row_blocks
 from lorapro_hf.factors.stacks import exact_arithmetic
-from lorapro_hf.functional.projection import compute_dtype
+from lorapro_hf.functional.bases import compute_dtype
 from lorapro_hf.functional.step_options import Rates
 from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
 

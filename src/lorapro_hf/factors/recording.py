@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.factors.stacks import exact_arithmetic
-from lorapro_hf.functional.projection import compute_dtype
+from lorapro_hf.functional.bases import compute_dtype
 
 BLOCK_ELEMENTS = 2**20  # of a matrix of the size of a weight, computed at a time
 SMALLEST_BLOCK = 256  # tokens at a time: each block reads and writes the whole gradient

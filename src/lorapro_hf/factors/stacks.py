@@ -16,8 +16,14 @@ from torch import Tensor
 
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.factors.pairs import LoRAPair, check_scaling
-from lorapro_hf.functional.bases import Bases, row_bases
-from lorapro_hf.functional.projection import Coordinates, compute_dtype, factor_gradients_, gradient_coordinates
+from lorapro_hf.functional.bases import (
+    Bases,
+    Coordinates,
+    compute_dtype,
+    factor_gradients_,
+    gradient_coordinates,
+    row_bases,
+)
 
 
 class Rows(NamedTuple):

@@ -12,8 +12,7 @@ from torch import Tensor
 from lorapro_hf.config import TRUST_REGION, LoRAProConfig
 from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.factors.stacks import Rows, StackGradient
-from lorapro_hf.functional.bases import Bases, row_bases
-from lorapro_hf.functional.projection import compute_dtype
+from lorapro_hf.functional.bases import Bases, compute_dtype, row_bases
 from lorapro_hf.functional.step_options import Group, Rates, StepOptions
 from lorapro_hf.optim.state import MASTER, StackState, StateSpec
 

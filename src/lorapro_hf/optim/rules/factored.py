@@ -7,9 +7,8 @@ from torch import Tensor
 
 from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.factors.stacks import Rows, StackGradient
-from lorapro_hf.functional.bases import RowBasis, row_basis
+from lorapro_hf.functional.bases import Coordinates, RowBasis, compute_dtype, outside_, row_basis
 from lorapro_hf.functional.factored import FactoredState, factored_step
-from lorapro_hf.functional.projection import Coordinates, compute_dtype, outside_
 from lorapro_hf.functional.step_options import Group, StepOptions
 from lorapro_hf.optim.rules.base import PairState, RowsOf, UpdateRule, stepped_factors
 from lorapro_hf.optim.state import MASTER, StackState, StateSpec, matrix_shapes

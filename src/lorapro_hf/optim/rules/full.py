@@ -11,14 +11,19 @@ from torch import Tensor
 from lorapro_hf.config import MOMENTS_DTYPES
 from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.factors.stacks import Rows, StackGradient
-from lorapro_hf.functional.bases import ALL_DIRECTIONS, Bases, row_basis
+from lorapro_hf.functional.bases import (
+    ALL_DIRECTIONS,
+    Bases,
+    Coordinates,
+    compute_dtype,
+    factor_gradients_,
+    outside_,
+    row_basis,
+)
 from lorapro_hf.functional.factor_steps import linear_step, sequential_step
-from lorapro_hf.functional.projection import Coordinates, compute_dtype, factor_gradients_, outside_
 from lorapro_hf.functional.step_options import Group, StepOptions
-from lorapro_hf.kernels.dense import dense_update, require_backend
-from lorapro_hf.kernels.dynamic_map import tables_on
-from lorapro_hf.kernels.storage import BLOCK, Moments, moment_tensors
-from lorapro_hf.kernels.torch_dense import tile_elements
+from lorapro_hf.kernels.dense import dense_update, require_backend, tile_elements
+from lorapro_hf.kernels.storage import BLOCK, Moments, moment_tensors, tables_on
 from lorapro_hf.optim.rules.base import PairState, RowsOf, UpdateRule, stepped_factors
 from lorapro_hf.optim.state import StackState, StateSpec, dense_shape
 

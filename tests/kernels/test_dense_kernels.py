@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from grids import rest_slow
 from lorapro_hf.kernels import dense
 from lorapro_hf.kernels.dense import choose_backend, dense_update
 from lorapro_hf.kernels.storage import Moments, moment_tensors
@@ -107,9 +108,9 @@ def update(moments, operands, steps, found_inf=0.0, backend="torch", sequential=
 
 
 @BACKENDS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", rest_slow([torch.float32, torch.float64]))
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("sequential", rest_slow([True, False]))
 def test_four_steps_equal_the_dense_formulas(backend, dtype, shape, sequential):
     K, m, n, r = shape
     moments = random_moments((K, m, n), dtype)
@@ -137,7 +138,7 @@ def bf16_neighbours(values):
 
 
 @BACKENDS
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", rest_slow(SHAPES, fast=2))
 def test_bfloat16_moments_are_rounded_once(backend, shape):
     """M to the nearest and V to either neighbour of what float64 makes of the stored moments before."""
     K, m, n, _ = shape
@@ -201,7 +202,7 @@ def assert_nearest(codes, absmax, values, signed):
 
 @BACKENDS
 @pytest.mark.parametrize("storage", [torch.uint8])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", rest_slow(SHAPES, fast=2))
 def test_8_bit_moments_are_the_nearest_codes(backend, storage, shape):
     K, m, n, _ = shape
     moments, steps = random_moments((K, m, n), storage), torch.tensor([0.0, 6.0, 2.0][:K])
@@ -244,7 +245,7 @@ def test_a_skipped_step_changes_nothing_whatever_the_gradients_hold(backend, sto
 
 @BACKENDS
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("entries", [[1, 2, 4], [3], [0, 4]])
+@pytest.mark.parametrize("entries", rest_slow([[1, 2, 4], [3], [0, 4]]))
 @pytest.mark.parametrize("elements", [2**19, 100])
 def test_entries_that_take_no_part_stay_as_they_are(backend, storage, entries, elements, monkeypatch):
     monkeypatch.setattr(dense, "_CPU_ELEMENTS", elements)
@@ -270,7 +271,7 @@ def test_entries_that_take_no_part_stay_as_they_are(backend, storage, entries, e
 @pytest.mark.parametrize(
     "threads", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("elements", [1, 700, 2000, 4000, 9000])
+@pytest.mark.parametrize("elements", rest_slow([700, 9000, 1, 2000, 4000], fast=2))
 def test_any_tiling_gives_what_one_tile_gives(storage, threads, elements, monkeypatch):
     """From single rows over parts of a matrix to several matrices a tile, with rows that do not divide evenly."""
     shape = (5, 13, 300, 2)

@@ -86,15 +86,12 @@ def factored_step(
     Args:
         A: `(K, r, n)`, float32 or float64 like all tensors here.
         Bt: `(K, r, m)`, B transposed.
-        bases: of both factors, `Bases(*row_bases([A, Bt], rtol))`.
+        bases: of both factors, by `row_bases`.
         gradient: the equivalent gradient, from `gradient_coordinates`.
         scaling: s in `W = W0 + s B A`; a number, a 0-dim tensor, or a tensor `(K,)`.
         state: the moments, zeros at first.
-        options: see `StepOptions`. `eps` is added to each root of a mean square; rows and columns without any gradient
-            do not move even if it is 0.
-
-    Returns:
-        The new factors, in the dtype of the inputs, and their bases.
+        options: `eps` is added to each root of a mean square; rows and columns without any gradient do not move even
+            if it is 0.
     """
     moments = _updated(state, gradient, bases, options.betas)
     u = adam_direction(moments, bases, options.betas, options.eps)

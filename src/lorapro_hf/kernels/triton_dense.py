@@ -38,7 +38,7 @@ PRECISION = "tf32x3"
 
 
 class Stack(NamedTuple):
-    """The arguments of `dense_update` that both sweeps share."""
+    """The arguments that both sweeps share."""
 
     moments: Moments
     left: Tensor
@@ -77,18 +77,8 @@ def dense_update(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Update dense moments with gradients `leftᵀ right`, and return the products of Adam's direction u.
 
-    Args:
-        moments: contiguous and updated in place: float32, float64, bfloat16, or uint8 codes with their scales.
-        left: `(K, 2r, m)` float32, or float64 with float64 moments, as `right`, A and Bt.
-        right: `(K, 2r, n)`.
-        A: `(K, r, n)`.
-        Bt: `(K, r, m)`.
-        steps: `(K,)` float32, the step counts, this step included.
-        found_inf: a tensor of one number; where it is not 0, moments stay as they are and u counts as 0.
-        betas: decay rates of the moments.
-        eps: added to the denominator.
-        sequential: also return `Kᵀ u`.
-        entries: the active entries, by default all; the others stay as they are and get zeros.
+    The arguments are those of `lorapro_hf.kernels.dense.dense_update`. Moments are contiguous: float32, float64,
+    bfloat16, or uint8 codes with their scales. Factors are float32, or float64 with float64 moments.
 
     Returns:
         `(A uᵀ (K, r, m), Bᵀ u (K, r, n), Kᵀ u (K, r, n) or None)` with K = u Aᵀ, in the dtype of the factors.

@@ -32,11 +32,7 @@ def create_lorapro_optimizer(
 ) -> LoRAProAdamW:
     """Build LoRA-Pro's optimizer for a PEFT model, with groups that decay and groups (biases, norms) that do not.
 
-    Factors are in groups of their own.
-
-    ```python
-    optimizer = create_lorapro_optimizer(model, lr=2e-5, mode="factored")
-    ```
+    Factors are in groups of their own. Example: `create_lorapro_optimizer(model, lr=2e-5, mode="factored")`.
 
     Args:
         model: a model with trainable LoRA adapters, already on its device.

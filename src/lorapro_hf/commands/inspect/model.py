@@ -18,7 +18,7 @@ from lorapro_hf.commands.inspect.report import Adapter, Base, Ordinary, PairGrou
 from lorapro_hf.factors.pairs import LoRAPair, Refusal, survey_lora_pairs
 from lorapro_hf.hub.describe import describe_quantization
 from lorapro_hf.hub.usage import base_of
-from lorapro_hf.optim.state import dense_shape
+from lorapro_hf.optim.rules.base import dense_shape
 
 _OPTIONS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters")
 

@@ -8,21 +8,12 @@ from lorapro_hf.optim.rules.efficient import Efficient
 from lorapro_hf.optim.rules.factored import Factored
 from lorapro_hf.optim.rules.full import Full, Full8Bit
 
-RULES: dict[str, type[UpdateRule]] = {
-    "full": Full,
-    "full_8bit": Full8Bit,
-    "factored": Factored,
-    "efficient": Efficient,
-}
+RULES: dict[str, type[UpdateRule]] = {rule.name: rule for rule in (Full, Full8Bit, Factored, Efficient)}
 """The rule of each mode, in the order of `lorapro_hf.config.MODES`."""
 
 
 def rule_of(config: LoRAProConfig) -> UpdateRule:
-    """The rule that settings select.
-
-    Raises:
-        ValueError: a setting has no meaning for this rule.
-    """
+    """The rule that settings select; a `ValueError` if one of them has no meaning for this rule."""
     return RULES[config.mode](config)
 
 

@@ -10,8 +10,16 @@ from lorapro_hf.factors.stacks import Rows, StackGradient
 from lorapro_hf.functional.bases import Coordinates, RowBasis, compute_dtype, outside_, row_basis
 from lorapro_hf.functional.factored import FactoredState, factored_step
 from lorapro_hf.functional.step_options import Group, StepOptions
-from lorapro_hf.optim.rules.base import PairState, RowsOf, UpdateRule, stepped_factors
-from lorapro_hf.optim.state import MASTER, StackState, StateSpec, matrix_shapes
+from lorapro_hf.optim.rules.base import (
+    MASTER,
+    PairState,
+    RowsOf,
+    StackState,
+    StateSpec,
+    UpdateRule,
+    matrix_shapes,
+    stepped_factors,
+)
 
 _LARGEST = 1e15  # the mode sums squares of gradients; beyond this norm the sums overflow in float32
 _BLOCK_ELEMENTS = 2**20  # of a matrix of the size of a weight that diagnostics form at a time

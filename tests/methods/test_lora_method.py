@@ -111,8 +111,8 @@ def test_a_start_restores_the_random_state_of_the_devices_in_use_alone(monkeypat
             torch.rand(3)
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    before = torch.get_rng_state()
-    start([Drawing()], torch.nn.Linear(2, 2), None)
+    model, before = torch.nn.Linear(2, 2), torch.get_rng_state()
+    start([Drawing()], model, None)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -101,7 +101,7 @@ class LoRAMethod(TrainerCallback):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What a training needs to go on as if it had not stopped: tensors and plain values, in lists and dictionaries.
+        """The state from which a training goes on to the bit: tensors and plain values, in lists and dictionaries.
 
         All ranks call it; that of the first rank is saved.
         """
@@ -235,7 +235,7 @@ def start(methods: Sequence[LoRAMethod], model: nn.Module, make_loader: Callable
         batches = None if make_loader is None else _iterate(make_loader)
         numbers, of_numpy = random.getstate(), numpy.random.get_state()
         try:
-            with torch.random.fork_rng(devices):  # by default it warns where there are more devices
+            with torch.random.fork_rng(devices):  # by default it forks all devices, with a warning
                 method.before_training(model, batches)
         finally:
             random.setstate(numbers)

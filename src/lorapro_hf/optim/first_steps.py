@@ -68,7 +68,7 @@ class FirstSteps:
             self._skipped_before = None
 
     def warn_if_none(self, taken: int, before: int = 0) -> None:
-        """Warn once if a trainer has taken the first steps, after those `before` a resume, and none came here."""
+        """Warn once if a trainer has taken the first steps since step `before`, but none reached the optimizer."""
         if self.steps or taken - before < FIRST_STEPS or self._skipped_before is None or not _is_first_rank():
             return
         logger.warning(

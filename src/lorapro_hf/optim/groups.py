@@ -11,7 +11,7 @@ from lorapro_hf.factors.pairs import LoRAPair
 
 
 def name_parameters(param_group: dict[str, Any], groups: Sequence[dict[str, Any]], pairs: Sequence[LoRAPair]) -> None:
-    """Name the parameters of a new group and of all groups if some have names: torch wants names for all or for none.
+    """Name all parameters if any has a name, since torch wants names for all or for none.
 
     The factors of the pairs get their names in the model.
     """

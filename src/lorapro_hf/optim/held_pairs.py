@@ -78,7 +78,7 @@ class HeldPairs(torch.optim.Optimizer):
         name_parameters(param_group, self.param_groups, self.pairs)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        # A checkpoint must agree in these; state_dict saves what a group holds.
+        # Checkpoints save these, and must agree in them.
         group["lora_pro_mode"] = self.config.mode
         group["moments_dtype"] = self.config.moments_dtype
         group["master_factors"] = self.config.master_factors

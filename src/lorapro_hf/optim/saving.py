@@ -104,8 +104,8 @@ class SavedPairs(FiniteChecks):
         loaded = [parameter for group in self.param_groups for parameter in group["params"]]
         pair_of = {id(factor): pair for pair in self.pairs for factor in (pair.A, pair.B)}
         of_factors = {key for key, parameter in zip(saved, loaded, strict=True) if id(parameter) in pair_of}
-        # torch loads the other parameters only: it would cast moments to the dtype of the factors, which rounds those
-        # of bf16 factors and makes 8-bit codes four times as large.
+        # torch loads the other parameters only: it would cast moments to the dtype of their factor. That rounds moments
+        # of bf16 factors, and makes 8-bit codes four times as large.
         others = {key: value for key, value in state_dict["state"].items() if key not in of_factors}
         super().load_state_dict({**state_dict, "state": others})
         self._ownership, self._consolidated = None, None
@@ -125,7 +125,7 @@ class SavedPairs(FiniteChecks):
         return own_state(self._current_ownership(), self.state, self.rule)
 
     def load_pair_state(self, read: Callable[[str], Tensor | None]) -> None:
-        """Load the state of this rank's pairs from what `pair_state` returned on any number of ranks.
+        """Load the state of this rank's pairs, as `pair_state` returned it on any number of ranks.
 
         Call it after the groups have been loaded, which hold the number of skipped steps.
 
@@ -157,7 +157,7 @@ class SavedPairs(FiniteChecks):
             self.state.update(of_pairs)
 
     def _load_state_dict_of_engine(self, state_dict: dict[str, Any]) -> None:
-        """Load what `_state_dict_of_engine` returned; the pairs are left without state."""
+        """The inverse of `_state_dict_of_engine`; the pairs are left without state."""
         keys = ("lora_pro_mode", "moments_dtype", "param_shapes")
         saved, expected = (
             [[group.get(key) for key in keys] for group in groups]

@@ -127,7 +127,7 @@ class StackState:
         )
 
     def adopt(self, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
-        """Copy the values in `state`, and put the views of these tensors there instead."""
+        """Copy the values in `state`, and replace them by views of the batched tensors."""
         parameters = [(pair.A, pair.B) for pair in self.stack.pairs]
         self._shown = {parameter: {} for factors in parameters for parameter in factors}
         for (side, name), views in self._views.items():

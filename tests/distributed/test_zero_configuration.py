@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorapro_hf.distributed.zero_configuration import require_configuration, settle_clipping
+from lorapro_hf.distributed.engines import require_configuration, settle_clipping
 from training import build
 from zero_helpers import configuration, launch, lorapro, message_of, run, train
 

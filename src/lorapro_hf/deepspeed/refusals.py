@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorapro_hf.distributed.zero import ZERO_OPTIMIZERS
-from lorapro_hf.distributed.zero_configuration import (
+from lorapro_hf.distributed.engines import (
     BEFORE,
     PARALLEL,
     plugin_in_use,
     require_configuration,
     stated_clipping,
 )
+from lorapro_hf.distributed.zero import ZERO_OPTIMIZERS
 from lorapro_hf.optim.lora_pro import LoRAProAdamW
 from lorapro_hf.utils.private_names import private
 

@@ -7,18 +7,23 @@ brings the new factors to all ranks.
 
 from __future__ import annotations
 
+import gc
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
+from weakref import ReferenceType, ref
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from lorapro_hf.distributed.access import Access, all_gather
 from lorapro_hf.distributed.attendance import Attendance
-from lorapro_hf.distributed.uneven_inputs import Wrapper, require_even_inputs, wrappers_of
 from lorapro_hf.factors.pairs import LoRAPair, unwrapped_name
+from lorapro_hf.utils.private_names import private
+
+Wrapper = ReferenceType[DistributedDataParallel]
 
 # Factors are fetched in portions, so that no rank holds those of the whole model at once.
 _FETCHED_ELEMENTS = 2**25
@@ -306,3 +311,25 @@ def _cost(pair: LoRAPair) -> int:
 
 def _buffer(parameter: Tensor, shape: torch.Size, access: Access) -> Tensor:
     return torch.empty(shape, dtype=access.dtype(parameter), device=parameter.device)
+
+
+def wrappers_of(parameter: Tensor) -> list[Wrapper]:
+    """All instances of DDP around a parameter; they may be newer than the optimizer."""
+    found = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+    return [ref(wrapper) for wrapper in found if any(own is parameter for own in wrapper.parameters())]
+
+
+def require_even_inputs(wrappers: Iterable[Wrapper]) -> None:
+    """Raise if a model is trained within `join()`, before any rank waits.
+
+    Raises:
+        RuntimeError: one of the wrapped models is.
+    """
+    for wrapper in wrappers:
+        model = wrapper()
+        if model is not None and private(model, "_join_config").enable:
+            raise RuntimeError(
+                "the model is trained within DistributedDataParallel.join(), where ranks that have run out of batches "
+                "take no more steps, while with shard_states=True each pair is stepped by one rank alone. Give all "
+                "ranks as many batches, as DistributedSampler does, or set LoRAProConfig(shard_states=False)."
+            )

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorapro_hf.factors.pairs import LoRAPair, find_lora_pairs
+from lorapro_hf.factors.pairs import LoRAPair, address, find_lora_pairs
 from lorapro_hf.factors.recording import Recording
 
 _TORCH_LAYERS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -159,11 +159,6 @@ def holders_of_factors(model: nn.Module) -> dict[int, list[LoRAPair]]:
                     pair = LoRAPair(name, layer, adapter_name)
                     holders.setdefault(address(pair.A), []).append(pair)
     return holders
-
-
-def address(factor: Tensor) -> int:
-    """A number that tensors share if they share their memory."""
-    return factor.data_ptr() or id(factor)  # meta tensors have no address
 
 
 def has_active_dropout(pair: LoRAPair) -> bool:

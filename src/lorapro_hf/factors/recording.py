@@ -79,8 +79,7 @@ class Recording:
         self.passes += 1
         layer: Any = (pair or self.pair).layer
         target = self.gradient.mT if transposed else self.gradient
-        where: Any = [target]
-        with exact_arithmetic(where):
+        with exact_arithmetic([target]):
             if isinstance(layer.get_base_layer(), _CONVOLUTIONS):
                 target += _convolution_gradient(layer.get_base_layer(), x.to(target), dy.to(target)).view_as(target)
             else:

@@ -9,8 +9,8 @@ from torch import nn
 
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.distributed.access import access_to, local
+from lorapro_hf.distributed.engines import plugin_in_use, require_configuration
 from lorapro_hf.distributed.ownership import everyone, share_pairs
-from lorapro_hf.distributed.zero_configuration import plugin_in_use, require_configuration
 from lorapro_hf.factors.pairs import find_lora_pairs
 from lorapro_hf.factors.wrappers import require_plain_modules
 from lorapro_hf.optim.lora_pro import LoRAProAdamW

@@ -6,7 +6,6 @@ and in the engine, which has filled in DeepSpeed's defaults.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, NamedTuple
@@ -14,12 +13,16 @@ from typing import Any, NamedTuple
 from lorapro_hf.factors.wrappers import require_no_checkpoint_wrapper
 
 BEFORE = "DeepSpeed would train without LoRA-Pro or wrongly: "
+PARALLEL = (
+    "it combines ZeRO with pipeline, tensor, sequence or expert parallelism (mpu), which is not supported. Use ZeRO "
+    "alone, with all processes data-parallel."
+)
 
 
 class _Refusal(NamedTuple):
-    """A setting, the values that are refused, and the reason with the remedy."""
+    """Settings, the values that are refused, and the reason with the remedy."""
 
-    setting: str
+    settings: tuple[str, ...]
     is_wrong: Callable[[Any], bool]
     reason: str
 
@@ -28,81 +31,75 @@ def _more_than_one(value: Any) -> bool:
     return int(value) > 1
 
 
-def _is_on_device(value: Any) -> bool:
-    return value != "none"
-
-
-def _refused(place: str, *settings: str) -> list[_Refusal]:
-    """The refusals of settings that are off by default and must stay off."""
-    reason = "the configuration has a setting that LoRA-Pro cannot follow. Remove {name} from {place}."
-    return [_Refusal(f"{place}.{name}", bool, reason.format(name=repr(name), place=repr(place))) for name in settings]
-
-
 _OFFLOADED = (
     "the optimizer or the parameters are offloaded, for which DeepSpeed or accelerate replace the optimizer. Remove "
     "'offload_optimizer' and 'offload_param' from 'zero_optimization'; mode 'factored' or 'efficient' needs little "
     "memory."
 )
-PARALLEL = (
-    "it combines ZeRO with pipeline, tensor, sequence or expert parallelism (mpu), which is not supported. Use ZeRO "
-    "alone, with all processes data-parallel."
-)
-_NARROW = (
-    "its master weights are not float32. Remove 'fp16_master_weights_and_grads' and 'bf16_master_weights_and_grads'."
-)
 _REFUSALS = (
     _Refusal(
-        "optimizer.type",
+        ("optimizer.type",),
         bool,
         "the configuration's section 'optimizer' names {value!r}. Remove that section and pass the LoRAProAdamW to "
         "deepspeed.initialize or accelerator.prepare.",
     ),
-    _Refusal("zero_optimization.offload_optimizer.device", _is_on_device, _OFFLOADED),
-    _Refusal("zero_optimization.offload_param.device", _is_on_device, _OFFLOADED),
-    _Refusal("zero_optimization.cpu_offload", bool, _OFFLOADED),
-    _Refusal("zero_optimization.cpu_offload_param", bool, _OFFLOADED),
     _Refusal(
-        "zero_optimization.stage",
+        ("zero_optimization.offload_optimizer.device", "zero_optimization.offload_param.device"),
+        lambda value: value != "none",
+        _OFFLOADED,
+    ),
+    _Refusal(("zero_optimization.cpu_offload", "zero_optimization.cpu_offload_param"), bool, _OFFLOADED),
+    _Refusal(
+        ("zero_optimization.stage",),
         lambda value: value not in (1, 2, 3),
         "its ZeRO stage is {value}. Set 'stage' in 'zero_optimization' to 1, 2 or 3, or train with DDP without "
         "DeepSpeed, which needs no attach_deepspeed.",
     ),
-    _Refusal("tensor_parallel.autotp_size", _more_than_one, PARALLEL),
-    _Refusal("sequence_parallel_size", _more_than_one, PARALLEL),
-    # round_robin_gradients reorders parameters, which DeepSpeed's mapping from parameters to partitions ignores.
-    *_refused("zero_optimization", "round_robin_gradients", "elastic_checkpoint", "zenflow"),
-    *_refused("zero_optimization", "zero_quantized_weights", "zero_quantized_gradients"),
-    *_refused("compile", "deepcompile"),
+    _Refusal(("tensor_parallel.autotp_size", "sequence_parallel_size"), _more_than_one, PARALLEL),
     _Refusal(
-        "checkpoint.load_universal",
+        (
+            # It reorders parameters, which DeepSpeed's mapping from parameters to partitions ignores.
+            "zero_optimization.round_robin_gradients",
+            "zero_optimization.elastic_checkpoint",
+            "zero_optimization.zenflow",
+            "zero_optimization.zero_quantized_weights",
+            "zero_optimization.zero_quantized_gradients",
+            "compile.deepcompile",
+        ),
+        bool,
+        "the configuration has a setting that LoRA-Pro cannot follow. Remove {name!r} from {section!r}.",
+    ),
+    _Refusal(
+        ("checkpoint.load_universal",),
         bool,
         "the configuration has a setting that LoRA-Pro cannot follow. Remove 'load_universal' from 'checkpoint': the "
         "moments of the pairs are not in universal checkpoints, and ordinary ones load on any number of processes.",
     ),
     _Refusal(
-        "zero_optimization.zero_hpz_partition_size",
+        ("zero_optimization.zero_hpz_partition_size",),
         _more_than_one,
         "its parameters are partitioned twice. Remove 'zero_hpz_partition_size' from 'zero_optimization'.",
     ),
     _Refusal(
-        "zero_optimization.compute_grad_norm",
+        ("zero_optimization.compute_grad_norm",),
         lambda value: not value,
         "no norm of the gradients is taken. Remove 'compute_grad_norm' from 'zero_optimization'.",
     ),
-    _Refusal("fp16.fp16_master_weights_and_grads", bool, _NARROW),
-    _Refusal("bf16.bf16_master_weights_and_grads", bool, _NARROW),
+    _Refusal(
+        ("fp16.fp16_master_weights_and_grads", "bf16.bf16_master_weights_and_grads"),
+        bool,
+        "its master weights are not float32. Remove 'fp16_master_weights_and_grads' and "
+        "'bf16_master_weights_and_grads'.",
+    ),
 )
 
 
 def require_supported_engine(state: Any, remedy: str) -> None:
-    """Raise if accelerate runs an engine that LoRA-Pro does not support.
+    """Raise a `RuntimeError` if accelerate runs Megatron-LM or FSDP1, or wraps layers for activation checkpointing.
 
     Args:
         state: an `Accelerator` or an `AcceleratorState`.
         remedy: an alternative, which follows "or" in the message.
-
-    Raises:
-        RuntimeError: the engine is Megatron-LM or FSDP1, or wraps layers for activation checkpointing.
     """
     name = getattr(state.distributed_type, "value", state.distributed_type)
     if name == "MEGATRON_LM":
@@ -120,23 +117,20 @@ def require_supported_engine(state: Any, remedy: str) -> None:
 
 
 def require_configuration(config: Any, master_factors: bool) -> None:
-    """Raise if LoRA-Pro does not support a configuration of DeepSpeed.
+    """Raise a `RuntimeError` if LoRA-Pro does not support a configuration of DeepSpeed.
 
     Args:
-        config: the configuration as a dictionary, whose sections may be objects with the settings as attributes.
+        config: a dictionary, whose sections may be objects with the settings as attributes.
         master_factors: the setting of LoRA-Pro.
-
-    Raises:
-        RuntimeError: a setting is not supported. The message names the remedy.
     """
-    reasons = [
-        refusal.reason.format(value=value)
-        for refusal in _REFUSALS
-        if (value := _setting(config, refusal.setting)) is not None and refusal.is_wrong(value)
-    ]
-    for reason in (*reasons, _precision(config, master_factors)):
-        if reason:
-            raise RuntimeError(BEFORE + reason)
+    for refusal in _REFUSALS:
+        for setting in refusal.settings:
+            value = _setting(config, setting)
+            if value is not None and refusal.is_wrong(value):
+                section, _, name = setting.rpartition(".")
+                raise RuntimeError(BEFORE + refusal.reason.format(value=value, section=section, name=name))
+    if reason := _precision(config, master_factors):
+        raise RuntimeError(BEFORE + reason)
 
 
 def _precision(config: Any, master_factors: bool) -> str | None:
@@ -160,18 +154,8 @@ def _precision(config: Any, master_factors: bool) -> str | None:
     return None
 
 
-def plugin_in_use() -> Any:
-    """The plugin of the `Accelerator` in this process that runs DeepSpeed, `None` without one."""
-    state = sys.modules.get("accelerate.state")  # an Accelerator has imported it
-    return state.AcceleratorState().deepspeed_plugin if state is not None and state.is_initialized() else None
-
-
 def settle_clipping(plugin: Any, max_grad_norm: float | None) -> None:
-    """Make DeepSpeed clip at `max_grad_norm`; without `gradient_clipping` it clips at its own default.
-
-    Args:
-        plugin: accelerate's DeepSpeed plugin, before an engine is built from its configuration.
-        max_grad_norm: the setting of the training arguments.
+    """Make DeepSpeed clip at `max_grad_norm`; call it before an engine is built from the configuration of the plugin.
 
     Raises:
         ValueError: the configuration states another value.

@@ -186,11 +186,11 @@ def find_lora_pairs(model: nn.Module) -> list[LoRAPair]:
 
     Handles every layer that PEFT builds with LoRA factors: linear (GPT-2's `Conv1D` and quantised bases included),
     embedding, convolution, `nn.MultiheadAttention` and `target_parameters` (experts), plain, with rsLoRA or with DoRA.
-    Of several adapters, each active and trainable one has its own pairs. Layers that share their factors (tied
-    embeddings) make one pair.
+    Each active and trainable adapter has its own pairs. Layers that share their factors (tied embeddings) make one
+    pair.
 
     Args:
-        model: a `PeftModel`, or any module that holds PEFT LoRA layers; wrappers such as DDP may be around it.
+        model: a `PeftModel`, or any module that holds PEFT LoRA layers, also inside a wrapper such as DDP.
 
     Raises:
         TypeError: `model` is no module.
@@ -213,11 +213,7 @@ class Refusal(NamedTuple):
 
 
 def survey_lora_pairs(model: nn.Module) -> tuple[list[LoRAPair], list[Refusal]]:
-    """The pairs that `find_lora_pairs` finds, and all refusals, of which it raises the first.
-
-    Raises:
-        TypeError: `model` is no module.
-    """
+    """The pairs that `find_lora_pairs` finds, and all refusals, of which it raises the first."""
     from peft.tuners.lora import LoraLayer
 
     if not isinstance(model, nn.Module):
@@ -337,14 +333,9 @@ def _refuse_scaling_beside_the_layers(model: nn.Module) -> None:
 
 
 def _is_tied(pair: LoRAPair, owner: dict[int, LoRAPair]) -> bool:
-    """Whether a pair shares its factors with an earlier pair, to which it is then tied.
+    """Whether a pair shares its factors with an earlier one, to which it is then tied.
 
-    Args:
-        pair: the next pair.
-        owner: the first pair with each factor, by address; new addresses are added.
-
-    Raises:
-        ValueError: only one of the factors is shared, or both with another scaling.
+    `owner` has the first pair with each factor, by address; new addresses are added.
     """
     keys = [address(factor) for factor in (pair.A, pair.B)]
     owners = {id(owner[key]) if key in owner else None for key in keys}

@@ -73,9 +73,7 @@ class Stack:
     def active(self, pair_ids: list[int] | None, found_inf: Tensor) -> Tensor:
         """Whether each pair takes the step, bool `(pairs,)`; the host does not wait for the device.
 
-        Args:
-            pair_ids: the pairs that have gradients, `None` for all.
-            found_inf: 0-dim; where it is 1 no pair takes the step.
+        Pairs without gradients do not (`pair_ids` are those with some, `None` for all); none does if `found_inf` is 1.
         """
         taken = found_inf == 0
         if pair_ids is None:
@@ -92,11 +90,7 @@ class Stack:
         return self._read(self.factors)
 
     def read_gradients(self) -> tuple[Rows, list[int] | None] | None:
-        """The gradients and the pairs that have some, `None` for all; `None` instead of both if no pair has any.
-
-        Raises:
-            RuntimeError: a gradient is missing for one factor of a pair, or sparse.
-        """
+        """The gradients and the pairs that have some, `None` for all; `None` instead of both if no pair has any."""
         gradients = [pair.gradients(*factors) for pair, factors in zip(self.pairs, self.factors, strict=True)]
         pair_ids = [index for index, of_pair in enumerate(gradients) if of_pair is not None]
         if not pair_ids:
@@ -114,12 +108,9 @@ class Stack:
     def write(
         self, rows: Rows, pair_ids: list[int] | None, masters: tuple[Tensor | None, Tensor | None] = (None, None)
     ) -> None:
-        """Store new factors, rounded to the dtype of the parameters.
+        """Store new factors of some pairs (`None` for all), rounded to the dtype of the parameters.
 
-        Args:
-            rows: the values.
-            pair_ids: the pairs to store, `None` for all.
-            masters: wider tensors `(pairs, *A.shape)` and `(pairs, *B.shape)` that take the values unrounded.
+        `masters` are wider tensors `(pairs, *A.shape)` and `(pairs, *B.shape)` that take the values unrounded.
         """
         chosen = range(len(self.pairs)) if pair_ids is None else pair_ids
         # Transposed as a batch: layer by layer that takes twice as long.
@@ -172,10 +163,10 @@ class StackGradient(NamedTuple):
 
 @torch.no_grad()
 def read_stacks(stacks: Iterable[Stack], config: LoRAProConfig) -> list[StackGradient]:
-    """The equivalent gradients of all stacks that have gradients; nothing is changed.
+    """The equivalent gradients of all stacks that have gradients.
 
     Raises:
-        ValueError: a scaling is 0.
+        ValueError: a scaling is 0 or not finite.
         RuntimeError: a gradient is missing for one factor of a pair, or sparse.
     """
     reached = [(stack, *has) for stack in stacks if (has := stack.read_gradients()) is not None]
@@ -235,8 +226,8 @@ def _keep_freed_memory() -> None:
     """Make the C library keep the memory that a step frees, for the next step.
 
     glibc returns freed blocks to the system beyond a limit that grows with the largest block ever freed, up to 32 MB.
-    Fetching the pages again costs a third of an efficient step. This frees such a block at once; it is never touched,
-    so it takes no memory. Without effect on other devices and C libraries.
+    Fetching the pages again costs a third of an efficient step. This block is freed at once and never touched, so it
+    takes no memory.
     """
     torch.empty(30 * 2**20, dtype=torch.uint8, device="cpu")
 

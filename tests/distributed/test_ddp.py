@@ -15,12 +15,15 @@ from training import (
     STEPS,
     assert_close,
     assert_differ,
+    assert_every_mode_equals_one_process,
     batches,
     build,
+    every_mode,
     loss_of,
     make_optimizer,
     result,
     share,
+    single,
     slow,
     train,
 )
@@ -31,12 +34,6 @@ BOTH = (True, False)
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
 
 
-def single(config, dtype=torch.float64, model_settings=None, **options):
-    model = build(dtype, **(model_settings or {}))
-    train(model, make_optimizer(model, config), dtype=dtype, **options)
-    return result(model)
-
-
 def trained(rank, ranks, config, dtype=torch.float64, model_settings=None, **options):
     model = DistributedDataParallel(build(dtype, **(model_settings or {})))
     train(model, make_optimizer(model, config), rank, ranks, dtype=dtype, **options)
@@ -44,15 +41,8 @@ def trained(rank, ranks, config, dtype=torch.float64, model_settings=None, **opt
 
 
 def many(rank, ranks, dtypes, model_settings):
-    """Every mode with shared and repeated state, in float64 and in float32."""
-    return {
-        f"{mode} {shared} {dtype}": trained(
-            rank, ranks, {"mode": mode, "shard_states": shared}, getattr(torch, dtype), model_settings
-        )
-        for mode in MODES
-        for shared in BOTH
-        for dtype in dtypes
-    }
+    """Every mode with shared and repeated state."""
+    return every_mode(trained, rank, ranks, BOTH, dtypes, model_settings)
 
 
 @pytest.mark.parametrize(
@@ -66,16 +56,7 @@ def many(rank, ranks, dtypes, model_settings):
 )
 def test_every_mode_equals_one_process(ranks, dtypes, model_settings, tmp_path):
     found = run(many, ranks, tmp_path, tuple(dtypes), model_settings)
-    for dtype, tolerance in dtypes.items():
-        plain = single("adamw", getattr(torch, dtype), model_settings)
-        for mode in MODES:
-            expected = single({"mode": mode}, getattr(torch, dtype), model_settings)
-            assert_differ(expected, plain)
-            # 8-bit codes turn differences of rounding into differences of a code
-            allowed = max(tolerance, 1e-3) if mode == "full_8bit" else tolerance
-            for rank in range(ranks):
-                for shared in BOTH:
-                    assert_close(found[rank][f"{mode} {shared} {dtype}"], expected, allowed)
+    assert_every_mode_equals_one_process(found, BOTH, dtypes, model_settings)
 
 
 def variants(rank, ranks):

@@ -40,23 +40,23 @@ def trained(rank, ranks, config, dtype=torch.float64, model_settings=None, **opt
     return result(model)
 
 
-def many(rank, ranks, dtypes, model_settings):
-    """Every mode with shared and repeated state."""
-    return every_mode(trained, rank, ranks, BOTH, dtypes, model_settings)
+def many(rank, ranks, shared, dtypes, model_settings):
+    return every_mode(trained, rank, ranks, shared, dtypes, model_settings)
 
 
 @pytest.mark.parametrize(
-    ("ranks", "dtypes", "model_settings"),
+    ("ranks", "shared", "dtypes", "model_settings"),
     [
-        (2, {"float64": 1e-10}, {}),
-        pytest.param(2, {"float32": 1e-5}, {}, marks=pytest.mark.slow),
-        pytest.param(3, TOLERANCES, {"r": 1}, marks=pytest.mark.slow),
-        pytest.param(3, TOLERANCES, {"target_modules": ["0", "3"]}, marks=pytest.mark.slow),
+        (2, (True,), {"float64": 1e-10}, {}),
+        pytest.param(2, (False,), {"float64": 1e-10}, {}, marks=pytest.mark.slow),
+        pytest.param(2, BOTH, {"float32": 1e-5}, {}, marks=pytest.mark.slow),
+        pytest.param(3, BOTH, TOLERANCES, {"r": 1}, marks=pytest.mark.slow),
+        pytest.param(3, BOTH, TOLERANCES, {"target_modules": ["0", "3"]}, marks=pytest.mark.slow),
     ],
 )
-def test_every_mode_equals_one_process(ranks, dtypes, model_settings, tmp_path):
-    found = run(many, ranks, tmp_path, tuple(dtypes), model_settings)
-    assert_every_mode_equals_one_process(found, BOTH, dtypes, model_settings)
+def test_every_mode_equals_one_process(ranks, shared, dtypes, model_settings, tmp_path):
+    found = run(many, ranks, tmp_path, shared, tuple(dtypes), model_settings)
+    assert_every_mode_equals_one_process(found, shared, dtypes, model_settings)
 
 
 def variants(rank, ranks):

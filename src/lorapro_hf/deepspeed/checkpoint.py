@@ -157,7 +157,7 @@ def _check(folder: Path, abouts: list[dict[str, Any]], identity: dict[str, Any])
     missing = set(range(first["ranks"])) - {about["rank"] for about in abouts}
     if missing:
         names = ", ".join(_NAME.format(rank) for rank in sorted(missing))
-        raise FileNotFoundError(f"{folder} lacks {names}. Copy all of them there, or load another checkpoint.")
+        raise FileNotFoundError(f"{folder} lacks {names}. Copy the missing files there, or load another checkpoint.")
     for key, expected in identity.items():
         if first[key] != expected:
             raise ValueError(
@@ -202,7 +202,7 @@ def _require_readable(saved: _Saved, access: ZeroAccess, tag: str, folder: Any) 
 
 
 def _parameter_states(access: ZeroAccess) -> dict[str, Tensor]:
-    """The masters of this rank's share of all parameters, and AdamW's state of those that belong to no pair."""
+    """The masters of every n-th parameter for n ranks, and AdamW's state of these parameters if they are in no pair."""
     rank, ranks = access.group.rank(), access.group.size()
     tensors: dict[str, Tensor] = {}
     for index, (name, parameter) in enumerate(access.trained()):

@@ -12,7 +12,7 @@ from lorapro_hf.utils.private_names import private
 
 
 def require_supported(engine: Any, optimizer: Any) -> None:
-    """Raise what `attach_deepspeed` raises of an engine and an optimizer."""
+    """Raise the `TypeError` or `RuntimeError` of `attach_deepspeed` if LoRA-Pro does not support an engine."""
     if not isinstance(engine, private("deepspeed.runtime.engine", "DeepSpeedEngine")):
         raise TypeError(
             f"attach_deepspeed needs the DeepSpeed engine, got a {type(engine).__name__}: pass what "

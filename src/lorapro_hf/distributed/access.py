@@ -18,9 +18,9 @@ from lorapro_hf.factors.wrappers import plugin_in_use, require_no_checkpoint_wra
 
 
 class Access:
-    """Reads and writes whole factors; this class those that every rank holds whole: one process, or DDP.
+    """Reads and writes factors as whole tensors; this class serves one process and DDP, with whole factors everywhere.
 
-    In its subclasses all methods but `dtype` and `held` are collective: every rank calls them with the same parameters.
+    All methods but `dtype` and `held` are collective in a subclass: every rank calls them with the same parameters.
 
     Args:
         group: the ranks that hold the same factors, or parts of them; `None` for this process alone.

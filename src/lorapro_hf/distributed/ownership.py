@@ -24,7 +24,7 @@ from lorapro_hf.factors.pairs import LoRAPair, unwrapped_name
 from lorapro_hf.utils.private_names import private
 from lorapro_hf.utils.ranks import errors_of_ranks
 
-# Factors are fetched in portions, so that no rank holds those of the whole model at once.
+# Factors are fetched in portions, so that no rank holds all factors of the model at once.
 _FETCHED_ELEMENTS = 2**25
 # A rank whose step fails adds this to the sum of the flags to skip the step, which are 0 or 1.
 _FAILED = 2.0**32
@@ -257,7 +257,7 @@ def everyone() -> dist.ProcessGroup | None:
 def assign_owners(counts: Sequence[int], ranks: int) -> list[list[int]]:
     """The owners of the pairs of each group: equal numbers for all ranks, the rest to the least busy.
 
-    `counts` are the numbers of pairs, those of the costliest group first.
+    `counts` has the number of pairs of each group, the costliest group first.
     """
     spare = [0] * ranks
     owners = []

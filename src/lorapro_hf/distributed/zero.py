@@ -63,7 +63,7 @@ class ZeroAccess(Access):
     def hold_gradients(self, parameters: Sequence[Any]) -> None:
         """Copy this rank's parts of the raw gradients, which DeepSpeed frees or scales during its step.
 
-        All ranks pass the same parameters: those that a backward pass has reached on any rank.
+        All ranks pass the same parameters: every one that a backward pass has reached on any rank.
         """
         self._held = {id(p): self._own_gradient(p).float().clone() for p in parameters}
 

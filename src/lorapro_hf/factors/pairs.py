@@ -103,7 +103,7 @@ class LoRAPair:
         return matrix.shape[:-2] if self.layout == "matrix" else matrix.shape[:-3]
 
     def gradients(self, A: Tensor | None = None, B: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
-        """The gradients of both factors with those of tied layers added, `None` if no backward pass has reached them.
+        """The gradients of both factors, tied layers included; `None` if no backward pass has reached them.
 
         Args:
             A: a tensor with the gradient of A in its `.grad`; by default the parameter itself.

@@ -98,13 +98,23 @@ def _gradients(
 ) -> Iterator[tuple[LoRAPair, Tensor]]:
     states = None
     for layers in groups:
-        recordings = [Recording(layer.pairs[0], dtype) for layer in layers]
-        with _unchanged(model), _random_states(states) as states, ExitStack() as recorded:
-            for layer, recording in zip(layers, recordings, strict=True):
-                recorded.callback(recording.stop)
-                for weight in layer.weights:
-                    weight.record(recording)
-            count = _run(model, batches, loss_fn, group)
+        recordings: list[Recording] = []
+        count, failure = 0, None
+        try:
+            with _unchanged(model), _random_states(states) as states, ExitStack() as recorded:
+                for layer in layers:
+                    recording = Recording(layer.pairs[0], dtype)
+                    recordings.append(recording)
+                    recorded.callback(recording.stop)
+                    for weight in layer.weights:
+                        weight.record(recording)
+                count = _run(model, batches, loss_fn)
+        except Exception as error:
+            if group is None:
+                raise
+            failure = error
+        if group is not None and (errors := errors_of_ranks(failure, group)):
+            raise failure or RuntimeError(f"no gradient was computed: {errors}")
         _average(recordings, count, group)
         for layer in layers:
             recording = recordings.pop(0)
@@ -113,20 +123,8 @@ def _gradients(
         del recording  # before the next group's memory is taken
 
 
-def _run(model: nn.Module, batches: Iterable[Any], loss_fn: LossFunction, group: dist.ProcessGroup | None) -> int:
-    """Run all batches and return their number; an error on one rank is raised on all."""
-    try:
-        count, failure = _run_here(model, batches, loss_fn), None
-    except Exception as error:
-        if group is None:
-            raise
-        count, failure = 0, error
-    if group is not None and (errors := errors_of_ranks(failure, group)):
-        raise failure or RuntimeError(f"no gradient was computed: {errors}")
-    return count
-
-
-def _run_here(model: nn.Module, batches: Iterable[Any], loss_fn: LossFunction) -> int:
+def _run(model: nn.Module, batches: Iterable[Any], loss_fn: LossFunction) -> int:
+    """Run forward and backward passes over all batches, and return their number."""
     count = 0
     with torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         for batch in batches:
@@ -158,7 +156,7 @@ def _described(value: object) -> str:
 
 
 def _average(recordings: Sequence[Recording], count: int, group: dist.ProcessGroup | None) -> None:
-    """Divide the sums by the number of batches, those of all ranks together."""
+    """Divide the sums over all ranks by the number of their batches."""
     counts = [[float(count), float(recording.passes), float(recording.lost)] for recording in recordings]
     totals = torch.tensor(counts, device=recordings[0].gradient.device)
     if group is not None:

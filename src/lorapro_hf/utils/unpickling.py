@@ -64,10 +64,8 @@ def read_tensors(file: Path | IO[bytes]) -> Any:
         with _stood_for():
             return torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        if found is None:
-            raise ValueError("it is no file of torch") from error
-        raise ValueError(_foreign(found[1])) from error
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError("it is no file of torch" if name is None else _foreign(name[1])) from error
     except (RuntimeError, EOFError, TypeError, AttributeError, LookupError) as error:
         raise ValueError((str(error).splitlines() or ["it ends too early"])[0]) from error
     except OSError as error:

@@ -258,12 +258,22 @@ def test_state_is_views_of_the_stacked_moments(config):
             assert entries.tolist() == [i == index for i in range(3)]
 
 
+def side_by_side(pairs, optimizer, oracles, gradients):
+    """Give both the same gradients, compare their steps, and yield the number of each step."""
+    for step, of_step in enumerate(gradients):
+        for index, pair in enumerate(pairs):
+            give(pair, of_step[index])
+            oracles.step(index, of_step[index])
+        optimizer.step()
+        oracles.check()
+        yield step
+
+
 @pytest.mark.parametrize("how", ["in place", "replaced", "removed"])
 def test_changes_to_the_state_are_seen_by_the_next_step(how):
     pairs = several()
     optimizer, oracles = optimizer_of(pairs), Oracles(pairs)
-    for step, gradients in enumerate(full_gradients(4)):
-        step_and_check(pairs, optimizer, oracles, gradients)
+    for step in side_by_side(pairs, optimizer, oracles, full_gradients(4)):
         if step != 1:
             continue
         state, other = optimizer.state[pairs[1].A], torch.randn(5, 6, dtype=torch.float64)
@@ -289,8 +299,7 @@ def test_changes_to_the_state_are_seen_by_the_next_step(how):
 def test_changed_counters_are_seen_by_the_next_step(mode, how):
     pairs = several()
     optimizer, oracles = optimizer_of(pairs, mode=mode), Oracles(pairs, mode)
-    for step, gradients in enumerate(full_gradients(4)):
-        step_and_check(pairs, optimizer, oracles, gradients)
+    for step in side_by_side(pairs, optimizer, oracles, full_gradients(4)):
         if step != 1:
             continue
         for factor, of_oracle in zip((pairs[1].A, pairs[1].B), oracles.factors[1], strict=True):
@@ -322,16 +331,15 @@ def test_a_replaced_parameter_is_stepped_with_a_state_of_its_own():
             state = optimizer.state[pair.A]
             oracles.each[index].M, oracles.each[index].V = state["exp_avg"].clone(), state["exp_avg_sq"].clone()
             oracles.each[index].t = 1
-    for g in gradients[1:]:
-        step_and_check(pairs, optimizer, oracles, g)
+    for _ in side_by_side(pairs, optimizer, oracles, gradients[1:]):
+        pass
     assert torch.equal(old, before)
 
 
 def test_pairs_that_move_to_another_group_keep_their_moments():
     pairs = several()
     optimizer, oracles = optimizer_of(pairs), Oracles(pairs)
-    for step, gradients in enumerate(full_gradients(4)):
-        step_and_check(pairs, optimizer, oracles, gradients)
+    for step in side_by_side(pairs, optimizer, oracles, full_gradients(4)):
         if step == 1:
             moving = [pairs[2].A, pairs[2].B]
             first = optimizer.param_groups[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lorapro_hf.utils.private_names import REPLACED, tested
+from lorapro_hf.utils.private_names import tested
 from support_cases import GROUPS
 from support_rows import COLUMNS, Case
 
@@ -28,6 +28,23 @@ saved adapter with the same output. Other parameters that the setting trains get
 
 [Several processes](distributed.md) and [precision](precision.md) have pages of their own.
 """
+
+# The methods of other libraries that are wrapped or overridden: library, owner, name and what LoRA-Pro adds.
+REPLACED = (
+    ("deepspeed", "ZeRO optimizer", "step", "copies the raw gradients before ZeRO frees or scales them"),
+    ("deepspeed", "DeepSpeedEngine", "save_checkpoint", "writes the moments before `latest` is updated"),
+    ("deepspeed", "DeepSpeedEngine", "load_checkpoint", "checks the moments first and loads them last"),
+    ("transformers", "Trainer", "_save", "writes settings and card, and checks the saved adapter"),
+    ("transformers", "Trainer", "_save_checkpoint", "writes the manifest when all files are complete"),
+    ("transformers", "Trainer", "_save_rng_state", "waits for the files of all ranks"),
+    ("transformers", "Trainer", "_save_optimizer_and_scheduler", "collects the state that ranks share"),
+    ("transformers", "Trainer", "_load_optimizer_and_scheduler", "loads no state of other ranks"),
+    ("transformers", "Trainer", "_load_from_checkpoint", "loads all adapters into their parameters"),
+    ("transformers", "Trainer", "_load_best_model", "loads all adapters into their parameters"),
+    ("transformers", "Trainer", "_maybe_log_save_evaluate", "checks skipped steps on all ranks"),
+    ("transformers", "Trainer", "_push_from_checkpoint", "pushes settings, card and manifest"),
+    ("transformers", "Trainer", "_finish_current_push", "reports pushes that failed in the background"),
+)
 
 
 def result(case: Case) -> str:
@@ -78,8 +95,7 @@ def versions() -> list[str]:
 
 
 def replaced() -> list[str]:
-    """The methods of other libraries that are wrapped or overridden."""
-    rows = [f"| `{m.name}` of `{m.owner}` | {m.reason} | {tested(m.package)} |" for m in REPLACED]
+    rows = [f"| `{name}` of `{owner}` | {adds} | {tested(library)} |" for library, owner, name, adds in REPLACED]
     return [
         "LoRA-Pro wraps or overrides these methods, which their libraries do not document as a place to do so. A "
         "release without one of them is refused with an error that names it.",

@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lorapro_hf.factors.adapted_weights import address, has_active_dropout
-from lorapro_hf.factors.pairs import LoRAPair, unwrapped_name
-from lorapro_hf.factors.recording import buffer_bytes, padding_row
+from lorapro_hf.factors.pairs import LoRAPair, address, unwrapped_name
+from lorapro_hf.factors.recording import buffer_bytes, has_active_dropout, padding_row
 
 _MERGED = "PEFT merges the factors into its weight for each pass"
 

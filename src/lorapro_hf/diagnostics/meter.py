@@ -27,9 +27,8 @@ from lorapro_hf.diagnostics.records import LayerGap
 from lorapro_hf.diagnostics.settings import GAP_MAX_BYTES, check_gap_layers, check_gap_max_bytes
 from lorapro_hf.distributed.access import Access, access_to
 from lorapro_hf.distributed.ownership import everyone
-from lorapro_hf.factors.adapted_weights import holders_of_factors
 from lorapro_hf.factors.pairs import LoRAPair, survey_lora_pairs, unwrapped_name
-from lorapro_hf.factors.recording import Recording, row_blocks
+from lorapro_hf.factors.recording import Recording, holders_of_factors, row_blocks
 from lorapro_hf.factors.stacks import exact_arithmetic
 from lorapro_hf.functional.bases import compute_dtype
 from lorapro_hf.functional.step_options import Rates

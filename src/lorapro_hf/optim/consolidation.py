@@ -15,14 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lorapro_hf.distributed.access import ShardedAccess
-from lorapro_hf.distributed.attendance import Absence, Attendance
+from lorapro_hf.distributed.attendance import Attendance
 from lorapro_hf.distributed.ownership import PairOwnership
 from lorapro_hf.factors.pairs import LoRAPair, unwrapped_name
 from lorapro_hf.optim.rules.base import StateSpec, UpdateRule
 
 State = Mapping[Tensor, dict[str, Any]]
 States = dict[Tensor, dict[str, Tensor]]
-_GO_ON = "See its output for the reason, and resume from the last complete checkpoint."
 
 
 def collect_states(ownership: PairOwnership, state: State, rule: UpdateRule, to: int) -> States:
@@ -70,24 +69,22 @@ def await_all(attendance: Attendance, saves: bool) -> None:
         saves: whether all ranks are known to save together; otherwise `state_dict()` may have been called on some only.
 
     Raises:
-        RuntimeError: a rank has ended, or has not come within the limit of the process group.
+        RuntimeError: a rank has not come within the limit of the process group.
     """
     try:
-        absence = attendance.wait_for_all()
+        absent = attendance.wait_for_all()
     except dist.DistError as error:
         raise RuntimeError(
             "the process that kept the store of the process group, rank 0 or its launcher, ended before the "
-            f"optimizer's state was collected. {_GO_ON}"
+            "optimizer's state was collected. See its output for the reason, and resume from the last complete "
+            "checkpoint."
         ) from error
-    if absence is not None:
-        raise RuntimeError(_reason(absence, attendance, saves))
+    if absent:
+        raise RuntimeError(_reason(absent, attendance, saves))
 
 
-def _reason(absence: Absence, attendance: Attendance, saves: bool) -> str:
-    several = len(absence.ranks) > 1
-    who = f"rank{'s' if several else ''} {', '.join(map(str, absence.ranks))}"
-    if absence.ended:
-        return f"{who} ended before giving its part of the optimizer's state. {_GO_ON}"
+def _reason(absent: list[int], attendance: Attendance, saves: bool) -> str:
+    who = f"rank{'s' if len(absent) > 1 else ''} {', '.join(map(str, absent))}"
     limit = f"{attendance.limit.total_seconds():g} seconds"
     if saves:
         return (

@@ -14,8 +14,7 @@ from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.deepspeed.engine import attach_deepspeed
 from lorapro_hf.diagnostics.callback import GradientGapCallback
 from lorapro_hf.diagnostics.settings import GAP_MAX_BYTES
-from lorapro_hf.distributed.engines import require_supported_engine
-from lorapro_hf.distributed.zero_configuration import require_configuration, settle_clipping
+from lorapro_hf.distributed.engines import require_configuration, require_supported_engine, settle_clipping
 from lorapro_hf.factors.pairs import find_lora_pairs
 from lorapro_hf.optim.factory import LoRAProOptimizerFactory, create_lorapro_optimizer, take_settings
 from lorapro_hf.optim.groups import require_same_pairs

@@ -69,37 +69,26 @@ __all__ = [
     "weight_gradients",
 ]
 
-_HOMES = {
-    "GradientGapCallback": "diagnostics",
-    "LoRAMethod": "methods",
-    "LoRAPair": "factors.pair",
-    "LoRAProAdamW": "optim.lora_pro",
-    "LoRAProCallback": "trainer.callback",
-    "LoRAProConfig": "config",
-    "LoRAProDPOConfig": "trainer.trl",
-    "LoRAProDPOTrainer": "trainer.trl",
-    "LoRAProGRPOConfig": "trainer.trl",
-    "LoRAProGRPOTrainer": "trainer.trl",
-    "LoRAProOptimizerFactory": "optim.factory",
-    "LoRAProRewardConfig": "trainer.trl",
-    "LoRAProRewardTrainer": "trainer.trl",
-    "LoRAProSFTConfig": "trainer.trl",
-    "LoRAProSFTTrainer": "trainer.trl",
-    "LoRAProTrainer": "trainer.trainer",
-    "LoRAProTrainerMixin": "trainer.trainer",
-    "LoRAProTrainingArguments": "trainer.arguments",
-    "StateTooLargeError": "optim.memory",
-    "attach_deepspeed": "deepspeed.engine",
-    "create_lorapro_optimizer": "optim.factory",
-    "create_model_card": "hub",
-    "equivalent_gradient": "functional.projection",
-    "find_lora_pairs": "factors.pairs",
-    "load_lora_pro_config": "hub",
-    "project_lora_gradients": "functional.projection",
-    "push_adapter": "hub",
-    "save_adapter": "hub",
-    "weight_gradients": "factors.weight_gradients",
+_NAMES = {
+    "config": "LoRAProConfig",
+    "deepspeed.engine": "attach_deepspeed",
+    "diagnostics": "GradientGapCallback",
+    "factors.pair": "LoRAPair",
+    "factors.pairs": "find_lora_pairs",
+    "factors.weight_gradients": "weight_gradients",
+    "functional.projection": "equivalent_gradient project_lora_gradients",
+    "hub": "create_model_card load_lora_pro_config push_adapter save_adapter",
+    "methods": "LoRAMethod",
+    "optim.factory": "LoRAProOptimizerFactory create_lorapro_optimizer",
+    "optim.lora_pro": "LoRAProAdamW",
+    "optim.memory": "StateTooLargeError",
+    "trainer.arguments": "LoRAProTrainingArguments",
+    "trainer.callback": "LoRAProCallback",
+    "trainer.trainer": "LoRAProTrainer LoRAProTrainerMixin",
+    "trainer.trl": "LoRAProDPOConfig LoRAProDPOTrainer LoRAProGRPOConfig LoRAProGRPOTrainer LoRAProRewardConfig "
+    "LoRAProRewardTrainer LoRAProSFTConfig LoRAProSFTTrainer",
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> object:

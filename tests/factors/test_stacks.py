@@ -56,15 +56,6 @@ def give(pair, g):
     pair.A.grad, pair.B.grad = s * pair.B.detach().mT @ g.to(pair.A), s * g.to(pair.A) @ pair.A.detach().mT
 
 
-def step_and_check(pairs, optimizer, oracles, gradients):
-    """Step all pairs along full gradients, and compare them with their oracles."""
-    for index, pair in enumerate(pairs):
-        give(pair, gradients[index])
-        oracles.step(index, gradients[index])
-    optimizer.step()
-    oracles.check()
-
-
 def full_gradients(count, pairs=3, m=5, n=6):
     return torch.randn(count, pairs, m, n, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 

@@ -59,6 +59,8 @@ def test_a_loop_by_hand_takes_the_steps_of_a_trainer(tmp_path: Path, cls: type[T
 
     def collate(rows: list[Any]) -> Any:
         batches.append(default_data_collator(rows))
+        # No model predicts the first token, but transformers 4 counts its label when it takes the mean.
+        batches[-1]["labels"][:, 0] = -100
         return batches[-1]
 
     settings = {"max_steps": 3, "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def _setting(name: str) -> Any:
-    """The field of `LoRAProConfig`, which states default, help and choices; here it is declared for type checkers."""
+    """A field with the default, help and choices that `LoRAProConfig` states."""
     stated = _SETTINGS[name]
     return field(default=stated.default, metadata=dict(stated.metadata))
 
@@ -115,9 +115,12 @@ class LoRAProTrainingArguments(TrainingArguments):
         check_gap_layers(self.lora_pro_gap_layers, _GAP)
         if self.lora_pro_gap_max_bytes is not None:
             check_gap_max_bytes(self.lora_pro_gap_max_bytes, _GAP)
-        for name in ("rtol", "trust_region"):
-            if (value := getattr(self, f"lora_pro_{name}")) is not None:
-                setattr(self, f"lora_pro_{name}", _number(name, value))
+        for name in ("lora_pro_rtol", "lora_pro_trust_region"):
+            if (value := getattr(self, name)) is not None:
+                try:
+                    setattr(self, name, float(value))  # YAML reads 1e-6, without a dot, as text
+                except (TypeError, ValueError) as error:
+                    raise ValueError(f"{name}={value!r} must be a number, or be left out.") from error
         rule_of(self.lora_pro_config)  # validates the rest
         super().__post_init__()
 
@@ -138,13 +141,6 @@ class LoRAProTrainingArguments(TrainingArguments):
     def lora_pro_config(self) -> LoRAProConfig:
         """The settings as a `LoRAProConfig`, whether or not `lora_pro` is on."""
         return LoRAProConfig(**{name: getattr(self, f"lora_pro_{name}") for name in _SETTINGS})
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)  # YAML reads 1e-6, without a dot, as text
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"lora_pro_{name}={value!r} must be a number, or be left out.") from error
 
 
 def _trains_without(trainer: Trainer) -> bool:

@@ -32,8 +32,7 @@ from comparison_helpers import (
 from lorapro_hf.commands.compare import command
 from lorapro_hf.commands.compare import report as report_module
 from lorapro_hf.commands.compare import sweep as sweep_module
-from lorapro_hf.commands.compare.methods import METHODS, method_of
-from lorapro_hf.commands.compare.optimizers import require_usable
+from lorapro_hf.commands.compare.methods import METHODS, method_of, require_usable
 from lorapro_hf.commands.compare.plan import plan
 from lorapro_hf.commands.compare.settings import read_settings, settings_of
 from lorapro_hf.commands.compare.store import RECORDS, Store

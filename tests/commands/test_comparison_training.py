@@ -158,7 +158,7 @@ def test_an_exception_is_recorded(task: LoadedTask, tmp_path: Path, monkeypatch:
     def explode(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(training, "build_optimizer", explode)
+    monkeypatch.setattr(training, "build", explode)
     record = training.train_run(task, only("lora"), settings(tmp_path), CPU)
     assert (record.status, record.error) == ("failed", "OutOfMemoryError: no room")
 

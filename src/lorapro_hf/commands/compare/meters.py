@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import TrainerCallback
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -68,17 +67,3 @@ class PeakMemory:
             return torch.cuda.max_memory_allocated(self.device)
         match = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text()) if self.known else None
         return None if match is None else int(match[1]) * 1024
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in the optimizer's state, memory that several share counted once."""
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in _tensors(optimizer.state)}
-    return sum(storage.nbytes() for storage in storages.values())
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)

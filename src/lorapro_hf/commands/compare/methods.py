@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from peft import LoraConfig
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
+from lorapro_hf.commands.common.optimizers import build
 from lorapro_hf.commands.compare.values import require_mapping, require_name, typed
 from lorapro_hf.config import MODES, UPDATES, LoRAProConfig
 from lorapro_hf.optim.rules import rule_of
@@ -28,7 +32,7 @@ class ComparedMethod:
 
     name: str  # in YAML and JSON
     title: str  # in tables
-    optimizer: str  # a key of `optimizers.BUILDERS`
+    optimizer: str  # a key of `common.optimizers.BUILDERS`
     learning_rates: tuple[float, ...]  # the grid where the YAML gives none
     settings: Mapping[str, Any] = field(default_factory=dict)  # keywords of the optimizer, or of `LoRAProConfig`
     adapter: Mapping[str, Any] | None = field(
@@ -182,3 +186,24 @@ def _require_adapter(name: str, adapter: Mapping[str, Any]) -> None:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if (is_number and not math.isfinite(value)) or (known[key] in ("int", "float", int, float) and not is_number):
             raise UsageError(f"Method {name}: adapter.{key}={value!r} must be a number, such as 0.1 or 1.0e-1.")
+
+
+def require_usable(method: ComparedMethod, device: torch.device) -> None:
+    """Try the optimizer of a method on one tiny layer, before hours are spent on others.
+
+    Raises:
+        UsageError: a package is missing, or the optimizer refuses its settings or the device.
+    """
+    if method.package is not None and importlib.util.find_spec(method.package) is None:
+        raise UsageError(
+            f"Method {method.name} needs a package that is not installed: pip install '{method.install}', or leave the "
+            "method out."
+        )
+    layer = nn.Sequential(nn.Linear(2, 2, bias=False, device=device))
+    try:
+        build(method.optimizer, get_peft_model(layer, LoraConfig(r=1, target_modules=["0"])), 1e-3, method.settings)
+    except Exception as error:
+        raise UsageError(
+            f"Method {method.name}: its optimizer cannot be built with {dict(method.settings)}: {error} (YAML reads "
+            "numbers with a point only, such as 1.0e-8)."
+        ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from lorapro_hf.commands.common.records import without_nan
+from lorapro_hf.commands.common.records import write_json
 from lorapro_hf.commands.compare.figures import draw
 from lorapro_hf.commands.compare.significance import has_scipy, smallest_p
 from lorapro_hf.commands.compare.store import Store
@@ -42,8 +41,7 @@ def write_report(folder: Path) -> Summary:
     for name, picture in pictures.items():
         (folder / FIGURES / f"{name}.png").write_bytes(picture)
     write_text(folder / MARKDOWN, render(summary, sweep, sorted(pictures)))
-    content = json.dumps(without_nan(asdict(summary)), indent=1, allow_nan=False)
-    write_text(folder / SUMMARY, content + "\n")
+    write_json(folder / SUMMARY, asdict(summary))
     return summary
 
 

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lorapro_hf.commands.common.records import environment, without_nan
+from lorapro_hf.commands.common.records import as_json, environment, write_json
 from lorapro_hf.commands.compare.plan import PlannedRun
 from lorapro_hf.commands.compare.settings import CompareSettings
 from lorapro_hf.options import UsageError
-from lorapro_hf.utils.text_files import parse_json, write_text
+from lorapro_hf.utils.text_files import parse_json
 
 RECORDS, SWEEP = "runs.jsonl", "sweep.json"
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
@@ -67,7 +67,7 @@ class Store:
 
     def append(self, record: RunRecord) -> None:
         """Add a line, on disk when this returns; other processes may do the same at the same time."""
-        line = f"{json.dumps(without_nan(asdict(record)), allow_nan=False)}\n".encode()
+        line = f"{as_json(asdict(record))}\n".encode()
         descriptor = os.open(self.folder / RECORDS, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             # A killed process may have left half a line: end it first. One write to a file that is open for appending
@@ -106,7 +106,7 @@ class Store:
             "levels": dict(levels or {}),
             "runs": [run.entry() for run in runs],
         }
-        write_text(self.folder / SWEEP, json.dumps(without_nan(content), indent=1, allow_nan=False) + "\n")
+        write_json(self.folder / SWEEP, content)
 
     def sweep(self) -> dict[str, Any]:
         """The content that `write_sweep` wrote.

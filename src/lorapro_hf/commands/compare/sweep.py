@@ -8,9 +8,8 @@ import torch
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from lorapro_hf.commands.common.console import prepare_output
-from lorapro_hf.commands.common.progress import progress_bars
-from lorapro_hf.commands.compare.optimizers import require_usable
+from lorapro_hf.commands.common.console import prepare_output, progress_bars
+from lorapro_hf.commands.compare.methods import require_usable
 from lorapro_hf.commands.compare.plan import PlannedRun, plan
 from lorapro_hf.commands.compare.references import reference_losses, references_key
 from lorapro_hf.commands.compare.settings import CompareSettings, TaskSettings

@@ -26,10 +26,11 @@ from torch.utils.data import DataLoader
 from transformers import get_scheduler
 from transformers.trainer_callback import PrinterCallback
 
+from lorapro_hf.commands.common.meters import state_bytes
+from lorapro_hf.commands.common.optimizers import build
 from lorapro_hf.commands.common.records import environment
 from lorapro_hf.commands.compare.adapters import layers_to_adapt, make_trainable
-from lorapro_hf.commands.compare.meters import PeakMemory, StepTimes, state_bytes
-from lorapro_hf.commands.compare.optimizers import build_optimizer
+from lorapro_hf.commands.compare.meters import PeakMemory, StepTimes
 from lorapro_hf.commands.compare.plan import PlannedRun, digest
 from lorapro_hf.commands.compare.settings import CompareSettings
 from lorapro_hf.commands.compare.store import DIVERGED, FINISHED, RunRecord
@@ -179,7 +180,8 @@ def _trainer(
     record.examples = task.digest
     record.data = digest([[list(task.sets["train"][index]["input_ids"]) for index in step] for step in order])
     record.adapted_layers = len(layers)
-    ours = run.method.is_lora_pro
+    method = run.method
+    optimizer = None if method.is_lora_pro else build(method.optimizer, adapted, run.learning_rate, method.settings)
     trainer = RunTrainer(
         task,
         run,
@@ -188,7 +190,7 @@ def _trainer(
         model=adapted,
         args=training_arguments(run, settings, times.device),
         callbacks=[times],
-        optimizers=(None if ours else build_optimizer(run.method, adapted, run.learning_rate), None),
+        optimizers=(optimizer, None),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

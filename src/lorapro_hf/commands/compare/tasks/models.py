@@ -20,8 +20,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lorapro_hf.commands.common.base_model import load_base_model
 from lorapro_hf.commands.common.datasets import is_missing_path
+from lorapro_hf.commands.common.models import load_base_model
 from lorapro_hf.options import UsageError
 
 TINY = "tiny-random"

@@ -41,7 +41,7 @@ def load_questions(settings: TaskSettings) -> LoadedTask:
     evaluator = Evaluator(asked, tokenizer) if asked else None
 
     def measure(trained: Any) -> Mapping[str, float]:
-        return {} if evaluator is None else {"exact_match": evaluator.score(trained).exact_match}
+        return {} if evaluator is None else {"exact_match": evaluator.answer_scores(trained)["exact_match"]}
 
     sets: Mapping[str, Sequence[Features]] = {
         "train": [example.features() for example in encode(train, tokenizer, settings.max_length)],

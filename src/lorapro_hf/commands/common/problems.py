@@ -42,16 +42,9 @@ def load_problems(
 ) -> tuple[Dataset, Dataset]:
     """At most `train_size` problems to train on and `eval_size` held out, with the columns `question` and `answer`.
 
-    Args:
-        train_size: The number to train on.
-        eval_size: The number to hold out.
-        seed: Decides the built-in problems, or the order of a dataset.
-        dataset: Hub name, local folder or file; `None` for the built-in word problems.
-        config: Configuration of a hub dataset.
-
-    Raises:
-        UsageError: there is no such dataset, it lacks a column, a held-out answer has no number after `####`, or no
-            problem is left to train on.
+    They are word problems, decided by the seed, or those of `dataset` (hub name, local folder or file; of a hub dataset
+    the configuration `config`), whose order it decides. Raises `UsageError` for a dataset or column that is missing, a
+    held-out answer without a number after `####`, and if no problem is left to train on.
     """
     if dataset is None:
         try:
@@ -92,11 +85,7 @@ def _splits(data: Dataset | DatasetDict, dataset: str, eval_size: int, seed: int
 
 
 def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
-    """The problems as tokens, without those longer than `max_length`.
-
-    Raises:
-        UsageError: all are longer.
-    """
+    """The problems as tokens, without those longer than `max_length`; raises `UsageError` if all are longer."""
     prompts = [f"Question: {question}\nAnswer:" for question in rows["question"]]
     answers = [f" {answer.strip()}" for answer in rows["answer"]]
     prompt_ids: list[list[int]] = tokenizer(prompts)["input_ids"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,26 +21,32 @@ class StepTimes(TrainerCallback):
 
     def __init__(self, device: torch.device, on_step: Callable[[], None]) -> None:
         self.device, self.on_step = device, on_step
-        self.step_ms: list[float] = []
-        self.optimizer_ms: list[float] = []
-        self._step = self._optimizer = 0.0
+        self.begun: dict[str, float] = {}
+        self.times: dict[str, list[float]] = {"step_ms": [], "optimizer_ms": []}
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """A step begins."""
-        self._step = self._now()
+        self.begun["step_ms"] = self._now()
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The gradients are there."""
-        self._optimizer = self._now()
+        self.begun["optimizer_ms"] = self._now()
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The optimizer has taken its step."""
-        self.optimizer_ms.append((self._now() - self._optimizer) * 1e3)
+        self._end("optimizer_ms")
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """The step is over."""
-        self.step_ms.append((self._now() - self._step) * 1e3)
+        self._end("step_ms")
         self.on_step()
+
+    def medians(self) -> dict[str, float | None]:
+        """The median `step_ms` and `optimizer_ms`."""
+        return {name: statistics.median(times) if times else None for name, times in self.times.items()}
+
+    def _end(self, name: str) -> None:
+        self.times[name].append((self._now() - self.begun[name]) * 1e3)
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -51,13 +58,12 @@ class PeakMemory:
     """The highest memory use since it was made: CUDA's allocator, or on a CPU the resident size of the process."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.known = True
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            return
+        self.device, self.known = device, True
         try:
-            _CLEAR.write_text(_RESET_PEAK)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            else:
+                _CLEAR.write_text(_RESET_PEAK)
         except OSError:  # no Linux, or not allowed
             self.known = False
 

@@ -11,12 +11,11 @@ from __future__ import annotations
 import copy
 import gc
 import math
-import statistics
 import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any
 
@@ -51,12 +50,7 @@ class _DivergedError(Exception):
 class RunTrainer(LoRAProTrainer):
     """A `LoRAProTrainer` that takes the batches of a run in their order and leaves the head to an optimizer of its own.
 
-    Args:
-        task: Gives examples and loss.
-        run: Its seed decides the order and the dropout masks.
-        head: The module that every method trains in full.
-        max_head_norm: The head's gradient is clipped to this norm; 0 for no clipping.
-        **kwargs: Of `LoRAProTrainer`.
+    The gradient of the head is clipped to `max_head_norm`; 0 for no clipping.
     """
 
     def __init__(
@@ -78,7 +72,7 @@ class RunTrainer(LoRAProTrainer):
         return DataLoader(dataset, batch_size=self.args.train_batch_size, collate_fn=self.data_collator)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss of the task, which is noted."""
+        """The loss of the task, which is also stored."""
         loss, _ = self.task.loss_of(model, inputs)
         self.losses.append(float(loss.detach()))
         if not math.isfinite(self.losses[-1]):
@@ -93,16 +87,12 @@ class RunTrainer(LoRAProTrainer):
             self.head.requires_grad_(True)  # only now: the method's optimizer is built and does not hold the head
         loss: Tensor = super().training_step(*args, **kwargs)
         if self.head is not None:
-            self._step_head(self.head)
+            if self.max_head_norm > 0.0:  # apart, so that the step does not depend on what else a method trains
+                nn.utils.clip_grad_norm_(self.head.parameters(), self.max_head_norm)
+            self.head_optimizer.step()
+            self.head_scheduler.step()
+            self.head.zero_grad(set_to_none=True)  # LoRA-FA steps all parameters that have a gradient
         return loss
-
-    def _step_head(self, head: nn.Module) -> None:
-        """Step the head, clipped apart, so that its step does not depend on what else a method trains."""
-        if self.max_head_norm > 0.0:
-            nn.utils.clip_grad_norm_(head.parameters(), self.max_head_norm)
-        self.head_optimizer.step()
-        self.head_scheduler.step()
-        head.zero_grad(set_to_none=True)  # LoRA-FA steps all parameters that have a gradient
 
 
 def train_run(
@@ -117,7 +107,7 @@ def train_run(
     record = RunRecord(**run.entry())
     gc.freeze()  # objects that are there now need not be searched for garbage of this run
     try:
-        record = _train_and_score(record, task, run, settings, StepTimes(device, on_step))
+        _train_and_score(record, task, run, settings, StepTimes(device, on_step))
     except Exception as error:
         record.error = f"{type(error).__name__}: {error}"[:2000]
         record.traceback = traceback.format_exc()[-4000:]
@@ -126,12 +116,13 @@ def train_run(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     record.finished_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return replace(record, wall_s=time.perf_counter() - started, environment=environment())
+    record.wall_s, record.environment = time.perf_counter() - started, environment()
+    return record
 
 
 def _train_and_score(
     record: RunRecord, task: LoadedTask, run: PlannedRun, settings: CompareSettings, times: StepTimes
-) -> RunRecord:
+) -> None:
     memory = PeakMemory(times.device)
     begun = time.perf_counter()
     trainer = _trainer(record, task, run, settings, times)
@@ -146,39 +137,39 @@ def _train_and_score(
     of_head = set() if trainer.head is None else set(trainer.head.parameters())
     # after the training: LoRA-FA's optimizer freezes A
     record.trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad and p not in of_head)
+    status = DIVERGED
     if record.diverged_at is None:
         # without the wrapper for mixed precision
         record.scores = task.score(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False))
-    scores = record.scores or {}
-    finite = [math.isfinite(value) for metrics in scores.values() for value in metrics.values()]
-    record.status = FINISHED if record.diverged_at is None and all(finite) else DIVERGED
+        if all(math.isfinite(value) for metrics in record.scores.values() for value in metrics.values()):
+            status = FINISHED
+    record.status = status
     record.setup_s, record.train_s = ready - begun, trained - ready
     record.evaluation_s = time.perf_counter() - trained
     record.peak_bytes = memory.read()
-    record.step_ms, record.optimizer_ms = _median(times.step_ms), _median(times.optimizer_ms)
-    return record
+    medians = times.medians()
+    record.step_ms, record.optimizer_ms = medians["step_ms"], medians["optimizer_ms"]
 
 
 def _trainer(
     record: RunRecord, task: LoadedTask, run: PlannedRun, settings: CompareSettings, times: StepTimes
 ) -> RunTrainer:
     """The trainer of a run; the record gets the data and the number of layers."""
-    order = task.order(run.seed)
+    batches = [[task.sets["train"][index] for index in step] for step in task.order(run.seed)]
     model = copy.deepcopy(task.model).to(times.device)
     head = task.start_head(model, run.seed)
     layers = layers_to_adapt(model, task.settings.target_modules, head)
 
     def take_gradients() -> None:
-        for indices in order[:GRADIENT_BATCHES]:
-            batch = task.collate([task.sets["train"][index] for index in indices])
-            loss, _ = task.loss_of(model, to_device(batch, model))
+        for batch in batches[:GRADIENT_BATCHES]:
+            loss, _ = task.loss_of(model, to_device(task.collate(batch), model))
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Full backward hook")  # PEFT's, on a model whose inputs need no grads
                 loss.backward()
 
     adapted = make_trainable(model, run, layers, settings.scaling, take_gradients)
     record.examples = task.digest
-    record.data = digest([[list(task.sets["train"][index]["input_ids"]) for index in step] for step in order])
+    record.data = digest([[list(example["input_ids"]) for example in batch] for batch in batches])
     record.adapted_layers = len(layers)
     method = run.method
     optimizer = None if method.is_lora_pro else build(method.optimizer, adapted, run.learning_rate, method.settings)
@@ -188,7 +179,7 @@ def _trainer(
         head,
         settings.max_grad_norm,
         model=adapted,
-        args=training_arguments(run, settings, times.device),
+        args=_training_arguments(run, settings, times.device),
         callbacks=[times],
         optimizers=(optimizer, None),
     )
@@ -196,8 +187,7 @@ def _trainer(
     return trainer
 
 
-def training_arguments(run: PlannedRun, settings: CompareSettings, device: torch.device) -> LoRAProTrainingArguments:
-    """The arguments of a run."""
+def _training_arguments(run: PlannedRun, settings: CompareSettings, device: torch.device) -> LoRAProTrainingArguments:
     pro = asdict(LoRAProConfig(**run.method.settings)) if run.method.is_lora_pro else {}
     return LoRAProTrainingArguments(
         output_dir=str(settings.output_dir),
@@ -218,7 +208,3 @@ def training_arguments(run: PlannedRun, settings: CompareSettings, device: torch
         disable_tqdm=True,
         log_level="error",
     )
-
-
-def _median(values: list[float]) -> float | None:
-    return statistics.median(values) if values else None

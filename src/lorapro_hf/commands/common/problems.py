@@ -55,10 +55,8 @@ def load_problems(
     held_out = held_out.select(range(min(eval_size, len(held_out))))
     for answer in held_out["answer"]:
         if not _FINAL_ANSWER.search(answer):
-            raise UsageError(
-                f"The answer {answer!r} of {dataset!r} does not end with '#### ' and a number, so no generated "
-                "answer could be compared with it. Write the answers as GSM8K does."
-            )
+            message = f"The answer {answer!r} of {dataset!r} does not end with '#### ' and a number."
+            raise UsageError(f"{message} Write the answers as GSM8K does.")
     seen = set(held_out["question"])
     train = train.select([index for index, question in enumerate(train["question"]) if question not in seen])
     if not len(train) or not len(held_out):
@@ -71,10 +69,8 @@ def _splits(data: Dataset | DatasetDict, dataset: str, eval_size: int, seed: int
     parts = dict(data) if isinstance(data, DatasetDict) else {"train": data}
     for name, part in parts.items():
         if not {"question", "answer"} <= set(part.column_names):
-            raise UsageError(
-                f"The dataset {dataset!r} has the columns {part.column_names}; 'question' and 'answer' are "
-                "needed. Rename its columns."
-            )
+            columns = f"has the columns {part.column_names}; 'question' and 'answer' are needed"
+            raise UsageError(f"The dataset {dataset!r} {columns}. Rename its columns.")
         parts[name] = with_texts(part, ("question", "answer"), f"the {name} set of {dataset!r}")
     train = parts.get("train", next(iter(parts.values()))).shuffle(seed=seed)
     for name in _HELD_OUT_SPLITS:

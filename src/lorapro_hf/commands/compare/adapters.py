@@ -32,10 +32,8 @@ def layers_to_adapt(model: Any, targets: str | Sequence[str], head: nn.Module | 
     if targets != "all-linear":
         ends = [targets] if isinstance(targets, str) else list(targets)
         if wrong := unmatched(ends, linear):
-            raise UsageError(
-                f"target_modules: {type(model).__name__} has no linear layer {described(wrong, linear)} to adapt. It "
-                f"has {ends_of(linear)}."
-            )
+            message = f"has no linear layer {described(wrong, linear)} to adapt. It has {ends_of(linear)}."
+            raise UsageError(f"target_modules: {type(model).__name__} {message}")
         linear = [name for name in linear if len(unmatched(ends, [name])) < len(ends)]
     if not linear:
         raise UsageError(f"target_modules={targets!r} names no linear layer of {type(model).__name__}.")

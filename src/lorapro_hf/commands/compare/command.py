@@ -68,9 +68,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     output_dir: Path | None = getattr(arguments, "output_dir", None)
     if arguments.report_only:
         if output_dir is None or arguments.config is not None or arguments.set:
-            raise UsageError(
-                "--report_only reports on the results in --output_dir: name that folder, and leave YAML and --set out."
-            )
+            raise UsageError("--report_only reads --output_dir: name that folder, and leave YAML and --set out.")
         return _report(output_dir, arguments.json)
     if arguments.config is None:
         raise UsageError("Name a YAML that says what to compare; --list shows those that come with the package.")

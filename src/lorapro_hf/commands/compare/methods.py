@@ -107,10 +107,8 @@ def method_of(name: str, entry: Any) -> ComparedMethod:
     like = entry.get("like", name)
     base = METHODS.get(like) if isinstance(like, str) else None
     if base is None:
-        raise UsageError(
-            f"Method {like!r} is unknown; choose from {', '.join(METHODS)}, or name with `like` the one of them that "
-            "it is a variant of."
-        )
+        known = ", ".join(METHODS)
+        raise UsageError(f"Method {like!r} is unknown; choose from {known}, or name one of them with `like`.")
     title = entry.get("title", base.title if name == base.name else name)
     typed(f"Method {name}: ", {"title": title}, {"title": str})
     for key in ("optimizer", "adapter"):
@@ -138,11 +136,9 @@ def learning_rates(name: str, values: Any) -> tuple[float, ...]:
 
 def _require_lora_pro(name: str, settings: Mapping[str, Any]) -> None:
     known = [each.name for each in fields(LoRAProConfig)]
-    unknown = sorted(set(settings) - set(known))
-    if unknown:
-        raise UsageError(
-            f"Method {name}: optimizer has {unknown}, unknown to LoRA-Pro, which knows {', '.join(known)}."
-        )
+    if unknown := sorted(set(settings) - set(known)):
+        knows = ", ".join(known)
+        raise UsageError(f"Method {name}: optimizer has {unknown}, unknown to LoRA-Pro, which knows {knows}.")
     try:
         rule_of(LoRAProConfig(**settings))
     except (TypeError, ValueError) as error:
@@ -152,12 +148,9 @@ def _require_lora_pro(name: str, settings: Mapping[str, Any]) -> None:
 def _adapter(name: str, adapter: Mapping[str, Any]) -> dict[str, Any]:
     """Keywords of `LoraConfig`, numbers and flags of the right type; refuses those that the comparison itself sets."""
     known = {each.name: each.type for each in fields(LoraConfig) if each.name not in _SET_BY_US}
-    unknown = sorted(set(adapter) - set(known))
-    if unknown:
-        raise UsageError(
-            f"Method {name}: adapter has {unknown}, which LoraConfig does not know or the comparison itself sets "
-            "(ranks, scaling, target_modules)."
-        )
+    if unknown := sorted(set(adapter) - set(known)):
+        reason = "which LoraConfig does not know or the comparison itself sets (ranks, scaling, target_modules)"
+        raise UsageError(f"Method {name}: adapter has {unknown}, {reason}.")
     hints = {key: plain for plain in (bool, int, float) for key in adapter if known[key] in (plain, plain.__name__)}
     plain = {key: adapter[key] for key in hints}
     return {**adapter, **typed(f"Method {name}: adapter.", plain, hints)}
@@ -172,7 +165,5 @@ def require_usable(method: ComparedMethod, device: torch.device) -> None:
         model = get_peft_model(layer, LoraConfig(r=1, target_modules=["0"]))
         build(method.optimizer, model, 1e-3, method.settings)
     except Exception as error:
-        raise UsageError(
-            f"Method {method.name}: its optimizer cannot be built with {dict(method.settings)}: {error} (YAML reads "
-            "numbers with a point only, such as 1.0e-8)."
-        ) from error
+        message = f"its optimizer cannot be built with {dict(method.settings)}: {error}"
+        raise UsageError(f"Method {method.name}: {message} (YAML needs a point in numbers: 1.0e-8).") from error

@@ -98,10 +98,11 @@ class CompareSettings:
     reference: str = FULL  # the other end of the gap
 
     def __post_init__(self) -> None:
-        names = {"task": [task.name for task in self.tasks], "method": [method.name for method in self.methods]}
+        names: dict[str, list[Any]] = {"task": [task.name for task in self.tasks], "seed": list(self.seeds)}
+        names["method"] = [method.name for method in self.methods]
         refusals = [
             (f"A comparison needs at least one {noun}, each named once; got {each}", not each or _repeats(each))
-            for noun, each in {**names, "seed": list(self.seeds)}.items()
+            for noun, each in names.items()
         ]
         refusals += [
             (f"{key}={getattr(self, key)!r} is none of {', '.join(known)}", getattr(self, key) not in known)
@@ -200,7 +201,7 @@ def _override(content: dict[str, Any], override: str) -> None:
     place[last] = parse_yaml(text, f"--set {override!r}")
 
 
-def _repeats(values: Sequence[Any]) -> bool:
+def _repeats(values: list[Any]) -> bool:
     return len(set(values)) < len(values)
 
 

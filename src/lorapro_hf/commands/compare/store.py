@@ -90,18 +90,16 @@ class Store:
     ) -> None:
         """Write settings, environment, all planned runs, and by task the reference losses that are known."""
         methods = {m.name: {"title": m.title, "is_lora_pro": m.is_lora_pro, **m.decides()} for m in settings.methods}
-        content = {"settings": settings.to_dict(), "methods": methods, "environment": environment()}
-        content |= {"levels": dict(levels or {}), "runs": [run.entry() for run in runs]}
-        write_json(self.folder / SWEEP, content)
+        planned = {"settings": settings.to_dict(), "methods": methods, "runs": [run.entry() for run in runs]}
+        write_json(self.folder / SWEEP, {**planned, "environment": environment(), "levels": dict(levels or {})})
 
     def sweep(self) -> dict[str, Any]:
         """The content that `write_sweep` wrote; raises `UsageError` if there is none."""
         try:
             content: dict[str, Any] = parse_json((self.folder / SWEEP).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UsageError(
-                f"There is no comparison to report on in {str(self.folder)!r}: {error}. Give the --output_dir of one."
-            ) from error
+            message = f"There is no comparison to report on in {str(self.folder)!r}: {error}."
+            raise UsageError(f"{message} Give the --output_dir of one.") from error
         return content
 
     @contextmanager
@@ -115,10 +113,8 @@ class Store:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise UsageError(
-                f"Another process is training into {str(self.folder)!r}. Wait for its end, or choose another "
-                "--output_dir."
-            ) from None
+            message = f"Another process is training into {str(self.folder)!r}."
+            raise UsageError(f"{message} Wait for its end, or choose another --output_dir.") from None
         except (OSError, NotImplementedError) as error:
             warn(f"{self.folder} cannot be locked ({error}): make sure that no other comparison writes there.")
         try:

@@ -217,11 +217,11 @@ def _relate(methods: Sequence[MethodSummary], baseline: str, reference: str) -> 
 
 
 def _equal_data(records: Iterable[RunRecord]) -> bool:
-    hashes: dict[int | str, set[str]] = defaultdict(set)
+    hashes: dict[int | str, set[str | None]] = defaultdict(set)
     for record in records:
-        hashes[record.seed] |= {record.data} - {None}
-        hashes["all seeds"] |= {record.examples} - {None}
-    return all(len(each) <= 1 for each in hashes.values())
+        hashes[record.seed].add(record.data)
+        hashes["all seeds"].add(record.examples)
+    return all(len(each - {None}) <= 1 for each in hashes.values())
 
 
 def _step_spread(methods: Sequence[MethodSummary], records: Records) -> StepSpread | None:

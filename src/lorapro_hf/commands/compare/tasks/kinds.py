@@ -26,11 +26,7 @@ _KEYS = {"eval_size": "validation_size or test_size"}
 
 
 def load_task(settings: TaskSettings) -> LoadedTask:
-    """Load the model and the data of a task.
-
-    Raises:
-        UsageError: model or data are missing or unusable; it names the task and the keys of the YAML.
-    """
+    """Load the model and the data of a task; a `UsageError` names the task and the keys of the YAML."""
     try:
         return _LOADERS[settings.kind](settings)
     except UsageError as error:
@@ -130,10 +126,8 @@ def _load_classification(settings: TaskSettings) -> LoadedTask:
     labels = sorted({label for _, label in rows["train"]})
     strange = sorted({label for part in rows.values() for _, label in part} - set(labels))
     if len(labels) < 2 or strange:
-        raise UsageError(
-            f"Task {settings.name}: the training set has the classes {labels}, the held-out ones {strange} besides; it "
-            "needs two classes or more, and all of them. Raise train_size."
-        )
+        lacks = f"has the classes {labels} and lacks {strange}; it needs all of them, at least two. Raise train_size."
+        raise UsageError(f"Task {settings.name}: the training set {lacks}")
     model, tokenizer = sentence_classifier(settings.model, settings.layers, len(labels))
     sets = {}
     for name, part in rows.items():

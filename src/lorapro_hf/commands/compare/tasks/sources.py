@@ -118,10 +118,8 @@ def table(settings: TaskSettings, columns: tuple[str, ...]) -> dict[str, Dataset
     parts = {name: part for name, part in parts.items() if name in (first, "validation", "test")}
     for name, part in parts.items():
         if not set(columns) <= set(part.column_names):
-            raise UsageError(
-                f"The dataset {settings.dataset!r} has the columns {part.column_names}; the task {settings.name} needs "
-                f"{list(columns)}. Name yours with text_column and label_column."
-            )
+            needed = f"the task {settings.name} needs {list(columns)}. Name yours with text_column and label_column."
+            raise UsageError(f"The dataset {settings.dataset!r} has the columns {part.column_names}; {needed}")
         where = f"the {name} set of {settings.dataset!r}"
         for column in columns[1:]:
             require_plain(part, column, where, scalars=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,13 @@ from lorapro_hf.commands.common.records import write_json
 from lorapro_hf.commands.compare.figures import draw
 from lorapro_hf.commands.compare.significance import has_scipy, smallest_p
 from lorapro_hf.commands.compare.store import Store
-from lorapro_hf.commands.compare.summary import UNEVEN, MethodSummary, Summary, TaskSummary, summarize
+from lorapro_hf.commands.compare.summary import UNEVEN, Summary, summarize
 from lorapro_hf.optim.memory import readable_bytes
 from lorapro_hf.utils.text_files import write_text
 
 FIGURES, MARKDOWN, SUMMARY = "figures", "report.md", "summary.json"
 _TEMPLATE = Path(__file__).with_name("report.md.j2")
 _NONE = "–"
-_MARKS = {"lowest": " ↓", "highest": " ↑"}
-_DATA = {
-    "questions": "arithmetic word problems",
-    "text": "modules of Python's standard library, whole packages held out",
-    "classification": "docstrings of packages of Python's standard library",
-}
 
 
 def write_report(folder: Path) -> Summary:
@@ -53,10 +46,6 @@ def _render(summary: Summary, sweep: dict[str, Any], pictures: list[str]) -> str
         tasks={task["name"]: task for task in summary.settings["tasks"]},
         pictures=pictures,
         folder=FIGURES,
-        data=_DATA,
-        rate=_rate,
-        spread=_spread,
-        closed=partial(_closed, summary),
         smallest_p=smallest_p(len(summary.settings["seeds"])),
         has_scipy=has_scipy(),
         uneven=UNEVEN - 1,
@@ -71,21 +60,3 @@ def _cell(text: object) -> str:
 
 def _value(value: float | None, form: str) -> str:
     return _NONE if value is None else format(value, form)
-
-
-def _rate(method: MethodSummary) -> str:
-    if method.learning_rate is None:
-        return _NONE if method.runs["missing"] else "none finished"
-    return f"{method.learning_rate:g}{_MARKS.get(method.at_edge or '', '')}"
-
-
-def _spread(method: MethodSummary, metric: str) -> str:
-    values = method.test.get(metric, {}).values()
-    return " ± ".join(f"{value:.4f}" for value in values if value is not None) or _NONE
-
-
-def _closed(summary: Summary, comparison: TaskSummary, method: MethodSummary) -> str:
-    """How far a method is on the way from the baseline to the reference."""
-    if comparison.gap is None or comparison.gap <= 0 or method.learning_rate is None:
-        return _NONE
-    return "0%" if method.method == summary.settings["baseline"] else _value(method.gap_closed, ".0%")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,12 +47,9 @@ def smallest_p(seeds: int) -> float:
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """P-values corrected for being the smallest among several, by Holm's method."""
-    corrected: dict[str, float] = {}
-    highest = 0.0
-    for place, name in enumerate(sorted(p_values, key=lambda each: p_values[each])):
-        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[name]))
-        corrected[name] = highest
-    return corrected
+    ranked = sorted(p_values, key=lambda each: p_values[each])
+    corrected = (min(1.0, (len(ranked) - place) * p_values[name]) for place, name in enumerate(ranked))
+    return dict(zip(ranked, itertools.accumulate(corrected, max), strict=True))
 
 
 def has_scipy() -> bool:

@@ -43,7 +43,7 @@ class RunRecord:
     adapted_layers: int | None = None
     trainable: int | None = None  # trained parameters, without those of a head
     state_bytes: int | None = None  # of the optimizer
-    peak_bytes: int | None = None  # where the system tells it
+    peak_bytes: int | None = None  # of CUDA's allocator
     step_ms: float | None = None  # the median
     optimizer_ms: float | None = None  # the median
     setup_s: float | None = None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lorapro_hf.commands.compare.significance import PairedTest, holm, paired
@@ -17,8 +17,7 @@ UNEVEN = 1.2  # slowest over fastest median step of a method's seeds at one rate
 _COSTS = ("step_ms", "optimizer_ms", "train_s", "setup_s", "state_bytes", "peak_bytes", "trainable")
 _DIGITS = 5  # of the losses of a curve
 
-Runs = Sequence[Mapping[str, Any]]
-Records = Mapping[str, RunRecord]
+Runs = Sequence[RunRecord]
 
 
 @dataclass
@@ -99,31 +98,31 @@ class Summary:
 def summarize(store: Store) -> Summary:
     """The summary of the runs that the `sweep.json` of a folder lists; raises `UsageError` if there is none."""
     sweep, records = store.sweep(), store.records()
-    done = {run["key"]: records[run["key"]] for run in sweep["runs"] if run["key"] in records}
-    environments = [record.environment for record in done.values()] or [sweep["environment"]]
-    unfinished = [
-        {**run, "status": done[run["key"]].status, "reason": _reason(done[run["key"]])}
-        for run in sweep["runs"]
-        if run["key"] in done and done[run["key"]].status in (DIVERGED, FAILED)
-    ]
+    # runs of one key differ in the names of their methods
+    runs = [replace(records.get(run["key"], RunRecord(**run, status=MISSING)), **run) for run in sweep["runs"]]
+    environments = [run.environment for run in runs if run.status != MISSING] or [sweep["environment"]]
     return Summary(
         sweep["settings"],
         {name: value for name, value in environments[0].items() if all(e.get(name) == value for e in environments)},
-        len({run["key"] for run in sweep["runs"]} - done.keys()),
-        [_of_task(sweep, done, task["name"], rank) for task in sweep["settings"]["tasks"] for rank in task["ranks"]],
-        unfinished,
+        len({run.key for run in runs if run.status == MISSING}),
+        [_of_task(sweep, runs, task["name"], rank) for task in sweep["settings"]["tasks"] for rank in task["ranks"]],
+        [
+            {**entry, "status": run.status, "reason": _reason(run)}
+            for entry, run in zip(sweep["runs"], runs, strict=True)
+            if run.status in (DIVERGED, FAILED)
+        ],
     )
 
 
-def _reason(record: RunRecord) -> str:
-    step = record.diverged_at
-    return record.error or (f"loss not finite at step {step}" if step else "held-out loss not finite")
+def _reason(run: RunRecord) -> str:
+    step = run.diverged_at
+    return run.error or (f"loss not finite at step {step}" if step else "held-out loss not finite")
 
 
-def _of_task(sweep: Mapping[str, Any], records: Records, task: str, rank: int) -> TaskSummary:
-    runs = [run for run in sweep["runs"] if run["task"] == task and run["rank"] in (rank, None)]
+def _of_task(sweep: Mapping[str, Any], runs: Runs, task: str, rank: int) -> TaskSummary:
+    runs = [run for run in runs if run.task == task and run.rank in (rank, None)]
     methods = [
-        _of_method(name, method["title"], [run for run in runs if run["method"] == name], records)
+        _of_method(name, method["title"], [run for run in runs if run.method == name])
         for name, method in sweep["methods"].items()
     ]
     gap, gap_seeds = _relate(methods, sweep["settings"]["baseline"], sweep["settings"]["reference"])
@@ -135,25 +134,24 @@ def _of_task(sweep: Mapping[str, Any], records: Records, task: str, rank: int) -
         sweep.get("levels", {}).get(task),
         gap,
         gap_seeds,
-        _equal_data([records[run["key"]] for run in runs if run["key"] in records]),
-        _step_spread(methods, records),
+        _equal_data(runs),
+        _step_spread(methods, runs),
     )
 
 
-def _of_method(name: str, title: str, runs: Runs, records: Records) -> MethodSummary:
-    grid: dict[float, list[Mapping[str, Any]]] = defaultdict(list)
-    for run in runs:
-        grid[run["learning_rate"]].append(run)
-    method = MethodSummary(name, title, [_of_rate(rate, grid[rate], records) for rate in sorted(grid)])
-    counts = Counter(status for rate in method.rates for status in rate.status.values())
-    method.runs = {status: counts[status] for status in (FINISHED, DIVERGED, FAILED, MISSING)}
+def _of_method(name: str, title: str, runs: Runs) -> MethodSummary:
+    rates = sorted({run.learning_rate for run in runs})
+    found = [_of_rate(rate, [run for run in runs if run.learning_rate == rate]) for rate in rates]
+    method = MethodSummary(name, title, found)
+    statuses = [run.status for run in runs]
+    method.runs = {status: statuses.count(status) for status in (FINISHED, DIVERGED, FAILED, MISSING)}
     method.no_better = sum(len(rate.no_better) for rate in method.rates)
     _choose(method)
-    best = [] if method.best is None else [records[key] for key in method.best.keys.values()]
+    best = [run for run in runs if run.learning_rate == method.learning_rate]
     for cost in _COSTS:
-        values = [getattr(record, cost) for record in best if getattr(record, cost) is not None]
+        values = [getattr(run, cost) for run in best if getattr(run, cost) is not None]
         method.cost[cost] = statistics.median(values) if values else None
-    curves = zip(*(record.losses for record in best), strict=True)
+    curves = zip(*(run.losses for run in best), strict=True)
     method.loss_curve = [float(f"{statistics.fmean(losses):.{_DIGITS}g}") for losses in curves]
     for metric, by_seed in {} if method.best is None else method.best.test.items():
         values = list(by_seed.values())
@@ -162,22 +160,22 @@ def _of_method(name: str, title: str, runs: Runs, records: Records) -> MethodSum
     return method
 
 
-def _of_rate(value: float, runs: Runs, records: Records) -> RateSummary:
-    keys = {str(run["seed"]): run["key"] for run in runs}
-    done = {seed: records[key] for seed, key in keys.items() if key in records}
-    status = {seed: done[seed].status if seed in done else MISSING for seed in keys}
-    scores = {seed: record.scores for seed, record in done.items() if record.status == FINISHED and record.scores}
-    test: dict[str, dict[str, float]] = defaultdict(dict)
-    for seed, each in scores.items():
-        for name, figure in each["test"].items():
-            test[name][seed] = figure
+def _of_rate(value: float, runs: Runs) -> RateSummary:
+    finished = {str(run.seed): run for run in runs if run.status == FINISHED}
+    scores = {seed: run.scores for seed, run in finished.items() if run.scores is not None}
     validation = [each["validation"]["loss"] for each in scores.values()]
-    mean = statistics.fmean(validation) if len(validation) == len(keys) else None
-    return RateSummary(value, mean, status, [int(seed) for seed in scores if _blew_up(done[seed])], keys, dict(test))
+    metrics = dict.fromkeys(name for each in scores.values() for name in each["test"])
+    return RateSummary(
+        value,
+        statistics.fmean(validation) if len(validation) == len(runs) else None,
+        {str(run.seed): run.status for run in runs},
+        [int(seed) for seed in scores if _blew_up(finished[seed].losses)],
+        {str(run.seed): run.key for run in runs},
+        {name: {seed: each["test"][name] for seed, each in scores.items()} for name in metrics},
+    )
 
 
-def _blew_up(record: RunRecord) -> bool:
-    losses = record.losses
+def _blew_up(losses: Sequence[float]) -> bool:
     return len(losses) > 1 and statistics.fmean(losses[-max(1, len(losses) // LAST) :]) >= losses[0]
 
 
@@ -216,22 +214,22 @@ def _relate(methods: Sequence[MethodSummary], baseline: str, reference: str) -> 
     return gap, 0 if goal is None else sum(goal[seed] < base[seed] for seed in goal.keys() & base.keys())
 
 
-def _equal_data(records: Iterable[RunRecord]) -> bool:
+def _equal_data(runs: Runs) -> bool:
     hashes: dict[int | str, set[str | None]] = defaultdict(set)
-    for record in records:
-        hashes[record.seed].add(record.data)
-        hashes["all seeds"].add(record.examples)
+    for run in runs:
+        hashes[run.seed].add(run.data)
+        hashes["all seeds"].add(run.examples)
     return all(len(each - {None}) <= 1 for each in hashes.values())
 
 
-def _step_spread(methods: Sequence[MethodSummary], records: Records) -> StepSpread | None:
-    ratios, best = [], []
-    for method in methods:
-        for rate in method.rates:
-            times = [time for key in rate.keys.values() if key in records and (time := records[key].step_ms)]
-            if len(times) > 1:
-                ratios.append(max(times) / min(times))
-                best += [ratios[-1]] * (rate.learning_rate == method.learning_rate)
+def _step_spread(methods: Sequence[MethodSummary], runs: Runs) -> StepSpread | None:
+    times: dict[tuple[str, float | None], list[float]] = defaultdict(list)
+    for run in runs:
+        if run.step_ms:
+            times[run.method, run.learning_rate].append(run.step_ms)
+    ratios = {place: max(each) / min(each) for place, each in times.items() if len(each) > 1}
     if not ratios:
         return None
-    return StepSpread(len(ratios), sum(ratio > UNEVEN for ratio in ratios), max(ratios), max(best, default=None))
+    best = [ratios[m.method, m.learning_rate] for m in methods if (m.method, m.learning_rate) in ratios]
+    uneven = sum(ratio > UNEVEN for ratio in ratios.values())
+    return StepSpread(len(ratios), uneven, max(ratios.values()), max(best, default=None))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import statistics
 import time
 import traceback
 import warnings
@@ -22,14 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import get_scheduler
+from transformers import TrainerCallback, get_scheduler
 from transformers.trainer_callback import PrinterCallback
 
 from lorapro_hf.commands.common.meters import state_bytes
 from lorapro_hf.commands.common.optimizers import build
 from lorapro_hf.commands.common.records import environment
 from lorapro_hf.commands.compare.adapters import layers_to_adapt, make_trainable
-from lorapro_hf.commands.compare.meters import PeakMemory, StepTimes
 from lorapro_hf.commands.compare.plan import PlannedRun, digest
 from lorapro_hf.commands.compare.settings import CompareSettings
 from lorapro_hf.commands.compare.store import DIVERGED, FINISHED, RunRecord
@@ -45,6 +45,39 @@ _STEP_SEEDS = 1_000_003
 
 class _DivergedError(Exception):
     """The loss is NaN or infinite."""
+
+
+class _StepTimes(TrainerCallback):
+    """Times the steps of a `Trainer` and the optimizer's part in them, in ms, and calls `on_step` after each."""
+
+    def __init__(self, device: torch.device, on_step: Callable[[], None]) -> None:
+        self.device, self.on_step = device, on_step
+        self.begun: dict[str, float] = {}
+        self.times: dict[str, list[float]] = {"step_ms": [], "optimizer_ms": []}
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.begun["step_ms"] = self._now()
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.begun["optimizer_ms"] = self._now()
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._end("optimizer_ms")
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self._end("step_ms")
+        self.on_step()
+
+    def medians(self) -> dict[str, float | None]:
+        return {name: statistics.median(times) if times else None for name, times in self.times.items()}
+
+    def _end(self, name: str) -> None:
+        self.times[name].append((self._now() - self.begun[name]) * 1e3)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
 class RunTrainer(LoRAProTrainer):
@@ -107,7 +140,7 @@ def train_run(
     record = RunRecord(**run.entry())
     gc.freeze()  # objects that are there now need not be searched for garbage of this run
     try:
-        _train_and_score(record, task, run, settings, StepTimes(device, on_step))
+        _train_and_score(record, task, run, settings, _StepTimes(device, on_step))
     except Exception as error:
         record.error = f"{type(error).__name__}: {error}"[:2000]
         record.traceback = traceback.format_exc()[-4000:]
@@ -121,9 +154,11 @@ def train_run(
 
 
 def _train_and_score(
-    record: RunRecord, task: LoadedTask, run: PlannedRun, settings: CompareSettings, times: StepTimes
+    record: RunRecord, task: LoadedTask, run: PlannedRun, settings: CompareSettings, times: _StepTimes
 ) -> None:
-    memory = PeakMemory(times.device)
+    on_cuda = times.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(times.device)
     begun = time.perf_counter()
     trainer = _trainer(record, task, run, settings, times)
     ready = time.perf_counter()
@@ -146,13 +181,13 @@ def _train_and_score(
     record.status = status
     record.setup_s, record.train_s = ready - begun, trained - ready
     record.evaluation_s = time.perf_counter() - trained
-    record.peak_bytes = memory.read()
+    record.peak_bytes = torch.cuda.max_memory_allocated(times.device) if on_cuda else None
     medians = times.medians()
     record.step_ms, record.optimizer_ms = medians["step_ms"], medians["optimizer_ms"]
 
 
 def _trainer(
-    record: RunRecord, task: LoadedTask, run: PlannedRun, settings: CompareSettings, times: StepTimes
+    record: RunRecord, task: LoadedTask, run: PlannedRun, settings: CompareSettings, times: _StepTimes
 ) -> RunTrainer:
     """The trainer of a run; the record gets the data and the number of layers."""
     batches = [[task.sets["train"][index] for index in step] for step in task.order(run.seed)]

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from lorapro_hf import cli, find_lora_pairs, project_lora_gradients
-from lorapro_hf.commands.compare import methods, optimizers
+from lorapro_hf.commands.common import optimizers
+from lorapro_hf.commands.compare import methods
 from lorapro_hf.commands.compare.settings import read_settings
 from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.functional.bases import row_basis

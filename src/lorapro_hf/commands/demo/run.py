@@ -17,10 +17,9 @@ from rich.progress import Progress
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from lorapro_hf.commands.common.base_model import BaseModel, load_base_model
-from lorapro_hf.commands.common.console import INTERRUPTED, prepare_output
+from lorapro_hf.commands.common.console import INTERRUPTED, prepare_output, progress_bars
+from lorapro_hf.commands.common.models import BaseModel, load_base_model
 from lorapro_hf.commands.common.problems import Example, encode, load_problems
-from lorapro_hf.commands.common.progress import progress_bars
 from lorapro_hf.commands.common.scoring import Evaluator, Score
 from lorapro_hf.commands.demo.report import plot_curves, results_table, write_results
 from lorapro_hf.commands.demo.settings import METHODS, DemoSettings

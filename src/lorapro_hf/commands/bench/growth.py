@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-import torch
-
-from lorapro_hf.commands.bench.measure import Contender, measure_in_turns
-from lorapro_hf.commands.bench.results import GrowthPoint, Outcome, Spread
+from lorapro_hf.commands.bench.measure import Bench, Contender, measure_in_turns
+from lorapro_hf.commands.bench.results import GrowthPoint, Spread
 from lorapro_hf.commands.bench.settings import BASELINE, MODELS, BenchSettings, MeasuredOptimizer, ModelShapes
 from lorapro_hf.commands.bench.workloads import Workload
 
@@ -46,25 +44,21 @@ def _layers_of(m: int, n: int, rank: int) -> Workload:
     return Workload("growth", (("proj", m, n),), _COPIES, rank, "fp32")
 
 
-def measure_growth(settings: BenchSettings, outcome: Outcome, device: torch.device, say: Callable[[str], None]) -> None:
+def measure_growth(bench: Bench) -> None:
     """Measure the baseline and the modes of LoRA-Pro along all axes; the sizes of one method take turns."""
-    model = small_model(settings)
-    for axis in AXES:
-        for method in settings.measured:
-            if method.name != BASELINE and not method.ours:
-                continue
-            say(f"{method.title} against {axis}")
-            sized = series(model, method, axis)
-            try:
-                contenders = [Contender(method.name, w, device, settings.seed) for _, w in sized]
-                for (size, _), contender, times in zip(
-                    sized, contenders, measure_in_turns(contenders, settings), strict=True
-                ):
-                    spread = Spread.of(times)
-                    assert spread is not None
-                    outcome.growth.append(GrowthPoint(method.name, axis, size, spread, contender.kernels()))
-            except Exception as error:
-                outcome.notes.append(f"Growth of {method.title} with {axis}: {type(error).__name__}: {error}")
+    model, settings = small_model(bench.settings), bench.settings
+    methods = [method for method in settings.measured if method.name == BASELINE or method.ours]
+    for axis, method in ((axis, method) for axis in AXES for method in methods):
+        bench.say(f"{method.title} against {axis}")
+        sized = series(model, method, axis)
+        try:
+            contenders = [Contender(method.name, workload, bench.device, settings.seed) for _, workload in sized]
+            samples = measure_in_turns(contenders, settings)
+            for (size, _), contender, times in zip(sized, contenders, samples, strict=True):
+                point = GrowthPoint(method.name, axis, size, Spread.of(times), contender.kernels())
+                bench.outcome.growth.append(point)
+        except Exception as error:
+            bench.outcome.notes.append(f"Growth of {method.title} with {axis}: {type(error).__name__}: {error}")
 
 
 def exponents(points: Sequence[GrowthPoint]) -> dict[tuple[str, str], tuple[float, float]]:

@@ -18,9 +18,9 @@ from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments, cli
 from lorapro_hf.checkpoints.engines import FULL, SHARDED
 from lorapro_hf.checkpoints.manifest import MANIFEST
 from lorapro_hf.checkpoints.resume import find_flaw
-from lorapro_hf.commands.inspect.report import Report
+from lorapro_hf.commands.inspect.report import Report, Request
 from lorapro_hf.commands.inspect.show import show
-from lorapro_hf.commands.inspect.sources import Request, inspect_source
+from lorapro_hf.commands.inspect.sources import inspect_source
 from lorapro_hf.options import UsageError
 from trainer_helpers import arguments, build, tiny_base
 
@@ -316,16 +316,6 @@ def test_what_peft_saves_by_itself(root: Path, tmp_path: Path, capsys: pytest.Ca
             assert report.checkpoint is None and not report.checkpoints and not report.notes
     with pytest.raises(UsageError, match=r"Did you mean .*named/mine\?"):
         inspect_source(Request(str(tmp_path / "named")))
-
-
-def test_a_named_adapter_whose_base_is_not_there(copied: Callable[[str], Path], capsys: pytest.CaptureFixture[str]):
-    folder = copied("named") / "checkpoint-1"
-    settings: dict[str, Any] = json.loads((folder / "mine" / ADAPTER).read_text())
-    (folder / "mine" / ADAPTER).write_text(json.dumps({**settings, "base_model_name_or_path": "./gone"}))
-    code, screen, report = inspected(folder, capsys)
-    assert code == 0 and "Read from the adapter's file alone" in screen
-    assert [(each.name, each.active) for each in report.adapters] == [("mine", True)]
-    assert sum(group.count for group in report.pairs) == 4
 
 
 def test_an_adapter_without_weights_is_not_ready(

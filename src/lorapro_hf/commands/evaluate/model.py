@@ -51,7 +51,7 @@ class EvaluatedModel(HFLM):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens of a batch and its mask; the longest prompts come first, so that a refusal costs no time."""
+        """The tokens of a batch and their mask; the longest prompts come first, so that a refusal costs no time."""
         tokens, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
         if left_truncate_len is not None and tokens.shape[1] > left_truncate_len:
             self._refuse(f"a prompt of {tokens.shape[1]} tokens", self.max_length - left_truncate_len)
@@ -84,7 +84,8 @@ def load_model(arguments: argparse.Namespace) -> EvaluatedModel:
     except (OSError, ImportError, ValueError, RuntimeError) as error:  # the last where an adapter is of another model
         if isinstance(error, UsageError):
             raise
-        sought = f"the {f'model {name}' if name else 'base model'}{f' with the adapter {adapter}' if adapter else ''}"
+        sought = f"the model {name}" if name else "the base model"
+        sought += f" with the adapter {adapter}" if adapter else ""
         raise UsageError(
             f"cannot load {sought}: {str(error)[:800]}\n"
             "Give --model_name_or_path and --adapter names on the Hub or local folders."
@@ -119,13 +120,10 @@ def _load(settings: ModelArguments, arguments: argparse.Namespace) -> EvaluatedM
 
 def _base_name(name: str | None, adapter: str | None) -> str:
     """The name of the base model; an adapter is looked up first, before a large model is loaded for it."""
-    if name is None and adapter is None:
-        raise UsageError("name a model by --model_name_or_path, or an adapter by --adapter.")
     own = None if adapter is None else PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    named = name or own
-    if not named:
+    if not (name or own):
         raise UsageError(f"the adapter {adapter} does not name its base model: add --model_name_or_path.")
-    return str(named)
+    return str(name or own)
 
 
 def _resolved(base: str, arguments: argparse.Namespace) -> ModelArguments:

@@ -82,8 +82,9 @@ _LORA: dict[str, dict[str, Any]] = {
 def _inspect(arguments: argparse.Namespace) -> int:
     from transformers.utils import logging as transformers_logging  # takes seconds: the arguments have been checked
 
+    from lorapro_hf.commands.inspect.report import Request
     from lorapro_hf.commands.inspect.show import show
-    from lorapro_hf.commands.inspect.sources import Request, inspect_source
+    from lorapro_hf.commands.inspect.sources import inspect_source
 
     transformers_logging.set_verbosity_error()
     given = vars(arguments)

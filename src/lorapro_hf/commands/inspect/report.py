@@ -1,7 +1,8 @@
-"""What does a report on a model, an adapter or a checkpoint hold? Plain values, ready for JSON."""
+"""What is asked of `lorapro inspect`, and what does its report hold? Plain values, ready for JSON."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,15 +10,34 @@ import lorapro_hf
 
 
 @dataclass(frozen=True)
+class Request:
+    """What to inspect and how.
+
+    Args:
+        name: a folder, or a name on the Hub.
+        lora: the given options of a new adapter, by the names of `AdapterArguments`.
+        task: a key of `TASKS`; `None` for the task that the model's configuration or the adapter tells.
+        ranks: number of processes that would share the pairs out.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    name: str
+    lora: Mapping[str, Any] = field(default_factory=dict)
+    task: str | None = None
+    ranks: int = 1
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
 class Base:
-    """The model without its adapters; `None` marks what is not known.
+    """The model without its adapters.
 
     `bytes` is the memory of the weights, `None` for a quantized model that is not loaded.
     """
 
-    model_class: str | None
+    model_class: str
     name: str | None
-    parameters: int | None
+    parameters: int
     dtype: str | None
     bytes: int | None
     quantization: str | None
@@ -80,8 +100,8 @@ class Unsupported:
 class ModeCost:
     """Memory that a mode needs on the busiest process, and the range of learning rates to try.
 
-    `scratch_bytes` is what a step may need beside the state. `total_bytes` adds gradients, and weights that are not
-    loaded; it is `None` if their size is not known, as is `fits`, whether the free memory suffices.
+    `scratch_bytes` is the memory that a step may need beside the state. `total_bytes` adds gradients, and weights that
+    are not loaded. `total_bytes` and `fits`, whether the free memory suffices, are `None` if they are not known.
     """
 
     mode: str
@@ -98,18 +118,18 @@ ENGINE = "FSDP or DeepSpeed (not read)"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder of a `Trainer`.
+    """A checkpoint folder of a `Trainer`; values that its files do not tell are `None`.
 
     Args:
-        folder: where it lies.
+        folder: its path.
         flaw: why a training cannot go on from it, `None` if it can.
-        step, max_steps, epoch: of the training; `None` if the file with them is missing.
-        processes: the number of processes that wrote it, `None` if it does not tell.
+        step, max_steps, epoch: of the training.
+        processes: the number of processes that wrote it.
         optimizer: owner of the state: `"LoRA-Pro"`, `"another optimizer"`, `ENGINE` or `"none"`.
         settings: mode, dtype of the moments and master factors of LoRA-Pro, and the learning rate.
         stepped_tensors: number of parameters that have a state.
         has_manifest: whether the sizes and checksums of its files are known.
-        usable_weights: whether a new training could start from its adapter; not in the JSON.
+        usable_weights: whether a new training could start from the adapter of an incomplete checkpoint.
     """
 
     folder: str
@@ -143,7 +163,7 @@ class Report:
         loaded: whether the weights are in memory already.
         settings: `lorapro_config.json` beside the adapter.
         checkpoint: the folder itself, if it is a checkpoint.
-        checkpoints: those in an output folder, the newest first.
+        checkpoints: the checkpoints in an output folder, the newest first.
         notes: sentences for the reader.
     """
 
@@ -173,16 +193,20 @@ class Report:
         in_files_of_engine = self.base is None and newest is not None and newest.optimizer == ENGINE
         return bool(self.pairs) or in_files_of_engine
 
+    @property
+    def pair_count(self) -> int:
+        """The number of pairs."""
+        return sum(group.count for group in self.pairs)
+
+    @property
+    def ordinary_parameters(self) -> int:
+        """The number of trainable elements outside the pairs."""
+        return sum(each.parameters for each in self.ordinary)
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, with counts and sums; the keys are the same in each version."""
         content = asdict(self)
-        for checkpoint in (content["checkpoint"], *content["checkpoints"]):
-            if checkpoint is not None:
-                del checkpoint["usable_weights"]
         for group, own in zip(content["pairs"], self.pairs, strict=True):
             group["count"] = own.count
-        content["pair_count"] = sum(group.count for group in self.pairs)
-        content["ordinary_parameters"] = sum(each.parameters for each in self.ordinary)
-        content["is_trainable"] = self.is_trainable
-        content["lorapro_hf"] = lorapro_hf.__version__
-        return content
+        sums = {name: getattr(self, name) for name in ("pair_count", "ordinary_parameters", "is_trainable")}
+        return {**content, **sums, "lorapro_hf": lorapro_hf.__version__}

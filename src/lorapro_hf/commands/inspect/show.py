@@ -41,7 +41,7 @@ def sections(report: Report, every_pair: bool = False) -> list[Section]:
     if report.adapters:
         found.append(_adapters(report))
     if report.pairs:
-        found.append(_every_pair(report) if every_pair else _pairs(report))
+        found.append(_pairs(report, every_pair))
     if report.ordinary:
         rows = [(each.name, f"{each.tensors}", f"{each.parameters:,}") for each in report.ordinary]
         found.append(Section("Other trained parameters, by plain AdamW", ("parameters", "tensors>", "elements>"), rows))
@@ -70,32 +70,23 @@ def plain(section: Section) -> str:
 
 def _overview(report: Report) -> Section:
     rows = []
-    base = report.base
-    if base is not None:
-        named = ", ".join(part for part in (base.model_class, base.name) if part)
-        rows.append(("base model", named or "not known"))
-        if base.parameters is not None:
-            weights = "" if base.bytes is None else f", {readable_bytes(base.bytes)}"
-            rows.append(("parameters", f"{base.parameters:,} in {base.dtype}{weights}"))
+    if (base := report.base) is not None:
+        weights = "" if base.bytes is None else f", {readable_bytes(base.bytes)}"
+        rows.append(("base model", ", ".join(filter(None, (base.model_class, base.name)))))
+        rows.append(("parameters", f"{base.parameters:,} in {base.dtype}{weights}"))
         if base.quantization is not None:
             rows.append(("quantized", base.quantization))
-    ordinary = sum(each.parameters for each in report.ordinary)
     if report.pairs:
-        count = sum(group.count for group in report.pairs)
-        rows.append(("trained", f"{report.pair_parameters:,} in {count} pairs of factors, {ordinary:,} other"))
+        of_pairs = f"{report.pair_parameters:,} in {report.pair_count} pairs of factors"
+        rows.append(("trained", f"{of_pairs}, {report.ordinary_parameters:,} other"))
     if report.settings is not None:
         said = ", ".join(f"{name}={value}" for name, value in report.settings.items() if value is not None)
         rows.append(("trained with", said))
-    rows.append(("ready for LoRA-Pro", _verdict(report)))
+    verdict = "yes" if report.is_trainable else "no, see below"
+    if report.pairs and not report.unsupported and report.checkpoint is not None and report.checkpoint.usable_weights:
+        verdict = "only its weights, for a new training"
+    rows.append(("ready for LoRA-Pro", verdict))
     return Section(report.source, ("", ""), rows, report.notes)
-
-
-def _verdict(report: Report) -> str:
-    if report.is_trainable:
-        return "yes"
-    found = report.checkpoint
-    weights_alone = report.pairs and not report.unsupported and found is not None and found.usable_weights
-    return "only its weights, for a new training" if weights_alone else "no, see below"
 
 
 def _checkpoint(found: Checkpoint) -> Section:
@@ -157,7 +148,8 @@ def _adapters(report: Report) -> Section:
         rank = "–" if each.rank is None else f"{each.rank}"
         alpha = "–" if each.alpha is None else f"{each.alpha:g}"
         kind = ", ".join([each.kind, *(option for option in each.options if "=" not in option)])
-        rows.append((each.name, kind, f"{each.layers}", rank, alpha, ", ".join(state), _targets(each.targets)))
+        targets = each.targets[0] if len(each.targets) == 1 else _layers(each.targets)  # one name may be a pattern
+        rows.append((each.name, kind, f"{each.layers}", rank, alpha, ", ".join(state), targets))
     lines = [
         f"{each.name}: {', '.join(rest)}"
         for each in report.adapters
@@ -167,18 +159,12 @@ def _adapters(report: Report) -> Section:
     return Section("Adapters", columns, rows, lines)
 
 
-def _targets(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else _layers(names)  # a single name may be a pattern
-
-
-def _pairs(report: Report) -> Section:
+def _pairs(report: Report, every_pair: bool) -> Section:
+    if every_pair:
+        rows = [(name.removeprefix(PREFIX), *_sizes(group)) for group in report.pairs for name in group.pairs]
+        return Section("Pairs of factors", ("layer", *_SIZES), rows)
     rows = [(f"{group.count}", *_sizes(group), _layers(group.pairs)) for group in report.pairs]
     return Section("Pairs of factors, by shape", ("pairs>", *_SIZES, "layers"), rows)
-
-
-def _every_pair(report: Report) -> Section:
-    rows = [(name.removeprefix(PREFIX), *_sizes(group)) for group in report.pairs for name in group.pairs]
-    return Section("Pairs of factors", ("layer", *_SIZES), rows)
 
 
 _SIZES = ("weight (m × n)>", "r>", "scaling>", "kind of layer", "factors")

@@ -118,16 +118,13 @@ ENGINE = "FSDP or DeepSpeed (not read)"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder of a `Trainer`; values that its files do not tell are `None`.
+    """A checkpoint folder of a `Trainer`; a value that its files do not tell is `None`.
 
     Args:
-        folder: its path.
         flaw: why a training cannot go on from it, `None` if it can.
-        step, max_steps, epoch: of the training.
         processes: the number of processes that wrote it.
         optimizer: owner of the state: `"LoRA-Pro"`, `"another optimizer"`, `ENGINE` or `"none"`.
         settings: mode, dtype of the moments and master factors of LoRA-Pro, and the learning rate.
-        stepped_tensors: number of parameters that have a state.
         has_manifest: whether the sizes and checksums of its files are known.
         usable_weights: whether a new training could start from the adapter of an incomplete checkpoint.
     """
@@ -151,12 +148,7 @@ class Report:
 
     Args:
         source: the name that was given.
-        base: the model without its adapters, `None` if none was found.
-        adapters: all adapters.
-        pairs: grouped by shape.
         pair_parameters: number of trainable elements in pairs.
-        ordinary: other trainable parameters.
-        unsupported: layers that LoRA-Pro refuses.
         costs: by mode.
         ranks: number of processes that share the pairs out.
         memory: free bytes by device, `None` if not known.

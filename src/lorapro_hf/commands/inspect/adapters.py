@@ -46,11 +46,7 @@ def adapters_in(name: str) -> dict[str, str]:
 
 
 def report_on_adapters(request: Request, checkpoint: Checkpoint | None = None) -> Report:
-    """The report on saved adapters, on the base model that the first of them names.
-
-    Args:
-        request: names the folder or the repository of the adapters.
-        checkpoint: the checkpoint that the adapters are part of.
+    """The report on saved adapters, maybe of a checkpoint, on the base model that the first of them names.
 
     Raises:
         UsageError: an adapter or its base model cannot be read, or it is of another kind than LoRA.
@@ -70,7 +66,8 @@ def report_on_adapters(request: Request, checkpoint: Checkpoint | None = None) -
             notes += _differences(model, adapter, _tensor_shapes(Path(file)))
             continue
         notes.append(f"There is no {WEIGHTS} in {folder}: only its settings are known.")
-        if checkpoint is None and not any(Path(folder, each).is_file() for each in ADAPTER_FILES):
+        is_empty = Path(folder).is_dir() and not any(Path(folder, each).is_file() for each in ADAPTER_FILES)
+        if is_empty and checkpoint is None:
             reason = f"PEFT cannot load {folder}, which has no weights: save it again."
             refused.append(Unsupported(reason, "adapter", []))
     report = inspect_model(model, ranks=request.ranks, source=request.name)
@@ -88,11 +85,7 @@ def report_on_adapters(request: Request, checkpoint: Checkpoint | None = None) -
 
 
 def with_adapters(model: Any, configs: Mapping[str, PeftConfig]) -> PeftModel:
-    """The model with new adapters of these settings, the first of them active, all on the meta device.
-
-    Raises:
-        UsageError: PEFT refuses the settings.
-    """
+    """The model with new adapters of these settings, the first of them active, all on the meta device."""
     (first, config), *others = [(name, copy.deepcopy(config)) for name, config in configs.items()]
     config.inference_mode = False
     try:

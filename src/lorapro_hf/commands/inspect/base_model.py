@@ -17,13 +17,9 @@ from lorapro_hf.utils.private_names import private
 def base_on_meta(
     name: str, task: str | None, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> tuple[PreTrainedModel, str]:
-    """The model of a configuration, on the meta device, and its task.
+    """The model of a folder's or repository's configuration, on the meta device, and its task, a key of `TASKS`.
 
-    Args:
-        name: a folder with a `config.json`, or a name on the Hub.
-        task: a key of `TASKS`; `None` for the task of the class that the configuration names.
-        trust_remote_code: run code that comes with the model.
-        revision: branch, tag or commit on the Hub.
+    By default the task is that of the class which the configuration names.
 
     Raises:
         UsageError: there is no such configuration, or no such model for the task.

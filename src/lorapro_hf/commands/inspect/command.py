@@ -80,7 +80,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from transformers.utils import logging as transformers_logging  # takes seconds: the arguments have been checked
 
     from lorapro_hf.commands.inspect.report import Request
-    from lorapro_hf.commands.inspect.show import show
+    from lorapro_hf.commands.inspect.show import text
     from lorapro_hf.commands.inspect.sources import inspect_source
 
     transformers_logging.set_verbosity_error()
@@ -94,8 +94,5 @@ def _inspect(arguments: argparse.Namespace) -> int:
             trust_remote_code=arguments.trust_remote_code,
         )
     )
-    if arguments.json:
-        print(json.dumps(report.to_dict(), allow_nan=False))
-    else:
-        show(report, arguments.pairs)
+    print(json.dumps(report.to_dict(), allow_nan=False) if arguments.json else text(report, arguments.pairs))
     return 0 if report.is_trainable else 1

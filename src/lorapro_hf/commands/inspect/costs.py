@@ -43,13 +43,8 @@ def mode_costs(
 ) -> tuple[list[ModeCost], dict[str, int | None]]:
     """The costs of every mode, and the memory that is free by device.
 
-    Args:
-        pairs: at least one; on the devices they are trained on, or on the meta device, which stands for CUDA if there
-            is one here and else for the CPU.
-        ordinary: trainable parameters of no pair.
-        parameters: of the base model.
-        weights: bytes of the weights that are yet to be loaded, 0 if all are, `None` if that is not known.
-        ranks: how many processes share the pairs out.
+    The meta device stands for CUDA if there is one here, and else for the CPU. `ordinary` are trainable parameters of
+    no pair, `parameters` counts those of the base model, and `weights` are the bytes yet to be loaded, if known.
     """
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gradients: Counter[torch.device] = Counter()

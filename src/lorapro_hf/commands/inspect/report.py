@@ -11,14 +11,10 @@ import lorapro_hf
 
 @dataclass(frozen=True)
 class Request:
-    """What to inspect and how.
+    """A folder or a name on the Hub, and how to inspect it.
 
-    Args:
-        name: a folder, or a name on the Hub.
-        lora: the given options of a new adapter, by the names of `AdapterArguments`.
-        task: a key of `TASKS`; `None` for the task that the model's configuration or the adapter tells.
-        ranks: number of processes that would share the pairs out.
-        trust_remote_code: run code that comes with the model.
+    `lora` holds the given options of a new adapter by the names of `AdapterArguments`. Without a `task`, a key of
+    `TASKS`, the model's configuration or the adapter tells it.
     """
 
     name: str
@@ -146,17 +142,9 @@ class Checkpoint:
 class Report:
     """A report on a model, an adapter, a checkpoint or an output folder.
 
-    Args:
-        source: the name that was given.
-        pair_parameters: number of trainable elements in pairs.
-        costs: by mode.
-        ranks: number of processes that share the pairs out.
-        memory: free bytes by device, `None` if not known.
-        loaded: whether the weights are in memory already.
-        settings: `lorapro_config.json` beside the adapter.
-        checkpoint: the folder itself, if it is a checkpoint.
-        checkpoints: the checkpoints in an output folder, the newest first.
-        notes: sentences for the reader.
+    `memory` holds the free bytes by device, `settings` the content of `lorapro_config.json` beside the adapter, and
+    `notes` sentences for the reader. `checkpoint` is the folder itself, `checkpoints` are those in an output folder,
+    the newest first.
     """
 
     source: str

@@ -24,11 +24,7 @@ _CONFIG = "config.json"
 
 
 def inspect_source(request: Request) -> Report:
-    """The report on a folder or a name on the Hub.
-
-    Raises:
-        UsageError: the name stands for nothing that can be inspected, or an option does not fit.
-    """
+    """The report on a folder or a name on the Hub; a `UsageError` if there is nothing that can be inspected."""
     folder = Path(request.name)
     if folder.is_file():
         raise UsageError(f"{request.name} is a file: name the folder it is in, {folder.parent}.")

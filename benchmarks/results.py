@@ -1,7 +1,8 @@
 """Writes docs/results.md from the summaries in docs/results and docs/pictures/gradient_gap.json.
 
-    python benchmarks/results.py           # the last step of: make compare-small, compare-ranks and so on
-    python benchmarks/results.py --check   # exit code 1 if docs/results.md says something else
+    python benchmarks/results.py                # rewrites the page
+    python benchmarks/results.py --take small   # before, takes the summary of runs/compare-small: `make compare-small`
+    python benchmarks/results.py --check        # exit code 1 if docs/results.md says something else
 
 No figure is typed in, and no run of the comparisons is left out.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -18,7 +20,8 @@ from typing import Any
 from lorapro_hf.config import TRUST_REGION
 from lorapro_hf.optim.memory import readable_bytes
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 PAGE, GAP = DOCS / "results.md", DOCS / "pictures" / "gradient_gap.json"
 MAIN = ("small", "long", "ranks")  # of configs/compare, each with a folder in docs/results
 WHOLE, LIMITS, COSTS = "whole", "limits", "costs"  # have sections of their own
@@ -26,6 +29,8 @@ LORA, FULL = "lora", "full"
 OURS = ("pro_full_linear", "pro_full_paper", "pro_factored_linear")
 ANSWERS = {"exact_match", "accuracy"}  # a task has one of these metrics at most
 BAD = ("diverged", "failed", "missing")
+FIGURES = ("loss.png", "rates.png")  # of MAIN[0], which the page shows
+DIGITS = 6
 EDGES = {"lowest": " ↓", "highest": " ↑", None: ""}
 
 Summary = Mapping[str, Any]
@@ -280,8 +285,31 @@ def summary(name: str) -> Summary:
     return found
 
 
-def main(check: bool) -> int:
+def take(name: str) -> None:
+    """Keep the summary of a comparison's last run, without spaces and with fewer digits, and the figures shown."""
+    source, kept = ROOT / "runs" / f"compare-{name}", DOCS / "results" / name
+    found = json.loads((source / "summary.json").read_text(encoding="utf-8"))
+    kept.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(shortened(found), separators=(",", ":"), allow_nan=False)
+    (kept / "summary.json").write_text(f"{content}\n", encoding="utf-8")
+    for figure in FIGURES if name == MAIN[0] else ():
+        (kept / "figures").mkdir(exist_ok=True)
+        shutil.copy(source / "figures" / figure, kept / "figures")
+
+
+def shortened(value: Any) -> Any:
+    """The same content with each number rounded to a few significant digits."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, list):
+        return [shortened(each) for each in value]
+    return {key: shortened(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+
+def main(check: bool, taken: str | None = None) -> int:
     """Write the page, or say whether it is up to date."""
+    if taken is not None:
+        take(taken)
     made = page({name: summary(name) for name in (*MAIN, WHOLE, LIMITS, COSTS)}, json.loads(GAP.read_text("utf-8")))
     if check:
         return int(PAGE.read_text(encoding="utf-8") != made)
@@ -292,4 +320,6 @@ def main(check: bool) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit with 1 if the page is not up to date, and leave it")
-    sys.exit(main(parser.parse_args().check))
+    parser.add_argument("--take", metavar="NAME", help="keep the summary and figures of runs/compare-NAME first")
+    arguments = parser.parse_args()
+    sys.exit(main(arguments.check, arguments.take))

@@ -237,7 +237,7 @@ shows a gap; "no gap": full fine-tuning is not better.
 
 {closed}
 
-In two trainings that [measure the gradients](diagnostics.md#looking-at-it), the equivalent gradient was closer to the \
+In two trainings that [measure the gradients](diagnostics.md#plots), the equivalent gradient was closer to the \
 true one than plain LoRA's in {gap[closer]} of {gap[measured]} measurements, and the sequential step equal to its \
 formula up to {gap[largest_step_error]:.1e}.
 

@@ -219,53 +219,53 @@ rewrite this page. The summaries: [small](results/small/summary.json), [long](re
 
 ## Test loss
 
-Mean ± standard deviation at each method's best learning rate (in brackets), which a validation set has chosen. \
-**Bold**: better than tuned LoRA on every seed; *italic*: worse on every seed. ↓, ↑: the rate ends its grid, so a \
-better one may lie beyond. Word problems and code are learned by the first blocks of SmolLM2-135M with a vocabulary \
-cut to size, docstrings by MiniLM.
+The table shows mean ± standard deviation at each method's best learning rate (in brackets), which a validation set \
+has chosen. **Bold**: better than tuned LoRA on every seed; *italic*: worse on every seed. ↓, ↑: the rate ends its \
+grid, so a better one may lie beyond. The first blocks of SmolLM2-135M, with a vocabulary cut to size, learn word \
+problems and code; MiniLM learns docstrings.
 
 {losses}
 
-Reference losses, of the model before its training and of a unigram model:
+The reference losses are those of the untrained model and of a unigram model:
 
 {references}
 
 ## Gap closed
 
-LoRA-Pro on the way from tuned LoRA's test loss (0 %) to that of full fine-tuning (100 %). "noise": not every seed \
-shows a gap; "no gap": full fine-tuning is not better.
+The table shows how far LoRA-Pro gets from tuned LoRA's test loss (0 %) to that of full fine-tuning (100 %). "noise": \
+not every seed shows a gap; "no gap": full fine-tuning is not better.
 
 {closed}
 
-In two trainings that [measure the gradients](diagnostics.md#plots), the equivalent gradient was closer to the \
-true one than plain LoRA's in {gap[closer]} of {gap[measured]} measurements, and the sequential step equal to its \
-formula up to {gap[largest_step_error]:.1e}.
+In two trainings that [measure the gradients](diagnostics.md#plots), the equivalent gradient was closer to the true \
+one than plain LoRA's in {gap[closer]} of {gap[measured]} measurements, and the sequential step equalled its formula \
+up to {gap[largest_step_error]:.1e}.
 
 ## Right answers
 
-The accuracy on docstrings, at the learning rates of the first table.
+This is the accuracy on docstrings at the learning rates of the first table.
 
 {answers}
 
 ## The whole model
 
-Other word problems under the whole of SmolLM2-135M, which writes the answers itself, for the 24 steps of `make demo`. \
-The default limit would shorten most of these steps, so LoRA-Pro has a wider one here.
+The whole SmolLM2-135M is trained on other word problems for the 24 steps of `make demo`, and writes the answers \
+itself. The default limit would shorten most of these steps, so LoRA-Pro has a wider limit here.
 
 {whole}
 
 ## The limit of a step
 
-Mode `full` with other limits of the [trust region](how_it_works.md#linear-and-sequential). The default, {default}, \
-was chosen on these same tasks, by validation loss and by the range of usable rates: LoRA-Pro's full and factored \
-modes have one more tuned setting than the other methods.
+The table compares limits of the [trust region](how_it_works.md#linear-and-sequential) in mode `full`. The default, \
+{default}, was chosen on these same tasks, by validation loss and by the range of usable rates: the modes `full` and \
+`factored` have one more tuned setting than the other methods.
 
 {limits}
 
 ## Cost
 
-{timed}: medians of {steps} steps at the rate that was best in `compare-small`, in one process. {evenness} [Memory and \
-speed](speed.md) has the times of large models.
+The times are medians of {steps} steps on {timed}, in one process, at the rate that was best in `compare-small`. \
+{evenness} [Memory and speed](speed.md) has the times of large models.
 
 {costs}
 

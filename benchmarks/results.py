@@ -83,6 +83,11 @@ def by_method(comparisons: list[Summary], cells: Mapping[str, Callable[[Method],
     return table(["method", *(f"{title(c)}{column}" for c in comparisons for column in cells)], rows)
 
 
+def without_references(comparison: Summary) -> Summary:
+    """The comparison without plain LoRA and full fine-tuning, which the first table shows."""
+    return {**comparison, "methods": [row for row in comparison["methods"] if row["method"] not in (LORA, FULL)]}
+
+
 def answers(comparisons: list[Summary]) -> str:
     """The fraction of right answers where there are some."""
     found = [each for each in comparisons if any(ANSWERS & (row["test"] or {}).keys() for row in each["methods"])]
@@ -131,19 +136,18 @@ def references(comparisons: list[Summary]) -> str:
 
 
 def costs(comparison: Summary) -> str:
-    """Time, memory and parameters of each method."""
+    """Time and memory of each method."""
     rows = [
         [
             row["title"],
             f"{row['cost']['step_ms']:.0f}",
             f"{row['cost']['optimizer_ms']:.1f}",
             readable_bytes(row["cost"]["state_bytes"]),
-            f"{int(row['cost']['trainable']):,}",
         ]
         for row in comparison["methods"]
         if row["learning_rate"] is not None
     ]
-    return table(["method", "step, ms", "optimizer, ms", "optimizer state", "trained parameters"], rows)
+    return table(["method", "step, ms", "optimizer, ms", "optimizer state"], rows)
 
 
 def evenness(comparison: Summary) -> str:
@@ -193,7 +197,7 @@ def page(summaries: Mapping[str, Summary], gap: Mapping[str, Any]) -> str:
         closed=closed(main),
         gap=gap,
         whole=by_method(summaries[WHOLE]["comparisons"], {", test loss": loss, ", right answers": right}),
-        limits=by_method(summaries[LIMITS]["comparisons"], {"": loss}),
+        limits=by_method([without_references(each) for each in summaries[LIMITS]["comparisons"]], {"": loss}),
         default=f"{TRUST_REGION:g}",
         costs=costs(cost["comparisons"][0]),
         timed=title(cost["comparisons"][0]),
@@ -258,7 +262,7 @@ itself. The default limit would shorten most of these steps, so LoRA-Pro has a w
 
 The table compares limits of the [trust region](how_it_works.md#linear-and-sequential) in mode `full`. The default, \
 {default}, was chosen on these same tasks, by validation loss and by the range of usable rates: the modes `full` and \
-`factored` have one more tuned setting than the other methods.
+`factored` have one more tuned setting than the other methods. The first table has LoRA and full fine-tuning.
 
 {limits}
 

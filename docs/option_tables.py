@@ -17,13 +17,13 @@ _TRAINER_MARK = "<!-- options of LoRAProTrainingArguments -->"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace each mark by the table of a command's options, also of its subcommands, or of the trainer's."""
+    """Replace each mark by the options of a command and its subcommands, or of the trainer."""
     commands = all_commands()
 
     def tables(match: re.Match[str]) -> str:
-        own = {name: parser for name, parser in commands.items() if f"{name} ".startswith(f"{match[1]} ")}
+        parsers = {name: parser for name, parser in commands.items() if f"{name} ".startswith(f"{match[1]} ")}
         return "\n\n".join(
-            table(parser) if name == match[1] else f"### {name}\n\n{table(parser)}" for name, parser in own.items()
+            table(parser) if name == match[1] else f"### {name}\n\n{table(parser)}" for name, parser in parsers.items()
         )
 
     if _TRAINER_MARK in markdown:

@@ -56,15 +56,6 @@ def give(pair, g):
     pair.A.grad, pair.B.grad = s * pair.B.detach().mT @ g.to(pair.A), s * g.to(pair.A) @ pair.A.detach().mT
 
 
-def step_and_check(pairs, optimizer, oracles, gradients):
-    """Step all pairs along full gradients, and compare them with their oracles."""
-    for index, pair in enumerate(pairs):
-        give(pair, gradients[index])
-        oracles.step(index, gradients[index])
-    optimizer.step()
-    oracles.check()
-
-
 def full_gradients(count, pairs=3, m=5, n=6):
     return torch.randn(count, pairs, m, n, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
@@ -263,7 +254,11 @@ def test_changes_to_the_state_are_seen_by_the_next_step(how):
     pairs = several()
     optimizer, oracles = optimizer_of(pairs), Oracles(pairs)
     for step, gradients in enumerate(full_gradients(4)):
-        step_and_check(pairs, optimizer, oracles, gradients)
+        for index, pair in enumerate(pairs):
+            give(pair, gradients[index])
+            oracles.step(index, gradients[index])
+        optimizer.step()
+        oracles.check()
         if step != 1:
             continue
         state, other = optimizer.state[pairs[1].A], torch.randn(5, 6, dtype=torch.float64)
@@ -290,7 +285,11 @@ def test_changed_counters_are_seen_by_the_next_step(mode, how):
     pairs = several()
     optimizer, oracles = optimizer_of(pairs, mode=mode), Oracles(pairs, mode)
     for step, gradients in enumerate(full_gradients(4)):
-        step_and_check(pairs, optimizer, oracles, gradients)
+        for index, pair in enumerate(pairs):
+            give(pair, gradients[index])
+            oracles.step(index, gradients[index])
+        optimizer.step()
+        oracles.check()
         if step != 1:
             continue
         for factor, of_oracle in zip((pairs[1].A, pairs[1].B), oracles.factors[1], strict=True):
@@ -323,7 +322,11 @@ def test_a_replaced_parameter_is_stepped_with_a_state_of_its_own():
             oracles.each[index].M, oracles.each[index].V = state["exp_avg"].clone(), state["exp_avg_sq"].clone()
             oracles.each[index].t = 1
     for g in gradients[1:]:
-        step_and_check(pairs, optimizer, oracles, g)
+        for index, pair in enumerate(pairs):
+            give(pair, g[index])
+            oracles.step(index, g[index])
+        optimizer.step()
+        oracles.check()
     assert torch.equal(old, before)
 
 
@@ -331,7 +334,11 @@ def test_pairs_that_move_to_another_group_keep_their_moments():
     pairs = several()
     optimizer, oracles = optimizer_of(pairs), Oracles(pairs)
     for step, gradients in enumerate(full_gradients(4)):
-        step_and_check(pairs, optimizer, oracles, gradients)
+        for index, pair in enumerate(pairs):
+            give(pair, gradients[index])
+            oracles.step(index, gradients[index])
+        optimizer.step()
+        oracles.check()
         if step == 1:
             moving = [pairs[2].A, pairs[2].B]
             first = optimizer.param_groups[0]

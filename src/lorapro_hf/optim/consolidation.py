@@ -22,7 +22,6 @@ from lorapro_hf.optim.rules.base import StateSpec, UpdateRule
 
 State = Mapping[Tensor, dict[str, Any]]
 States = dict[Tensor, dict[str, Tensor]]
-_GO_ON = "See its output for the reason, and resume from the last complete checkpoint."
 
 
 def collect_states(ownership: PairOwnership, state: State, rule: UpdateRule, to: int) -> States:
@@ -81,6 +80,9 @@ def await_all(attendance: Attendance, saves: bool) -> None:
         ) from error
     if absence is not None:
         raise RuntimeError(_reason(absence, attendance, saves))
+
+
+_GO_ON = "See its output for the reason, and resume from the last complete checkpoint."
 
 
 def _reason(absence: Absence, attendance: Attendance, saves: bool) -> str:

@@ -163,6 +163,7 @@ def test_the_best_model_has_the_factors_that_were_trained(tmp_path: Path):
     assert_same(factors(trainer), recorder.seen[1])
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_ranks_resume_to_the_bit(tmp_path: Path):
     nursery = Nursery("method_jobs")

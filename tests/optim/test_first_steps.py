@@ -222,7 +222,7 @@ def model_with_an_idle_layer():
     return model
 
 
-@pytest.mark.parametrize("steps", [3, 12])
+@pytest.mark.parametrize("steps", rest_slow([12, 3]))
 @pytest.mark.parametrize("way", ["trainer", "callback"])
 def test_trainings_short_and_long_are_told(tmp_path: Path, caplog, way, steps):
     if way == "trainer":

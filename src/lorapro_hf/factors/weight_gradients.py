@@ -68,7 +68,8 @@ def weight_gradients(
 
     Raises:
         ValueError: no batch, no scalar loss, an iterator that would have to be read more than once, a layer whose
-            gradient cannot be computed, or a model that `find_lora_pairs` refuses.
+            gradient cannot be computed (`nn.MultiheadAttention`, quantised experts), or a model that `find_lora_pairs`
+            refuses.
         RuntimeError: sharded parameters (FSDP, tensor parallelism, DeepSpeed), or, during the iteration, a layer that
             no backward pass has reached, a gradient that is not finite, or an error on another rank.
     """

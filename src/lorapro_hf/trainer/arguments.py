@@ -44,16 +44,8 @@ class LoRAProTrainingArguments(TrainingArguments):
         pass
     ```
 
-    Args:
-        lora_pro: Train with LoRA-Pro. `False` (`--no_lora_pro`) makes `LoRAProTrainer` a plain `Trainer`.
-        lora_pro_mode: `LoRAProConfig.mode`, and likewise `lora_pro_x_mode`, `lora_pro_update`, `lora_pro_rtol`,
-            `lora_pro_trust_region`, `lora_pro_moments_dtype`, `lora_pro_backend`, `lora_pro_shard_states` and
-            `lora_pro_master_factors`.
-        lora_pro_check_memory: Refuse a mode whose optimizer state does not fit into the free memory.
-        lora_pro_log_gap: Every how many steps to measure how far the gradients of LoRA and of LoRA-Pro are from those
-            of full fine-tuning, see `GradientGapCallback`; 0 for never. It works with `lora_pro=False`, too.
-        lora_pro_gap_layers: The layers to measure; by default all.
-        lora_pro_gap_max_bytes: `GradientGapCallback.max_bytes`; by default 1 GiB.
+    `lora_pro_mode`, `lora_pro_rtol` and the like are the settings of `LoRAProConfig`; the help of each field describes
+    the others.
 
     Raises:
         ValueError: for an unknown choice, a combination that has no meaning, or an rtol or a trust region outside

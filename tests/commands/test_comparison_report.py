@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from comparison_helpers import settings
+from comparison_helpers import record_of, settings
 from lorapro_hf.commands.compare import report
 from lorapro_hf.commands.compare.command import _report as report_on
 from lorapro_hf.commands.compare.plan import plan
@@ -223,6 +223,16 @@ def test_records_of_another_comparison_do_not_count(tmp_path: Path) -> None:
     before = summarize(store)
     store.append(RunRecord("of another", "t", 4, "lora", 1e-3, 0, status="finished"))
     assert summarize(store) == before
+
+
+def test_methods_that_share_a_run_show_it_alike(tmp_path: Path) -> None:
+    methods = {"lora": [1e-3], "mine": {"like": "lora", "learning_rates": [1e-3]}}
+    chosen, store = settings(tmp_path, methods=methods), Store(tmp_path)
+    runs = plan(chosen)
+    store.write_sweep(chosen, runs)
+    store.append(record_of(runs[0]))
+    assert len({run.key for run in runs}) == 1 and summarize(store).missing == 0
+    assert [(each.method, each.learning_rate) for each in compared(store).methods] == [("lora", 1e-3), ("mine", 1e-3)]
 
 
 # Significance

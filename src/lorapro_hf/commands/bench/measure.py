@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import benchmark
 from torch.utils.benchmark.utils.timer import timer
 
-from lorapro_hf.commands.bench.probes import kernels_of, memory_of, waits_for_device
+from lorapro_hf.commands.bench.probes import memory_of, waits_for_device
 from lorapro_hf.commands.bench.results import Machine, Outcome, Result, Roofline
 from lorapro_hf.commands.bench.settings import METHODS, BenchSettings
 from lorapro_hf.commands.bench.workloads import SyntheticModel, Workload
@@ -61,7 +61,8 @@ class Contender:
         self.synthetic.restore_gradients()
         return timed_ms(self.optimizer.step)
 
-    def _fresh_step(self) -> Callable[[], object]:
+    def fresh_step(self) -> Callable[[], object]:
+        """A step to be probed, on gradients that have just been written."""
         self.synthetic.restore_gradients()
         if isinstance(self.optimizer, LoRAProAdamW):  # so that this is not the one step that waits for the device
             self.optimizer.finish_training()
@@ -72,14 +73,10 @@ class Contender:
         """Fill in the memory and kernels of a step and, on CUDA, whether it waits."""
         result.state_bytes = state_bytes(self.optimizer)
         result.kept_bytes = kept_bytes(self.optimizer, self.synthetic.model)
-        used = memory_of(self._fresh_step(), self.device)
+        used = memory_of(self.fresh_step(), self.device)
         result.peak_bytes, result.largest_shape, result.kernels = used.peak, used.largest, used.kernels
         if self.device.type == "cuda":
-            result.waits = waits_for_device(self._fresh_step())
-
-    def kernels(self) -> int:
-        """The number of kernels of a step."""
-        return kernels_of(self._fresh_step(), self.device)
+            result.waits = waits_for_device(self.fresh_step())
 
 
 def turns(estimate_ms: float, settings: BenchSettings) -> list[int]:

@@ -18,7 +18,7 @@ from rich.progress import Progress
 from lorapro_hf.commands.bench.growth import measure_growth
 from lorapro_hf.commands.bench.measure import Bench
 from lorapro_hf.commands.bench.ratios import measure_ratios, reason_of
-from lorapro_hf.commands.bench.report import all_tables, device_name, environment, markdown, narrow, slug
+from lorapro_hf.commands.bench.report import device_name, environment, markdown, slug
 from lorapro_hf.commands.bench.results import Outcome, read_results, write_results
 from lorapro_hf.commands.bench.settings import MODELS, BenchSettings, missing
 from lorapro_hf.commands.bench.training import measure_shares
@@ -135,10 +135,8 @@ def run_bench(
         prepare_output(folder)
         outcome = _measured(settings, device, console)
         write_results(results, settings, outcome)
-    tables = all_tables(outcome)
-    report.write_text(markdown(outcome, tables), encoding="utf-8")
-    shown = markdown(outcome, [narrow(table) for table in tables])
-    console.print(Markdown(shown[shown.find("## ") :] if "## " in shown else ""))
+    report.write_text(markdown(outcome), encoding="utf-8")
+    console.print(Markdown(markdown(outcome, wide=False)))
     if outcome.stopped and not report_only:
         console.print("\nStopped by Ctrl-C. The results so far are kept.")
     total = (time.perf_counter() - started) / 60

@@ -161,3 +161,14 @@ class BenchSettings:
     def measured(self) -> tuple[MeasuredOptimizer, ...]:
         """The methods to measure in the order of `METHODS`, with the baseline."""
         return tuple(method for name, method in METHODS.items() if name in self.methods or name == BASELINE)
+
+    @property
+    def compared_modes(self) -> tuple[MeasuredOptimizer, ...]:
+        """The baseline and the modes of LoRA-Pro among the methods."""
+        return tuple(method for method in self.measured if method.ours or method.name == BASELINE)
+
+    @property
+    def small_model(self) -> ModelShapes:
+        """The first model that is small enough to be enlarged or trained, else SmolLM2-135M."""
+        models = [MODELS[name] for name in self.workloads if MODELS[name].trained]
+        return (models or [MODELS["smollm2-135m"]])[0]

@@ -9,10 +9,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorapro_hf.commands.bench.growth import small_model
 from lorapro_hf.commands.bench.measure import RATE, Bench, timed_ms
 from lorapro_hf.commands.bench.results import Spread, TrainingShare
-from lorapro_hf.commands.bench.settings import BASELINE, ModelShapes
+from lorapro_hf.commands.bench.settings import ModelShapes
 from lorapro_hf.commands.common.optimizers import build
 
 BATCH, TOKENS, RANK = 8, 64, 8
@@ -47,7 +46,7 @@ def _model(shapes: ModelShapes, device: torch.device, seed: int) -> PeftModel:
 
 def measure_shares(bench: Bench) -> None:
     """Train a few steps with the baseline and with each mode of LoRA-Pro, in turns, and time the parts of each step."""
-    settings, device, shapes = bench.settings, bench.device, small_model(bench.settings)
+    settings, device, shapes = bench.settings, bench.device, bench.settings.small_model
     native = computes_bf16(device)
     autocast = native if settings.autocast is None else settings.autocast
     if settings.autocast is None and not native:
@@ -62,8 +61,9 @@ def measure_shares(bench: Bench) -> None:
             loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
 
-    methods = [method for method in settings.measured if method.name == BASELINE or method.ours]
-    optimizers = {method.name: build(method.builder, model, RATE, method.settings) for method in methods}
+    optimizers = {
+        method.name: build(method.builder, model, RATE, method.settings) for method in settings.compared_modes
+    }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in optimizers}
     for turn in range(_ROUNDS):
         for name, optimizer in optimizers.items():

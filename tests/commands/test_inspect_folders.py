@@ -311,6 +311,18 @@ def test_what_peft_saves_by_itself(root: Path, tmp_path: Path):
         inspect_source(Request(str(tmp_path / "named")))
 
 
+def test_checkpoints_are_told_without_the_base_model(copied: Callable[[str], Path]):
+    folder = copied("named")
+    for file in folder.glob(f"**/mine/{ADAPTER}"):
+        settings: dict[str, Any] = json.loads(file.read_text())
+        file.write_text(json.dumps({**settings, "base_model_name_or_path": "./gone"}))
+    code, screen, report = inspected(folder)
+    assert code == 1 and "needs its base model" in screen and "goes on from checkpoint" in screen
+    assert len(report.checkpoints) == 2
+    code, screen, report = inspected(folder / "checkpoint-1")
+    assert code == 1 and "needs its base model" in screen and "step 1 of 2" in screen
+
+
 def test_an_adapter_without_weights_is_not_ready(
     copied: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -65,10 +65,7 @@ class GradientGapCallback(TrainerCallback):
         self._told: set[str] = set()
 
     def attach(self, trainer: Trainer) -> GradientGapCallback:
-        """Become the first callback of a trainer and log through it, so that reporters get the figures.
-
-        Returns:
-            This callback.
+        """Become the first callback of a trainer and log through it, so that reporters get the figures; return self.
 
         Raises:
             ValueError: the trainer has such a callback already, or its model has LoRA layers, but none to measure.

@@ -39,14 +39,6 @@ class Halves(NamedTuple):
         return float((triangles[0] @ triangles[1].mT).norm())
 
 
-class Distance(NamedTuple):
-    """How far a matrix q is from the gradient g of the weight."""
-
-    gap: float  # ‖g − q‖ / ‖g‖
-    scaled_gap: float  # the same for the multiple of q that is closest to g, √(1 − cosine²)
-    cosine: float  # ⟨g, q⟩ / (‖g‖ ‖q‖)
-
-
 class Factors(NamedTuple):
     """The whole values and gradients of a pair."""
 
@@ -75,15 +67,18 @@ def equivalent_halves(A: Tensor, B: Tensor, h_A: Tensor, h_B: Tensor, scaling: f
     return Halves(scaling * torch.cat([B, h_B], dim=1), torch.cat([h_A, A]))
 
 
-def distance(g: Tensor, q: Halves) -> Distance:
-    """How far q is from g `(m, n)`, which is not zero. Squares of the elements of both must be representable."""
+def distance(g: Tensor, q: Halves) -> tuple[float, float, float]:
+    """`‖g − q‖ / ‖g‖`, the same for the multiple of q that is closest to g, and the cosine between both.
+
+    g `(m, n)` is not zero, and squares of the elements of both must be representable.
+    """
     exact = exact_dtype(g)
     length, other = float(torch.linalg.vector_norm(g)), q.norm()
     if other == 0:
-        return Distance(1.0, 1.0, 0.0)
+        return 1.0, 1.0, 0.0
     inner = float(((g @ q.right.mT).to(exact) * q.left).sum())
     gaps = [_distance_from(g, q, scale) / length for scale in (1.0, inner / other**2)]
-    return Distance(gaps[0], gaps[1], inner / (length * other))
+    return gaps[0], gaps[1], inner / (length * other)
 
 
 def _distance_from(g: Tensor, q: Halves, scale: float) -> float:

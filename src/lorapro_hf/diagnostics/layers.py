@@ -38,16 +38,9 @@ def choose(
     max_bytes: int,
     holders: Mapping[int, Sequence[LoRAPair]],
 ) -> tuple[list[list[LoRAPair]], list[NotMeasured]]:
-    """Choose the pairs to measure.
+    """Choose the pairs to measure, in turns whose buffers fit into `max_bytes`, and list the layers left out.
 
-    Args:
-        pairs: of the model.
-        layers: names, last parts of names, or patterns with `*`; `None` for all.
-        max_bytes: the memory for the buffers of one turn.
-        holders: see `holders_of_factors`.
-
-    Returns:
-        the pairs in turns whose buffers fit into the memory, and the layers left out.
+    `layers` are names, last parts of names, or patterns with `*`; `holders` is that of `holders_of_factors`.
 
     Raises:
         ValueError: a name matches no layer, or no layer can be measured.

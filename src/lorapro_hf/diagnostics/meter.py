@@ -219,17 +219,18 @@ def _compare(seen: _Seen, shared: float, optimizer: Any) -> _Before:
     else:
         unit = factors.with_gradients(factors.grad_A.to(exact) / scale, factors.grad_B.to(exact) / scale)
     rtol = optimizer.config.rtol if isinstance(optimizer, LoRAProAdamW) else None
-    plain, pro = distance(g, unit.own_gradient()), distance(g, unit.equivalent_gradient(rtol))
+    own_gap, own_scaled_gap, own_cosine = distance(g, unit.own_gradient())
+    pro_gap, _, pro_cosine = distance(g, unit.equivalent_gradient(rtol))
     gap = LayerGap(
         layer=unwrapped_name(pair.name),
         adapter=pair.adapter_name,
         grad_norm=abs(scale) * float(torch.linalg.vector_norm(g)),
         residual=residual,
-        lora_gap=plain.gap,
-        lora_scaled_gap=plain.scaled_gap,
-        lora_cosine=plain.cosine,
-        lora_pro_gap=pro.gap,
-        lora_pro_cosine=pro.cosine,
+        lora_gap=own_gap,
+        lora_scaled_gap=own_scaled_gap,
+        lora_cosine=own_cosine,
+        lora_pro_gap=pro_gap,
+        lora_pro_cosine=pro_cosine,
     )
     groups = groups_of(pair, optimizer)
     u = None

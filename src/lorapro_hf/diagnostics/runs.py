@@ -22,11 +22,8 @@ _QUARTILES = {0.25: "q1", 0.5: "median", 0.75: "q3"}
 class Run:
     """One training's measurements.
 
-    Attributes:
-        name: for titles.
-        optimizer: its title.
-        table: a row for each layer and step, with the columns `step`, `layer` (with the adapter if there are several)
-            and one for each figure, NaN where it has no value.
+    `table` has a row for each layer and step, with the columns `step`, `layer` (with the adapter if there are several)
+    and one for each figure, NaN where it has no value.
     """
 
     name: str

@@ -65,7 +65,9 @@ def run_evaluation(arguments: argparse.Namespace) -> int:
     print(text if arguments.json else make_table(found))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(text + "\n", encoding="utf-8")
-    _write_samples(samples_file, found["samples"])
+    samples = [{"task": task, **row} for task, rows in found["samples"].items() for row in rows]
+    lines = [json.dumps(sample, default=handle_non_serializable, ensure_ascii=False) for sample in samples]
+    samples_file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     print(f"Results: {arguments.output}\nAnswers: {samples_file}", file=sys.stderr)
     return 0
 
@@ -110,11 +112,3 @@ def _require_writable(output: Path, samples: Path) -> None:
     folder = next(parent for parent in output.absolute().parents if parent.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise UsageError(f"cannot write to --output {output}: {folder} is no writable folder. Choose another file.")
-
-
-def _write_samples(path: Path, samples: Mapping[str, list[Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for task, rows in samples.items():
-            for row in rows:
-                text = json.dumps({"task": task, **row}, default=handle_non_serializable, ensure_ascii=False)
-                file.write(text + "\n")

@@ -59,10 +59,7 @@ def _of_checkpoint(request: Request, checkpoint: Checkpoint) -> Report:
     try:
         report = _of_files(request, checkpoint)
     except UsageError as error:
-        if checkpoint.flaw is None:
-            raise
-        said = " ".join(str(error).split())
-        return Report(request.name, checkpoint=checkpoint, notes=[said, *ways_on(checkpoint)])
+        report = replace(_without_model(request, error), checkpoint=checkpoint)
     notes = ways_on(checkpoint)
     if report.checkpoint is not None and report.checkpoint.usable_weights:
         loading = f"PeftModel.from_pretrained(base_model, {request.name!r}, is_trainable=True)"
@@ -73,7 +70,10 @@ def _of_checkpoint(request: Request, checkpoint: Checkpoint) -> Report:
 def _of_output(request: Request, checkpoints: Sequence[Checkpoint]) -> Report:
     """The report on an output folder: its final adapter, or else that of the newest complete checkpoint."""
     if _has_model(request.name):
-        return _of_files(request)
+        try:
+            return _of_files(request)
+        except UsageError as error:
+            return _without_model(request, error)
     newest = next((each for each in checkpoints if each.flaw is None), None)
     if newest is None:
         return Report(request.name, notes=["No checkpoint in it is complete: the training has to start again."])
@@ -91,6 +91,13 @@ def _of_base(request: Request) -> Report:
         config.modules_to_save = [*(config.modules_to_save or []), "classifier"]
     report = inspect_model(with_adapters(model, {"default": config}), ranks=request.ranks, source=request.name)
     return replace(report, notes=[*report.notes, f"The adapter is a new one, for the task {task}."])
+
+
+def _without_model(request: Request, error: UsageError) -> Report:
+    """A report with an error as its note: the base model may not be here, but the checkpoints are."""
+    if request.lora:
+        raise error
+    return Report(request.name, notes=[" ".join(str(error).split())])
 
 
 def _has_model(name: str) -> bool:

@@ -207,7 +207,9 @@ def test_splits_of_a_saved_data_set_are_chosen_by_name() -> None:
     assert load_splits(DataArguments(dataset_name="saved", train_split="extra"), training)["train"]["text"][:] == [
         "extra"
     ]
-    with pytest.raises(UsageError, match=r"--train_split train\[:1\]: saved has the splits \['extra', 'train'\]"):
+    with pytest.raises(
+        UsageError, match=r"--train_split train\[:1\]: Unknown split: saved has the splits \['extra', 'train'\]"
+    ):
         load_splits(DataArguments(dataset_name="saved", train_split="train[:1]"), training)
 
 

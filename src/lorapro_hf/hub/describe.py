@@ -12,8 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from torch import nn
 
-from lorapro_hf.factors.pairs import LoRAPair
-from lorapro_hf.factors.pairs import find_lora_pairs
+from lorapro_hf.factors.pairs import LoRAPair, find_lora_pairs
 from lorapro_hf.hub.settings import Settings
 from lorapro_hf.hub.usage import base_of
 from lorapro_hf.optim.memory import readable_bytes, state_bytes_by_device

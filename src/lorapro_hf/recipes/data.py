@@ -15,7 +15,7 @@ from transformers.hf_argparser import HfArg
 
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.endings import sought
-from lorapro_hf.recipes.files import fault_in, is_saved, read_file, read_named, reason
+from lorapro_hf.recipes.files import fault_in, read_file, read_named
 
 _SPLITS = ("train", "validation", "test")
 _NO_SPLIT = re.compile("unknown split|bad split", re.IGNORECASE)  # messages of datasets
@@ -81,8 +81,6 @@ class DataArguments:
             return {split: read_file(path, f"--{split}_file", cache_dir) for split, path in self._files().items()}
         if self.dataset_name is None:
             raise UsageError("name the data: --dataset_name, or --train_file and --validation_file.")
-        if is_saved(self.dataset_name):
-            return self._saved(self.dataset_name)
         splits = {split: self._named(self.dataset_name, split, cache_dir) for split in _SPLITS}
         return {split: rows for split, rows in splits.items() if rows is not None}
 
@@ -102,23 +100,8 @@ class DataArguments:
             if not (isinstance(error, ValueError) and _NO_SPLIT.search(str(error))):
                 raise UsageError(f"--dataset_name {name}: {fault_in(name, error)}") from error
             if wanted != split:
-                raise UsageError(f"{name}: {error}") from error
+                raise UsageError(f"--{split}_split {wanted}: {error}") from error
             return None
-
-    def _saved(self, name: str) -> dict[str, Dataset]:
-        try:
-            saved = read_named(name)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--dataset_name {name}: {reason(error)}") from error
-        parts = dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
-        splits = {}
-        for split in _SPLITS:
-            wanted = getattr(self, f"{split}_split")
-            if wanted in parts:
-                splits[split] = parts[wanted]
-            elif wanted != split:
-                raise UsageError(f"--{split}_split {wanted}: {name} has the splits {sorted(parts)}; name one of these.")
-        return splits
 
 
 def load_splits(

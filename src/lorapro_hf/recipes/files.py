@@ -38,21 +38,21 @@ def read_file(path: str, label: str, cache_dir: str | None = None) -> Dataset:
         raise UsageError(f"{label} {path}: {error}") from error
 
 
-def is_saved(name: str) -> bool:
-    """Return whether a folder was written by `save_to_disk`."""
-    return any(Path(name, file).is_file() for file in ("dataset_dict.json", "state.json"))
-
-
 def read_named(
     name: str, config: str | None = None, split: str | None = None, cache_dir: str | None = None
 ) -> Dataset | DatasetDict:
-    """Return a data set, or one split, of the Hub or of a folder of data files; all of a `save_to_disk` folder.
+    """Return a data set or one split of it, from the Hub, a folder of data files or a folder of `save_to_disk`.
 
     Raises:
         UsageError: if datasets would take the path of the folder for a pattern.
+        ValueError: if there is no such split.
     """
-    if is_saved(name):
-        return load_from_disk(name)
+    if any(Path(name, file).is_file() for file in ("dataset_dict.json", "state.json")):
+        saved = load_from_disk(name)
+        parts = saved if isinstance(saved, DatasetDict) else {"train": saved}
+        if split is not None and split not in parts:
+            raise ValueError(f"Unknown split: {name} has the splits {sorted(parts)}; name one of these.")
+        return saved if split is None else parts[split]
     _require_literal(name)
     return load_dataset(name, config, split=split, cache_dir=cache_dir)
 

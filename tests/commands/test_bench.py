@@ -200,6 +200,7 @@ def test_missing_and_failing_peers_stop_nothing(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setitem(optimizers.BUILDERS, "riemannian", (fail, {}))
     monkeypatch.setattr(settings.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(ratios, "usable_bytes", lambda device: 10**9)
     outcome = measured("adamw_full", "lorarite", "riemannian", "efficient")
     by_method = {result.method: result for result in outcome.results}
     notes = {

@@ -45,7 +45,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    require_packages("lorapro bench", "rich", "psutil", "pandas", "jinja2", extra="bench")
+    require_packages("lorapro bench", "rich", "psutil", extra="bench")
     settings = settings_of(arguments, BenchSettings, _QUICK if arguments.quick else {})
     from lorapro_hf.commands.bench.run import run_bench  # takes seconds: after the arguments have been checked
 

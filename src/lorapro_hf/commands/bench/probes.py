@@ -68,21 +68,22 @@ def memory_of(step: Step, device: torch.device) -> Allocations:
     On the CPU the allocator's events are read, so that memory inside operators counts; libraries that allocate by
     themselves (workspaces of MKL or oneDNN) are not seen. On CUDA it is the allocator's peak.
     """
-    peak = _cuda_peak(step, device) if device.type == "cuda" else _cpu_peak(step)
-    with _Operators() as operators:
-        step()
-    kernels = cuda_kernels(step) if device.type == "cuda" else operators.kernels
-    sizes = operators.sizes
+    on_cuda = device.type == "cuda"
+    peak = _cuda_peak(step, device) if on_cuda else _cpu_peak(step)
+    operators = _operators_of(step)
+    kernels, sizes = cuda_kernels(step) if on_cuda else operators.kernels, operators.sizes
     return Allocations(peak, frozenset(sizes), max(sizes, key=sizes.__getitem__, default=None), kernels)
 
 
 def kernels_of(step: Step, device: torch.device) -> int:
     """The number of kernels of one step; runs it once."""
-    if device.type == "cuda":
-        return cuda_kernels(step)
+    return cuda_kernels(step) if device.type == "cuda" else _operators_of(step).kernels
+
+
+def _operators_of(step: Step) -> _Operators:
     with _Operators() as operators:
         step()
-    return operators.kernels
+    return operators
 
 
 def _cpu_peak(step: Step) -> int:

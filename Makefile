@@ -81,9 +81,7 @@ DEVICES ?= 2
 # Stopped, it goes on where it was. Only a comparison that ARGS have not changed replaces what is in docs/results.
 compare-%: $(STAMP)
 	$(BIN)/lorapro compare $* --devices $(DEVICES) $(ARGS)
-	$(if $(ARGS),,rm -rf docs/results/$* && mkdir -p docs/results/$*)
-	$(if $(ARGS),,cp -r runs/compare-$*/summary.json runs/compare-$*/figures docs/results/$*)
-	$(if $(ARGS),,$(BIN)/python benchmarks/results.py)
+	$(if $(ARGS),,$(BIN)/python benchmarks/results.py --take $*)
 
 docs: $(STAMP) ## build the documentation into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

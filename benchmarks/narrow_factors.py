@@ -1,15 +1,14 @@
-"""What becomes of steps that are smaller than the spacing of bfloat16 factors? Three ways to store their results.
+"""Compares three ways of storing steps that are smaller than the spacing of bfloat16 factors.
 
     python benchmarks/narrow_factors.py           # about twenty minutes on one core; no GPU, no download
     python benchmarks/narrow_factors.py --quick   # a few steps of one seed, to see that it runs; keeps no file
 
 Prints the tables that `docs/precision.md` sums up and writes them to `narrow_factors.md` beside this script, or to
-`--output`. Base model and factors are in bfloat16. What a step makes of the factors is rounded to the nearest, rounded
-stochastically (to either neighbor, so that it is right on average), or kept in float32 masters of which the parameters
-are the roundings. The measure is the same training with float32 factors under autocast, which computes the same
-products of the same base. All of them start from the same factors and see the same batches; their ends, as the
-parameters have them, are compared in float32. A new adapter, whose B is 0, is trained at usual learning rates; one
-whose B is not is trained on at small ones, as after a first training.
+`--output`. Base model and factors are in bfloat16. The new factors are rounded to the nearest, rounded stochastically
+(to either neighbor, so that the mean is right), or kept in float32 masters, which are rounded to the parameters. All
+trainings start from the same factors and see the same batches. The script compares their last parameters in float32
+with those of a training with float32 factors under autocast, which computes the same products of the same base. A new
+adapter, with B = 0, is trained at usual learning rates; a trained adapter is trained further at small rates.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ def network(seed: int) -> nn.Module:
 
 
 def network_loss(model: nn.Module, seed: int, batch: int) -> Tensor:
-    """Mean square of what is missing to the target, with noise."""
+    """Mean square of the distance to the noisy target."""
     generator, (first, second) = _generator(3, seed, batch), _layers(seed, 0.5)
     inputs = torch.randn(64, 48, generator=generator)
     noise = 0.1 * torch.randn(64, 24, generator=generator)

@@ -1,7 +1,8 @@
 """Writes docs/results.md from the summaries in docs/results and docs/pictures/gradient_gap.json.
 
-    python benchmarks/results.py           # the last step of: make compare-small, compare-ranks and so on
-    python benchmarks/results.py --check   # exit code 1 if docs/results.md says something else
+    python benchmarks/results.py                # rewrites the page
+    python benchmarks/results.py --take small   # before, takes the summary of runs/compare-small: `make compare-small`
+    python benchmarks/results.py --check        # exit code 1 if docs/results.md says something else
 
 No figure is typed in, and no run of the comparisons is left out.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -18,7 +20,8 @@ from typing import Any
 from lorapro_hf.config import TRUST_REGION
 from lorapro_hf.optim.memory import readable_bytes
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 PAGE, GAP = DOCS / "results.md", DOCS / "pictures" / "gradient_gap.json"
 MAIN = ("small", "long", "ranks")  # of configs/compare, each with a folder in docs/results
 WHOLE, LIMITS, COSTS = "whole", "limits", "costs"  # have sections of their own
@@ -26,6 +29,8 @@ LORA, FULL = "lora", "full"
 OURS = ("pro_full_linear", "pro_full_paper", "pro_factored_linear")
 ANSWERS = {"exact_match", "accuracy"}  # a task has one of these metrics at most
 BAD = ("diverged", "failed", "missing")
+FIGURES = ("loss.png", "rates.png")  # of MAIN[0], which the page shows
+DIGITS = 6
 EDGES = {"lowest": " ↓", "highest": " ↑", None: ""}
 
 Summary = Mapping[str, Any]
@@ -78,6 +83,11 @@ def by_method(comparisons: list[Summary], cells: Mapping[str, Callable[[Method],
     return table(["method", *(f"{title(c)}{column}" for c in comparisons for column in cells)], rows)
 
 
+def without_references(comparison: Summary) -> Summary:
+    """The comparison without plain LoRA and full fine-tuning, which the first table shows."""
+    return {**comparison, "methods": [row for row in comparison["methods"] if row["method"] not in (LORA, FULL)]}
+
+
 def answers(comparisons: list[Summary]) -> str:
     """The fraction of right answers where there are some."""
     found = [each for each in comparisons if any(ANSWERS & (row["test"] or {}).keys() for row in each["methods"])]
@@ -126,19 +136,18 @@ def references(comparisons: list[Summary]) -> str:
 
 
 def costs(comparison: Summary) -> str:
-    """Time, memory and parameters of each method."""
+    """Time and memory of each method."""
     rows = [
         [
             row["title"],
             f"{row['cost']['step_ms']:.0f}",
             f"{row['cost']['optimizer_ms']:.1f}",
             readable_bytes(row["cost"]["state_bytes"]),
-            f"{int(row['cost']['trainable']):,}",
         ]
         for row in comparison["methods"]
         if row["learning_rate"] is not None
     ]
-    return table(["method", "step, ms", "optimizer, ms", "optimizer state", "trained parameters"], rows)
+    return table(["method", "step, ms", "optimizer, ms", "optimizer state"], rows)
 
 
 def evenness(comparison: Summary) -> str:
@@ -188,7 +197,7 @@ def page(summaries: Mapping[str, Summary], gap: Mapping[str, Any]) -> str:
         closed=closed(main),
         gap=gap,
         whole=by_method(summaries[WHOLE]["comparisons"], {", test loss": loss, ", right answers": right}),
-        limits=by_method(summaries[LIMITS]["comparisons"], {"": loss}),
+        limits=by_method([without_references(each) for each in summaries[LIMITS]["comparisons"]], {"": loss}),
         default=f"{TRUST_REGION:g}",
         costs=costs(cost["comparisons"][0]),
         timed=title(cost["comparisons"][0]),
@@ -214,53 +223,53 @@ rewrite this page. The summaries: [small](results/small/summary.json), [long](re
 
 ## Test loss
 
-Mean ± standard deviation at each method's best learning rate (in brackets), which a validation set has chosen. \
-**Bold**: better than tuned LoRA on every seed; *italic*: worse on every seed. ↓, ↑: the rate ends its grid, so a \
-better one may lie beyond. Word problems and code are learned by the first blocks of SmolLM2-135M with a vocabulary \
-cut to size, docstrings by MiniLM.
+The table shows mean ± standard deviation at each method's best learning rate (in brackets), which a validation set \
+has chosen. **Bold**: better than tuned LoRA on every seed; *italic*: worse on every seed. ↓, ↑: the rate ends its \
+grid, so a better one may lie beyond. The first blocks of SmolLM2-135M, with a vocabulary cut to size, learn word \
+problems and code; MiniLM learns docstrings.
 
 {losses}
 
-Reference losses, of the model before its training and of a unigram model:
+The reference losses are those of the untrained model and of a unigram model:
 
 {references}
 
 ## Gap closed
 
-LoRA-Pro on the way from tuned LoRA's test loss (0 %) to that of full fine-tuning (100 %). "noise": not every seed \
-shows a gap; "no gap": full fine-tuning is not better.
+The table shows how far LoRA-Pro gets from tuned LoRA's test loss (0 %) to that of full fine-tuning (100 %). "noise": \
+not every seed shows a gap; "no gap": full fine-tuning is not better.
 
 {closed}
 
-In two trainings that [measure the gradients](diagnostics.md#looking-at-it), the equivalent gradient was closer to the \
-true one than plain LoRA's in {gap[closer]} of {gap[measured]} measurements, and the sequential step equal to its \
-formula up to {gap[largest_step_error]:.1e}.
+In two trainings that [measure the gradients](diagnostics.md#plots), the equivalent gradient was closer to the true \
+one than plain LoRA's in {gap[closer]} of {gap[measured]} measurements, and the sequential step equalled its formula \
+up to {gap[largest_step_error]:.1e}.
 
 ## Right answers
 
-The accuracy on docstrings, at the learning rates of the first table.
+This is the accuracy on docstrings at the learning rates of the first table.
 
 {answers}
 
 ## The whole model
 
-Other word problems under the whole of SmolLM2-135M, which writes the answers itself, for the 24 steps of `make demo`. \
-The default limit would shorten most of these steps, so LoRA-Pro has a wider one here.
+The whole SmolLM2-135M is trained on other word problems for the 24 steps of `make demo`, and writes the answers \
+itself. The default limit would shorten most of these steps, so LoRA-Pro has a wider limit here.
 
 {whole}
 
 ## The limit of a step
 
-Mode `full` with other limits of the [trust region](how_it_works.md#linear-and-sequential). The default, {default}, \
-was chosen on these same tasks, by validation loss and by the range of usable rates: LoRA-Pro's full and factored \
-modes have one more tuned setting than the other methods.
+The table compares limits of the [trust region](how_it_works.md#linear-and-sequential) in mode `full`. The default, \
+{default}, was chosen on these same tasks, by validation loss and by the range of usable rates: the modes `full` and \
+`factored` have one more tuned setting than the other methods. The first table has LoRA and full fine-tuning.
 
 {limits}
 
 ## Cost
 
-{timed}: medians of {steps} steps at the rate that was best in `compare-small`, in one process. {evenness} [Memory and \
-speed](speed.md) has the times of large models.
+The times are medians of {steps} steps on {timed}, in one process, at the rate that was best in `compare-small`. \
+{evenness} [Memory and speed](speed.md) has the times of large models.
 
 {costs}
 
@@ -280,8 +289,31 @@ def summary(name: str) -> Summary:
     return found
 
 
-def main(check: bool) -> int:
+def take(name: str) -> None:
+    """Keep the summary of a comparison's last run, without spaces and with fewer digits, and the figures shown."""
+    source, kept = ROOT / "runs" / f"compare-{name}", DOCS / "results" / name
+    found = json.loads((source / "summary.json").read_text(encoding="utf-8"))
+    kept.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(shortened(found), separators=(",", ":"), allow_nan=False)
+    (kept / "summary.json").write_text(f"{content}\n", encoding="utf-8")
+    for figure in FIGURES if name == MAIN[0] else ():
+        (kept / "figures").mkdir(exist_ok=True)
+        shutil.copy(source / "figures" / figure, kept / "figures")
+
+
+def shortened(value: Any) -> Any:
+    """The same content with each number rounded to a few significant digits."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, list):
+        return [shortened(each) for each in value]
+    return {key: shortened(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+
+def main(check: bool, taken: str | None = None) -> int:
     """Write the page, or say whether it is up to date."""
+    if taken is not None:
+        take(taken)
     made = page({name: summary(name) for name in (*MAIN, WHOLE, LIMITS, COSTS)}, json.loads(GAP.read_text("utf-8")))
     if check:
         return int(PAGE.read_text(encoding="utf-8") != made)
@@ -292,4 +324,6 @@ def main(check: bool) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit with 1 if the page is not up to date, and leave it")
-    sys.exit(main(parser.parse_args().check))
+    parser.add_argument("--take", metavar="NAME", help="keep the summary and figures of runs/compare-NAME first")
+    arguments = parser.parse_args()
+    sys.exit(main(arguments.check, arguments.take))

@@ -1,7 +1,7 @@
-"""What does sharing the pairs out among ranks cost and save? State and traffic of each rank, by the number of ranks.
+"""State and traffic of each rank when the ranks divide the pairs, by the number of ranks.
 
-Measured on 1, 2 and 3 processes of this machine with the factors of SmolLM2-135M, computed for more with those of
-Llama-3.1-70B. Run it with `python benchmarks/scaling.py`; it prints the Markdown of `benchmarks/scaling.md`.
+The script measures 1, 2 and 3 processes of this machine with the factors of SmolLM2-135M, and computes more ranks with
+those of Llama-3.1-70B. `python benchmarks/scaling.py` prints the Markdown of `benchmarks/scaling.md`.
 """
 
 from __future__ import annotations
@@ -130,11 +130,11 @@ def main() -> int:
         lines.append(f"| {ranks} | {' | '.join(states)} | {megabytes(of['received'])} | {of['collectives']} |")  # type: ignore[arg-type]
     lines += [
         "",
-        "State: the moments that the rank with the most keeps. Received: new factors of the other ranks, in float32; "
-        "each rank sends its own to all. Gradients are averaged by DDP as for plain LoRA and are not counted. The last "
-        "collective is that of the gradient norm. A collective brings as much from each rank as from the one that owns "
-        "most pairs of a shape: with more ranks than pairs of a shape, 80 or 160 here, traffic grows with the ranks "
-        "while state and work no longer shrink.",
+        "State is the size of the moments on the rank that keeps the most. Received counts the new factors from the "
+        "other ranks, in float32; each rank sends its factors to all. DDP averages the gradients as for plain LoRA; "
+        "they are not counted. The last collective is that of the gradient norm. In a collective each rank sends as "
+        "much as the rank that owns the most pairs of a shape: with more ranks than pairs of a shape, 80 or 160 here, "
+        "traffic grows with the ranks while state and work no longer shrink.",
     ]
     print("\n".join(lines))
     return 0

@@ -1,13 +1,13 @@
-"""How much is lost by keeping the second moment as row and column means, against other cheap estimates and in training?
+"""Compares row and column means of the second moment with other cheap estimates of it, and modes in training.
 
     python benchmarks/second_moments.py           # about three minutes on one core; no GPU, no download
     python benchmarks/second_moments.py --quick   # a few steps of one seed, to see that it runs; keeps no file
 
 Prints the two tables of `docs/factored.md` and writes them to `second_moments.md` beside this script, or to `--output`:
 
-* Along the trajectory of mode full (dense moments, sequential step), each estimate of V is offered the same factors and
-  the same second moments at every step. How close is its change of `s B A` to that of full mode?
-* Every mode and update trained to the end, at its best learning rate, in float64. Which losses do they reach?
+* Along the trajectory of mode full (dense moments, sequential step), each estimate of V gets the same factors and
+  second moments at every step. The table shows how close its change of `s B A` is to that of mode full.
+* Every mode and update is trained at several learning rates in float64. The table shows the loss at the best rate.
 """
 
 from __future__ import annotations

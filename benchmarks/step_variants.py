@@ -4,7 +4,7 @@
     python benchmarks/step_variants.py --set seeds=[0]   # any option of `lorapro compare`
 
 Trains with `lorapro compare` after adding the variants below to its methods; `step_variants.yaml` lists the tasks.
-Summary and figures are copied to `step_variants/` beside this script, except with options.
+The summary is copied to `step_variants/` beside this script, except with options.
 
 The variants are written for reading, in dense tensors: Adam's direction u of the equivalent gradient is formed as a
 matrix and handed to a function that moves the factors.
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from lorapro_hf import cli, find_lora_pairs, project_lora_gradients
-from lorapro_hf.commands.compare import methods, optimizers
+from lorapro_hf.commands.common import optimizers
+from lorapro_hf.commands.compare import methods
 from lorapro_hf.commands.compare.settings import read_settings
 from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.functional.bases import row_basis
@@ -197,13 +198,12 @@ def method(way: str) -> methods.ComparedMethod:
 
 
 def main(options: list[str]) -> int:
-    """Run the comparison, and keep its summary and figures if no option has changed it."""
+    """Run the comparison, and keep its summary if no option has changed it."""
     register()
     code = cli.main(["compare", str(HERE / "step_variants.yaml"), *options])
     if not code and not options:
-        results, kept = Path(read_settings(HERE / "step_variants.yaml").output_dir), HERE / "step_variants"
-        shutil.copy(results / "summary.json", kept)
-        shutil.copytree(results / "figures", kept / "figures", dirs_exist_ok=True)
+        results = Path(read_settings(HERE / "step_variants.yaml").output_dir)
+        shutil.copy(results / "summary.json", HERE / "step_variants")
     return code
 
 

@@ -1,27 +1,33 @@
-"""How does a page show the options of a command? `make docs` takes them from the command's parser."""
+"""How do pages show the options of commands and of the trainer? `make docs` takes them from the parsers."""
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+from transformers import HfArgumentParser
+
+from lorapro_hf import LoRAProTrainingArguments
 from lorapro_hf.cli import build_parser
 
 _MARK = re.compile(r"^<!-- options of (lorapro \w+) -->$", re.MULTILINE)
+_TRAINER_MARK = "<!-- options of LoRAProTrainingArguments -->"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the tables of a command's options, also of its subcommands, in the place of its mark."""
+    """Replace each mark by the options of a command and its subcommands, or of the trainer."""
     commands = all_commands()
 
     def tables(match: re.Match[str]) -> str:
-        own = {name: parser for name, parser in commands.items() if f"{name} ".startswith(f"{match[1]} ")}
+        parsers = {name: parser for name, parser in commands.items() if f"{name} ".startswith(f"{match[1]} ")}
         return "\n\n".join(
-            table(parser) if name == match[1] else f"### {name}\n\n{table(parser)}" for name, parser in own.items()
+            table(parser) if name == match[1] else f"### {name}\n\n{table(parser)}" for name, parser in parsers.items()
         )
 
+    if _TRAINER_MARK in markdown:
+        markdown = markdown.replace(_TRAINER_MARK, trainer_table())
     return _MARK.sub(tables, markdown)
 
 
@@ -48,8 +54,20 @@ def _leaves(name: str, parser: argparse.ArgumentParser) -> Iterator[tuple[str, a
 
 def table(parser: argparse.ArgumentParser) -> str:
     """The options of a command as Markdown."""
-    rows = [_row(action) for action in parser._actions if action.help != argparse.SUPPRESS and action.dest != "help"]
-    return "\n".join(["| option | default | meaning |", "|---|---|---|", *rows])
+    return _table(action for action in parser._actions if action.help != argparse.SUPPRESS and action.dest != "help")
+
+
+def trainer_table() -> str:
+    """The options that `LoRAProTrainingArguments` adds to those of `Trainer`, as Markdown."""
+    parser = HfArgumentParser(LoRAProTrainingArguments)  # type: ignore[arg-type]
+    actions = [action for action in parser._actions if action.dest.startswith("lora_pro")]
+    for action in actions:
+        action.metavar = None if action.choices else "VALUE"
+    return _table(actions)
+
+
+def _table(actions: Iterable[argparse.Action]) -> str:
+    return "\n".join(["| option | default | meaning |", "|---|---|---|", *map(_row, actions)])
 
 
 def _row(action: argparse.Action) -> str:

@@ -29,13 +29,14 @@ from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.cells import complete_rows, is_blank, is_number, require_columns, require_plain, with_texts
 from lorapro_hf.recipes.data import DataArguments, keep_all_of, load_splits
 from lorapro_hf.recipes.flow import as_program, run, start
-from lorapro_hf.recipes.heads import layers_without_weights, load_with_head
 from lorapro_hf.recipes.metrics import GLUE_METRICS, labels_in, of_labels
 from lorapro_hf.recipes.model import (
     AdapterArguments,
     ModelArguments,
     add_adapter,
+    layers_without_weights,
     load_config,
+    load_model,
     load_tokenizer,
 )
 from lorapro_hf.recipes.parser import RecipeParser
@@ -177,8 +178,8 @@ def main(argv: list[str] | None = None) -> None:
     source = model_args.model_name_or_path
     config = load_config(model_args, **names)
     tokenizer = load_tokenizer(model_args)
-    model, missing = load_with_head(AutoModelForSequenceClassification, model_args, config=config)
-    new_layers = layers_without_weights(model, missing)
+    model, report = load_model(AutoModelForSequenceClassification, model_args, config=config, output_loading_info=True)
+    new_layers = layers_without_weights(model, report["missing_keys"])
     if model.config.pad_token_id is None:  # decoders classify the last token before the padding
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id

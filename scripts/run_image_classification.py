@@ -33,13 +33,13 @@ from lorapro_hf.recipes.data import DataArguments, keep_all_of, load_splits
 from lorapro_hf.recipes.endings import one_line_errors
 from lorapro_hf.recipes.files import read_images
 from lorapro_hf.recipes.flow import as_program, run, start
-from lorapro_hf.recipes.heads import load_with_head
 from lorapro_hf.recipes.metrics import labels_in, of_labels
 from lorapro_hf.recipes.model import (
     AdapterArguments,
     ModelArguments,
     add_adapter,
     load_config,
+    load_model,
     load_processor,
 )
 from lorapro_hf.recipes.parser import RecipeParser
@@ -142,13 +142,8 @@ def main(argv: list[str] | None = None) -> None:
     source = model_args.model_name_or_path
     config = load_config(model_args, **names)
     processor = load_processor(AutoImageProcessor, model_args.tokenizer_name or source, model_args)
-    model, _ = load_with_head(
-        AutoModelForImageClassification,
-        model_args,
-        head="classifier",
-        config=config,
-        ignore_mismatched_sizes=True,  # replaces a head of other classes
-    )
+    # replaces a head of other classes
+    model = load_model(AutoModelForImageClassification, model_args, config=config, ignore_mismatched_sizes=True)
     model = add_adapter(model, adapter, None, training.gradient_checkpointing, head="classifier")
 
     for split, rows in splits.items():

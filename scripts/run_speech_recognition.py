@@ -34,9 +34,8 @@ from lorapro_hf.recipes.cells import complete_rows, require_columns, with_texts
 from lorapro_hf.recipes.data import DataArguments, keep_all_of, load_splits
 from lorapro_hf.recipes.endings import one_line_errors
 from lorapro_hf.recipes.flow import as_program, run, start
-from lorapro_hf.recipes.heads import load_with_head
 from lorapro_hf.recipes.metrics import load_metric
-from lorapro_hf.recipes.model import AdapterArguments, ModelArguments, add_adapter, load_processor
+from lorapro_hf.recipes.model import AdapterArguments, ModelArguments, add_adapter, load_model, load_processor
 from lorapro_hf.recipes.parser import RecipeParser
 
 with one_line_errors():
@@ -144,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"{data.max_duration_in_seconds:g}; raise it."
             )
     sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "ctc_loss_reduction": "mean"}
-    model, _ = load_with_head(AutoModelForCTC, model_args, "lm_head", **sizes, ignore_mismatched_sizes=True)
+    model = load_model(AutoModelForCTC, model_args, **sizes, ignore_mismatched_sizes=True)
     model.config.ctc_zero_infinity = True  # for recordings that are too short for their text
     model.config.layerdrop = 0.0  # DDP would wait for the gradient of a dropped layer
     # these models have no embeddings; only this kind of checkpointing needs no inputs with gradients

@@ -131,9 +131,14 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 
 @pytest.mark.distributed
-def test_one_process_resumes_to_the_bit_and_a_planted_difference_is_seen(lab: Lab):
+def test_one_process_resumes_to_the_bit(lab: Lab):
     killed = try_case(lab, "one:killed:0", seed=1)
     assert killed.verdict in (SAME, SAME_SAID) and killed.tried.startswith("killed rank 0 at instant "), killed
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_planted_difference_is_seen(lab: Lab):
     whole = lab.whole("one")
     name = next(iter(whole.adapter))
     whole.adapter[name] = torch.nextafter(whole.adapter[name], torch.tensor(float("inf")))

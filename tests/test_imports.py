@@ -106,7 +106,7 @@ def imports_of(source: str, package: str = PACKAGE) -> list[Import]:
 
 
 def room_of(name: str) -> str:
-    """The folder of a module or of a public name: `optim` of `lorapro_hf.optim.state`, `lorapro_hf.LoRAProAdamW`."""
+    """The folder of a module or of a public name: `optim` of `lorapro_hf.optim.memory`, `lorapro_hf.LoRAProAdamW`."""
     parts = name.split(".")[1:]
     parts = [*lorapro_hf._HOMES.get(parts[0], parts[0]).split("."), *parts[1:]]
     return ".".join(parts[:2]) if parts[0] == "commands" else parts[0]

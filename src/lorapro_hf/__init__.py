@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from lorapro_hf.config import LoRAProConfig
     from lorapro_hf.deepspeed.engine import attach_deepspeed
     from lorapro_hf.diagnostics import GradientGapCallback
-    from lorapro_hf.factors.pair import LoRAPair
-    from lorapro_hf.factors.pairs import find_lora_pairs
+    from lorapro_hf.factors.pairs import LoRAPair, find_lora_pairs
     from lorapro_hf.factors.weight_gradients import weight_gradients
     from lorapro_hf.functional.projection import equivalent_gradient, project_lora_gradients
     from lorapro_hf.hub import create_model_card, load_lora_pro_config, push_adapter, save_adapter
@@ -72,7 +71,7 @@ __all__ = [
 _HOMES = {
     "GradientGapCallback": "diagnostics",
     "LoRAMethod": "methods",
-    "LoRAPair": "factors.pair",
+    "LoRAPair": "factors.pairs",
     "LoRAProAdamW": "optim.lora_pro",
     "LoRAProCallback": "trainer.callback",
     "LoRAProConfig": "config",

@@ -66,7 +66,7 @@ CHANGES: dict[Callable[[Any], None], str] = {
 }
 
 
-@pytest.mark.parametrize("change", rest_slow(CHANGES, fast=2))
+@pytest.mark.parametrize("change", rest_slow(CHANGES))
 def test_second_training_after_the_adapters_changed(change: Callable[[Any], None], tmp_path: Path) -> None:
     trainer = trainer_of(tmp_path, two())
     trainer.train()

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from grids import rest_slow
 from lora_layers import needs_weight_tying
 from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments, create_lorapro_optimizer
 from trainer_helpers import arguments, assert_same, build, differ, factors, tiny_base, tiny_lora
@@ -40,13 +41,16 @@ def assert_resumes(folder: Path, make: Callable[[], nn.Module], **settings: Any)
 
 @pytest.mark.parametrize(
     ("dtype", "masters", "is_given"),
-    [
-        (torch.bfloat16, False, True),
-        (torch.bfloat16, True, True),
-        (torch.float16, False, True),
-        (torch.float16, True, True),
-        (torch.bfloat16, True, False),
-    ],
+    rest_slow(
+        [
+            (torch.bfloat16, False, True),
+            (torch.bfloat16, True, False),
+            (torch.bfloat16, True, True),
+            (torch.float16, False, True),
+            (torch.float16, True, True),
+        ],
+        fast=2,
+    ),
 )
 def test_half_precision(dtype: torch.dtype, masters: bool, is_given: bool, tmp_path: Path) -> None:
     def make() -> nn.Module:
@@ -56,7 +60,7 @@ def test_half_precision(dtype: torch.dtype, masters: bool, is_given: bool, tmp_p
 
 
 @needs_weight_tying
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", rest_slow([torch.bfloat16, torch.float16, torch.float32]), ids=str)
 def test_tied_embeddings(dtype: torch.dtype, tmp_path: Path) -> None:
     def make() -> nn.Module:
         base = tiny_base()
@@ -111,7 +115,7 @@ def added(names: tuple[str, ...] = ("mine",), dtype: torch.dtype = torch.float32
     return model
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", rest_slow([torch.bfloat16, torch.float32]), ids=str)
 def test_an_adapter_that_transformers_has_added(dtype: torch.dtype, tmp_path: Path) -> None:
     assert_resumes(tmp_path, lambda: added(dtype=dtype))
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import Trainer, TrainerControl, TrainerState
 
+from grids import rest_slow
 from lora_layers import ROWS, Row, needs_weight_tying, tied_llama
 from lorapro_hf import (
     LoRAProCallback,
@@ -24,9 +25,11 @@ from lorapro_hf import (
     create_lorapro_optimizer,
     find_lora_pairs,
 )
-from lorapro_hf.checkpoints.adapters import find_unsaved, raise_on_all_ranks, require_pairs_in_checkpoint, saving_error
+from lorapro_hf.checkpoints import agreement
+from lorapro_hf.checkpoints.adapters import find_unsaved, require_pairs_in_checkpoint, saving_error
 from lorapro_hf.distributed.engines import require_supported_engine
 from lorapro_hf.hub import push_adapter, save_adapter
+from lorapro_hf.trainer import saving
 from trainer_helpers import arguments, build, tiny_lora
 
 LAYER = "base_model.model.model.layers.0"
@@ -78,7 +81,7 @@ def use_callback(model: nn.Module, folder: Path) -> None:
     build(Trainer, arguments(folder), model, callbacks=[LoRAProCallback()]).train()
 
 
-@pytest.mark.parametrize("wrap", [checkpoint_wrapper, torch.compile, Parallel])
+@pytest.mark.parametrize("wrap", rest_slow([checkpoint_wrapper, torch.compile, Parallel]))
 @pytest.mark.parametrize("use", [use_trainer, use_factory, use_callback])
 def test_wrappers_inside_are_refused_at_the_start(wrap: Any, use: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"(is|part of it is) wrapped by .*that nobody can load"):
@@ -166,17 +169,20 @@ class SavesTwice(LoRAProTrainer):
 
 def test_only_the_save_of_all_ranks_waits_for_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     heard: list[Any] = []
-    monkeypatch.setattr("lorapro_hf.trainer.saving.raise_on_all_ranks", heard.append)
+    monkeypatch.setattr(saving, "raise_on_all_ranks", heard.append)
     build(SavesTwice, arguments(tmp_path, **{**SAVING, "max_steps": 1})).train()
     assert heard == [None] and (tmp_path / "apart" / FILE).is_file()
 
 
 def test_an_error_of_any_rank_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [*own, "the disk of the other node"])
+    def fail() -> None:
+        raise OverflowError("its own")
+
+    monkeypatch.setattr(agreement, "gather_object", lambda own: [*own, "the disk of the other node"])
     with pytest.raises(ValueError, match="the disk of the other node"):
-        raise_on_all_ranks(None)
-    with pytest.raises(ValueError, match="its own"):
-        raise_on_all_ranks(ValueError("its own"))
+        agreement.check_together(lambda: None)
+    with pytest.raises(OverflowError, match="its own"):
+        agreement.check_together(fail)
 
 
 @pytest.mark.usefixtures("losing")

@@ -32,8 +32,7 @@ from comparison_helpers import (
 from lorapro_hf.commands.compare import command
 from lorapro_hf.commands.compare import report as report_module
 from lorapro_hf.commands.compare import sweep as sweep_module
-from lorapro_hf.commands.compare.methods import METHODS, method_of
-from lorapro_hf.commands.compare.optimizers import require_usable
+from lorapro_hf.commands.compare.methods import METHODS, method_of, require_usable
 from lorapro_hf.commands.compare.plan import plan
 from lorapro_hf.commands.compare.settings import read_settings, settings_of
 from lorapro_hf.commands.compare.store import RECORDS, Store
@@ -92,7 +91,7 @@ def test_a_variant_adds_to_its_method() -> None:
         ({"methods": {"pro_efficient_linear": {"optimizer": {"trust_region": 0.1}}}}, "mode 'efficient' has no"),
         ({"methods": {"pro_full_linear": {"optimizer": {"limit": 1}}}}, r"\['limit'\], unknown to LoRA-Pro"),
         ({"methods": {"lora": {"optimizer": "sgd"}}}, "optimizer='sgd' must be a mapping"),
-        ({"methods": {"lora": {"adapter": {"lora_dropout": "1e-1"}}}}, "lora_dropout='1e-1' must be a number"),
+        ({"methods": {"lora": {"adapter": {"lora_dropout": "much"}}}}, "lora_dropout='much' must be a number"),
         ({"methods": {"lora": {"adapter": {"use_dora": "yes"}}}}, "use_dora='yes' must be true or false"),
         ({"methods": {"lora": {"adapter": {"r": 4}}}}, r"\['r'\], which LoraConfig does not know or the comparison"),
         ({"seeds": [0, 0]}, "each named once"),
@@ -120,7 +119,7 @@ def test_a_variant_adds_to_its_method() -> None:
         ({"scaling": ".inf"}, "scaling='.inf' must be a number"),
         ({"precision": "fp8"}, "fp32, bf16"),
         ({"schedule": "cosin"}, "'cosin' is none of linear, cosine"),
-        ({"schedule": "reduce_lr_on_plateau"}, "'reduce_lr_on_plateau' cannot be used"),
+        ({"schedule": "reduce_lr_on_plateau"}, "'reduce_lr_on_plateau' is none of"),
         ({"schedule": 3}, "schedule=3 must be a text"),
         ({"baseline": "loro"}, "baseline='loro' is not under methods"),
         ({"output_dir": 3}, "output_dir=3 must be a text"),
@@ -274,7 +273,7 @@ def test_failed_runs_are_pointed_out_and_tried_again_on_demand(tmp_path: Path, t
 def test_two_comparisons_do_not_train_into_one_folder(tmp_path: Path, trained: list[str]) -> None:
     with (
         Store(tmp_path).locked(0, print),
-        pytest.raises(UsageError, match=r"Another process .pid \d+. is training"),
+        pytest.raises(UsageError, match="Another process is training"),
     ):
         run_all(settings(tmp_path))
     assert trained == [] and not (tmp_path / "sweep.json").exists()
@@ -372,7 +371,7 @@ def test_a_worker_is_that_of_accelerate_and_trainer_sees_one_process(monkeypatch
 def test_processes_share_the_runs_out(tmp_path: Path) -> None:
     chosen = settings(tmp_path, seeds=[0, 1, 2], methods={"lora": [1e-3, 1e-2], "dora": [1e-2]})
     sweeps = [Sweep(chosen, Worker(index, 2), CPU, Console(quiet=True)) for index in range(2)]
-    keys = [{run.key for run in sweep.pending} for sweep in sweeps]
+    keys = [{run.key for run in sweep.pending()} for sweep in sweeps]
     assert not keys[0] & keys[1] and len(keys[0] | keys[1]) == 9
 
 

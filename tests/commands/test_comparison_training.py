@@ -22,8 +22,9 @@ from lorapro_hf.commands.compare.methods import METHODS
 from lorapro_hf.commands.compare.plan import plan
 from lorapro_hf.commands.compare.references import reference_losses
 from lorapro_hf.commands.compare.settings import settings_of
-from lorapro_hf.commands.compare.tasks import load_task, sources
+from lorapro_hf.commands.compare.tasks import sources
 from lorapro_hf.commands.compare.tasks.base import LoadedTask
+from lorapro_hf.commands.compare.tasks.kinds import load_task
 from lorapro_hf.commands.compare.tasks.models import truncated
 from lorapro_hf.commands.compare.tasks.sources import docstrings, library_code, table
 from lorapro_hf.options import UsageError
@@ -158,7 +159,7 @@ def test_an_exception_is_recorded(task: LoadedTask, tmp_path: Path, monkeypatch:
     def explode(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(training, "build_optimizer", explode)
+    monkeypatch.setattr(training, "build", explode)
     record = training.train_run(task, only("lora"), settings(tmp_path), CPU)
     assert (record.status, record.error) == ("failed", "OutOfMemoryError: no room")
 

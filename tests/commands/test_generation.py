@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evaluation_helpers import plain_greedy, tiny_model
-from lorapro_hf.commands.common.generation import complete
+from lorapro_hf.commands.common.scoring import complete
 from lorapro_hf.options import UsageError
 
 PROMPTS = ["a", "Question: how much?\nAnswer:", "def f(x):\n", "1, 2, 3"]
@@ -38,17 +38,17 @@ def test_a_batch_is_answered_as_single_prompts_are_without_cache_and_padding(
     monkeypatch.setattr(model.generation_config, "repetition_penalty", 3.0)  # greedy answers ignore it
     expected = [plain_greedy(model, tokenizer, prompt, 12) for prompt in PROMPTS]
     assert len(set(expected)) == len(PROMPTS)  # the prompts matter
-    assert [each.text for each in complete(model, tokenizer, PROMPTS, 12)] == expected
+    assert complete(model, tokenizer, PROMPTS, 12) == expected
 
 
 def test_end_tokens_of_the_generation_settings_count(
     model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = complete(model, tokenizer, ["a"], 8)[0].text
+    whole = complete(model, tokenizer, ["a"], 8)[0]
     ids = tokenizer(whole)["input_ids"]
     assert len(ids) == 8
     monkeypatch.setattr(model.generation_config, "eos_token_id", [1, ids[3]])
-    ended = complete(model, tokenizer, ["a"], 8)[0].text
+    ended = complete(model, tokenizer, ["a"], 8)[0]
     assert whole.startswith(ended) and len(ended) <= 4
 
 

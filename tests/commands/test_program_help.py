@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorapro_hf.commands.compare import methods, optimizers
+from lorapro_hf.commands.common import optimizers
+from lorapro_hf.commands.compare import methods
 
 ROOT = Path(__file__).parents[2]
 PATTERNS = ("scripts/*.py", "benchmarks/*.py", "docs/pictures/*.py", "tests/helpers/*_table*.py")

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 import lorapro_hf
-from lorapro_hf.commands.common.progress import progress_bars
+from lorapro_hf.commands.common.console import progress_bars
 
 TASKS = [
     ("Training LoRA-Pro efficient", 24, 240, "loss 0.123"),
@@ -50,4 +50,4 @@ def test_texts_give_way_and_say_so():
 
 def test_all_commands_draw_the_same_bars():
     root = Path(lorapro_hf.__file__).parent
-    assert [path.name for path in root.rglob("*.py") if "Progress(\n" in path.read_text()] == ["progress.py"]
+    assert [path.name for path in root.rglob("*.py") if "Progress(\n" in path.read_text()] == ["console.py"]

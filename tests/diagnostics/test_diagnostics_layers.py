@@ -19,6 +19,7 @@ from lorapro_hf.diagnostics import GradientGapMeter
 from lorapro_hf.diagnostics.figures import shared_scale
 from lorapro_hf.factors import recording
 from lorapro_hf.functional.reference import projected_gradient
+from lorapro_hf.optim.rules import factored
 
 
 class Words(nn.Module):
@@ -221,6 +222,7 @@ def _storage(tensor):
 @pytest.mark.parametrize("mode", slow_but(("full_8bit",), ["full", "full_8bit", "factored", "adamw"]))
 def test_a_measured_step_needs_no_second_matrix(mode, monkeypatch):
     monkeypatch.setattr(recording, "BLOCK_ELEMENTS", 2**13)
+    monkeypatch.setattr(factored, "_BLOCK_ELEMENTS", 2**13)
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(512, 512)), LoraConfig(r=2, target_modules=["0"]))
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -15,12 +15,15 @@ from training import (
     STEPS,
     assert_close,
     assert_differ,
+    assert_every_mode_equals_one_process,
     batches,
     build,
+    every_mode,
     loss_of,
     make_optimizer,
     result,
     share,
+    single,
     slow,
     train,
 )
@@ -31,51 +34,29 @@ BOTH = (True, False)
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
 
 
-def single(config, dtype=torch.float64, model_settings=None, **options):
-    model = build(dtype, **(model_settings or {}))
-    train(model, make_optimizer(model, config), dtype=dtype, **options)
-    return result(model)
-
-
 def trained(rank, ranks, config, dtype=torch.float64, model_settings=None, **options):
     model = DistributedDataParallel(build(dtype, **(model_settings or {})))
     train(model, make_optimizer(model, config), rank, ranks, dtype=dtype, **options)
     return result(model)
 
 
-def many(rank, ranks, dtypes, model_settings):
-    """Every mode with shared and repeated state, in float64 and in float32."""
-    return {
-        f"{mode} {shared} {dtype}": trained(
-            rank, ranks, {"mode": mode, "shard_states": shared}, getattr(torch, dtype), model_settings
-        )
-        for mode in MODES
-        for shared in BOTH
-        for dtype in dtypes
-    }
+def many(rank, ranks, shared, dtypes, model_settings):
+    return every_mode(trained, rank, ranks, shared, dtypes, model_settings)
 
 
 @pytest.mark.parametrize(
-    ("ranks", "dtypes", "model_settings"),
+    ("ranks", "shared", "dtypes", "model_settings"),
     [
-        (2, {"float64": 1e-10}, {}),
-        pytest.param(2, {"float32": 1e-5}, {}, marks=pytest.mark.slow),
-        pytest.param(3, TOLERANCES, {"r": 1}, marks=pytest.mark.slow),
-        pytest.param(3, TOLERANCES, {"target_modules": ["0", "3"]}, marks=pytest.mark.slow),
+        (2, (True,), {"float64": 1e-10}, {}),
+        pytest.param(2, (False,), {"float64": 1e-10}, {}, marks=pytest.mark.slow),
+        pytest.param(2, BOTH, {"float32": 1e-5}, {}, marks=pytest.mark.slow),
+        pytest.param(3, BOTH, TOLERANCES, {"r": 1}, marks=pytest.mark.slow),
+        pytest.param(3, BOTH, TOLERANCES, {"target_modules": ["0", "3"]}, marks=pytest.mark.slow),
     ],
 )
-def test_every_mode_equals_one_process(ranks, dtypes, model_settings, tmp_path):
-    found = run(many, ranks, tmp_path, tuple(dtypes), model_settings)
-    for dtype, tolerance in dtypes.items():
-        plain = single("adamw", getattr(torch, dtype), model_settings)
-        for mode in MODES:
-            expected = single({"mode": mode}, getattr(torch, dtype), model_settings)
-            assert_differ(expected, plain)
-            # 8-bit codes turn differences of rounding into differences of a code
-            allowed = max(tolerance, 1e-3) if mode == "full_8bit" else tolerance
-            for rank in range(ranks):
-                for shared in BOTH:
-                    assert_close(found[rank][f"{mode} {shared} {dtype}"], expected, allowed)
+def test_every_mode_equals_one_process(ranks, shared, dtypes, model_settings, tmp_path):
+    found = run(many, ranks, tmp_path, shared, tuple(dtypes), model_settings)
+    assert_every_mode_equals_one_process(found, shared, dtypes, model_settings)
 
 
 def variants(rank, ranks):

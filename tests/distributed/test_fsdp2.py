@@ -20,7 +20,20 @@ from lorapro_hf import LoRAProConfig, find_lora_pairs
 from lorapro_hf.config import MODES
 from lorapro_hf.optim.projected_gradients import project_pair_gradients_
 from processes import run
-from training import STEPS, assert_close, assert_differ, build, make_optimizer, result, slow, train, whole
+from training import (
+    STEPS,
+    assert_close,
+    assert_differ,
+    assert_every_mode_equals_one_process,
+    build,
+    every_mode,
+    make_optimizer,
+    result,
+    single,
+    slow,
+    train,
+    whole,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -40,47 +53,23 @@ def trained(rank, ranks, config, dtype=torch.float64, replicas=1, model_settings
     return result(model)
 
 
-def many(rank, ranks, dtypes, model_settings):
-    return {
-        f"{mode} {shared} {dtype}": trained(
-            rank,
-            ranks,
-            {"mode": mode, "shard_states": shared},
-            getattr(torch, dtype),
-            model_settings=model_settings,
-        )
-        for mode in MODES
-        for shared in (None, False)
-        for dtype in dtypes
-    }
-
-
-def single(config, dtype=torch.float64, model_settings=None, **options):
-    model = build(dtype, **(model_settings or {}))
-    train(model, make_optimizer(model, config), dtype=dtype, **options)
-    return result(model)
+def many(rank, ranks, shared, dtypes, model_settings):
+    return every_mode(trained, rank, ranks, shared, dtypes, model_settings)
 
 
 # r = 1: two ranks hold nothing of A
 @pytest.mark.parametrize(
-    ("ranks", "dtypes", "model_settings"),
+    ("ranks", "shared", "dtypes", "model_settings"),
     [
-        (2, {"float64": 1e-10}, {}),
-        pytest.param(2, {"float32": 1e-5}, {}, marks=pytest.mark.slow),
-        pytest.param(3, {"float64": 1e-10, "float32": 1e-5}, {"r": 1}, marks=pytest.mark.slow),
+        (2, (None,), {"float64": 1e-10}, {}),
+        pytest.param(2, (False,), {"float64": 1e-10}, {}, marks=pytest.mark.slow),
+        pytest.param(2, (None, False), {"float32": 1e-5}, {}, marks=pytest.mark.slow),
+        pytest.param(3, (None, False), {"float64": 1e-10, "float32": 1e-5}, {"r": 1}, marks=pytest.mark.slow),
     ],
 )
-def test_every_mode_equals_one_process(ranks, dtypes, model_settings, tmp_path):
-    found = run(many, ranks, tmp_path, tuple(dtypes), model_settings)
-    for dtype, tolerance in dtypes.items():
-        plain = single("adamw", getattr(torch, dtype), model_settings)
-        for mode in MODES:
-            expected = single({"mode": mode}, getattr(torch, dtype), model_settings)
-            assert_differ(expected, plain)
-            allowed = max(tolerance, 1e-3) if mode == "full_8bit" else tolerance
-            for rank in range(ranks):
-                for shared in (None, False):
-                    assert_close(found[rank][f"{mode} {shared} {dtype}"], expected, allowed)
+def test_every_mode_equals_one_process(ranks, shared, dtypes, model_settings, tmp_path):
+    found = run(many, ranks, tmp_path, shared, tuple(dtypes), model_settings)
+    assert_every_mode_equals_one_process(found, shared, dtypes, model_settings)
 
 
 def variants(rank, ranks):

@@ -38,3 +38,26 @@ def test_ranks_get_the_gradients_of_one_process_with_all_batches(tmp_path):
     for found in run(on_each_rank, 2, tmp_path):
         for name, gradient in expected.items():
             assert (found[name] - gradient).norm() <= 1e-10 * gradient.norm()
+
+
+def failing_on_one_rank(rank, ranks):
+    """The second rank meets an error in its second batch, and then none."""
+    model, data = build(), list(batches(steps=2))
+
+    def loss_fn(model, batch):
+        if rank == 1 and batch is data[1]:
+            raise KeyError("labels")
+        return loss_of(model, batch)
+
+    with pytest.raises((KeyError, RuntimeError)) as raised:
+        list(weight_gradients(model, data, loss_fn))
+    return {"said": f"{type(raised.value).__name__}: {raised.value}", "after": gradients_of(model, data)}
+
+
+def test_an_error_on_one_rank_is_raised_on_all(tmp_path):
+    first, second = run(failing_on_one_rank, 2, tmp_path)
+    assert first["said"] == "RuntimeError: no gradient was computed: rank 1 raised KeyError: 'labels'"
+    assert second["said"] == "KeyError: 'labels'"
+    for name, gradient in gradients_of(build(), batches(steps=2)).items():
+        for found in (first, second):
+            torch.testing.assert_close(found["after"][name], gradient, rtol=1e-10, atol=0)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorapro_hf.distributed.zero_configuration import require_configuration, settle_clipping
+from lorapro_hf.distributed.engines import require_configuration, settle_clipping
 from training import build
 from zero_helpers import configuration, launch, lorapro, message_of, run, train
 
@@ -202,7 +202,7 @@ class TestEngines:
     def test_loops(self, tmp_path: Path) -> None:
         found = run(loops, 1, tmp_path, str(tmp_path))[0]
         assert found["checkpoint"] == 0.05
-        assert "has no DeepSpeedZeroOptimizer.dp_process_group, over which LoRA-Pro gathers" in found["private"]
+        assert "has no DeepSpeedZeroOptimizer.dp_process_group, on which LoRA-Pro relies" in found["private"]
         assert "RuntimeError: DeepSpeed would train" in found["offload"] and "offloaded" in found["offload"]
         assert "gradient_clipping=0 was handed to accelerate, which has left it out" in found["left out"]
         assert "DeepSpeed clips at 1." in found["left out"] and found["left out, clips"] == 1

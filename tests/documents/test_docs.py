@@ -195,6 +195,22 @@ def test_navigation_has_every_page():
     assert {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")} <= set(listed)
 
 
+def test_listing_names_every_folder_and_existing_files():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    inside, outside = text[text.index("## Where things are") : text.index("## Extensions")].split("Outside the")
+    for part, root in ((inside, ROOT / "src" / "lorapro_hf"), (outside, ROOT)):
+        for name, contents in re.findall(r"^\| `(\w+)/` \| (.*) \|$", part, re.MULTILINE):
+            named = re.findall(r"`([a-z_/]+(?:\.[a-z.]+[0-9a-z])?)`", contents)
+            missing = [each for each in named if not _exists(root / name, each)]
+            assert not missing, f"{missing} in {name}/"
+    listed = set(re.findall(r"^\| `(\w+)/` ", inside, re.MULTILINE))
+    assert listed == {path.parent.name for path in (ROOT / "src" / "lorapro_hf").glob("*/__init__.py")}
+
+
+def _exists(folder: Path, name: str) -> bool:
+    return any(path.exists() for path in (folder / name, folder / f"{name}.py", ROOT / name, ROOT / "src" / name))
+
+
 class _Fetched(HTMLParser):
     """Collects what a browser fetches for a page without being asked."""
 

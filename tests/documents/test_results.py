@@ -1,6 +1,7 @@
 """docs/results.md: the page that benchmarks/results.py makes of summaries."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -125,6 +126,22 @@ def test_costs_are_those_of_their_own_comparison(program):
     assert "| lora | 123 | 1.0 |" in page and "differs by up to 4%. [Memory" in page
     busy["comparisons"][0]["step_spread"] |= {"uneven": 2, "best": 1.6}
     assert "up to 60%: other work was on the machine" in made(program, costs=busy)
+
+
+def test_a_taken_summary_has_fewer_digits_and_the_figures_of_the_page(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "ROOT", tmp_path)
+    monkeypatch.setattr(program, "DOCS", tmp_path / "docs")
+    content = {"losses": [1.23456789, 2e-12 / 3], "seed": 1234567, "none": None}
+    for name in ("small", "long"):
+        run = tmp_path / "runs" / f"compare-{name}"
+        (run / "figures").mkdir(parents=True)
+        for figure in ("cost.png", *program.FIGURES):
+            (run / "figures" / figure).write_text(figure)
+        (run / "summary.json").write_text(json.dumps(content))
+        program.take(name)
+        assert program.summary(name) == content | {"losses": [1.23457, 6.66667e-13]}
+    kept = sorted(path.name for path in (tmp_path / "docs").rglob("*.png"))
+    assert kept == ["loss.png", "rates.png"]
 
 
 def test_page_is_up_to_date(program):

@@ -10,7 +10,8 @@ import torch
 
 from lora_layers import ROWS
 from lorapro_hf import create_lorapro_optimizer, find_lora_pairs
-from lorapro_hf.commands.compare import methods, optimizers
+from lorapro_hf.commands.common import optimizers
+from lorapro_hf.commands.compare import methods
 from lorapro_hf.commands.compare.settings import read_settings
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -116,4 +117,5 @@ def test_the_comparison_names_all_of_them(program, monkeypatch):
     settings = read_settings(FOLDER / "step_variants.yaml")
     assert {method.settings["spend"] for method in settings.methods if method.optimizer == "variant"} == {*program.WAYS}
     model = copy.deepcopy(layer())
-    assert isinstance(optimizers.build_optimizer(settings.methods[0], model, LR), program.Variant)
+    method = settings.methods[0]
+    assert isinstance(optimizers.build(method.optimizer, model, LR, method.settings), program.Variant)

@@ -135,9 +135,11 @@ def assert_loaded_alike(model: PeftModel, case: Case, folder: Path, start: Path 
 
 
 def cells() -> list[Any]:
-    """All of them; those of larger models are run in two of the columns where not everything is."""
+    """All of them; those of larger models and of quantised ones are slow but for one or two columns."""
 
     def is_slow(case: Case, column: str) -> bool:
+        if "bit base" in case.name:
+            return column != "full"
         return case.name == "torch.compile" or (case.model is llama and column not in ("full", "factored"))
 
     return [

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dense_gradients import assert_near, full_gradients, normal, pairs
+from grids import rest_slow
 from lorapro_hf.config import TRUST_REGION
 from lorapro_hf.functional import reference
-from lorapro_hf.functional.bases import Bases, row_bases
+from lorapro_hf.functional.bases import Bases, gradient_coordinates, row_bases
 from lorapro_hf.functional.factored import (
     FactoredState,
     adam_direction,
@@ -14,7 +16,6 @@ from lorapro_hf.functional.factored import (
     mean_squares,
     transport,
 )
-from lorapro_hf.functional.projection import gradient_coordinates
 from lorapro_hf.functional.step_options import Rates, StepOptions
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -26,25 +27,9 @@ RATES = Rates(LR, LR, KEEP, KEEP, TRUST_REGION)
 SCALINGS = (2.0, 0.5, 1.0)
 
 
-def normal(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def pairs(m, n, r, start="random", dtype=torch.float64, K=3, seed=0):
-    A, Bt = 0.3 * normal(K, r, n, seed=seed), 0.2 * normal(K, r, m, seed=seed + 1)
-    return A.to(dtype), (Bt if start == "random" else torch.zeros_like(Bt)).to(dtype)
-
-
 def new_factored_state(A, Bt):
     column, row = A.new_zeros(len(A), A.shape[-1]), A.new_zeros(len(Bt), Bt.shape[-1])
     return FactoredState(torch.zeros_like(A), torch.zeros_like(Bt), column, row, torch.zeros(len(A)))
-
-
-def full_gradients(m, n, count, rank=None, K=3, seed=10):
-    """Gradients `(count, K, m, n)` of uneven rows and columns, of a given rank as from a batch of so few tokens."""
-    rank = min(m, n) if rank is None else rank
-    g = normal(count, K, m, rank, seed=seed) @ normal(count, K, rank, n, seed=seed + 1)
-    return g * normal(m, 1, seed=seed + 2).exp() * normal(n, seed=seed + 3).exp() * 1e-2
 
 
 def train(
@@ -88,12 +73,6 @@ def train_oracle(A, Bt, gradients, s=SCALINGS, eps=EPS, **options):
     return torch.stack(trajectories, dim=1)
 
 
-def assert_near(found, expected, tolerance):
-    """Every matrix within the tolerance of its expected one, relative to that one's norm."""
-    error = (found.double() - expected).flatten(-2).norm(dim=-1) / expected.flatten(-2).norm(dim=-1)
-    assert error.max().item() < tolerance
-
-
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 SHAPES = [(24, 33, 4), (20, 13, 1), (6, 9, 11), (40, 6, 8)]
 
@@ -110,7 +89,7 @@ def test_follows_the_dense_oracle(m, n, r, start, update, dtype):
     assert state.steps.tolist() == [8, 8, 8]
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", rest_slow(TOLERANCE))
 @pytest.mark.parametrize("start", ["zero", "random"])
 def test_follows_the_oracle_when_a_batch_has_fewer_tokens_than_the_rank(start, dtype):
     A, Bt = pairs(24, 33, 6, start, dtype)
@@ -282,7 +261,7 @@ def copy_of(state):
 
 @pytest.mark.parametrize("update", ["sequential", "linear"])
 @pytest.mark.parametrize("taken_before", [0, 3])
-@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("broken", rest_slow([float("nan"), float("inf")]))
 def test_a_step_that_is_off_changes_nothing(broken, taken_before, update):
     A, Bt = pairs(24, 33, 4, "zero" if taken_before == 0 else "random", torch.float32)
     state = new_factored_state(A, Bt)

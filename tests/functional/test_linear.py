@@ -5,9 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorapro_hf.functional.bases import row_bases
+from lorapro_hf.functional.bases import factor_gradients_, gradient_coordinates, row_bases
 from lorapro_hf.functional.factor_steps import linear_step
-from lorapro_hf.functional.projection import factor_gradients_, gradient_coordinates
 from lorapro_hf.functional.reference import kept_fractions
 from lorapro_hf.functional.step_options import Rates, StepOptions
 

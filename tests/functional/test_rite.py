@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from dense_gradients import assert_near, full_gradients, normal, pairs
 
-from lorapro_hf.functional.bases import Bases, row_bases
-from lorapro_hf.functional.projection import gradient_coordinates
+from dense_gradients import assert_near, full_gradients, normal, pairs
+from lorapro_hf.functional.bases import Bases, gradient_coordinates, row_bases
 from lorapro_hf.functional.rite import RiteGuards, RiteState, rite_step, unmagnified_norms
 from lorapro_hf.functional.step_options import Rates, StepOptions
 

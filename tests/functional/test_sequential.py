@@ -7,11 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grids import rest_slow
 from lorapro_hf.functional import reference
 from lorapro_hf.functional.bases import ALL_DIRECTIONS, Bases, RowBasis, row_basis
 from lorapro_hf.functional.factor_steps import change_through, select, sequential_step, spend_direction
 from lorapro_hf.functional.step_options import Rates, StepOptions
-from lorapro_hf.kernels.torch_dense import DirectionProducts
+from lorapro_hf.kernels.dense import DirectionProducts
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -117,7 +118,7 @@ def test_factors_are_those_of_the_dense_formula(take, shape, s):
 
 
 @ROUTES
-@pytest.mark.parametrize("size_of_B", [1.0, 1e-3, 1e-6, 1e-12, 1e-20, 0.0])
+@pytest.mark.parametrize("size_of_B", rest_slow([1e-6, 0.0, 1.0, 1e-3, 1e-12, 1e-20], fast=2))
 def test_float32_holds_for_factors_of_any_size(take, size_of_B):
     A, Bt, u = random_pairs(3, 40, 56, 8, seed=1, dtype=torch.float32)
     Bt = Bt * size_of_B
@@ -128,8 +129,8 @@ def test_float32_holds_for_factors_of_any_size(take, size_of_B):
 
 
 @ROUTES
-@pytest.mark.parametrize("decades", [2, 3, 4])
-@pytest.mark.parametrize("lr", [1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("decades", rest_slow([4, 3, 2]))
+@pytest.mark.parametrize("lr", rest_slow([1e-3, 1e-2, 1e-4]))
 def test_float32_holds_where_some_directions_of_B_are_small(take, decades, lr):
     A, Bt, u = random_pairs(2, 256, 192, 8, seed=4)
     left, _, right = torch.linalg.svd(Bt, full_matrices=False)

@@ -5,8 +5,7 @@ import torch
 
 from dense_gradients import assert_near, full_gradients, normal, pairs
 from lorapro_hf.functional import reference
-from lorapro_hf.functional.bases import Bases, row_bases
-from lorapro_hf.functional.projection import Coordinates, gradient_coordinates
+from lorapro_hf.functional.bases import Bases, Coordinates, gradient_coordinates, row_bases
 from lorapro_hf.functional.spectral import SpectralState, spectral_direction, spectral_step
 from lorapro_hf.functional.step_options import Rates, StepOptions
 

@@ -1,6 +1,7 @@
 """A small model with factor pairs and ordinary parameters, and comparisons to the bit, for the optimizer's tests."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lora_layers import ROWS
+from lorapro_hf import create_lorapro_optimizer
 from lorapro_hf.config import MODES
 
 LINEAR = ROWS[0]
@@ -31,6 +33,30 @@ def backward(model, step=0):
     loss = ((model(inputs) - target) ** 2).mean()
     loss.backward()
     return loss.item()
+
+
+def trained(steps=1, dtype=torch.float32, **options):
+    """A small model and its optimizer after some steps."""
+    model = small_model(dtype)
+    optimizer = create_lorapro_optimizer(model, **{"lr": 1e-2, **options})
+    take(range(steps), (model, optimizer))
+    return model, optimizer
+
+
+def take(steps, *trainings):
+    """Take steps of models with their optimizers."""
+    for step in steps:
+        for model, optimizer in trainings:
+            backward(model, step)
+            optimizer.step()
+
+
+def reloaded(state):
+    """A state as it comes back from a file that is read without running code."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
 
 def ordinary(optimizer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lorapro_hf.utils.private_names import REPLACED, tested
+from lorapro_hf.utils.private_names import tested
 from support_cases import GROUPS
 from support_rows import COLUMNS, Case
 
@@ -20,14 +20,31 @@ HEAD = """# What is supported
 
 <!-- `make support-table` writes this page from support_cases.py; tests/factors/test_support.py tries every cell. -->
 
-Every kind of layer, setting and way of training below is tried in each mode and with `LoRAProCallback`:
+The tests try each layer, setting and way of training below in each mode and with `LoRAProCallback`:
 
-- **works**: the first step is that of a dense float64 formula, the following ones lower the loss, and PEFT loads the \
-saved adapter with the same output. Other parameters that the setting trains get plain AdamW.
+- **works**: the first step equals that of a dense float64 formula, the next steps lower the loss, and PEFT loads the \
+saved adapter with the same output. AdamW trains the other parameters of the setting.
 - **refused**: an exception before the first step names the layer or setting and the remedy.
 
 [Several processes](distributed.md) and [precision](precision.md) have pages of their own.
 """
+
+# The methods of other libraries that are wrapped or overridden: library, owner, name and what LoRA-Pro adds.
+REPLACED = (
+    ("deepspeed", "ZeRO optimizer", "step", "copies the raw gradients before ZeRO frees or scales them"),
+    ("deepspeed", "DeepSpeedEngine", "save_checkpoint", "writes the moments before `latest` is updated"),
+    ("deepspeed", "DeepSpeedEngine", "load_checkpoint", "checks the moments first and loads them last"),
+    ("transformers", "Trainer", "_save", "writes settings and card, and checks the saved adapter"),
+    ("transformers", "Trainer", "_save_checkpoint", "writes the manifest when all files are complete"),
+    ("transformers", "Trainer", "_save_rng_state", "waits for the files of all ranks"),
+    ("transformers", "Trainer", "_save_optimizer_and_scheduler", "collects the state that ranks share"),
+    ("transformers", "Trainer", "_load_optimizer_and_scheduler", "loads no state of other ranks"),
+    ("transformers", "Trainer", "_load_from_checkpoint", "loads all adapters into their parameters"),
+    ("transformers", "Trainer", "_load_best_model", "loads all adapters into their parameters"),
+    ("transformers", "Trainer", "_maybe_log_save_evaluate", "checks skipped steps on all ranks"),
+    ("transformers", "Trainer", "_push_from_checkpoint", "pushes settings, card and manifest"),
+    ("transformers", "Trainer", "_finish_current_push", "reports pushes that failed in the background"),
+)
 
 
 def result(case: Case) -> str:
@@ -68,8 +85,8 @@ def versions() -> list[str]:
     columns = ("`make test-oldest`", "`make test`", "`make test-newest`")
     rows = [f"| {name} | {oldest[name]} | {pinned[name]} | {newest[name]} |" for name in oldest]
     return [
-        "The tests pass with each of these sets of versions on the CPU. `make test-newest` installs the newest that "
-        "the ranges of pyproject.toml allow; these were tried last.",
+        "The tests pass with each of these sets of versions on the CPU. `make test-newest` installs the newest "
+        "versions that pyproject.toml allows; the table shows those of the last run.",
         "",
         f"| | {' | '.join(columns)} |",
         "|---|---|---|---|",
@@ -79,13 +96,14 @@ def versions() -> list[str]:
 
 def replaced() -> list[str]:
     """The methods of other libraries that are wrapped or overridden."""
-    rows = [f"| `{m.name}` of `{m.owner}` | {m.reason} | {tested(m.package)} |" for m in REPLACED]
+    rows = [f"| `{name}` of `{owner}` | {adds} |" for _, owner, name, adds in REPLACED]
+    releases = " and ".join(dict.fromkeys(tested(library) for library, *_ in REPLACED))
     return [
-        "LoRA-Pro wraps or overrides these methods, which their libraries do not document as a place to do so. A "
-        "release without one of them is refused with an error that names it.",
+        "LoRA-Pro wraps or overrides these methods, although their libraries do not document them as an extension "
+        f"point. It is tested with {releases}. It refuses a release without one of them with an error that names it.",
         "",
-        "| method | what LoRA-Pro adds | tested with |",
-        "|---|---|---|",
+        "| method | addition of LoRA-Pro |",
+        "|---|---|",
         *rows,
     ]
 

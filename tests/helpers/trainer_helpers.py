@@ -9,9 +9,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
-from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
+from lorapro_hf import LoRAProConfig, LoRAProTrainer, LoRAProTrainerMixin, LoRAProTrainingArguments
 
 VOCABULARY, LENGTH = 48, 8
+EFFICIENT = LoRAProConfig(mode="efficient")
+
+
+class PlainArgsTrainer(LoRAProTrainerMixin, Trainer):
+    """A trainer with LoRA-Pro that gets transformers' own arguments."""
 
 
 def tiny_base() -> LlamaForCausalLM:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lorapro_hf import create_lorapro_optimizer, find_lora_pairs
+from lorapro_hf.config import MODES
 from optimizer_helpers import small_model
 
 STEPS = 10
@@ -85,3 +86,40 @@ def assert_differ(one, other):
     for name, value in other.items():
         if "lora_" in name:
             assert (one[name] - value).norm() > 1e-3 * value.norm(), name
+
+
+def single(config, dtype=torch.float64, model_settings=None, **options):
+    """The result of the training on one process."""
+    model = build(dtype, **(model_settings or {}))
+    train(model, make_optimizer(model, config), dtype=dtype, **options)
+    return result(model)
+
+
+def every_mode(trained, rank, ranks, shared, dtypes, model_settings):
+    """What `trained` returns in each mode, for each value of `shard_states` and dtype."""
+    return {
+        f"{mode} {shard_states} {dtype}": trained(
+            rank,
+            ranks,
+            {"mode": mode, "shard_states": shard_states},
+            getattr(torch, dtype),
+            model_settings=model_settings,
+        )
+        for mode in MODES
+        for shard_states in shared
+        for dtype in dtypes
+    }
+
+
+def assert_every_mode_equals_one_process(found, shared, tolerances, model_settings):
+    """Compare what `every_mode` has returned on each rank with one process."""
+    for dtype, tolerance in tolerances.items():
+        plain = single("adamw", getattr(torch, dtype), model_settings)
+        for mode in MODES:
+            expected = single({"mode": mode}, getattr(torch, dtype), model_settings)
+            assert_differ(expected, plain)
+            # 8-bit codes turn differences of rounding into differences of a code
+            allowed = max(tolerance, 1e-3) if mode == "full_8bit" else tolerance
+            for of_rank in found:
+                for shard_states in shared:
+                    assert_close(of_rank[f"{mode} {shard_states} {dtype}"], expected, allowed)

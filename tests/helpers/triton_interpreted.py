@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the CUDA kernels need Triton, which only CUDA builds of torch bring along")
 
-from lorapro_hf.kernels.dynamic_map import dynamic_map
+from lorapro_hf.kernels.storage import dynamic_map
 from lorapro_hf.kernels.triton_dense import dense_update
 from lorapro_hf.kernels.triton_eigh import MAX_RANK, symmetric_eigh
 

@@ -30,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pushed(hub: Hub, folder: Path) -> Any:
-    hub.failures = {"writer/broken/commit": 500, "writer/broken-saves/commit": 500, "broken-storage.git": 403}
+    hub.failures = {"writer/broken/commit": 501, "writer/broken-saves/commit": 501, "broken-storage.git": 403}
     command = [sys.executable, str(Path(__file__).parents[1] / "helpers" / "hub_jobs.py"), str(folder)]
     own = hub.environment(str(folder / "home"))  # a new home: downloads come from the server
     done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=240)
@@ -122,7 +122,7 @@ def test_refused_before_the_training(failed: Any, name: str, says: tuple[str, st
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("broken", ("500", "push again later")), ("broken-storage", ("403", "write access"))]
+    ("name", "says"), [("broken", ("501", "push again later")), ("broken-storage", ("403", "write access"))]
 )
 def test_refused_after_the_training_loses_nothing(failed: Any, folder: Path, name: str, says: tuple[str, str]) -> None:
     assert failed[name]["error"] == "HfHubHTTPError"
@@ -135,4 +135,4 @@ def test_refused_in_the_background_is_reported(failed: Any, folder: Path) -> Non
     assert outcome["error"] is None  # the training goes on
     assert SAVED | {"README.md", "checkpoint-1"} <= set(outcome["files"])
     (report,) = [line for line in outcome["logged"] if "failed" in line]
-    assert "writer/broken-saves" in report and "500" in report and "trainer.push_to_hub()" in report
+    assert "writer/broken-saves" in report and "501" in report and "trainer.push_to_hub()" in report

@@ -5,7 +5,8 @@ import shutil
 import pytest
 import torch
 
-from lorapro_hf.kernels import dense, eigh, torch_dense
+from grids import rest_slow
+from lorapro_hf.kernels import dense
 from lorapro_hf.kernels.dense import choose_backend, dense_update
 from lorapro_hf.kernels.storage import Moments, moment_tensors
 
@@ -15,6 +16,7 @@ STORAGES = [torch.float32, torch.bfloat16, torch.uint8]
 BACKENDS = pytest.mark.parametrize("backend", ["torch", pytest.param("compiled", marks=pytest.mark.slow)])
 # (K, m, n, r), among them sizes of 1, rows of several 8-bit blocks and a last block that is not full.
 SHAPES = [(3, 20, 33, 4), (2, 13, 600, 2), (2, 1, 7, 1), (2, 7, 1, 1), (1, 1, 1, 1)]
+FEW_SHAPES = [*SHAPES[:2], *(pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES[2:])]
 
 
 @pytest.fixture(autouse=True)
@@ -107,9 +109,9 @@ def update(moments, operands, steps, found_inf=0.0, backend="torch", sequential=
 
 
 @BACKENDS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", rest_slow([torch.float32, torch.float64]))
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("sequential", rest_slow([True, False]))
 def test_four_steps_equal_the_dense_formulas(backend, dtype, shape, sequential):
     K, m, n, r = shape
     moments = random_moments((K, m, n), dtype)
@@ -137,7 +139,7 @@ def bf16_neighbours(values):
 
 
 @BACKENDS
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", FEW_SHAPES)
 def test_bfloat16_moments_are_rounded_once(backend, shape):
     """M to the nearest and V to either neighbour of what float64 makes of the stored moments before."""
     K, m, n, _ = shape
@@ -201,7 +203,7 @@ def assert_nearest(codes, absmax, values, signed):
 
 @BACKENDS
 @pytest.mark.parametrize("storage", [torch.uint8])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", FEW_SHAPES)
 def test_8_bit_moments_are_the_nearest_codes(backend, storage, shape):
     K, m, n, _ = shape
     moments, steps = random_moments((K, m, n), storage), torch.tensor([0.0, 6.0, 2.0][:K])
@@ -229,7 +231,7 @@ def test_elements_without_gradients_do_not_move_in_8_bits(storage):
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("elements", [2**19, 100])
 def test_a_skipped_step_changes_nothing_whatever_the_gradients_hold(backend, storage, elements, monkeypatch):
-    monkeypatch.setattr(torch_dense, "_CPU_ELEMENTS", elements)
+    monkeypatch.setattr(dense, "_CPU_ELEMENTS", elements)
     moments = random_moments((3, 9, 300), storage)
     before = copied(moments)
     left, right, A, B = inputs(3, 9, 300, 2, torch.float32)
@@ -244,10 +246,10 @@ def test_a_skipped_step_changes_nothing_whatever_the_gradients_hold(backend, sto
 
 @BACKENDS
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("entries", [[1, 2, 4], [3], [0, 4]])
+@pytest.mark.parametrize("entries", rest_slow([[1, 2, 4], [3], [0, 4]]))
 @pytest.mark.parametrize("elements", [2**19, 100])
 def test_entries_that_take_no_part_stay_as_they_are(backend, storage, entries, elements, monkeypatch):
-    monkeypatch.setattr(torch_dense, "_CPU_ELEMENTS", elements)
+    monkeypatch.setattr(dense, "_CPU_ELEMENTS", elements)
     moments, steps = random_moments((5, 9, 30), storage), torch.tensor([4.0, 1.0, 7.0, 2.0, 3.0])
     before, operands = copied(moments), inputs(5, 9, 30, 2)
     others = [entry for entry in range(5) if entry not in entries]
@@ -270,7 +272,7 @@ def test_entries_that_take_no_part_stay_as_they_are(backend, storage, entries, e
 @pytest.mark.parametrize(
     "threads", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("elements", [1, 700, 2000, 4000, 9000])
+@pytest.mark.parametrize("elements", rest_slow([700, 9000, 1, 2000, 4000], fast=2))
 def test_any_tiling_gives_what_one_tile_gives(storage, threads, elements, monkeypatch):
     """From single rows over parts of a matrix to several matrices a tile, with rows that do not divide evenly."""
     shape = (5, 13, 300, 2)
@@ -278,7 +280,7 @@ def test_any_tiling_gives_what_one_tile_gives(storage, threads, elements, monkey
     whole = random_moments(shape[:3], storage)
     tiled = copied(whole)
     expected = update(whole, operands, steps, entries=[0, 1, 3, 4])
-    monkeypatch.setattr(torch_dense, "_CPU_ELEMENTS", elements)
+    monkeypatch.setattr(dense, "_CPU_ELEMENTS", elements)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     found = update(tiled, operands, steps, entries=[0, 1, 3, 4])
     if storage == torch.float64:
@@ -292,9 +294,9 @@ def test_any_tiling_gives_what_one_tile_gives(storage, threads, elements, monkey
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(("elements", "tallest"), [(1, 1), (100, 3), (400, 13)])
 def test_tiles_hold_no_more_than_their_share(threads, elements, tallest, monkeypatch):
-    monkeypatch.setattr(torch_dense, "_CPU_ELEMENTS", elements)
+    monkeypatch.setattr(dense, "_CPU_ELEMENTS", elements)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    tiles = list(torch_dense._tiles([0, 1, 3], 13, 30, torch.device("cpu")))
+    tiles = list(dense._tiles([0, 1, 3], 13, 30, torch.device("cpu")))
     rows = [(e, row) for t in tiles for e in range(5)[t.entries] for row in range(13)[t.rows]]
     assert sorted(rows) == [(e, row) for e in (0, 1, 3) for row in range(13)]
     for tile in tiles:
@@ -320,11 +322,11 @@ def test_backends_are_chosen_by_device(monkeypatch):
 
 
 def test_triton_can_be_turned_off(monkeypatch):
-    monkeypatch.setattr(eigh, "find_spec", lambda name: name == "triton" or None)
+    monkeypatch.setattr(dense, "find_spec", lambda name: name == "triton" or None)
     found = []
     for value in (None, "0", "1"):
         monkeypatch.delenv("LORAPRO_HF_NO_TRITON", raising=False)
         if value is not None:
             monkeypatch.setenv("LORAPRO_HF_NO_TRITON", value)
-        found.append(eigh.has_triton.__wrapped__())
+        found.append(dense.has_triton.__wrapped__())
     assert found == [True, True, False]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorapro_hf.kernels.dynamic_map import dynamic_map, dynamic_thresholds
+from lorapro_hf.kernels.storage import dynamic_map, dynamic_thresholds
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 

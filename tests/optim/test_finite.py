@@ -8,9 +8,10 @@ from math import inf
 import pytest
 import torch
 
+from grids import rest_slow
 from lorapro_hf import LoRAProAdamW, create_lorapro_optimizer, find_lora_pairs, project_lora_gradients
-from lorapro_hf.kernels.eigh import symmetric_eigh
-from lorapro_hf.optim import finite, lora_pro
+from lorapro_hf.functional.bases import symmetric_eigh
+from lorapro_hf.optim import lora_pro
 from lorapro_hf.optim.finite import find_broken
 from lorapro_hf.optim.projected_gradients import project_pair_gradients_
 from optimizer_helpers import backward, ordinary, small_model
@@ -28,7 +29,8 @@ CONFIGS = [
     {"mode": "efficient", "master_factors": True},
 ]
 each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: "-".join(map(str, config.values())))
-each_rank = pytest.mark.parametrize("r", [1, 3, *(pytest.param(r, marks=pytest.mark.slow) for r in (2, 4))])
+each_rank = pytest.mark.parametrize("r", rest_slow([3, 1, 2, 4], fast=2))
+mostly_rank_3 = pytest.mark.parametrize("r", rest_slow([3, 1, 2, 4]))
 FACTOR = r"NaN or Inf in lora_{} of base_model\.model\.3 \(adapter 'default'\)( and 1 more)?\. No step can mend that"
 
 
@@ -75,7 +77,7 @@ def assert_unchanged(optimizer, before):
 
 
 @each_config
-@each_rank
+@mostly_rank_3
 @pytest.mark.parametrize(
     ("factor", "poison"), [("A", float("nan")), pytest.param("B", float("-inf"), marks=pytest.mark.slow)]
 )
@@ -91,7 +93,7 @@ def test_the_step_after_names_a_factor_and_changes_nothing(config, r, factor, po
 
 
 @each_config
-@each_rank
+@mostly_rank_3
 def test_without_a_look_at_each_step_the_next_look_names_it(config, r, unread):
     optimizer = build(config, r, steps=2)
     assert optimizer.checked_skipped_steps() == 0
@@ -215,7 +217,7 @@ def test_a_learning_rate_is_named_before_the_step(lr):
 
 
 def test_a_learning_rate_on_a_device_is_named_at_a_look(monkeypatch):
-    monkeypatch.setattr(finite, "can_be_read", lambda tensor: False)
+    monkeypatch.setattr(lora_pro, "can_be_read", lambda tensor: False)
     optimizer = build({"mode": "full"})
     optimizer.param_groups[2]["lr"] = torch.tensor(float("nan"))
     give_gradients(optimizer)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import T5Config, T5ForConditionalGeneration, Trainer
 
+from grids import rest_slow
 from lorapro_hf import (
     LoRAProAdamW,
     LoRAProCallback,
@@ -135,7 +136,7 @@ def train(optimizer, model, broken, steps=FIRST_STEPS):
 
 
 @both_modes
-@pytest.mark.parametrize("broken", [4, 5, 10])
+@pytest.mark.parametrize("broken", rest_slow([5, 4, 10]))
 def test_steps_left_out_are_counted_once(mode, broken, caplog):
     if mode == "full_8bit":
         pytest.importorskip("bitsandbytes")
@@ -221,7 +222,7 @@ def model_with_an_idle_layer():
     return model
 
 
-@pytest.mark.parametrize("steps", [3, 12])
+@pytest.mark.parametrize("steps", rest_slow([12, 3]))
 @pytest.mark.parametrize("way", ["trainer", "callback"])
 def test_trainings_short_and_long_are_told(tmp_path: Path, caplog, way, steps):
     if way == "trainer":

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from grids import rest_slow
 from lora_layers import ROWS, needs_weight_tying, tied_llama
 from lorapro_hf import LoRAProConfig, create_lorapro_optimizer, find_lora_pairs
 from lorapro_hf.commands.bench.probes import memory_of
@@ -80,7 +81,7 @@ def others_of(model: nn.Module):
 
 
 @all_settings
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", rest_slow([torch.bfloat16, torch.float32, torch.float64]), ids=str)
 def test_bytes_are_those_of_allocated_tensors(mode: str, moments_dtype: str, dtype: torch.dtype):
     model = four_layers(dtype)
     pairs = find_lora_pairs(model)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from grids import rest_slow
 from lora_layers import Net, Row
 from lorapro_hf import (
     LoRAProAdamW,
@@ -19,11 +20,11 @@ from lorapro_hf import (
 from lorapro_hf.config import X_MODES
 from lorapro_hf.factors.stacks import StackGradient
 from lorapro_hf.functional.reference import DenseFullAdamW
-from optimizer_helpers import LINEAR, assert_same, backward, both_modes, ordinary, small_model, snapshot
+from optimizer_helpers import LINEAR, assert_same, backward, both_modes, ordinary, small_model, snapshot, trained
 
 
 @pytest.mark.parametrize("x_mode", X_MODES)
-@pytest.mark.parametrize("zero_B", [True, False])
+@pytest.mark.parametrize("zero_B", rest_slow([True, False]))
 def test_full_mode_equals_the_dense_run(x_mode, zero_B):
     """Six steps from B = 0 or from random factors, for a loss whose full gradient depends on the weight."""
     model = Row("", lambda: Net(nn.Linear(12, 9, bias=False)), {"r": 3}).build(init_lora_weights=zero_B)
@@ -138,10 +139,7 @@ def test_factors_may_have_learning_rates_of_their_own(mode):
     ],
 )
 def test_non_finite_gradients_leave_everything_as_it_was(mode, poison, where):
-    model = small_model()
-    optimizer = create_lorapro_optimizer(model, lr=1e-2, weight_decay=0.1, config={"mode": mode})
-    backward(model)
-    optimizer.step()
+    model, optimizer = trained(weight_decay=0.1, mode=mode)
     before = snapshot(optimizer)
     backward(model, 1)
     victim = optimizer.pairs[1].B if where == "pair" else ordinary(optimizer)[0]
@@ -156,8 +154,7 @@ def test_non_finite_gradients_leave_everything_as_it_was(mode, poison, where):
 
 
 def test_huge_finite_gradients_are_no_reason_to_skip():
-    model = small_model()
-    optimizer = create_lorapro_optimizer(model, lr=1e-2)
+    model, optimizer = trained(0)
     backward(model)
     for p in model.parameters():
         if p.grad is not None:
@@ -169,8 +166,7 @@ def test_huge_finite_gradients_are_no_reason_to_skip():
 
 @both_modes
 def test_pairs_without_gradient_wait(mode):
-    model = small_model()
-    optimizer = create_lorapro_optimizer(model, lr=1e-2, config={"mode": mode})
+    model, optimizer = trained(0, mode=mode)
     backward(model)
     first, second = optimizer.pairs
     first.A.grad = first.B.grad = None
@@ -191,10 +187,7 @@ def test_groups_decay_as_in_trainer():
 
 @both_modes
 def test_norm_is_that_of_the_equivalent_gradients(mode):
-    model = small_model()
-    optimizer = create_lorapro_optimizer(model, lr=1e-2, config={"mode": mode})
-    backward(model)
-    optimizer.step()
+    model, optimizer = trained(mode=mode)
     backward(model, 1)
     squares = 0.0
     for pair in optimizer.pairs:
@@ -205,8 +198,7 @@ def test_norm_is_that_of_the_equivalent_gradients(mode):
 
 
 def test_schedulers_drive_it():
-    model = small_model()
-    optimizer = create_lorapro_optimizer(model, lr=1.0)
+    model, optimizer = trained(0, lr=1.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
     before = snapshot(optimizer)[0]
     backward(model)
@@ -251,8 +243,7 @@ def test_efficient_mode_rounds_a_bf16_factor_once():
 
 
 def test_gradients_that_overflow_in_the_projection_count_as_not_finite():
-    model = small_model()
-    optimizer = create_lorapro_optimizer(model, lr=1e-2, config={"mode": "efficient"})
+    model, optimizer = trained(0, mode="efficient")
     backward(model)
     with torch.no_grad():
         for pair in optimizer.pairs:
@@ -265,8 +256,7 @@ def test_gradients_that_overflow_in_the_projection_count_as_not_finite():
 
 
 def test_factored_mode_skips_gradients_whose_squares_overflow():
-    model = small_model()
-    optimizer = create_lorapro_optimizer(model, lr=1e-2, config={"mode": "factored"})
+    model, optimizer = trained(0, mode="factored")
     backward(model)
     for pair in optimizer.pairs:
         pair.B.grad.mul_(1e20)
@@ -284,7 +274,7 @@ def test_settings_of_a_group_are_checked_too():
 
 
 @pytest.mark.parametrize("mode", ["factored", "efficient"])
-@pytest.mark.parametrize("r", [2, 3])
+@pytest.mark.parametrize("r", rest_slow([3, 2]))
 def test_a_factor_becomes_infinite_only_at_a_rate_that_makes_the_change_overflow(mode, r):
     for lr in (1e30, 1e38):
         model = small_model(r=r)
@@ -328,8 +318,7 @@ def test_a_closure_that_does_nothing():
 
 
 def test_a_closure_that_fails_changes_nothing():
-    model = small_model()
-    optimizer = create_lorapro_optimizer(model, lr=1e-2)
+    model, optimizer = trained(0)
     before = snapshot(optimizer)
     with pytest.raises(ZeroDivisionError):
         optimizer.step(lambda: 1 / 0)

@@ -1,7 +1,6 @@
 """LoRAProAdamW's state: its dtype and size, saving, loading, and checkpoints that do not belong to it."""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -10,15 +9,12 @@ import torch
 from lorapro_hf import (
     create_lorapro_optimizer,
 )
-from optimizer_helpers import assert_same, backward, both_modes, small_model, snapshot
+from optimizer_helpers import assert_same, backward, both_modes, reloaded, small_model, snapshot, take, trained
 
 
 @pytest.mark.parametrize("mode", ["full", "factored", "efficient"])
 def test_moments_of_bf16_factors_are_fp32_and_stay_so(mode):
-    model = small_model(torch.bfloat16)
-    optimizer = create_lorapro_optimizer(model, lr=1e-2, config={"mode": mode})
-    backward(model)
-    optimizer.step()
+    model, optimizer = trained(dtype=torch.bfloat16, mode=mode)
     saved = copy.deepcopy(optimizer.state_dict())
     fresh = create_lorapro_optimizer(small_model(torch.bfloat16), lr=1e-2, config={"mode": mode})
     fresh.load_state_dict(saved)
@@ -41,10 +37,7 @@ def test_an_empty_state_stays_empty_when_it_is_loaded():
 
 
 def test_codes_of_8_bits_are_loaded_as_they_are():
-    model = small_model()
-    optimizer = create_lorapro_optimizer(model, lr=1e-2, config={"mode": "full_8bit"})
-    backward(model)
-    optimizer.step()
+    model, optimizer = trained(mode="full_8bit")
     saved = copy.deepcopy(optimizer.state_dict())
     fresh = create_lorapro_optimizer(small_model(), lr=1e-2, config={"mode": "full_8bit"})
     fresh.load_state_dict(saved)
@@ -58,8 +51,7 @@ def test_codes_of_8_bits_are_loaded_as_they_are():
 @both_modes
 def test_a_step_on_zero_gradients_at_lr_zero_is_harmless(mode):
     """torch.distributed.checkpoint makes such a step to create the state."""
-    model = small_model()
-    optimizer = create_lorapro_optimizer(model, lr=0.0, weight_decay=0.1, config={"mode": mode})
+    model, optimizer = trained(0, lr=0.0, weight_decay=0.1, mode=mode)
     before = snapshot(optimizer)[0]
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -71,29 +63,18 @@ def test_a_step_on_zero_gradients_at_lr_zero_is_harmless(mode):
 
 @both_modes
 def test_resume_equals_uninterrupted_to_the_bit(mode):
-    straight = small_model()
-    optimizer = create_lorapro_optimizer(straight, lr=1e-2, config={"mode": mode})
-    for step in range(3):
-        backward(straight, step)
-        optimizer.step()
-    file = io.BytesIO()
-    torch.save({"model": straight.state_dict(), "optimizer": optimizer.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
+    straight, optimizer = trained(3, mode=mode)
+    saved = reloaded({"model": straight.state_dict(), "optimizer": optimizer.state_dict()})
     resumed = small_model()
     resumed.load_state_dict(saved["model"])
     again = create_lorapro_optimizer(resumed, lr=1e-2, config={"mode": mode})
     again.load_state_dict(saved["optimizer"])
-    for step in range(3, 6):
-        for model, own in ((straight, optimizer), (resumed, again)):
-            backward(model, step)
-            own.step()
+    take(range(3, 6), (straight, optimizer), (resumed, again))
     assert_same(snapshot(optimizer), snapshot(again))
 
 
 def test_skipped_steps_survive_a_resume():
-    model = small_model()
-    optimizer = create_lorapro_optimizer(model, lr=1e-2)
+    model, optimizer = trained(0)
     backward(model)
     optimizer.pairs[0].A.grad.fill_(float("nan"))
     optimizer.step()
@@ -104,10 +85,7 @@ def test_skipped_steps_survive_a_resume():
 
 @both_modes
 def test_state_is_tensors_and_its_size_is_estimated(mode):
-    model = small_model()
-    optimizer = create_lorapro_optimizer(model, lr=1e-2, config={"mode": mode})
-    backward(model)
-    optimizer.step()
+    model, optimizer = trained(mode=mode)
     tensors = [(name, value) for state in optimizer.state.values() for name, value in state.items()]
     assert all(isinstance(value, torch.Tensor) for _, value in tensors)
     measured = sum(value.numel() * value.element_size() for name, value in tensors if name != "step")
@@ -116,14 +94,9 @@ def test_state_is_tensors_and_its_size_is_estimated(mode):
 
 @both_modes
 def test_optimizer_can_be_copied_and_pickled(mode):
-    model = small_model()
-    optimizer = create_lorapro_optimizer(model, lr=1e-2, config={"mode": mode})
-    backward(model)
-    optimizer.step()
+    model, optimizer = trained(mode=mode)
     model2, optimizer2 = pickle.loads(pickle.dumps((model, optimizer)))
-    for one, own in ((model, optimizer), (model2, optimizer2)):
-        backward(one, 1)
-        own.step()
+    take([1], (model, optimizer), (model2, optimizer2))
     assert_same(snapshot(optimizer), snapshot(optimizer2))
 
 
@@ -131,31 +104,19 @@ def test_optimizer_can_be_copied_and_pickled(mode):
 def test_distributed_checkpoint_functions_carry_the_state(mode):
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-    model, fresh = small_model(), small_model()
-    optimizer = create_lorapro_optimizer(model, lr=1e-2, config={"mode": mode})
-    for step in range(2):
-        backward(model, step)
-        optimizer.step()
-    again = create_lorapro_optimizer(fresh, lr=1e-2, config={"mode": mode})
+    (model, optimizer), (fresh, again) = trained(2, mode=mode), trained(0, mode=mode)
     set_optimizer_state_dict(fresh, again, copy.deepcopy(get_optimizer_state_dict(model, optimizer)))
     fresh.load_state_dict(model.state_dict())
-    for one, own in ((model, optimizer), (fresh, again)):
-        backward(one, 2)
-        own.step()
+    take([2], (model, optimizer), (fresh, again))
     assert_same(snapshot(optimizer), snapshot(again))
 
 
 @pytest.mark.parametrize("mode", ["full", "factored", "efficient"])
 def test_state_of_float64_factors_loads_into_float32_ones(mode):
-    wide = small_model(torch.float64)
-    optimizer = create_lorapro_optimizer(wide, lr=1e-2, config={"mode": mode})
-    backward(wide)
-    optimizer.step()
-    narrow = small_model()
-    again = create_lorapro_optimizer(narrow, lr=1e-2, config={"mode": mode})
+    _, optimizer = trained(dtype=torch.float64, mode=mode)
+    narrow, again = trained(0, mode=mode)
     again.load_state_dict(optimizer.state_dict())
-    backward(narrow, 1)
-    again.step()
+    take([1], (narrow, again))
     assert all(value.dtype == torch.float32 for state in again.state.values() for value in state.values())
 
 

@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, set_seed
 
+from grids import rest_slow
 from lorapro_hf import (
     LoRAProCallback,
     LoRAProOptimizerFactory,
@@ -28,9 +29,7 @@ from optimizer_helpers import backward, small_model
 from trainer_helpers import VOCABULARY, arguments, assert_same, build, factors, logged, run, sequences, tiny_lora
 
 each_mode = pytest.mark.parametrize("mode", ["full", "factored", "efficient"])
-mostly_full = pytest.mark.parametrize(
-    "mode", ["full", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("factored", "efficient"))]
-)
+mostly_full = pytest.mark.parametrize("mode", rest_slow(["full", "factored", "efficient"]))
 LR = 1e-2
 
 
@@ -73,7 +72,7 @@ def moments(optimizer: Any) -> list[torch.Tensor]:
 # ---- bf16 ----
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", rest_slow(MODES))
 def test_bf16_autocast_steps_float32_adapters_in_float32(tmp_path: Path, mode: str):
     if mode == "full_8bit":
         pytest.importorskip("bitsandbytes")
@@ -108,7 +107,7 @@ def test_a_step_under_autocast_is_the_same_to_the_bit(mode: str):
     assert_same(*found)
 
 
-@pytest.mark.parametrize("masters", [False, True])
+@pytest.mark.parametrize("masters", rest_slow([True, False]))
 @mostly_full
 def test_narrow_adapters(tmp_path: Path, mode: str, masters: bool):
     settings = {"lora_pro_mode": mode, "adam_epsilon": 1e-4, "learning_rate": 1e-3, "max_steps": 8}
@@ -213,7 +212,7 @@ def test_fp16_autocast_in_a_loop():
         assert (factor - exactly[name]).norm() < 0.1 * (exactly[name] - start[name]).norm()
 
 
-@each_mode
+@mostly_full
 def test_fp16_in_trainer(tmp_path: Path, mode: str):
     """On the CPU accelerate runs fp16 without autocast and scaler; here they are put where it has them on CUDA."""
     settings = {"lora_pro_mode": mode, "fp16": True, "adam_epsilon": 1e-4}
@@ -267,7 +266,7 @@ def quantized_lora(folder: Path, bits: int, **settings: Any) -> Any:
 
 
 @pytest.mark.usefixtures("_needs_bitsandbytes")
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", rest_slow([4, 8]))
 @mostly_full
 def test_quantized_bases_train(tmp_path: Path, bits: int, mode: str):
     def train(name: str, **settings: Any) -> Any:
@@ -294,7 +293,7 @@ def test_quantized_bases_train(tmp_path: Path, bits: int, mode: str):
 # ---- gradient checkpointing ----
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("use_reentrant", rest_slow([True, False]))
 @mostly_full
 def test_gradient_checkpointing_changes_nothing(tmp_path: Path, mode: str, use_reentrant: bool):
     settings = {"lora_pro_mode": mode, "adam_epsilon": 1e-4, "max_steps": 4}
@@ -314,7 +313,8 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, mode: str, use_r
 # ---- compiled models ----
 
 
-@mostly_full
+@pytest.mark.slow
+@each_mode
 def test_compiled_models_train_alike(tmp_path: Path, mode: str):
     settings = {"lora_pro_mode": mode, "adam_epsilon": 1e-4, "max_steps": 4}
     plain = run(tmp_path / "a", **settings)
@@ -346,7 +346,7 @@ def test_compiled_by_inductor(tmp_path: Path):
 # ---- clipping ----
 
 
-@pytest.mark.parametrize("max_grad_norm", [1e9, 0.05])
+@pytest.mark.parametrize("max_grad_norm", rest_slow([0.05, 1e9]))
 def test_clipping_means_the_same_on_every_path(tmp_path: Path, max_grad_norm: float):
     if Version(transformers.__version__) < Version("5"):
         pytest.skip("transformers 4 knows no optimizer factories")
@@ -371,7 +371,7 @@ def test_clipping_means_the_same_on_every_path(tmp_path: Path, max_grad_norm: fl
     assert len(norms) == len(logged(trainer, "lora_pro_grad_norm")) == 6 and min(norms) > 0.05
 
 
-@each_mode
+@mostly_full
 def test_the_equivalent_gradient_scales_with_the_clipped_one(tmp_path: Path, mode: str):
     free, clipped = (
         run(tmp_path / str(norm), max_grad_norm=norm, max_steps=1, lora_pro_mode=mode) for norm in (1e9, 0.05)

@@ -10,12 +10,11 @@ from torch.nn.parallel import DistributedDataParallel
 from lorapro_hf import LoRAProConfig, cli, config, create_lorapro_optimizer, find_lora_pairs
 from lorapro_hf.config import MODES
 from lorapro_hf.factors.stacks import Rows, global_norm
+from lorapro_hf.functional.bases import compute_dtype
 from lorapro_hf.functional.factor_steps import linear_step, select
-from lorapro_hf.functional.projection import compute_dtype
 from lorapro_hf.optim.projected_gradients import project_pair_gradients_
 from lorapro_hf.optim.rules import RULES
-from lorapro_hf.optim.rules.base import UpdateRule
-from lorapro_hf.optim.state import StateSpec, matrix_shapes
+from lorapro_hf.optim.rules.base import StateSpec, UpdateRule, matrix_shapes
 from optimizer_helpers import assert_same, backward, small_model, snapshot
 from processes import run
 from trainer_helpers import tiny_base

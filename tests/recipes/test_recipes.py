@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, EvalPrediction
+from transformers import (
+    BertConfig,
+    BertModel,
+    BloomConfig,
+    BloomForCausalLM,
+    DistilBertConfig,
+    DistilBertModel,
+    EvalPrediction,
+)
 
 from lorapro_hf.cli import build_parser
 from lorapro_hf.recipes.metrics import of_labels
@@ -228,42 +237,50 @@ def test_an_unknown_language_is_refused() -> None:
         module.columns_of(data, ["translation.en", "translation.ro"])
 
 
+class Stop(Exception):
+    """Ends a script once it has a trainer."""
+
+
+@pytest.fixture
+def keywords_of_trainer(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """A function that runs a script without its training, and returns the keywords of its trainer."""
+
+    def run(program: str, words: list[str]) -> dict[str, Any]:
+        module, seen = script(program), {}
+
+        def trainer(*_: Any, **keywords: Any) -> None:
+            seen.update(keywords)
+            raise Stop
+
+        monkeypatch.setattr(module, "LoRAProTrainer", trainer)
+        with pytest.raises(Stop):
+            module.main([*words, *TINY, "--do_train"])
+        return seen
+
+    return run
+
+
 def test_recordings_of_different_lengths_are_held_against_all_their_words(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keywords_of_trainer: Callable[..., dict[str, Any]]
 ) -> None:
     monkeypatch.chdir(inputs)
-    module, seen = script("run_speech_recognition.py"), []
-
-    class Stop(Exception):
-        """Ends the script once it has a trainer."""
-
-    def trainer(*_: Any, compute_metrics: Any, processing_class: Any, **__: Any) -> None:
-        seen.append(compute_metrics)
-        raise Stop
-
-    monkeypatch.setattr(module, "LoRAProTrainer", trainer)
     words = ["--model_name_or_path", f"{INPUTS}/models/wav2vec2", "--train_file", f"{DATA}/speech/train.jsonl"]
-    with pytest.raises(Stop):
-        module.main([*words, *TINY, "--do_train", "--output_dir", str(tmp_path)])
+    keywords = keywords_of_trainer("run_speech_recognition.py", [*words, "--output_dir", str(tmp_path)])
     letters = json.loads((tmp_path / "vocab.json").read_text())
     spelled = [[letters[each] for each in word] for word in ("low", "high")]
     padded = np.array([[*tokens, *[-100] * (6 - len(tokens))] for tokens in spelled])
-    assert seen[0](EvalPrediction(padded, padded)) == {"wer": 0.0}
+    assert keywords["compute_metrics"](EvalPrediction(padded, padded)) == {"wer": 0.0}
 
 
 def test_models_without_a_table_of_positions_take_blocks_of_any_length(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, keywords_of_trainer: Callable[..., dict[str, Any]]
 ) -> None:
-    from transformers import BloomConfig, BloomForCausalLM
-
-    monkeypatch.chdir(inputs)
-    BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=1, n_head=2, **SIZES)).save_pretrained(tmp_path / "base")
-    script("make_smoke_inputs.py").byte_tokenizer().save_pretrained(tmp_path / "base")
-    settings = tmp_path / "base" / "tokenizer_config.json"
+    base = tmp_path / "base"
+    BloomForCausalLM(BloomConfig(hidden_size=16, n_layer=1, n_head=2, **SIZES)).save_pretrained(base)
+    script("make_smoke_inputs.py").byte_tokenizer().save_pretrained(base)
+    settings = base / "tokenizer_config.json"
     settings.write_text(settings.read_text().replace('"model_max_length": 256', '"model_max_length": 4096'))
     (tmp_path / "text.txt").write_text("some words " * 1000)
-    words = ["--model_name_or_path", str(tmp_path / "base"), "--train_file", str(tmp_path / "text.txt"), *TINY]
-    script("run_clm.py").main(
-        [*words, "--block_size", "1100", "--max_steps", "1", "--do_train", "--output_dir", str(tmp_path / "out")]
-    )
-    assert results(tmp_path / "out")["train_samples"] == 10
+    words = ["--model_name_or_path", str(base), "--train_file", str(tmp_path / "text.txt"), "--block_size", "1100"]
+    keywords = keywords_of_trainer("run_clm.py", [*words, "--output_dir", str(tmp_path / "out")])
+    assert len(keywords["train_dataset"]) == 10

@@ -128,31 +128,28 @@ def test_flags_override_a_recipe_and_a_recipe_what_it_extends(tmp_path: Path) ->
     check_adapter(out, "run_clm.py")
 
 
-def test_training_goes_on_from_a_checkpoint(tmp_path: Path, refusal: Callable[..., str]) -> None:
-    steps = [*CLM, *TINY, "--do_train", "--save_steps", "1", "--lr_scheduler_type", "constant"]
-    out, again = tmp_path / "out", tmp_path / "again"
-    main = script("run_clm.py").main
-    main([*steps, "--output_dir", str(again)])
-    # from the middle, into another folder: the end is that of the training that ran through
-    main([*steps, "--output_dir", str(tmp_path / "b"), "--resume_from_checkpoint", str(again / "checkpoint-1")])
-    through, resumed = factors(again), factors(tmp_path / "b")
-    assert all(torch.equal(values, resumed[name]) for name, values in through.items())
+def test_checkpoints_that_cannot_be_meant_are_refused(tmp_path: Path, refusal: Callable[..., str]) -> None:
+    words = [*CLM, *TINY, "--do_train"]
+    missing = refusal("run_clm.py", *words, "--resume_from_checkpoint", "true")
+    assert "has no checkpoint. Leave it out to start anew" in missing
     # nobody said whether to go on
-    (out / "checkpoint-7").mkdir(parents=True)
-    assert "out holds checkpoints of an earlier training, the last checkpoint-7" in refusal("run_clm.py", *steps)
-    nowhere = refusal("run_clm.py", *steps, "--resume_from_checkpoint", "no/checkpoint-1")
+    (tmp_path / "out" / "checkpoint-7").mkdir(parents=True)
+    assert "out holds checkpoints of an earlier training, the last checkpoint-7" in refusal("run_clm.py", *words)
+    nowhere = refusal("run_clm.py", *words, "--resume_from_checkpoint", "no/checkpoint-1")
     assert "--resume_from_checkpoint no/checkpoint-1: there is no such folder" in nowhere
 
 
-def test_resuming_where_there_is_no_checkpoint_is_refused(refusal: Callable[..., str]) -> None:
-    words = [*CLM, *TINY, "--do_train", "--resume_from_checkpoint", "true"]
-    assert "has no checkpoint. Leave it out to start anew" in refusal("run_clm.py", *words)
-
-
-def test_a_saved_adapter_is_evaluated_and_trained_further(tmp_path: Path, refusal: Callable[..., str]) -> None:
+def test_a_saved_adapter_has_a_card_and_is_evaluated_and_trained_further(
+    inputs: Path, tmp_path: Path, refusal: Callable[..., str]
+) -> None:
     main, trained = script("run_glue.py").main, tmp_path / "trained"
-    main([*SST2, *TINY, "--do_train", "--do_eval", "--output_dir", str(trained)])
+    words = [*SST2, *TINY, "--model_name_or_path", str(inputs / LLAMA), "--task_name", "sst2", "--do_train"]
+    main([*words, "--do_eval", "--output_dir", str(trained)])
     check_adapter(trained, "run_glue.py")
+    card = (trained / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card and "sst2" in card and "lora-pro" in card
+    assert str(inputs) not in card and "base_model:" not in card and "a local Llama" in card
+    assert f"{results(trained)['eval_accuracy']:.3g}"[:4] in card
     known = [*SST2, *TINY, "--adapter_name_or_path", str(trained)]
     other = [*known, "--lora_r", "4", "--do_eval"]
     assert "has r=2, which --lora_r 4 cannot change" in refusal("run_glue.py", *other)
@@ -270,16 +267,6 @@ def test_card_and_hub_flags_reach_the_push(tmp_path: Path, monkeypatch: pytest.M
     assert pushed[-1] == {"tasks": "text-classification", "dataset": "sst2"}  # the model is a local folder's
     arguments = torch.load(out / "training_args.bin", weights_only=False)
     assert (arguments.hub_model_id, arguments.hub_private_repo, arguments.hub_strategy) == ("me/mine", True, "end")
-
-
-def test_card_says_what_was_trained_without_local_paths(tmp_path: Path, inputs: Path) -> None:
-    out = tmp_path / "mine"
-    words = [*SST2, *TINY, "--model_name_or_path", str(inputs / LLAMA), "--task_name", "sst2"]
-    script("run_glue.py").main([*words, "--do_train", "--do_eval", "--output_dir", str(out)])
-    card = (out / "README.md").read_text()
-    assert "pipeline_tag: text-classification" in card and "sst2" in card and "lora-pro" in card
-    assert str(inputs) not in card and "base_model:" not in card and "a local Llama" in card
-    assert f"{results(out)['eval_accuracy']:.3g}"[:4] in card
 
 
 @pytest.mark.slow

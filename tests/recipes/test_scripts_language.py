@@ -187,20 +187,6 @@ def test_instructions_are_trained_and_resumed(model: Path, tmp_path: Path):
     assert any(bool(factor.any()) for name, factor in whole.items() if "lora_B" in name)
 
 
-def test_without_do_train_it_trains_as_trl_does(model: Path, tmp_path: Path):
-    rows = [
-        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}."}]}
-        for n in range(4)
-    ]
-    data = rows_file(tmp_path / "messages.jsonl", rows)
-    script("run_sft").main(
-        flags(model, tmp_path / "out", data, "--assistant_only_loss", "--lora_pro_mode", "efficient")
-    )
-    state = TrainerState.load_from_json(str(tmp_path / "out" / "trainer_state.json"))
-    assert state.global_step == 2
-    assert all("lora_pro_grad_norm" in entry for entry in state.log_history if "loss" in entry)
-
-
 @pytest.mark.parametrize(
     "more", [(), pytest.param(("--adapter_name_or_path", "sft"), marks=pytest.mark.slow)], ids=["new", "continued"]
 )
@@ -221,7 +207,7 @@ def test_preferences_are_trained(model: Path, tmp_path: Path, more: tuple[str, .
     assert not any(".ref." in name for name in saved)
 
 
-def test_adapters_of_quantized_models_learn_instructions_put_as_conversations_in_float32(
+def test_without_do_train_adapters_of_quantized_models_learn_instructions_as_conversations_in_float32(
     model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     pytest.importorskip("bitsandbytes")
@@ -231,6 +217,9 @@ def test_adapters_of_quantized_models_learn_instructions_put_as_conversations_in
         script("run_sft").main(words)
     assert "--lora_pro_master_factors is set" in caplog.text
     assert '"master_factors": true' in (tmp_path / "out" / "lorapro_config.json").read_text()
+    state = TrainerState.load_from_json(str(tmp_path / "out" / "trainer_state.json"))
+    assert state.global_step == 2
+    assert all("lora_pro_grad_norm" in entry for entry in state.log_history if "loss" in entry)
 
 
 @pytest.mark.slow

@@ -166,7 +166,7 @@ def test_arguments_are_found_by_the_parents_names():
     assert given(Bare, "too much") == {}
 
     def asked(parent: type, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return replaced(given(parent, *args, **kwargs), args, kwargs, resume_from_checkpoint="there")
+        return replaced(given(parent, *args, **kwargs), args, kwargs, "resume_from_checkpoint", "there")
 
     assert asked(Trainer, True, None) == (("there", None), {})
     assert asked(First, 3, resume_from_checkpoint=True) == ((3,), {"resume_from_checkpoint": "there"})

@@ -13,16 +13,13 @@ from transformers import Trainer
 from grids import rest_slow
 from lorapro_hf import (
     LoRAProCallback,
-    LoRAProConfig,
     LoRAProOptimizerFactory,
     LoRAProTrainer,
     LoRAProTrainerMixin,
     LoRAProTrainingArguments,
     create_lorapro_optimizer,
 )
-from trainer_helpers import arguments, assert_same, build, factors, run, sequences, tiny_base, tiny_lora
-
-EFFICIENT = LoRAProConfig(mode="efficient")
+from trainer_helpers import EFFICIENT, arguments, assert_same, build, factors, run, sequences, tiny_base, tiny_lora
 
 
 def frozen() -> Any:

@@ -16,6 +16,7 @@ import transformers
 from packaging.version import Version
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
+from grids import rest_slow
 from lorapro_hf import (
     LoRAProCallback,
     LoRAProOptimizerFactory,
@@ -88,16 +89,19 @@ def with_factory() -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("cls", "build_with", "settings"),
-    [
-        (Trainer, dict, {"lora_pro": False}),
-        (Trainer, with_optimizer, {}),
-        (Trainer, with_factory, {}),
-        (Trainer, lambda: {"callbacks": [LoRAProCallback()]}, {}),
-        (LoRAProTrainer, dict, {}),
-        (LoRAProTrainer, dict, {"lora_pro": False}),
-        (LoRAProSeq2SeqTrainer, dict, {}),
-    ],
-    ids=["off", "optimizer", "factory", "callback", "trainer", "trainer, off", "mixin"],
+    rest_slow(
+        [
+            (Trainer, with_optimizer, {}),
+            (Trainer, lambda: {"callbacks": [LoRAProCallback()]}, {}),
+            (LoRAProTrainer, dict, {}),
+            (Trainer, dict, {"lora_pro": False}),
+            (Trainer, with_factory, {}),
+            (LoRAProTrainer, dict, {"lora_pro": False}),
+            (LoRAProSeq2SeqTrainer, dict, {}),
+        ],
+        fast=3,
+    ),
+    ids=["optimizer", "callback", "trainer", "off", "factory", "trainer, off", "mixin"],
 )
 def test_what_reads_the_settings_says_nothing(
     cls: type[Trainer],

@@ -98,7 +98,9 @@ needs_factories = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("way", ["mixin", pytest.param("factory", marks=needs_factories), "callback"])
+@pytest.mark.parametrize(
+    "way", rest_slow(["mixin", "callback", pytest.param("factory", marks=needs_factories)], fast=2)
+)
 @pytest.mark.parametrize("kind", rest_slow(KINDS))
 def test_takes_the_projected_step(kind: str, way: str, tmp_path: Path):
     trainer, record = trainer_of(kind, way, tmp_path)
@@ -109,7 +111,7 @@ def test_takes_the_projected_step(kind: str, way: str, tmp_path: Path):
     assert ("lora_pro_grad_norm" in logged[0]) == (way == "mixin")
 
 
-@pytest.mark.parametrize("kind", ["SFT", "GRPO", *(pytest.param(k, marks=pytest.mark.slow) for k in ("DPO", "Reward"))])
+@pytest.mark.parametrize("kind", rest_slow(KINDS))
 def test_turned_off_it_is_the_parent_to_the_bit(kind: str, tmp_path: Path):
     own, _ = trainer_of(kind, "mixin", tmp_path, lora_pro=False)
     parent, _ = trainer_of(kind, "parent", tmp_path)
@@ -244,7 +246,7 @@ def test_a_subclass_that_makes_its_adapter_is_left_to_it(tmp_path: Path):
     assert len(lorapro_hf.find_lora_pairs(trainer.model)) == 14
 
 
-@pytest.mark.parametrize("way", ["parent", "callback", "mixin"])
+@pytest.mark.parametrize("way", rest_slow(["parent", "callback", "mixin"]))
 def test_trls_own_trainer_says_that_it_reads_no_settings(way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     make = LoRAProSFTTrainer if way == "mixin" else trl.SFTTrainer
     trainer = make(

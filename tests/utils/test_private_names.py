@@ -19,7 +19,8 @@ import lorapro_hf
 from lorapro_hf import LoRAProTrainer, LoRAProTrainerMixin, LoRAProTrainingArguments
 from lorapro_hf.distributed.zero import ZERO_OPTIMIZERS, ZeroAccess
 from lorapro_hf.utils import private_names
-from lorapro_hf.utils.private_names import PRIVATE, REPLACED, TESTED, private, warn_if_newer
+from lorapro_hf.utils.private_names import METHODS_OF_TRAINER, PRIVATE, TESTED, private, warn_if_newer
+from support_table import REPLACED
 from trainer_helpers import arguments, build
 
 ROOT = Path(__file__).parents[2]
@@ -51,16 +52,16 @@ def test_tested_releases_are_those_of_the_requirements(library: str) -> None:
 
 @pytest.mark.parametrize("name", PRIVATE)
 def test_a_name_that_is_gone_is_an_error_with_release_and_name(name: str) -> None:
-    row = PRIVATE[name]
+    library = PRIVATE[name]
     holder = ModuleType("held")
     setattr(holder, name, 7)
     assert private(holder, name) == 7
     delattr(holder, name)
     with pytest.raises(RuntimeError) as raised:
         private(holder, name)
-    message, release = str(raised.value), metadata.version(row.package) if row.package != "deepspeed" else ""
-    assert f" {release}" in message and f" has no held.{name}, " in message and row.use in message
-    assert TESTED[row.package][1] in message and message.endswith("install such a release, or report it.")
+    message, release = str(raised.value), metadata.version(library) if library != "deepspeed" else ""
+    assert f" {release}" in message and f" has no held.{name}, " in message
+    assert TESTED[library][1] in message and message.endswith("install such a release, or report it.")
 
 
 def test_a_module_that_is_gone_is_an_error_too() -> None:
@@ -153,7 +154,8 @@ def overridden(sources: dict[str, ast.AST]) -> set[tuple[type, str]]:
 def test_overridden_methods_are_the_parents(overridden: set[tuple[type, str]]) -> None:
     names = {name for _, name in overridden}
     assert {name for name in names if not hasattr(Trainer, name)} == set()
-    listed = {method.name for method in REPLACED if method.owner == "Trainer"}
+    listed = {name for _, owner, name, _ in REPLACED if owner == "Trainer"}
+    assert listed | {"_get_output_dir"} == set(METHODS_OF_TRAINER)
     assert {name for name in names if name.startswith("_")} == listed
 
 
@@ -169,13 +171,13 @@ def test_replaced_methods_of_deepspeed_are_in_the_table(sources: dict[str, ast.A
         and isinstance(node.ctx, ast.Store)
         and ast.unparse(node.value) in ("engine", "engine.optimizer", "self.zero", "zero")
     }
-    assert found - values == {method.name for method in REPLACED if method.package == "deepspeed"}
+    assert found - values == {name for library, _, name, _ in REPLACED if library == "deepspeed"}
 
 
 def test_a_trainer_that_lacks_a_method_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     args = arguments(tmp_path, LoRAProTrainingArguments)
     monkeypatch.delattr(Trainer, "_save_rng_state")
-    with pytest.raises(RuntimeError, match=r"transformers .* has no Trainer\._save_rng_state, by which LoRA-Pro saves"):
+    with pytest.raises(RuntimeError, match=r"transformers .* has no Trainer\._save_rng_state, on which LoRA-Pro"):
         build(LoRAProTrainer, args)
 
 

@@ -1,4 +1,4 @@
-"""Which files hold the adapters of a model, and is every pair that is trained in them?"""
+"""Which files hold the adapters of a model, and is every trained pair in them?"""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from lorapro_hf.factors.pairs import LoRAPair, survey_lora_pairs
 from lorapro_hf.factors.wrappers import find_wrapper, plain_name, require_plain_modules
 from lorapro_hf.utils.private_names import private
+from lorapro_hf.utils.unpickling import read_metadata
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 WEIGHTS = (*ADAPTER_FILES, "model.safetensors", "pytorch_model.bin")
 PREFIX = "base_model.model."  # of PEFT; transformers puts it before the names in its own files
-_OF_FSDP = ("pytorch_model_fsdp.bin", "pytorch_model_fsdp_0")  # of accelerate: the whole model, or its shards
+# accelerate's names for the first model of a training under FSDP
+FULL_MODEL, SHARDED_MODEL = "pytorch_model_fsdp.bin", "pytorch_model_fsdp_0"
 
 
 def is_peft_model(model: nn.Module) -> TypeGuard[PeftModel]:
@@ -42,16 +44,8 @@ def active_adapters(model: nn.Module) -> list[str]:
     return list(active() if callable(active) else active)
 
 
-def adapted_part(model: nn.Module) -> tuple[str, nn.Module | None]:
-    """The name and the module of the part that has the adapters: mostly the model, whose name is empty.
-
-    A `SentenceTransformer` has them in the model of its first module, which it saves at the top of a folder.
-    """
-    return next(((name, part) for name, part in model.named_modules() if active_adapters(part)), ("", None))
-
-
 def adapter_files(folder: Path, model: nn.Module) -> dict[str, Path]:
-    """The files of a model's adapters in a checkpoint, by the adapters' names; absent files are left out.
+    """The adapter files in a checkpoint by the adapters' names; absent files are left out.
 
     PEFT saves the adapter named default at the top and each other adapter in a folder of its name. transformers saves
     the active adapter of `model.add_adapter` at the top, whatever its name.
@@ -60,25 +54,23 @@ def adapter_files(folder: Path, model: nn.Module) -> dict[str, Path]:
         places = {name: folder if name == "default" else folder / name for name in model.peft_config}
     else:
         places = dict.fromkeys(active_adapters(model)[:1], folder)
-    found = {
-        name: [place / file for file in ADAPTER_FILES if (place / file).is_file()] for name, place in places.items()
-    }
-    return {name: files[0] for name, files in found.items() if files}
+    files: dict[str, Path] = {}
+    for adapter, place in places.items():
+        for name in ADAPTER_FILES:
+            if (place / name).is_file():
+                files.setdefault(adapter, place / name)
+    return files
 
 
 def holds_weights(folder: Path) -> bool:
-    """Whether a folder holds the weights of a model or of adapters, apart from those of engines and checkpoints in it.
-
-    Args:
-        folder: a checkpoint, or the folder of a saved model.
-    """
+    """Whether a folder holds weights of a model or adapter, apart from an engine's and from checkpoints inside it."""
     patterns = [pattern for name in WEIGHTS for pattern in (f"**/{name}", f"{name}.index.json")]
     found = (file.relative_to(folder) for pattern in patterns for file in folder.glob(pattern))
     return any(not any(part.startswith(PREFIX_CHECKPOINT_DIR) for part in file.parts) for file in found)
 
 
 def tensor_shapes(file: Path) -> dict[str, list[int]]:
-    """The shapes of the tensors in the file of an adapter, by name.
+    """The shapes of the tensors in an adapter file, by name.
 
     Raises:
         SafetensorError: a safetensors file is cut off or damaged.
@@ -90,18 +82,14 @@ def tensor_shapes(file: Path) -> dict[str, list[int]]:
 
 
 def read_adapter(file: Path) -> dict[str, Tensor]:
-    """The tensors in the file of an adapter, by name."""
+    """The tensors in an adapter file, by name."""
     if file.suffix == ".bin":
         return dict(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
     return load_file(file)
 
 
 def require_savable(model: nn.Module) -> None:
-    """Raise if transformers cannot save the adapters that are trained.
-
-    Raises:
-        ValueError: a wrapper is around a part of the model, or several adapters of `model.add_adapter` are active.
-    """
+    """Raise a `ValueError` if a wrapper is around a part of the model, or transformers cannot save its adapters."""
     require_plain_modules(model)
     active = active_adapters(model)
     if not is_peft_model(model) and len(active) > 1:
@@ -113,30 +101,23 @@ def require_savable(model: nn.Module) -> None:
 
 
 def require_pairs_saved(folder: Path, model: nn.Module) -> None:
-    """Raise if the files of a save lack A or B of a trained pair.
-
-    Args:
-        folder: the folder of the save.
-        model: the model, out of any wrapper of DDP or accelerate.
-
-    Raises:
-        ValueError: the message names the pair, the file and what to do.
-    """
+    """Raise a `ValueError` if a save lacks A or B of a trained pair of a model, out of any wrapper of DDP."""
     lack = find_unsaved(folder, model)
-    if lack is None and adapted_part(model)[1] is not None and not _holds_any(folder):
-        raise ValueError(
-            f"{folder} has no file of an adapter or a model. The trained adapter cannot be restored from these files; "
-            "the model itself still has the adapter. Look at the trainer's _save and the model's save_pretrained, "
-            "which wrote no file."
+    if lack is not None:
+        wrapper = find_wrapper(model)
+        where = f": {wrapper[0] or 'the model'} is wrapped by {wrapper[1]}" if wrapper else ""
+        remedy = (
+            f"Something has renamed or replaced modules since PEFT made the adapter{where}. Take wrappers off before "
+            "the training, and for activation checkpointing use gradient_checkpointing=True."
         )
-    if lack is None:
+    elif _adapted_part(model)[1] is not None and not _holds_model(folder):
+        lack = f"{folder} has no file of an adapter or a model"
+        remedy = "Look at the trainer's _save and the model's save_pretrained, which wrote no file."
+    else:
         return
-    wrapper = find_wrapper(model)
-    where = f": {wrapper[0] or 'the model'} is wrapped by {wrapper[1]}" if wrapper else ""
     raise ValueError(
         f"{lack}. The trained adapter cannot be restored from these files; the model itself still has the adapter. "
-        f"Something has renamed or replaced modules since PEFT made the adapter{where}. Take wrappers off before the "
-        "training, and for activation checkpointing use gradient_checkpointing=True."
+        f"{remedy}"
     )
 
 
@@ -151,21 +132,8 @@ def saving_error(folder: Path, model: nn.Module) -> ValueError | None:
     return None
 
 
-def raise_on_all_ranks(error: ValueError | None) -> None:
-    """Raise on every rank the error of the first rank that has one; all ranks must call it."""
-    from accelerate.utils import gather_object
-
-    message = next(filter(None, gather_object([None if error is None else str(error)])), None)
-    if message is not None:
-        raise ValueError(message)
-
-
 def require_pairs_in_checkpoint(folder: Path, model: nn.Module) -> None:
-    """Raise if the files of a checkpoint lack A or B of a trained pair.
-
-    Raises:
-        ValueError: the message names the pair, the file and what to do.
-    """
+    """Raise a `ValueError` if a checkpoint lacks A or B of a trained pair."""
     lack = find_unsaved(folder, model)
     if lack is not None:
         raise ValueError(
@@ -175,12 +143,11 @@ def require_pairs_in_checkpoint(folder: Path, model: nn.Module) -> None:
 
 
 def find_unsaved(folder: Path, model: nn.Module) -> str | None:
-    """The first trained factor that a file of a folder lacks, with the file; `None` if the files have all factors.
+    """The first trained factor that a file of adapters or of FSDP's model lacks, with the file; `None` if none does.
 
-    The files are those of adapters and of FSDP's models. Only names and shapes are read. A folder without such files
-    lacks nothing, and nor does a folder for a model without an adapter.
+    Only names and shapes are read. A folder without such files lacks nothing, nor does one for a model without adapter.
     """
-    place, part = adapted_part(model._modules.get("_orig_mod") or model)
+    place, part = _adapted_part(model._modules.get("_orig_mod") or model)
     files = [] if part is None else list(_files(folder, part, place and f"{place}."))
     for pair in survey_lora_pairs(part)[0] if part is not None and files else ():
         holders = [file for file in files if pair.adapter_name in file.adapters]
@@ -200,17 +167,20 @@ def told(shape: list[int] | None) -> str:
     return "is missing" if shape is None else f"has shape {shape}"
 
 
+def _adapted_part(model: nn.Module) -> tuple[str, nn.Module | None]:
+    """The name and the module of the part with the adapters; a `SentenceTransformer` has them in its first module."""
+    return next(((name, part) for name, part in model.named_modules() if active_adapters(part)), ("", None))
+
+
 class _File(NamedTuple):
     path: Path
     shapes: dict[str, list[int]]
-    adapters: Collection[str]
-    """The adapters that the file must hold."""
-    unnamed: Collection[str]
-    """The adapters whose tensors lack the adapter's name in theirs."""
+    adapters: Collection[str]  # which the file must hold
+    unnamed: Collection[str]  # whose names are left out of the tensors' names
 
 
-def _holds_any(folder: Path) -> bool:
-    return holds_weights(folder) or any((folder / name).exists() for name in _OF_FSDP)
+def _holds_model(folder: Path) -> bool:
+    return holds_weights(folder) or any((folder / name).exists() for name in (FULL_MODEL, SHARDED_MODEL))
 
 
 def _files(folder: Path, model: nn.Module, place: str) -> Iterator[_File]:
@@ -219,25 +189,20 @@ def _files(folder: Path, model: nn.Module, place: str) -> Iterator[_File]:
     for adapter, file in adapter_files(folder, model).items():
         shapes = {name.removeprefix(prefix): shape for name, shape in tensor_shapes(file).items()}
         yield _File(file, shapes, {adapter}, {adapter})
-    active = active_adapters(model)
-    whole, shards = (folder / name for name in _OF_FSDP)
+    active, whole, shards = active_adapters(model), folder / FULL_MODEL, folder / SHARDED_MODEL
     if whole.is_file():
-        yield _File(
-            whole, {name.removeprefix(place): shape for name, shape in tensor_shapes(whole).items()}, active, ()
-        )
+        shapes = {name.removeprefix(place): shape for name, shape in tensor_shapes(whole).items()}
+        yield _File(whole, shapes, active, ())
     if shards.is_dir():
-        from torch.distributed.checkpoint.filesystem import FileSystemReader
-
-        entries = FileSystemReader(shards).read_metadata().state_dict_metadata.items()
+        entries = read_metadata(shards / ".metadata").state_dict_metadata.items()
         sizes = {name.removeprefix("model."): list(entry.size) for name, entry in entries if hasattr(entry, "size")}
         shapes = {name.removeprefix(place): size for name, size in sizes.items()}
-        unnamed = {str(model.active_adapter)} if is_peft_model(model) else ()
-        yield _File(shards, shapes, active, unnamed)
+        yield _File(shards, shapes, active, {str(model.active_adapter)} if is_peft_model(model) else ())
 
 
 def _names(pair: LoRAPair, letter: str, is_unnamed: bool) -> list[str]:
     """The names that a factor may have in a file, the likeliest last."""
-    stem = f"{plain_name(pair.name)}.lora_"
     is_embedding = pair.adapter_name in pair.layer.lora_embedding_A
-    stem, end = (f"{stem}embedding_{letter}", "") if is_embedding else (f"{stem}{letter}", ".weight")
+    stem = f"{plain_name(pair.name)}.lora_{'embedding_' if is_embedding else ''}{letter}"
+    end = "" if is_embedding else ".weight"
     return [f"{stem}.{pair.adapter_name}{end}", *([f"{stem}{end}"] if is_unnamed else [])]

@@ -6,20 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorapro_hf.checkpoints.adapters import WEIGHTS, holds_weights
+from lorapro_hf.checkpoints.adapters import FULL_MODEL, SHARDED_MODEL, WEIGHTS, holds_weights
 from lorapro_hf.checkpoints.files import OPTIMIZER, RNG, SCHEDULER, find_missing_rng, read_optimizer_state
 from lorapro_hf.checkpoints.sharded import ranks_of_shards, read_sharded_state, shards_flaws
-from lorapro_hf.checkpoints.zero import LATEST, mode_of, own_schedule_and_ranks, stage_of, zero_flaws
+from lorapro_hf.checkpoints.zero import LATEST, own_schedule_and_ranks, stage_of, zero_flaws
 from lorapro_hf.utils.unpickling import read_tensors
 
 ONE_PROCESS, DDP = "one process", "DDP"
 SHARDED, FULL = "FSDP2 with SHARDED_STATE_DICT", "FSDP2 with FULL_STATE_DICT"
 DEEPSPEED = "DeepSpeed ZeRO "
-# accelerate's names for the first model and the first optimizer of a training
-_SHARDED_MODEL, _SHARDED_OPTIMIZER = "pytorch_model_fsdp_0", "optimizer_0"
-_FULL_MODEL, _FULL_OPTIMIZER = "pytorch_model_fsdp.bin", "optimizer.bin"
+ANEW = "start a new training from the saved adapter: PeftModel.from_pretrained(base, checkpoint, is_trainable=True)"
+# accelerate's names for the first optimizer of a training under FSDP
+_FULL_OPTIMIZER, _SHARDED_OPTIMIZER = "optimizer.bin", "optimizer_0"
 _INTERCHANGEABLE = ({ONE_PROCESS, DDP}, {f"{DEEPSPEED}1", f"{DEEPSPEED}2"})
-_ANEW = "start a new training from the saved adapter: PeftModel.from_pretrained(base, checkpoint, is_trainable=True)"
 
 
 def describe_engine(accelerator: Any) -> str:
@@ -39,9 +38,9 @@ def written_by(folder: Path) -> list[str]:
     found = []
     if (folder / OPTIMIZER).exists():
         found.append(DDP if any(folder.glob("rng_state_*.pth")) else ONE_PROCESS)
-    if any((folder / name).exists() for name in (_SHARDED_MODEL, _SHARDED_OPTIMIZER)):
+    if any((folder / name).exists() for name in (SHARDED_MODEL, _SHARDED_OPTIMIZER)):
         found.append(SHARDED)
-    if any((folder / name).exists() for name in (_FULL_MODEL, _FULL_OPTIMIZER)):
+    if any((folder / name).exists() for name in (FULL_MODEL, _FULL_OPTIMIZER)):
         found.append(FULL)
     if (folder / LATEST).exists() or any(folder.glob("global_step*")):
         found.append(f"{DEEPSPEED}{stage_of(folder)}")
@@ -49,20 +48,12 @@ def written_by(folder: Path) -> list[str]:
 
 
 def require_same_engine(folder: Path, running: str) -> None:
-    """Raise if the running engine cannot load a checkpoint because another engine wrote it.
-
-    Args:
-        folder: the checkpoint, complete.
-        running: the running engine, from `describe_engine`.
-
-    Raises:
-        ValueError: another engine wrote it, or it holds weights alone, which DeepSpeed does not load.
-    """
+    """Raise a `ValueError` if an engine, as `describe_engine` names it, cannot load a complete checkpoint."""
     written = written_by(folder)
     if not written and running.startswith(DEEPSPEED):
         raise ValueError(
             f"cannot resume from {folder}: it holds no optimizer state (save_only_model=True), and {running} resumes "
-            f"from its own files alone. To go on from these weights, {_ANEW}."
+            f"from its own files alone. To go on from these weights, {ANEW}."
         )
     if f"{DEEPSPEED}?" in written and running.startswith(DEEPSPEED):
         return  # DeepSpeed itself compares the stages
@@ -70,16 +61,12 @@ def require_same_engine(folder: Path, running: str) -> None:
     if written and written != [running] and not any(both <= alike for alike in _INTERCHANGEABLE):
         raise ValueError(
             f"cannot resume from {folder}: it was written by {written[0]}, and the training runs with {running}, which "
-            f"does not read these files. Resume with {written[0]}, or {_ANEW}."
+            f"does not read these files. Resume with {written[0]}, or {ANEW}."
         )
 
 
 def engine_flaw(folder: Path) -> str | None:
-    """The first file that a checkpoint lacks or that is damaged, under any engine; no code in a file is run.
-
-    Returns:
-        `None` for a complete checkpoint, also for one of weights alone.
-    """
+    """The first file that a checkpoint lacks or that is damaged, under any engine; no code in a file is run."""
     written = written_by(folder)
     if len(written) > 1:
         return f"it mixes the files of two saves, by {written[0]} and by {written[1]}"
@@ -87,12 +74,9 @@ def engine_flaw(folder: Path) -> str | None:
 
 
 def saved_state(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The optimizer's state in a checkpoint of any engine but DeepSpeed, with its file.
+    """The optimizer's state in a checkpoint, with its file; `None` if there is none, or DeepSpeed wrote it.
 
     The tensors of a sharded state have only shapes and dtypes.
-
-    Returns:
-        `None` if there is no state, or DeepSpeed wrote it.
 
     Raises:
         ValueError: the file is cut off, or not of an optimizer.
@@ -104,23 +88,10 @@ def saved_state(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return (sharded, read_sharded_state(sharded)) if sharded.is_dir() else None
 
 
-def saved_mode(folder: Path) -> tuple[Path, str] | None:
-    """LoRA-Pro's mode in a checkpoint of any engine, with its file; `None` if there is no mode.
-
-    Raises:
-        ValueError: the optimizer's file is cut off, or not of an optimizer.
-    """
-    saved = saved_state(folder)
-    if saved is None:
-        return mode_of(folder)
-    modes = [group["lora_pro_mode"] for group in saved[1]["param_groups"] if "lora_pro_mode" in group]
-    return (saved[0], modes[0]) if modes else None
-
-
 def _flaws(folder: Path, engine: str | None) -> Iterator[str]:
     ranks, has_schedule = 1, True
     if engine == SHARDED:
-        for name in (_SHARDED_MODEL, _SHARDED_OPTIMIZER):
+        for name in (SHARDED_MODEL, _SHARDED_OPTIMIZER):
             yield from shards_flaws(folder / name)
         ranks = ranks_of_shards(folder / _SHARDED_OPTIMIZER)
     elif engine == FULL:
@@ -144,14 +115,18 @@ def _flaws(folder: Path, engine: str | None) -> Iterator[str]:
 
 
 def _full_flaws(folder: Path) -> Iterator[str]:
-    for name, read in ((_FULL_MODEL, read_tensors), (_FULL_OPTIMIZER, read_optimizer_state)):
+    for name, read in ((FULL_MODEL, _read_weights), (_FULL_OPTIMIZER, read_optimizer_state)):
         if not (folder / name).is_file():
             yield f"{name} is missing"
             continue
         try:
-            content = read(folder / name)
+            read(folder / name)
         except ValueError as error:
             yield f"{name} is cut off or damaged ({error})"
-        else:
-            if not isinstance(content, dict):
-                yield f"{name} is cut off or damaged (it holds no weights of a model)"
+
+
+def _read_weights(file: Path) -> Any:
+    content = read_tensors(file)
+    if not isinstance(content, dict):
+        raise ValueError("it holds no weights of a model")
+    return content

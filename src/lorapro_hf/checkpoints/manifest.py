@@ -36,12 +36,7 @@ _SHARD = re.compile(r"(adapter_model|model|pytorch_model)-\d+-of-\d+\.(safetenso
 
 @dataclass(frozen=True)
 class SavedFile:
-    """A file as it was when the manifest was written.
-
-    Args:
-        size: bytes.
-        crc32: the checksum of each piece of 64 MiB.
-    """
+    """The size in bytes of a file, and the checksum of each piece of 64 MiB."""
 
     size: int
     crc32: tuple[int, ...]
@@ -49,14 +44,7 @@ class SavedFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The files of one save.
-
-    Args:
-        global_step: steps that the training had done.
-        processes: how many processes trained.
-        engine: the engine, as `describe_engine` names it; `None` if unknown.
-        files: the files by their paths in the checkpoint.
-    """
+    """The files of one save by their paths, after how many steps, and who wrote them."""
 
     global_step: int
     processes: int
@@ -85,7 +73,7 @@ def write_manifest(folder: Path, global_step: int, processes: int, engine: str |
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a checkpoint; `None` for a checkpoint of an older version or another trainer, which has none.
+    """The manifest of a checkpoint, which older versions and other trainers do not write.
 
     Raises:
         ValueError: it is damaged, or of a later version.
@@ -105,25 +93,11 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise ValueError("it does not list files as LoRA-Pro does") from error
 
 
-def is_gone_on_from(path: PurePath) -> bool:
-    """Whether a training resumes from a file: the trainer's state, an optimizer's, an engine's, or weights.
-
-    Args:
-        path: the file's path in the checkpoint.
-    """
-    is_weights = path.name in WEIGHTS or path.name.endswith(".index.json") or _SHARD.fullmatch(path.name) is not None
-    return str(path) == STATE or _is_state(path) or is_weights
-
-
 def find_change(folder: Path, manifest: Manifest, checksums: bool = True) -> str | None:
     """The first file that is missing, changed, or of another save; `None` if there is none.
 
-    Files that no training resumes from may have been changed and added. Random states of other nodes may be added.
-
-    Args:
-        folder: the checkpoint.
-        manifest: its manifest.
-        checksums: read the files and compare their checksums, not only their sizes.
+    Files that no training resumes from may be changed and added. Random states of other nodes may be added. Without
+    `checksums` no file is read.
     """
     missing = [name for name in manifest.files if not (folder / name).is_file()]
     if missing:
@@ -153,14 +127,20 @@ def _parsed(content: dict[str, Any]) -> Manifest:
 
 
 def _to_list(folder: Path) -> Iterator[Path]:
+    """The files that a training resumes from: the trainer's state, an optimizer's, an engine's, and weights."""
     for path in sorted(folder.rglob("*")):
-        if is_gone_on_from(path.relative_to(folder)) and path.is_file():
+        name = path.relative_to(folder)
+        if (str(name) == STATE or _is_state(name) or _is_weights(name.name)) and path.is_file():
             yield path
 
 
 def _is_state(path: PurePath) -> bool:
     is_beside = any(fnmatchcase(path.name, pattern) for pattern in _BESIDE_IT)
     return not is_beside and any(fnmatchcase(path.parts[0], pattern) for pattern in _OF_STATE)
+
+
+def _is_weights(name: str) -> bool:
+    return name in WEIGHTS or name.endswith(".index.json") or _SHARD.fullmatch(name) is not None
 
 
 def _as_saved(file: Path) -> SavedFile:
@@ -172,9 +152,7 @@ def _as_saved(file: Path) -> SavedFile:
 def _read_through(file: Path, size: int, *_: int) -> SavedFile:
     """The checksums of a file, which is read once unless it has changed since."""
     pieces = range(0, size, _PIECE)
-    if len(pieces) < 2:
-        return SavedFile(size, tuple(_crc32(file, start) for start in pieces))
-    with ThreadPoolExecutor(min(len(pieces), os.cpu_count() or 1, 8)) as pool:
+    with ThreadPoolExecutor(min(len(pieces) or 1, os.cpu_count() or 1, 8)) as pool:
         return SavedFile(size, tuple(pool.map(partial(_crc32, file), pieces)))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorapro_hf.checkpoints.engines import ANEW
 from lorapro_hf.checkpoints.files import METHODS, read_method_file
 from lorapro_hf.checkpoints.manifest import MANIFEST
 from lorapro_hf.factors.pairs import survey_lora_pairs
@@ -20,16 +21,9 @@ _PLAIN = (Tensor, nn.Parameter, bool, int, float, str, type(None))
 def write_method_state(
     folder: Path, name: str, state: Mapping[str, Any], factors: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write a method's file into a checkpoint.
+    """Write a method's `state_dict` into a checkpoint, with the factors where the adapter is saved in another form.
 
-    Args:
-        folder: the checkpoint.
-        name: the method's name.
-        state: from the method's `state_dict`.
-        factors: from `factors_of`, where the adapter is saved in another form.
-
-    Raises:
-        ValueError: the state holds something else than tensors and plain values, which could not be read again.
+    A state of anything but tensors and plain values, which could not be read again, is a `ValueError`.
     """
     foreign = _find_foreign(state)
     if foreign is not None:
@@ -41,11 +35,7 @@ def write_method_state(
 
 
 def load_method_file(folder: Path, name: str, model: nn.Module) -> dict[str, Any]:
-    """The state of a method in a checkpoint; factors beside it are copied into the model.
-
-    Raises:
-        ValueError: the factors do not fit. Nothing has been changed then.
-    """
+    """The state of a method in a checkpoint; factors beside it are copied into the model, or refused if one misfits."""
     content = read_method_file(_file(folder, name))
     saved, own = content["factors"] or {}, factors_of(model)
     for each in saved:
@@ -76,15 +66,9 @@ def saved_methods(folder: Path) -> set[str]:
 
 
 def require_same_methods(folder: Path, names: Collection[str], is_whole: bool) -> None:
-    """Raise if a training has other methods than a checkpoint.
+    """Raise a `ValueError` if a training has other methods with a state than a checkpoint.
 
-    Args:
-        folder: the checkpoint.
-        names: the training's methods that have a state.
-        is_whole: whether the checkpoint holds more than weights.
-
-    Raises:
-        ValueError: the message names the method and the remedy.
+    A checkpoint of weights alone, which is not whole, need not have the methods of the training.
     """
     saved = saved_methods(folder)
     if unknown := sorted(saved - set(names)):
@@ -96,8 +80,7 @@ def require_same_methods(folder: Path, names: Collection[str], is_whole: bool) -
     if is_whole and (missing := sorted(set(names) - saved)):
         raise ValueError(
             f"cannot resume from {folder}: it holds no state of the method {missing[0]!r}, which this training has. "
-            "Leave out the method, or start a new training from the saved adapter: PeftModel.from_pretrained(base, "
-            "checkpoint, is_trainable=True)."
+            f"Leave out the method, or {ANEW}."
         )
 
 

@@ -9,11 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from lorapro_hf.checkpoints.adapters import holds_weights
-from lorapro_hf.checkpoints.engines import DDP, ONE_PROCESS, engine_flaw, saved_mode, saved_state, written_by
-from lorapro_hf.checkpoints.files import METHODS, NAME, OPTIMIZER, RNG, SCALER, SCHEDULER, STATE, find_damage
+from lorapro_hf.checkpoints.engines import ANEW, DDP, ONE_PROCESS, engine_flaw, saved_state, written_by
+from lorapro_hf.checkpoints.files import (
+    METHODS,
+    NAME,
+    OPTIMIZER,
+    RNG,
+    SCALER,
+    SCHEDULER,
+    STATE,
+    find_damage,
+    find_disagreement,
+)
 from lorapro_hf.checkpoints.loading import require_adapters
 from lorapro_hf.checkpoints.manifest import MANIFEST, find_change, read_manifest
-from lorapro_hf.checkpoints.step_counts import find_disagreement, steps_behind
+from lorapro_hf.checkpoints.zero import mode_of
 from lorapro_hf.optim.checkpoint import check_state_dict
 from lorapro_hf.optim.lora_pro import LoRAProAdamW
 
@@ -21,18 +31,16 @@ _STATE_FILES = (OPTIMIZER, SCHEDULER, SCALER, RNG, METHODS)
 
 
 def require_complete(folder: Path, checksums: bool = True) -> None:
-    """Raise if a checkpoint is not whole or not of one save; the message names a complete checkpoint beside it.
-
-    Args:
-        folder: the checkpoint.
-        checksums: as of `find_flaw`.
-
-    Raises:
-        ValueError: a file is missing, cut off, damaged or of another save.
-    """
+    """Raise a `ValueError` if `find_flaw` finds one; the message names a complete checkpoint beside this one."""
     flaw = find_flaw(folder, checksums)
-    if flaw is not None:
-        raise ValueError(f"cannot resume from {folder}: {flaw}. {_way_out(folder)}")
+    if flaw is None:
+        return
+    remedy = "There is no complete checkpoint beside it: start the training again without resume_from_checkpoint."
+    if re.fullmatch(NAME, folder.name):
+        others = (other for other in checkpoints_in(folder.parent) if other != folder and find_flaw(other) is None)
+        if newest := next(others, None):
+            remedy = f"Set resume_from_checkpoint to {newest}, the newest complete checkpoint."
+    raise ValueError(f"cannot resume from {folder}: {flaw}. {remedy}")
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -48,15 +56,13 @@ def newest_complete(
     """The checkpoint that `resume_from_checkpoint=True` means, and the flaws of the checkpoints that it passes over.
 
     The checkpoint is `None`, and the training starts anew, where no save was finished. Otherwise a job that restarts
-    itself would be refused for ever once it had died in its first save.
+    itself would be refused for ever once it had died in its first save. If none is complete, or there is none, that is
+    a `ValueError`.
 
     Args:
         output: the output folder of the training.
         folders: its checkpoints, the newest first.
         find: returns the flaw of a checkpoint, as `find_flaw` does.
-
-    Raises:
-        ValueError: none is complete, or there is none.
     """
     flaws: dict[Path, str] = {}
     for folder in folders:
@@ -75,18 +81,6 @@ def newest_complete(
     )
 
 
-def unverified(folder: Path) -> str | None:
-    """A warning that a complete checkpoint without a manifest could not be verified; `None` if it has a manifest."""
-    if (folder / MANIFEST).is_file():
-        return None
-    behind = steps_behind(folder)
-    return (
-        f"{folder} has no {MANIFEST}, which ends a save and lists its files: a plain Trainer or an earlier version "
-        "has written it, or the save was cut short just before. Only the kinds of the files "
-        f"and counts of steps were compared{'' if behind is None else f', and {behind}'}."
-    )
-
-
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is a checkpoint, complete or not: its name or one of its files says so."""
     files = (STATE, OPTIMIZER, SCHEDULER, RNG)
@@ -94,11 +88,9 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def find_flaw(folder: Path, checksums: bool = True) -> str | None:
-    """The first flaw of a checkpoint, `None` if it is complete and of one save.
+    """Why a checkpoint is not complete or not of one save; `None` if it is both.
 
-    Args:
-        folder: the checkpoint.
-        checksums: read all files and compare their content with the manifest.
+    With `checksums` all files are read and compared with the manifest, else only their sizes.
     """
     if not folder.is_dir():
         return "there is no such folder"
@@ -131,15 +123,22 @@ def _find_mixture(folder: Path, checksums: bool) -> str | None:
     try:
         manifest = read_manifest(folder)
         if manifest is not None:
-            return find_change(folder, manifest, checksums)
+            return find_change(folder, manifest, checksums) or _find_new_name(folder, manifest.global_step)
         name = OPTIMIZER
         return find_disagreement(folder)
     except ValueError as error:
         return f"{name} is damaged ({error})"
 
 
+def _find_new_name(folder: Path, step: int) -> str | None:
+    """Whether a checkpoint was renamed; the name decides which is the newest, and which `Trainer` deletes."""
+    if re.fullmatch(NAME, folder.name) is None or folder.name == f"checkpoint-{step}":
+        return None
+    return f"it is of step {step}, although the folder is named {folder.name}: rename it to checkpoint-{step}"
+
+
 def require_same_training(folder: Path, optimizer: LoRAProAdamW | None, model: Any, factors: bool = True) -> bool:
-    """Raise if a complete checkpoint is of another training than this one.
+    """Whether a complete checkpoint of this training has the state of an optimizer.
 
     Args:
         folder: the checkpoint.
@@ -147,49 +146,35 @@ def require_same_training(folder: Path, optimizer: LoRAProAdamW | None, model: A
         model: the model that would load the adapter.
         factors: whether the checkpoint holds A and B as they are trained.
 
-    Returns:
-        Whether the checkpoint has the state of an optimizer.
-
     Raises:
-        ValueError: it is of another mode, rank or model, or of another optimizer.
+        ValueError: it is of another training: of another mode, rank or model, or of another optimizer.
     """
     try:
         require_adapters(folder, model, factors)
     except ValueError as error:
         raise ValueError(f"cannot resume from {error}") from error
     saved = saved_state(folder)
-    if saved is None:
-        return False
-    if optimizer is not None:
+    if saved is not None and optimizer is not None:
         try:
             check_state_dict(saved[1], optimizer.param_groups, optimizer.pairs, optimizer.config)
         except ValueError as error:
             raise ValueError(f"cannot resume from {saved[0]}: {error}") from error
-    return True
+    return saved is not None
 
 
 def require_without_lora_pro(folder: Path) -> None:
-    """Raise if the optimizer's state in a checkpoint is LoRA-Pro's, for a training without LoRA-Pro.
+    """Raise a `ValueError` if a checkpoint is LoRA-Pro's, for a training without LoRA-Pro.
 
-    Raises:
-        ValueError: it is; torch's own message would speak of parameter groups, after the weights have been loaded.
+    torch's own message would speak of parameter groups, after the weights have been loaded.
     """
     try:
-        saved = saved_mode(folder)
+        saved = saved_state(folder)
+        modes = [group.get("lora_pro_mode") for group in saved[1]["param_groups"]] if saved is not None else []
+        file, mode = (saved[0], next(filter(None, modes), None)) if saved is not None else mode_of(folder)
     except (OSError, ValueError):  # of another kind; the parent says what is wrong with it
         return
-    if saved is not None:
+    if mode is not None:
         raise ValueError(
-            f"cannot resume from {saved[0]}: it was written with LoRA-Pro in mode {saved[1]!r}, but "
-            "LoRA-Pro is off (lora_pro=False or --no_lora_pro). Turn it on again, or start a new training from the "
-            "saved adapter: PeftModel.from_pretrained(base, checkpoint, is_trainable=True)."
+            f"cannot resume from {file}: it was written with LoRA-Pro in mode {mode!r}, but LoRA-Pro is off "
+            f"(lora_pro=False or --no_lora_pro). Turn it on again, or {ANEW}."
         )
-
-
-def _way_out(folder: Path) -> str:
-    """The remedy: the newest complete checkpoint beside this one, or a new start."""
-    if re.fullmatch(NAME, folder.name):
-        for other in checkpoints_in(folder.parent):
-            if other != folder and find_flaw(other) is None:
-                return f"Set resume_from_checkpoint to {other}, the newest complete checkpoint."
-    return "There is no complete checkpoint beside it: start the training again without resume_from_checkpoint."

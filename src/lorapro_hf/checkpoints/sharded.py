@@ -37,7 +37,7 @@ def shards_flaws(folder: Path) -> Iterator[str]:
         elif file.stat().st_size < end:
             yield f"{folder.name}/{name} is cut off"
     try:
-        read_values(folder, metadata)
+        _read_values(folder, metadata)
     except (ValueError, AttributeError, TypeError) as error:
         yield f"{folder.name} is damaged ({error})"
 
@@ -48,30 +48,10 @@ def ranks_of_shards(folder: Path) -> int:
     return max((int(match[1]) + 1 for match in found if match), default=1)
 
 
-def read_values(folder: Path, metadata: Any) -> dict[str, Any]:
-    """The values of a folder that are not tensors, by name.
-
-    Raises:
-        ValueError: a value could run code; none was run.
-    """
-    found = {}
-    for index, info in metadata.storage_data.items():
-        if hasattr(metadata.state_dict_metadata[index.fqn], "chunks"):
-            continue
-        with (folder / info.relative_path).open("rb") as file:
-            file.seek(info.offset)
-            found[index.fqn] = read_tensors(io.BytesIO(file.read(info.length)))
-    return found
-
-
 def read_sharded_state(folder: Path) -> dict[str, Any]:
-    """The state of an optimizer in the form of its `state_dict`; the tensors have only shapes and dtypes.
-
-    Raises:
-        ValueError: the folder holds no state of an optimizer.
-    """
+    """The state of an optimizer in the form of its `state_dict`; the tensors have only shapes and dtypes."""
     metadata = read_metadata(folder / _METADATA)
-    values = read_values(folder, metadata)
+    values = _read_values(folder, metadata)
     groups: dict[int, dict[str, Any]] = {}
     state: dict[str, dict[str, Any]] = {}
     for name, (_, kind, key, entry) in metadata.planner_data.items():
@@ -81,3 +61,15 @@ def read_sharded_state(folder: Path) -> dict[str, Any]:
             known = metadata.state_dict_metadata[name]
             state.setdefault(key, {})[entry] = torch.empty(known.size, dtype=known.properties.dtype, device="meta")
     return {"state": state, "param_groups": [groups[number] for number in sorted(groups)]}
+
+
+def _read_values(folder: Path, metadata: Any) -> dict[str, Any]:
+    """The values of a folder that are not tensors, by name; a `ValueError` if a value could run code."""
+    found = {}
+    for index, info in metadata.storage_data.items():
+        if hasattr(metadata.state_dict_metadata[index.fqn], "chunks"):
+            continue
+        with (folder / info.relative_path).open("rb") as file:
+            file.seek(info.offset)
+            found[index.fqn] = read_tensors(io.BytesIO(file.read(info.length)))
+    return found

@@ -35,12 +35,11 @@ def stage_of(folder: Path) -> int | str:
     return "?"
 
 
-def mode_of(folder: Path) -> tuple[Path, str] | None:
-    """LoRA-Pro's mode in a checkpoint of DeepSpeed, with its file; `None` if LoRA-Pro was off."""
-    states = _states(folder)
-    file = states / _MOMENTS.format(0) if states is not None else None
-    about = _about(file) if file is not None else None
-    return None if file is None or about is None else (file, about["mode"])
+def mode_of(folder: Path) -> tuple[Path, str | None]:
+    """The file of LoRA-Pro's moments in a checkpoint of DeepSpeed, and the mode; `None` if LoRA-Pro was off."""
+    file = (_states(folder) or folder) / _MOMENTS.format(0)
+    about = _about(file)
+    return file, None if about is None else about["mode"]
 
 
 def own_schedule_and_ranks(folder: Path) -> tuple[bool, int]:
@@ -71,8 +70,9 @@ def zero_flaws(folder: Path) -> Iterator[str]:
     elif not isinstance(ranks, int) or ranks < 1:
         yield f"{states.name}/{name} is cut off or damaged (it holds no weights of a model)"
     else:
-        yield from _missing(states, ranks, stage_of(folder) == 3)
-        for rank in range(ranks) if _is_with_lora_pro(states) else ():
+        has_lora_pro = any(states.glob(_MOMENTS.format("*")))
+        yield from _missing(states, ranks, stage_of(folder) == 3, has_lora_pro)
+        for rank in range(ranks) if has_lora_pro else ():
             file = states / _MOMENTS.format(rank)
             about = _about(file)
             if about is None:
@@ -81,18 +81,12 @@ def zero_flaws(folder: Path) -> Iterator[str]:
                 yield f"{states.name} mixes the files of two saves, {name} and {file.name}"
 
 
-def _missing(states: Path, ranks: int, is_stage_3: bool) -> Iterator[str]:
-    names = ["*" + _OPTIMIZER]
-    names += [_MOMENTS] if _is_with_lora_pro(states) else []
-    names += [_MODEL_OF_STAGE_3] if is_stage_3 else []
+def _missing(states: Path, ranks: int, is_stage_3: bool, has_lora_pro: bool) -> Iterator[str]:
+    names = ["*" + _OPTIMIZER, *([_MOMENTS] if has_lora_pro else []), *([_MODEL_OF_STAGE_3] if is_stage_3 else [])]
     for rank in range(ranks):
         for name in names:
             if not any(states.glob(name.format(rank))):
                 yield f"{states.name}/{name.format(rank).lstrip('*')} is missing"
-
-
-def _is_with_lora_pro(states: Path) -> bool:
-    return any(states.glob(_MOMENTS.format("*")))
 
 
 def _states(folder: Path) -> Path | None:

@@ -1,9 +1,8 @@
 """How does a DeepSpeed checkpoint hold the moments of the pairs, for any number of processes?
 
-DeepSpeed saves its flat partitions, which do not hold the moments of the pairs. Each rank therefore writes one more
-file into the folder of the checkpoint's tag, with the moments of the pairs that it owns. DeepSpeed loads its own state
-only on as many processes as have saved it. For other numbers the files also hold, divided among the ranks, the float32
-masters of all trainable parameters and AdamW's moments of those that belong to no pair.
+Each rank writes one more file into the folder of the checkpoint's tag, with the moments of the pairs that it owns.
+DeepSpeed loads its own state only on as many processes as have saved it. For other numbers the files also hold, divided
+among the ranks, the float32 masters of all trainable parameters and AdamW's moments of those that belong to no pair.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -29,10 +28,7 @@ _WEIGHTS_ALONE = "To start LoRA-Pro from its weights alone, call load_checkpoint
 
 
 def save_with_moments(engine: Any, optimizer: LoRAProAdamW, access: ZeroAccess) -> Callable[..., Any]:
-    """Wrap `engine.save_checkpoint`: write the moments before DeepSpeed updates `latest`.
-
-    `latest` then always names a complete checkpoint.
-    """
+    """Wrap `engine.save_checkpoint`: write the moments first, so that `latest` always names a complete checkpoint."""
     original = engine.save_checkpoint
 
     @wraps(original)
@@ -42,8 +38,7 @@ def save_with_moments(engine: Any, optimizer: LoRAProAdamW, access: ZeroAccess) 
             optimizer.require_finite_save()
             tag = f"global_step{engine.global_steps}" if given["tag"] is None else str(given["tag"])
             frozen = not given.get("exclude_frozen_parameters", False)
-            about = {"global_steps": engine.global_steps, "frozen": frozen}
-            _write(Path(given["save_dir"], tag), optimizer, access, about)
+            _write(Path(given["save_dir"], tag), optimizer, access, global_steps=engine.global_steps, frozen=frozen)
         return original(*args, **kwargs)
 
     return save_checkpoint
@@ -86,23 +81,24 @@ def load_with_moments(engine: Any, optimizer: LoRAProAdamW, access: ZeroAccess) 
     return load_checkpoint
 
 
-class _Saved:
-    """The files of all ranks in one folder."""
+class _Saved(NamedTuple):
+    """The folder of a checkpoint, facts about it, and the open files of all ranks by the tensors they hold."""
 
-    def __init__(self, folder: Path, about: dict[str, Any], files: dict[str, Any]) -> None:
-        self.folder, self.about, self.files = folder, about, files
+    folder: Path
+    about: dict[str, Any]
+    files: dict[str, Any]
 
     def read(self, name: str) -> Tensor | None:
         return self.files[name].get_tensor(name) if name in self.files else None
 
 
-def _write(folder: Path, optimizer: LoRAProAdamW, access: ZeroAccess, about: dict[str, Any]) -> None:
+def _write(folder: Path, optimizer: LoRAProAdamW, access: ZeroAccess, **about: Any) -> None:
     from safetensors.torch import save_file
 
     rank, ranks = access.group.rank(), access.group.size()
     tensors = {} if optimizer.config.shard_states is False and rank else optimizer.pair_state()
     tensors = {**tensors, **_parameter_states(access)}
-    about = {**about, **_identity(optimizer), "rank": rank, "ranks": ranks, "groups": _group_settings(optimizer)}
+    about |= {**_identity(optimizer), "rank": rank, "ranks": ranks, "groups": _group_settings(optimizer)}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _NAME.format(rank)
     partial = path.with_suffix(".partial")
@@ -126,12 +122,7 @@ def moments_files(folder: Path) -> dict[Path, int]:
 
 @contextmanager
 def _opened(folder: Path, optimizer: LoRAProAdamW) -> Iterator[_Saved]:
-    """Open all files of a folder, after checking that they belong together and to this optimizer.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is truncated, of another save, or of another model or mode.
-    """
+    """Open all files of a folder, after checking that they belong together and to this optimizer."""
     from safetensors import SafetensorError, safe_open
 
     paths = list(moments_files(folder))
@@ -148,9 +139,8 @@ def _opened(folder: Path, optimizer: LoRAProAdamW) -> Iterator[_Saved]:
                 file = stack.enter_context(safe_open(path, framework="pt"))
                 abouts.append(json.loads((file.metadata() or {})[_METADATA]))
             except (SafetensorError, KeyError) as error:
-                raise ValueError(
-                    f"{path} is truncated or not from LoRA-Pro ({error}). Load an earlier checkpoint."
-                ) from error
+                reason = f"{path} is truncated or not from LoRA-Pro ({error}). Load an earlier checkpoint."
+                raise ValueError(reason) from error
             files.update(dict.fromkeys(file.keys(), file))
         _check(folder, abouts, _identity(optimizer))
         yield _Saved(folder, abouts[0], files)
@@ -167,9 +157,7 @@ def _check(folder: Path, abouts: list[dict[str, Any]], identity: dict[str, Any])
     missing = set(range(first["ranks"])) - {about["rank"] for about in abouts}
     if missing:
         names = ", ".join(_NAME.format(rank) for rank in sorted(missing))
-        raise FileNotFoundError(
-            f"{folder} lacks {names}. Copy all files of all ranks there, or load another checkpoint."
-        )
+        raise FileNotFoundError(f"{folder} lacks {names}. Copy the missing files there, or load another checkpoint.")
     for key, expected in identity.items():
         if first[key] != expected:
             raise ValueError(
@@ -198,8 +186,10 @@ def _require_readable(saved: _Saved, access: ZeroAccess, tag: str, folder: Any) 
         return
     ranks, size = saved.about["ranks"], access.group.size()
     if saved.about["frozen"]:
-        remedy = "save with save_checkpoint(..., exclude_frozen_parameters=True), as Trainer does, and load with "
-        remedy += "load_module_strict=False"
+        remedy = (
+            "save with save_checkpoint(..., exclude_frozen_parameters=True), as Trainer does, and load with "
+            "load_module_strict=False"
+        )
     elif size > ranks:
         remedy = f"use at most {ranks} processes"
     elif tag != _latest(folder):
@@ -212,9 +202,9 @@ def _require_readable(saved: _Saved, access: ZeroAccess, tag: str, folder: Any) 
 
 
 def _parameter_states(access: ZeroAccess) -> dict[str, Tensor]:
-    """The masters of this rank's share of all parameters, and AdamW's state of those that belong to no pair."""
+    """The masters of every n-th parameter for n ranks, and AdamW's state of these parameters if they are in no pair."""
     rank, ranks = access.group.rank(), access.group.size()
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for index, (name, parameter) in enumerate(access.trained()):
         whole = {"master": access.values([parameter])[0]}
         for moment, part in access.moments(parameter).items():
@@ -232,10 +222,8 @@ def _restore_parameters(saved: _Saved, optimizer: LoRAProAdamW, access: ZeroAcce
         read = {key: saved.read(f"{name}:{key}") for key in ("master", "step", "exp_avg", "exp_avg_sq")}
         whole = {key: tensor.to(parameter.device) for key, tensor in read.items() if tensor is not None}
         if "master" not in whole or whole["master"].shape != access.shape(parameter):
-            raise ValueError(
-                f"{saved.folder} has no {name} of shape {list(access.shape(parameter))}. Load it into the model "
-                "that it was written for."
-            )
+            shape = list(access.shape(parameter))
+            raise ValueError(f"{saved.folder} has no {name} of shape {shape}. Load it into the model that wrote it.")
         access.store([parameter], [whole.pop("master")])
         if whole:
             access.store_moments(parameter, whole)

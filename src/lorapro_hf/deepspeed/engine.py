@@ -1,12 +1,12 @@
 """When do the pairs step within a step of DeepSpeed's engine?
 
-`DeepSpeedEngine.step` calls the step of its ZeRO optimizer once the gradients of all backward passes of a step have
-been reduced. ZeRO checks for overflow and computes the norm, then skips the step or calls our optimizer: once for each
-group (stages 1 and 2), once for each sub-group (stage 3), or once (stage 1 with bf16 parameters and float32
-accumulation). After each call it copies the group's float32 masters to the parameters.
+`DeepSpeedEngine.step` calls the step of its ZeRO optimizer once the gradients of a step have been reduced. ZeRO checks
+for overflow and computes the norm, then skips the step or calls our optimizer: once for each group (stages 1 and 2),
+once for each sub-group (stage 3), or once (stage 1 with bf16 parameters and float32 accumulation). After each call it
+copies the group's float32 masters to the parameters.
 
-ZeRO frees or scales the raw gradients before the first of these calls, so this rank's parts are copied before its step.
-All pairs step at the first call for a group of factors: their new masters are stored before DeepSpeed copies any.
+ZeRO frees or scales the raw gradients before these calls, so this rank's parts are copied before its step. All pairs
+step at the first call for a group of factors: their new masters are stored before DeepSpeed copies any.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ def attach_deepspeed(engine: Any, optimizer: Any) -> None:
     With accelerate: `model, optimizer, loader = accelerator.prepare(model, optimizer, loader)`, then
     `attach_deepspeed(model, optimizer)`. `LoRAProTrainer` does it by itself.
 
-    The configuration names no optimizer. Where neither accelerate nor `Trainer` reads it, it sets
-    `"zero_allow_untested_optimizer": true`. Its `gradient_clipping` acts on the raw gradients of all trainable
-    parameters together, before the projection. Steps that DeepSpeed skips, because of overflow or because the norm of
-    the gradients is not finite, change nothing and are counted in `engine.skipped_steps`.
+    The configuration names no optimizer, and sets `"zero_allow_untested_optimizer": true` where neither accelerate nor
+    `Trainer` reads it. Its `gradient_clipping` acts on the raw gradients of all trainable parameters together, before
+    the projection. Steps that DeepSpeed skips, because gradients overflow or their norm is not finite, change nothing
+    and are counted in `engine.skipped_steps`.
 
     `engine.save_checkpoint` then writes the moments of the pairs into `lora_pro_rank<n>.safetensors` in the folder of
-    the tag, and `engine.load_checkpoint` reads them. On another number of processes it also restores what DeepSpeed
-    does not: masters, AdamW's moments of the other parameters and learning rates.
+    the tag, and `engine.load_checkpoint` reads them. On another number of processes it also restores masters, AdamW's
+    moments of the other parameters and learning rates, which DeepSpeed does not.
 
     Args:
         engine: the object that `deepspeed.initialize` or `accelerator.prepare` returned in the model's place.
-        optimizer: the `LoRAProAdamW` that the engine was given, or the wrapper that was returned in its place.
+        optimizer: the `LoRAProAdamW` that the engine was given, or its wrapper.
 
     Raises:
         TypeError: `engine` is no DeepSpeed engine.
@@ -65,7 +65,7 @@ def attach_deepspeed(engine: Any, optimizer: Any) -> None:
     access = ZeroAccess(engine.optimizer, engine.zero_optimization_stage(), private(engine, "param_names"))
     steps = _ZeroSteps(engine.optimizer, optimizer, access)
     optimizer.attach_engine(access, steps.step_shown_groups)
-    # `REPLACED` in utils/private_names.py lists these three methods.
+    # docs/support.md lists these three methods.
     engine.optimizer.step = steps.around(engine.optimizer.step)
     engine.save_checkpoint = save_with_moments(engine, optimizer, access)
     engine.load_checkpoint = load_with_moments(engine, optimizer, access)
@@ -84,8 +84,7 @@ class _ZeroSteps:
         self._reached = [False] * len(self._factors)
         for index, factor in enumerate(self._factors):
             factor.register_post_accumulate_grad_hook(partial(self._note, index))
-        # Stage 3 never clears the sums of its gradients: a factor that the next step does not reach would get this
-        # step's gradient again.
+        # Stage 3 never clears its sums: a factor that the next step does not reach would get this gradient again.
         self._sums = private(zero, "grad_partitions_flat_buffer") if access.partitions_parameters else None
         self._scales_the_loss = type(zero).__name__ != "BF16_Optimizer"
         self._loss_scale = self._present_loss_scale()
@@ -137,7 +136,7 @@ class _ZeroSteps:
         norm = private(self.zero, "_global_grad_norm")
         if norm is None:
             raise RuntimeError(
-                "DeepSpeed steps its optimizer before it has taken the norm of the gradients, by which LoRA-Pro clips "
+                "DeepSpeed steps its optimizer before it computes the norm of the gradients, by which LoRA-Pro clips "
                 f"them. It was tested with {tested('deepspeed')}: install such a release, or report it."
             )
         if self.access.partitions_parameters:  # divided by a loss scale that may have grown since the backward pass

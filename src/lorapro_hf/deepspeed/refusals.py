@@ -4,25 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from lorapro_hf.distributed.engines import BEFORE, PARALLEL, require_configuration, stated_clipping
 from lorapro_hf.distributed.zero import ZERO_OPTIMIZERS
-from lorapro_hf.distributed.zero_configuration import (
-    BEFORE,
-    PARALLEL,
-    plugin_in_use,
-    require_configuration,
-    stated_clipping,
-)
+from lorapro_hf.factors.wrappers import plugin_in_use
 from lorapro_hf.optim.lora_pro import LoRAProAdamW
 from lorapro_hf.utils.private_names import private
 
 
 def require_supported(engine: Any, optimizer: Any) -> None:
-    """Raise if LoRA-Pro does not support an engine.
-
-    Raises:
-        TypeError: `engine` is no DeepSpeed engine.
-        RuntimeError: the engine steps another optimizer or has an unsupported setting. The message names the remedy.
-    """
+    """Raise the `TypeError` or `RuntimeError` of `attach_deepspeed` if LoRA-Pro does not support an engine."""
     if not isinstance(engine, private("deepspeed.runtime.engine", "DeepSpeedEngine")):
         raise TypeError(
             f"attach_deepspeed needs the DeepSpeed engine, got a {type(engine).__name__}: pass what "
@@ -30,12 +20,14 @@ def require_supported(engine: Any, optimizer: Any) -> None:
         )
     config = getattr(optimizer, "config", None)
     require_configuration(_settings(engine), master_factors=getattr(config, "master_factors", False))
-    _refuse(_other_optimizer(engine, optimizer), _layout(engine), _clipping(engine))
-    _refuse(_groups(optimizer), _factors(engine, optimizer))  # which read what has passed now
-
-
-def _refuse(*reasons: str | None) -> None:
-    for reason in filter(None, reasons):
+    reason = (  # each relies on the checks before it
+        _other_optimizer(engine, optimizer)
+        or _layout(engine)
+        or _clipping(engine)
+        or _groups(optimizer)
+        or _factors(engine, optimizer)
+    )
+    if reason:
         raise RuntimeError(BEFORE + reason)
 
 
@@ -77,7 +69,7 @@ def _layout(engine: Any) -> str | None:
 
 
 def _clipping(engine: Any) -> str | None:
-    plugin, used = plugin_in_use(), private(engine.optimizer, "clip_grad") or 0.0
+    plugin, used = plugin_in_use("deepspeed_plugin"), private(engine.optimizer, "clip_grad") or 0.0
     stated = None if plugin is None else stated_clipping(plugin)
     if stated is None or stated == used:
         return None

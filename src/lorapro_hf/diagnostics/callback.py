@@ -65,10 +65,7 @@ class GradientGapCallback(TrainerCallback):
         self._told: set[str] = set()
 
     def attach(self, trainer: Trainer) -> GradientGapCallback:
-        """Become the first callback of a trainer and log through it, so that reporters get the figures.
-
-        Returns:
-            This callback.
+        """Become the first callback of a trainer and log through it, so that reporters get the figures; return self.
 
         Raises:
             ValueError: the trainer has such a callback already, or its model has LoRA layers, but none to measure.
@@ -100,9 +97,7 @@ class GradientGapCallback(TrainerCallback):
         self._write(file, lambda: keep_until(file, state.global_step))
         self._tell_of_turns_and_layers_left_out()
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start recording in each step that is measured."""
         if self._meter is not None and state.global_step % self.every == 0:
             self._meter.start(state.global_step // self.every)
@@ -133,13 +128,12 @@ class GradientGapCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write and log the figures, as the step has its number now."""
         gaps, self._gaps = self._gaps, []
-        self._warn_of_unseen()
+        self._warn(gaps)
         if not gaps:
             return
         if state.is_world_process_zero:
             file, title = Path(args.output_dir) / FILE, _title(kwargs["optimizer"])
             self._write(file, lambda: append(file, state.global_step, title, gaps))
-        self._warn(gaps)
         metrics = medians(gaps)
         if self._trainer is None:
             state.log_history.append({**metrics, "epoch": state.epoch, "step": state.global_step})
@@ -149,14 +143,12 @@ class GradientGapCallback(TrainerCallback):
         Trainer.log(self._trainer, metrics)
         control.should_log = should_log
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leave the model as it was."""
         self.stop()
 
     def stop(self) -> None:
-        """Stop measuring and leave the model as it was, as after a training that an exception has ended."""
+        """Stop measuring and leave the model as it was, also after an exception has ended the training."""
         if self._meter is not None:
             self._meter.stop()
         self._meter, self._gaps = None, []
@@ -186,59 +178,52 @@ class GradientGapCallback(TrainerCallback):
         except OSError as error:
             self._tell_once(
                 "file",
-                "gradient gap: cannot write %s: %s. The figures go to the logs alone until it can be written again.",
-                file,
-                error.strerror,
+                f"cannot write {file}: {error.strerror}. The figures go to the logs alone until it can be written "
+                "again.",
             )
 
     def _warn(self, gaps: Sequence[LayerGap]) -> None:
-        worst = max(gaps, key=lambda gap: gap.residual)
-        if worst.residual > _TOLERANCE:
-            self._tell_once(
-                "residual",
-                "gradient gap: the gradients of the factors of %s differ by %.0f %% from those that the gradient g of "
-                "its weight gives them. This is expected with lora_dropout, DoRA, or an embedding of padded batches: "
-                "the gaps are those of g, and grad_norm is an estimate. Otherwise the figures are wrong, as backward "
-                "passes were recorded that add nothing to .grad (torch.autograd.grad).",
-                worst.layer,
-                100 * worst.residual,
-            )
-
-    def _warn_of_unseen(self) -> None:
         if unseen := self._meter.unseen if self._meter else []:
             self._tell_once(
                 "unseen",
-                "gradient gap: %s and %d more have gradients, but no backward pass was seen in them: their weights are "
-                "used without calling the layers (fused kernels), or their inputs are overwritten. They are left out.",
-                unseen[0],
-                len(unseen) - 1,
+                f"{unseen[0]} and {len(unseen) - 1} more have gradients, but no backward pass was seen in them: their "
+                "weights are used without calling the layers (fused kernels), or their inputs are overwritten. They "
+                "are left out.",
+            )
+        worst = max(gaps, key=lambda gap: gap.residual, default=None)
+        if worst is not None and worst.residual > _TOLERANCE:
+            self._tell_once(
+                "residual",
+                f"the gradients of the factors of {worst.layer} differ by {worst.residual:.0%} from those that the "
+                "gradient g of its weight gives them. This is expected with lora_dropout, DoRA, or an embedding of "
+                "padded batches: the gaps are those of g, and grad_norm is an estimate. Otherwise the figures are "
+                "wrong, as backward passes were recorded that add nothing to .grad (torch.autograd.grad).",
             )
 
-    def _tell_once(self, subject: str, message: str, *values: object) -> None:
+    def _tell_once(self, subject: str, message: str) -> None:
         if subject not in self._told:
             self._told.add(subject)
-            logger.warning(f"{message} This is said once.", *values)
+            logger.warning("gradient gap: %s This is said once.", message)
 
 
 def _require_visible_gradients(args: TrainingArguments, model: Any) -> None:
+    leave_out = "leave out GradientGapCallback (--lora_pro_log_gap)"
+    reason = None
     if is_initialized():
         engine = AcceleratorState()
         if engine.distributed_type == DistributedType.DEEPSPEED:
-            raise RuntimeError(
-                "the gradient gap cannot be measured under DeepSpeed, which has stepped before any callback sees the "
-                "gradients. Use DDP or FSDP2, or leave out GradientGapCallback (--lora_pro_log_gap)."
-            )
-        require_supported_engine(engine, "leave out GradientGapCallback (--lora_pro_log_gap)")
+            reason = "under DeepSpeed, which has stepped before any callback sees the gradients. Use DDP or FSDP2"
+        else:
+            require_supported_engine(engine, leave_out)
     if args.torch_compile or hasattr(model, "_orig_mod"):
-        raise RuntimeError(
-            "the gradient gap cannot be measured in a compiled model, whose layers run no hooks. Leave out "
-            "torch_compile, or GradientGapCallback (--lora_pro_log_gap)."
-        )
+        reason = "in a compiled model, whose layers run no hooks. Leave out torch_compile"
     if args.n_gpu > 1:
-        raise RuntimeError(
-            "the gradient gap cannot be measured under nn.DataParallel, which runs copies of the layers. Start one "
-            "process for each GPU (torchrun, accelerate launch), or leave out GradientGapCallback."
+        reason = (
+            "under nn.DataParallel, which runs copies of the layers. Start one process for each GPU (torchrun, "
+            "accelerate launch)"
         )
+    if reason is not None:
+        raise RuntimeError(f"the gradient gap cannot be measured {reason}, or {leave_out}.")
 
 
 def _title(optimizer: Any) -> str:

@@ -16,9 +16,9 @@ from torch import Tensor
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.factors.recording import row_blocks
 from lorapro_hf.functional.bases import row_basis
+from lorapro_hf.functional.factor_steps import kept_fraction_of_A, kept_fractions, square
 from lorapro_hf.functional.projection import project_lora_gradients
 from lorapro_hf.functional.step_options import Rates
-from lorapro_hf.functional.trust_region import kept_fraction_of_A, kept_fractions, square
 
 _ROUNDING = 1e-7
 
@@ -37,14 +37,6 @@ class Halves(NamedTuple):
         """Its Frobenius norm, without cancellation between its parts."""
         triangles = [torch.linalg.qr(half.to(exact_dtype(half)), mode="r").R for half in (self.left, self.right.mT)]
         return float((triangles[0] @ triangles[1].mT).norm())
-
-
-class Distance(NamedTuple):
-    """How far a matrix q is from the gradient g of the weight."""
-
-    gap: float  # ‖g − q‖ / ‖g‖
-    scaled_gap: float  # the same for the multiple of q that is closest to g, √(1 − cosine²)
-    cosine: float  # ⟨g, q⟩ / (‖g‖ ‖q‖)
 
 
 class Factors(NamedTuple):
@@ -75,15 +67,18 @@ def equivalent_halves(A: Tensor, B: Tensor, h_A: Tensor, h_B: Tensor, scaling: f
     return Halves(scaling * torch.cat([B, h_B], dim=1), torch.cat([h_A, A]))
 
 
-def distance(g: Tensor, q: Halves) -> Distance:
-    """How far q is from g `(m, n)`, which is not zero. Squares of the elements of both must be representable."""
+def distance(g: Tensor, q: Halves) -> tuple[float, float, float]:
+    """`‖g − q‖ / ‖g‖`, the same for the multiple of q that is closest to g, and the cosine between both.
+
+    g `(m, n)` is not zero, and squares of the elements of both must be representable.
+    """
     exact = exact_dtype(g)
     length, other = float(torch.linalg.vector_norm(g)), q.norm()
     if other == 0:
-        return Distance(1.0, 1.0, 0.0)
+        return 1.0, 1.0, 0.0
     inner = float(((g @ q.right.mT).to(exact) * q.left).sum())
     gaps = [_distance_from(g, q, scale) / length for scale in (1.0, inner / other**2)]
-    return Distance(gaps[0], gaps[1], inner / (length * other))
+    return gaps[0], gaps[1], inner / (length * other)
 
 
 def _distance_from(g: Tensor, q: Halves, scale: float) -> float:
@@ -95,16 +90,12 @@ def _distance_from(g: Tensor, q: Halves, scale: float) -> float:
 
 
 class Fit(NamedTuple):
-    """How the gradients `s Bᵀ g` and `s g Aᵀ` that a matrix g gives the factors fit their own.
+    """How well a pair's own gradients fit `s Bᵀ g` and `s g Aᵀ`, the gradients that g gives the factors.
 
     The scale between them undoes loss scaling, clipping, and the division of accumulated losses.
-
-    Attributes:
-        expected: the gradients of A and B that g gives them.
-        own: the gradients that A and B have.
     """
 
-    expected: tuple[Tensor, Tensor]
+    expected: tuple[Tensor, Tensor]  # by g: of A, of B
     own: tuple[Tensor, Tensor]
 
     @classmethod
@@ -123,7 +114,7 @@ class Fit(NamedTuple):
         return inner / square
 
     def residual(self, scale: float) -> float:
-        """The larger of `‖scale · s Bᵀ g − g_A‖ / ‖g_A‖` and `‖scale · s g Aᵀ − g_B‖ / ‖g_B‖`.
+        """The relative distance of the own gradients from `scale · expected`, the larger one of A's and B's.
 
         It is of the size of roundings if the factors' gradients are those of `scale · g`.
         """
@@ -134,7 +125,7 @@ class Fit(NamedTuple):
 def shared_scale(scales: Sequence[float], residuals: Sequence[float]) -> float:
     """The scale of all layers of a step: the mean of their own scales, weighted by `residual ** -2`.
 
-    A layer whose factors saw g itself decides; where dropout has disturbed all layers, its noise averages out.
+    A layer whose factors saw g itself decides; if dropout has disturbed all layers, its noise averages out.
     """
     weights = [max(residual, _ROUNDING) ** -2 for residual in residuals]
     return sum(w * scale for w, scale in zip(weights, scales, strict=True)) / sum(weights)
@@ -143,16 +134,9 @@ def shared_scale(scales: Sequence[float], residuals: Sequence[float]) -> float:
 def intended_step(
     u: Tensor, A: Tensor, B: Tensor, new_B: Tensor, scaling: float, rates: Rates, config: LoRAProConfig
 ) -> tuple[Halves, float]:
-    """The step of the weight that LoRA-Pro intends along the direction u `(m, n)`, apart from weight decay.
+    """The step of the weight that LoRA-Pro intends along Adam's direction u `(m, n)`, apart from weight decay.
 
-    Args:
-        u: Adam's direction of the weight.
-        A: `(r, n)`, before the step.
-        B: `(m, r)`, before the step.
-        new_B: after it.
-        scaling: s.
-        rates: learning rates; decay does not matter here.
-        config: update, x_mode and rtol.
+    A `(r, n)` and B `(m, r)` are the values before the step, `new_B` the value after it.
 
     Returns:
         the step, and the fraction that the trust region kept: of A's part in a sequential step.
@@ -179,35 +163,25 @@ def intended_step(
     return Halves(torch.cat([-lr_B * through_A, -lr_A * of_B.mT], dim=1), torch.cat([of_A, rest])), float(share)
 
 
-class Moved(NamedTuple):
-    """How a step has moved the factors from their decayed old values."""
+def steps_between(
+    old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], scaling: float, rates: Rates
+) -> tuple[Halves, Halves]:
+    """The step of the weight from the decayed old values A, B to the new values A', B'.
 
-    A: Tensor  # (r, n), the old one after its decay
-    B: Tensor  # (m, r), likewise
-    step_A: Tensor
-    step_B: Tensor
-    scaling: float
+    In float64 where the device has it, as steps are small.
 
-    @classmethod
-    def between(cls, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], scaling: float, rates: Rates) -> Moved:
-        """From the values before and after; in float64 where the device has it, as steps are small."""
-        exact = exact_dtype(old[0])
-        A, B = (float(k) * x.to(exact) for k, x in zip((rates.keep_A, rates.keep_B), old, strict=True))
-        return cls(A, B, new[0].to(exact) - A, new[1].to(exact) - B, scaling)
-
-    def realised(self) -> Halves:
-        """`s (B' A' − B A)` with the decayed A, B."""
-        return Halves(
-            self.scaling * torch.cat([self.step_B, self.B + self.step_B], dim=1), torch.cat([self.A, self.step_A])
-        )
-
-    def first_order(self) -> Halves:
-        """`s (B ΔA + ΔB A)`: the realised step without the product of both changes."""
-        return equivalent_halves(self.A, self.B, self.step_A, self.step_B, self.scaling)
+    Returns:
+        the realised step `s (B' A' − B A)`, and its first order `s (B ΔA + ΔB A)`.
+    """
+    exact = exact_dtype(old[0])
+    A, B = (float(kept) * x.to(exact) for kept, x in zip((rates.keep_A, rates.keep_B), old, strict=True))
+    step_A, step_B = new[0].to(exact) - A, new[1].to(exact) - B
+    realised = Halves(scaling * torch.cat([step_B, B + step_B], dim=1), torch.cat([A, step_A]))
+    return realised, equivalent_halves(A, B, step_A, step_B, scaling)
 
 
 def relative_difference(one: Halves, other: Halves) -> float | None:
-    """`‖one − other‖ / ‖other‖`, `None` where the other is zero."""
+    """`‖one − other‖ / ‖other‖`, `None` if the other is zero."""
     exact = exact_dtype(one.left)
     left = torch.cat([one.left.to(exact), -other.left.to(exact)], dim=1)
     length = other.norm()

@@ -8,9 +8,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from lorapro_hf.factors.adapted_weights import address, has_active_dropout
-from lorapro_hf.factors.pairs import LoRAPair, unwrapped_name
-from lorapro_hf.factors.recording import buffer_bytes, padding_row
+from lorapro_hf.factors.pairs import LoRAPair, address, unwrapped_name
+from lorapro_hf.factors.recording import buffer_bytes, has_active_dropout, padding_row
 
 _MERGED = "PEFT merges the factors into its weight for each pass"
 
@@ -22,15 +21,8 @@ class NotMeasured(NamedTuple):
     reason: str
 
 
-class ChosenPairs(NamedTuple):
-    """The pairs to measure, turn by turn, and the layers left out."""
-
-    turns: list[list[LoRAPair]]
-    left_out: list[NotMeasured]
-
-
 def sees_another_gradient(pair: LoRAPair) -> bool:
-    """Whether the gradients that autograd gives the factors are not those that the weight's gradient gives them.
+    """Whether the factors' gradients do not follow from the weight's gradient.
 
     With active dropout A sees another input than the weight, with DoRA B another output gradient, and PEFT leaves an
     embedding's padding row out of the gradient of A, but not of B.
@@ -40,54 +32,28 @@ def sees_another_gradient(pair: LoRAPair) -> bool:
     return has_dora or has_active_dropout(pair) or (is_embedding and padding_row(pair) is not None)
 
 
-def why_not_measured(pair: LoRAPair, holders: Mapping[int, Sequence[LoRAPair]] | None = None) -> str | None:
-    """Why the gap of a pair cannot be measured, or `None` where it can.
-
-    Args:
-        pair: of the model.
-        holders: see `holders_of_factors`.
-    """
-    layer = pair.layer
-    if pair.layout != "matrix" or type(layer).__name__ == "ParamWrapper":
-        return "it packs several weights or adapts a bare parameter"
-    if pair.tied_parameters or len((holders or {}).get(address(pair.A), ())) > 1:
-        return "its factors are shared with another layer"
-    if type(layer).__name__ == "MultiheadAttention":
-        return _MERGED
-    if type(getattr(layer, "lora_variant", {}).get(pair.adapter_name)).__name__.startswith("ALora"):
-        return "its adapter acts on some of the tokens only"
-    if pair.adapter_name not in layer.lora_embedding_A and not isinstance(layer.lora_A[pair.adapter_name], nn.Linear):
-        return "it is a convolution"
-    return None
-
-
 def choose(
     pairs: Sequence[LoRAPair],
     layers: Sequence[str] | None,
     max_bytes: int,
-    holders: Mapping[int, Sequence[LoRAPair]] | None = None,
-) -> ChosenPairs:
-    """Choose the pairs to measure, in turns whose buffers fit into the memory.
+    holders: Mapping[int, Sequence[LoRAPair]],
+) -> tuple[list[list[LoRAPair]], list[NotMeasured]]:
+    """Choose the pairs to measure, in turns whose buffers fit into `max_bytes`, and list the layers left out.
 
-    Args:
-        pairs: of the model.
-        layers: names, last parts of names, or patterns with `*`; `None` for all.
-        max_bytes: the memory for the buffers of one turn.
-        holders: see `holders_of_factors`.
+    `layers` are names, last parts of names, or patterns with `*`; `holders` is that of `holders_of_factors`.
 
     Raises:
         ValueError: a name matches no layer, or no layer can be measured.
     """
     _require_known(layers, pairs)
-    merging = [unwrapped_name(pair.name) for pair in pairs if why_not_measured(pair) == _MERGED]
     left_out: list[NotMeasured] = []
     chosen: list[LoRAPair] = []
+    attention = tuple(f"{unwrapped_name(pair.name)}." for pair in pairs if _is_attention(pair))
     for pair in pairs:
         name = unwrapped_name(pair.name)
         if layers is not None and not any(_matches(name, pattern) for pattern in layers):
             continue
-        is_merged = any(name.startswith(f"{other}.") for other in merging)
-        reason = _MERGED if is_merged else why_not_measured(pair, holders)
+        reason = _MERGED if name.startswith(attention) else _reason_against(pair, holders)
         if reason is None and (needed := buffer_bytes(pair)) > max_bytes:
             reason = (
                 f"its gradient takes {needed:,} bytes, more than max_bytes={max_bytes:,} (--lora_pro_gap_max_bytes)"
@@ -101,7 +67,23 @@ def choose(
             f"no layer is left whose gradient can be measured; {left_out[0].name}: {left_out[0].reason}. Choose other "
             "layers (--lora_pro_gap_layers), or raise max_bytes."
         )
-    return ChosenPairs(_in_turns(chosen, max_bytes), left_out)
+    return _in_turns(chosen, max_bytes), left_out
+
+
+def _reason_against(pair: LoRAPair, holders: Mapping[int, Sequence[LoRAPair]]) -> str | None:
+    """Why the gap of a pair cannot be measured, or `None` if it can."""
+    layer = pair.layer
+    if pair.layout != "matrix" or type(layer).__name__ == "ParamWrapper":
+        return "it packs several weights or adapts a bare parameter"
+    if pair.tied_parameters or len(holders.get(address(pair.A), ())) > 1:
+        return "its factors are shared with another layer"
+    if _is_attention(pair):
+        return _MERGED
+    if type(getattr(layer, "lora_variant", {}).get(pair.adapter_name)).__name__.startswith("ALora"):
+        return "its adapter acts on some of the tokens only"
+    if pair.adapter_name not in layer.lora_embedding_A and not isinstance(layer.lora_A[pair.adapter_name], nn.Linear):
+        return "it is a convolution"
+    return None
 
 
 def _in_turns(pairs: Sequence[LoRAPair], max_bytes: int) -> list[list[LoRAPair]]:
@@ -122,6 +104,10 @@ def _require_known(layers: Sequence[str] | None, pairs: Sequence[LoRAPair]) -> N
                 f"layers (--lora_pro_gap_layers): {pattern!r} matches no adapted layer. Give names, patterns such as "
                 f"'*.layers.0.*', or last parts of names, which are here: {known}."
             )
+
+
+def _is_attention(pair: LoRAPair) -> bool:
+    return type(pair.layer).__name__ == "MultiheadAttention"
 
 
 def _kind(pair: LoRAPair) -> str:

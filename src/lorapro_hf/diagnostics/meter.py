@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from lorapro_hf.diagnostics.figures import (
     Factors,
     Fit,
-    Moved,
     distance,
     exact_dtype,
     intended_step,
     relative_difference,
     shared_scale,
+    steps_between,
 )
 from lorapro_hf.diagnostics.layers import NotMeasured, choose, sees_another_gradient
 from lorapro_hf.diagnostics.optimizers import decayed_rates, groups_of, loss_scale, steps_of
@@ -27,30 +27,21 @@ from lorapro_hf.diagnostics.records import LayerGap
 from lorapro_hf.diagnostics.settings import GAP_MAX_BYTES, check_gap_layers, check_gap_max_bytes
 from lorapro_hf.distributed.access import Access, access_to
 from lorapro_hf.distributed.ownership import everyone
-from lorapro_hf.factors.adapted_weights import holders_of_factors
 from lorapro_hf.factors.pairs import LoRAPair, survey_lora_pairs, unwrapped_name
-from lorapro_hf.factors.recording import Recording, row_blocks
+from lorapro_hf.factors.recording import Recording, holders_of_factors, row_blocks
 from lorapro_hf.factors.stacks import exact_arithmetic
-from lorapro_hf.functional.projection import compute_dtype
+from lorapro_hf.functional.bases import compute_dtype
 from lorapro_hf.functional.step_options import Rates
 from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
 
 
 class _Seen(NamedTuple):
-    """A layer's recorded gradient g, its factors, and how their gradients fit g.
-
-    Attributes:
-        recording: its gradient has been divided by `top`.
-        factors: with their gradients.
-        top: the largest element of g.
-        scale: the factor to the divided g with which the factors' gradients fit best.
-        residual: see `Fit.residual`.
-    """
+    """A layer's recorded gradient g, divided by its largest element, and how its factors' gradients fit g."""
 
     recording: Recording
     factors: Factors
-    top: float
-    scale: float
+    top: float  # the largest element
+    scale: float  # to the divided g
     residual: float
 
 
@@ -90,9 +81,8 @@ class GradientGapMeter:
         layers: names of layers, last parts of names, or patterns with `*`; by default all.
         max_bytes: the memory for the gradients of the layers measured at a time, 4 bytes for each element of their
             weights (8 for float64 factors). If the gradients of all layers do not fit, the layers take turns; each turn
-            is a sample of all kinds and depths. A measured step also needs copies of the factors and their gradients, a
-            few blocks of a million elements, and activations: each measured layer keeps its input until its backward
-            pass, and its output twice for a moment.
+            is a sample of all kinds and depths. A measured step also copies the factors and keeps each measured layer's
+            input until its backward pass.
 
     Attributes:
         turns: the names of the layers measured at a time.
@@ -110,22 +100,17 @@ class GradientGapMeter:
         pairs, refusals = survey_lora_pairs(model)
         if not pairs:
             raise refusals[0].error
-        chosen = choose(pairs, layers, max_bytes, holders_of_factors(model))
-        self._turns = chosen.turns
-        self.turns = [[unwrapped_name(pair.name) for pair in turn] for turn in chosen.turns]
-        self.left_out = [NotMeasured(unwrapped_name(r.name), str(r.error)) for r in refusals if r.name]
-        self.left_out += chosen.left_out
+        self._turns, left_out = choose(pairs, layers, max_bytes, holders_of_factors(model))
+        self.turns = [[unwrapped_name(pair.name) for pair in turn] for turn in self._turns]
+        refused = [NotMeasured(unwrapped_name(r.name), str(r.error)) for r in refusals if r.name]
+        self.left_out = [*refused, *left_out]
         self.unseen: list[str] = []
         self._next = 0
         self._recordings: list[Recording] = []
         self._before: list[_Before] = []
 
     def start(self, turn: int | None = None) -> None:
-        """Record the backward passes from now on.
-
-        Args:
-            turn: the number of the turn, modulo the number of turns. By default the next one.
-        """
+        """Record the backward passes from now on, of the next turn or of a given one modulo the number of turns."""
         self.stop()
         turn = self._next if turn is None else turn
         self._next = turn + 1
@@ -148,28 +133,24 @@ class GradientGapMeter:
         """
         scaled_by = loss_scale(optimizer)
         optimizer = unwrap_optimizer(optimizer)
-        recordings, self._recordings, self._before, self.unseen = self._recordings, [], [], []
+        recordings = self._recordings
+        self.stop()
+        self.unseen = []
         if not recordings:
             return
-        for recording in recordings:
-            recording.stop()
         access = access_to([recording.pair for recording in recordings], everyone())
-        lost = _lost(recordings)
         where: Any = [recordings[0].gradient]
+        seen = []
         with exact_arithmetic(where):
-            all_seen = [
-                None if is_lost else _seen(recording, access, scaled_by)
-                for recording, is_lost in zip(recordings, lost, strict=True)
-            ]
-            seen = [each for each in all_seen if each is not None]
+            for recording, is_lost in zip(recordings, _lost(recordings), strict=True):
+                each = None if is_lost else _seen(recording, access, scaled_by)
+                if each is not None:
+                    seen.append(each)
+                elif (is_lost or recording.passes == 0) and recording.pair.A.grad is not None:
+                    self.unseen.append(unwrapped_name(recording.pair.name))
             if seen:
                 shared = shared_scale([each.scale / each.top for each in seen], [each.residual for each in seen])
                 self._before = [_compare(each, shared, optimizer) for each in seen]
-        self.unseen = [
-            unwrapped_name(recording.pair.name)
-            for recording, is_lost, each in zip(recordings, lost, all_seen, strict=True)
-            if each is None and (is_lost or recording.passes == 0) and recording.pair.A.grad is not None
-        ]
 
     @torch.no_grad()
     def after_step(self, optimizer: Any) -> list[LayerGap]:
@@ -183,8 +164,9 @@ class GradientGapMeter:
         with exact_arithmetic(where):
             steps = [_step_figures(before, access, optimizer) for before in measured]
         # only the rank that keeps a pair's moments knows its direction
-        rows = [[*(figure or 0.0 for figure in each), float(each[0] is not None)] for each in steps]
-        known = torch.tensor(rows, dtype=torch.float64)
+        known = torch.tensor(
+            [[*(figure or 0.0 for figure in each), float(each[0] is not None)] for each in steps], dtype=torch.float64
+        )
         if (group := everyone()) is not None:
             known = known.to(measured[0].pair.A.device)
             dist.all_reduce(known, group=group)
@@ -226,27 +208,29 @@ def _compare(seen: _Seen, shared: float, optimizer: Any) -> _Before:
     """The figures of one layer's gradients; its buffer is overwritten with Adam's direction.
 
     Where the factors saw another gradient than the weight, the figures are those of g: with the scale of all layers,
-    and with the gradients that g gives the factors in the place of their own.
+    and with the gradients that g gives the factors instead of their own.
     """
     (recording, factors, top, scale, residual), pair = seen, seen.recording.pair
     g, (A, B) = recording.gradient, factors[:2]
-    unit = factors.with_gradients(factors.grad_A.to(exact_dtype(g)) / scale, factors.grad_B.to(exact_dtype(g)) / scale)
+    exact = exact_dtype(g)
     if sees_another_gradient(pair):
         fit, scale = Fit.of(g, factors), shared * top
         unit, residual = factors.with_gradients(*fit.expected), fit.residual(scale)
-    config = optimizer.config if isinstance(optimizer, LoRAProAdamW) else None
-    rtol = config.rtol if config else None
-    plain, pro = distance(g, unit.own_gradient()), distance(g, unit.equivalent_gradient(rtol))
+    else:
+        unit = factors.with_gradients(factors.grad_A.to(exact) / scale, factors.grad_B.to(exact) / scale)
+    rtol = optimizer.config.rtol if isinstance(optimizer, LoRAProAdamW) else None
+    own_gap, own_scaled_gap, own_cosine = distance(g, unit.own_gradient())
+    pro_gap, _, pro_cosine = distance(g, unit.equivalent_gradient(rtol))
     gap = LayerGap(
         layer=unwrapped_name(pair.name),
         adapter=pair.adapter_name,
         grad_norm=abs(scale) * float(torch.linalg.vector_norm(g)),
         residual=residual,
-        lora_gap=plain.gap,
-        lora_scaled_gap=plain.scaled_gap,
-        lora_cosine=plain.cosine,
-        lora_pro_gap=pro.gap,
-        lora_pro_cosine=pro.cosine,
+        lora_gap=own_gap,
+        lora_scaled_gap=own_scaled_gap,
+        lora_cosine=own_cosine,
+        lora_pro_gap=pro_gap,
+        lora_pro_cosine=pro_cosine,
     )
     groups = groups_of(pair, optimizer)
     u = None
@@ -258,28 +242,30 @@ def _compare(seen: _Seen, shared: float, optimizer: Any) -> _Before:
             u = g
             for rows in row_blocks(u):
                 u[rows] = direction(rows)
-    return _Before(
-        pair, gap, (A.clone(), B.clone()), decayed_rates(groups, optimizer), u, steps_of(pair, optimizer) or 0.0
-    )
+    rates, steps = decayed_rates(groups, optimizer), steps_of(pair, optimizer) or 0.0
+    return _Before(pair, gap, (A.clone(), B.clone()), rates, u, steps)
 
 
 def _step_figures(before: _Before, access: Access, optimizer: Any) -> tuple[float | None, float | None, float | None]:
     """The error, relative length and kept fraction of one layer's step; `None` where another rank knows them."""
     pair, (A, B) = before.pair, before.factors
-    new = access.values([pair.A, pair.B])
+    new_A, new_B = access.values([pair.A, pair.B])
     steps = steps_of(pair, optimizer)
-    left_out = all(map(torch.equal, before.factors, (x.to(A) for x in new))) if steps is None else steps == before.steps
-    if left_out:  # something was not finite
+    was_left_out = (
+        steps == before.steps
+        if steps is not None
+        else all(map(torch.equal, before.factors, (new_A.to(A), new_B.to(A))))
+    )
+    if was_left_out:  # something was not finite
         return None, None, None
-    moved = Moved.between(before.factors, (new[0], new[1]), pair.scaling, before.rates)
+    realised, first_order = steps_between(before.factors, (new_A, new_B), pair.scaling, before.rates)
     if before.u is None:
         if isinstance(optimizer, LoRAProAdamW) and optimizer.config.is_sequential:
             return None, None, None  # the step that AdamW asked of A is not known afterwards
-        return relative_difference(moved.realised(), moved.first_order()), None, None
+        return relative_difference(realised, first_order), None, None
     if "exp_avg" not in optimizer.state.get(pair.A, {}):
         return None, None, None
-    new_B = new[1].to(compute_dtype(A, B))
+    new_B = new_B.to(compute_dtype(A, B))
     intended, share = intended_step(before.u, A, B, new_B, pair.scaling, before.rates, optimizer.config)
-    realised = moved.realised()
     asked = max(float(before.rates.lr_A), float(before.rates.lr_B)) * float(before.u.norm())
     return relative_difference(realised, intended), realised.norm() / asked if asked else None, share

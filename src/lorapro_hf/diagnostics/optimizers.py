@@ -15,7 +15,7 @@ from lorapro_hf.utils.private_names import private
 
 
 def steps_of(pair: LoRAPair, optimizer: Any) -> float | None:
-    """The number of steps that the optimizer has taken with a pair; `None` where it keeps no count."""
+    """The number of steps that the optimizer has taken with a pair; `None` if it keeps no count."""
     count = optimizer.state.get(pair.A, {}).get("step")
     return None if count is None else float(count)
 
@@ -30,13 +30,9 @@ def loss_scale(optimizer: Any) -> float:
 
 
 def groups_of(pair: LoRAPair, optimizer: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """The param groups of both factors; empty where the optimizer does not show them."""
-    groups: list[Mapping[str, Any]] = [{}, {}]
-    for group in getattr(optimizer, "param_groups", []):
-        for position, factor in enumerate((pair.A, pair.B)):
-            if any(parameter is factor for parameter in group["params"]):
-                groups[position] = group
-    return groups[0], groups[1]
+    """The param groups of A and B; empty if the optimizer does not show them."""
+    groups = {id(parameter): group for group in getattr(optimizer, "param_groups", []) for parameter in group["params"]}
+    return groups.get(id(pair.A), {}), groups.get(id(pair.B), {})
 
 
 def decayed_rates(groups: tuple[Mapping[str, Any], Mapping[str, Any]], optimizer: Any) -> Rates:
@@ -46,9 +42,7 @@ def decayed_rates(groups: tuple[Mapping[str, Any], Mapping[str, Any]], optimizer
     """
     if isinstance(optimizer, LoRAProAdamW):
         return optimizer.rule.rates(groups)
-    decoupled = isinstance(optimizer, torch.optim.AdamW)
     lr_A, lr_B = (group.get("lr", 0.0) for group in groups)
-    keep_A, keep_B = (
-        1 - group.get("lr", 0.0) * group.get("weight_decay", 0.0) if decoupled else 1.0 for group in groups
-    )
-    return Rates(lr_A, lr_B, keep_A, keep_B)
+    if not isinstance(optimizer, torch.optim.AdamW):
+        return Rates(lr_A, lr_B)
+    return Rates(lr_A, lr_B, *(1 - group.get("lr", 0.0) * group.get("weight_decay", 0.0) for group in groups))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -19,7 +19,7 @@ _LINES = (
 )
 _STEP = ("step_error", "step taken against step meant", "#6b705c")
 _GAP = "distance from g, relative"
-_ROUNDING = 2.5e-7  # smaller errors of steps are roundings of float32 factors, and are left out
+_ROUNDING = 2.5e-7  # smaller errors of steps are roundings of float32 factors
 _LABELS = 40  # rows of a heat map that can be named
 
 
@@ -28,20 +28,22 @@ def plot_gap(path: Path, runs: Sequence[Run]) -> None:
 
     All heat maps have one scale of colors. A gray cell has not been measured.
     """
-    rows = max(len(run.layers) for run in runs)
-    map_height = min(max(1.2, 0.16 * rows), 9.0)
+    tables = [[run.by_layer(name) for name, *_ in _LINES] for run in runs]
+    map_height = min(max(1.2, 0.16 * max(len(table) for table, _ in tables)), 9.0)
     heights = [2.6, 1.7, map_height, map_height]
     figure = Figure(figsize=(5.4 * len(runs) + 1.2, sum(heights) + 3.0), layout="constrained")
     FigureCanvasAgg(figure)
     panels: Any = figure.subplots(4, len(runs), squeeze=False, height_ratios=heights)
-    values = [v for run in runs for r in run.records for name, *_ in _LINES if (v := r.figures[name]) is not None]
+    values = pandas.concat([run.table[list(DRAWN)] for run in runs])
     image: Any = None
     for column, run in enumerate(runs):
-        gap, error, *maps = (panel[column] for panel in panels)
-        _gap_over_steps(gap, run)
+        gap, error, *maps = panels[:, column]
+        for name, label, color in _LINES:
+            _band(gap, run.quartiles(name), label, color)
+        gap.set(title=f"{run.name}\ntrained with {run.optimizer}", ylabel=_GAP, xlabel="step")
         _step_errors(error, run)
-        for axes, (name, label, _) in zip(maps, _LINES, strict=True):
-            image = _heat_map(axes, run, name, min(values), max(values))
+        for axes, table, (_, label, _) in zip(maps, tables[column], _LINES, strict=True):
+            image = _heat_map(axes, table, values.min().min(), values.max().max())
             axes.set_title(f"gap of {label}, by layer", fontsize=9)
         maps[-1].set_xlabel("step")
     _share_limits(panels[:2])
@@ -59,54 +61,42 @@ def plot_gap(path: Path, runs: Sequence[Run]) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _gap_over_steps(axes: Any, run: Run) -> None:
-    for name, label, color in _LINES:
-        _band(axes, run.quartiles(name), label, color)
-    axes.set(title=f"{run.name}\ntrained with {run.optimizer}", ylabel=_GAP, xlabel="step")
-
-
 def _step_errors(axes: Any, run: Run) -> None:
     name, label, color = _STEP
     found = run.quartiles(name)
-    drawn = {step: (max(q1, _ROUNDING), median, q3) for step, (q1, median, q3) in found.items() if median >= _ROUNDING}
+    drawn = found[found["median"] >= _ROUNDING].clip(lower=_ROUNDING)
     axes.set_title(label, fontsize=9)
     axes.set(ylabel="relative error", xlabel="step")
     _band(axes, drawn, label, color)
-    if drawn:
+    if len(drawn):
         axes.set_yscale("log")
     else:
         axes.set_yticks([])
-        says = "nothing but roundings" if found else "has no meaning with this optimizer"
+        says = "nothing but roundings" if len(found) else "has no meaning with this optimizer"
         axes.text(0.5, 0.5, says, transform=axes.transAxes, ha="center", va="center", fontsize=9)
 
 
-def _band(axes: Any, quartiles: Mapping[int, tuple[float, float, float]], label: str, color: str) -> None:
+def _band(axes: Any, quartiles: pandas.DataFrame, label: str, color: str) -> None:
     axes.grid(alpha=0.2)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    if quartiles:
-        q1, median, q3 = zip(*quartiles.values(), strict=True)
-        axes.plot(list(quartiles), median, color=color, label=label, marker="o", markersize=3)
-        axes.fill_between(list(quartiles), q1, q3, color=color, alpha=0.18, linewidth=0)
+    if len(quartiles):
+        axes.plot(quartiles["median"], color=color, label=label, marker="o", markersize=3)
+        axes.fill_between(quartiles.index, quartiles["q1"], quartiles["q3"], color=color, alpha=0.18, linewidth=0)
 
 
-def _heat_map(axes: Any, run: Run, name: str, low: float, high: float) -> Any:
-    steps, layers = run.steps, run.layers
-    table = [[math.nan] * len(steps) for _ in layers]
-    rows, columns = ({key: index for index, key in enumerate(keys)} for keys in (layers, steps))
-    for record in run.records:
-        if (value := record.figures[name]) is not None:
-            table[rows[run.layer_of(record)]][columns[record.step]] = value
+def _heat_map(axes: Any, table: pandas.DataFrame, low: float, high: float) -> Any:
     axes.set_facecolor("#e8e8e8")
     image = axes.imshow(table, aspect="auto", interpolation="nearest", cmap="viridis", vmin=low, vmax=high)
-    every = -(-len(layers) // _LABELS)
-    axes.set_yticks(range(0, len(layers), every), short_names(layers)[::every], fontsize=6)
+    every = -(-len(table) // _LABELS)
+    axes.set_yticks(range(0, len(table), every), short_names(list(table.index))[::every], fontsize=6)
+    steps = list(table.columns)
     every = -(-len(steps) // 8)
-    axes.set_xticks(range(0, len(steps), every), [str(step) for step in steps[::every]], fontsize=8)
+    axes.set_xticks(range(0, len(steps), every), steps[::every], fontsize=8)
     return image
 
 
 def _share_limits(panels: Any) -> None:
-    """Give all panels the same steps, and those of a row that have lines the same figures."""
+    """Give all panels the same steps, and the panels of a row that have lines the same figures."""
     first, *others = panels.flat
     for axes in others:
         axes.sharex(first)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from lorapro_hf.utils.text_files import parse_json, write_text
 
@@ -27,7 +26,7 @@ class LayerGap:
         layer: its name.
         adapter: the adapter's.
         grad_norm: `‖g‖`, the norm of the gradient of the adapted weight, on the scale of the factors' gradients.
-        residual: the distance of the factors' gradients from those that g gives them, see `Fit.residual`.
+        residual: the larger of `‖s Bᵀ g − g_A‖ / ‖g_A‖` and `‖s g Aᵀ − g_B‖ / ‖g_B‖`.
         lora_gap: `‖g − q‖ / ‖g‖` for the direction `q = s (B g_A + g_B A)` of plain LoRA's own gradients.
         lora_scaled_gap: the same for the multiple of q that is closest to g.
         lora_cosine: between g and q.
@@ -53,17 +52,12 @@ class LayerGap:
     step_share: float | None = None
 
 
+FIGURES = tuple(field.name for field in fields(LayerGap) if field.name not in ("layer", "adapter"))
+
+
 @dataclass
 class GapRecord:
-    """A line of the file: the figures of one layer in one step, `None` where the line has none.
-
-    Attributes:
-        step: the step's number.
-        optimizer: the optimizer's title.
-        layer: the layer's name.
-        adapter: the adapter's.
-        figures: the other fields of `LayerGap` by name.
-    """
+    """A line of the file; `figures` are the other fields of `LayerGap`, and a value that the line lacks is `None`."""
 
     step: int
     layer: str
@@ -71,26 +65,19 @@ class GapRecord:
     adapter: str | None
     figures: dict[str, float | None]
 
-    @classmethod
-    def of(cls, line: Mapping[str, Any]) -> GapRecord:
-        """Of a parsed line with a step and a layer."""
-        figures = {name: line.get(name) for name in FIGURES}
-        return cls(line["step"], str(line["layer"]), line.get("optimizer"), line.get("adapter"), figures)
-
-
-FIGURES = tuple(field.name for field in fields(LayerGap) if field.name not in ("layer", "adapter"))
-
 
 def append(file: Path, step: int, optimizer: str, gaps: Sequence[LayerGap]) -> None:
-    """Add the measurements of one step, and make the folder where there is none."""
+    """Add the measurements of one step, and make the folder if there is none."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"step": step, "optimizer": optimizer, **_finite(asdict(gap))}) for gap in gaps]
     with file.open("a", encoding="utf-8") as out:
-        out.write("".join(f"{line}\n" for line in lines))
+        for gap in gaps:
+            line = {"step": step, "optimizer": optimizer, **asdict(gap)}
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+            out.write(json.dumps(finite) + "\n")
 
 
 def keep_until(file: Path, step: int) -> None:
-    """Drop the measurements after the step from which a training goes on, and a line that a kill has cut off.
+    """Drop the measurements after the step from which a training goes on, and a line that was cut off.
 
     Raises:
         ValueError: the file is not text.
@@ -129,8 +116,6 @@ def _parsed(file: Path) -> Iterator[tuple[str, GapRecord]]:
         except json.JSONDecodeError:
             continue
         if isinstance(record, dict) and isinstance(record.get("step"), int) and "layer" in record:
-            yield line, GapRecord.of(record)
-
-
-def _finite(figures: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
+            figures = {name: record.get(name) for name in FIGURES}
+            known = record["step"], str(record["layer"]), record.get("optimizer"), record.get("adapter")
+            yield line, GapRecord(*known, figures)

@@ -3,79 +3,56 @@
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lorapro_hf.diagnostics.records import FILE, GapRecord, read
+import pandas
+
+from lorapro_hf.diagnostics.records import FIGURES, FILE, read
 from lorapro_hf.options import UsageError
 
 DRAWN = ("lora_scaled_gap", "lora_pro_gap")
 _SUMMARISED = (*DRAWN, "lora_gap", "step_error", "step_length", "step_share", "residual")
+_QUARTILES = {0.25: "q1", 0.5: "median", 0.75: "q3"}
 
 
 @dataclass
 class Run:
     """One training's measurements.
 
-    Attributes:
-        name: for titles.
-        optimizer: its title.
-        records: one for each layer and step.
+    `table` has a row for each layer and step, with the columns `step`, `layer` (with the adapter if there are several)
+    and one for each figure, NaN where it has no value.
     """
 
     name: str
     optimizer: str
-    records: list[GapRecord]
+    table: pandas.DataFrame
 
-    @property
-    def steps(self) -> list[int]:
-        """The measured steps in order."""
-        return sorted({record.step for record in self.records})
+    def by_layer(self, figure: str) -> pandas.DataFrame:
+        """A figure by layer (rows, in the order of their numbers and names) and step (columns)."""
+        table = self.table.pivot(index="layer", columns="step", values=figure)
+        return table.loc[sorted(table.index, key=_natural)]
 
-    @property
-    def layers(self) -> list[str]:
-        """The measured layers in the order of their numbers and names, with the adapter where there are several."""
-        return sorted({self.layer_of(record) for record in self.records}, key=_natural)
-
-    @cached_property
-    def _has_adapters(self) -> bool:
-        return len({record.adapter for record in self.records}) > 1
-
-    def layer_of(self, record: GapRecord) -> str:
-        """The name of a record's row."""
-        return f"{record.layer} ({record.adapter})" if self._has_adapters else record.layer
-
-    def quartiles(self, figure: str) -> dict[int, tuple[float, float, float]]:
-        """First quartile, median and third quartile over the layers' latest values, by step.
+    def quartiles(self, figure: str) -> pandas.DataFrame:
+        """The columns `q1`, `median` and `q3` of the layers' latest values, by step.
 
         Layers that take turns would otherwise give a sawtooth. The first step is the one by which every layer that has
         the figure has been measured.
         """
-        values: dict[int, dict[str, float]] = {}
-        for record in self.records:
-            if (value := record.figures[figure]) is not None:
-                values.setdefault(record.step, {})[self.layer_of(record)] = value
-        layers = {layer for of_step in values.values() for layer in of_step}
-        latest: dict[str, float] = {}
-        found = {}
-        for step in sorted(values):
-            latest |= values[step]
-            if len(latest) == len(layers):
-                found[step] = quartiles(list(latest.values()))
-        return found
+        measured = self.by_layer(figure).dropna(how="all").dropna(axis=1, how="all")
+        latest = measured.ffill(axis=1).dropna(axis=1)
+        return latest.quantile(list(_QUARTILES)).rename(_QUARTILES).T
 
     def summary(self) -> dict[str, Any]:
         """The quartiles of all figures, ready for JSON."""
         figures = {}
         for figure in _SUMMARISED:
             found = self.quartiles(figure)
-            q1, median, q3 = (list(column) for column in zip(*found.values(), strict=True)) if found else ([], [], [])
-            figures[figure] = {"steps": list(found), "q1": q1, "median": median, "q3": q3}
-        return {"run": self.name, "optimizer": self.optimizer, "layers": self.layers, "figures": figures}
+            figures[figure] = {"steps": found.index.tolist(), **found.to_dict("list")}
+        layers = self.by_layer(DRAWN[0]).index.tolist()
+        return {"run": self.name, "optimizer": self.optimizer, "layers": layers, "figures": figures}
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -92,10 +69,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def read_run(path: Path) -> Run:
-    """The measurements of a training.
-
-    Args:
-        path: its output folder, or the file itself.
+    """The measurements of a training, by its output folder or the file itself.
 
     Raises:
         UsageError: there are none.
@@ -114,18 +88,15 @@ def read_run(path: Path) -> Run:
     for key in ("optimizer", "adapter"):
         if any(getattr(record, key) is None for record in records):
             raise UsageError(f"{file} is no {FILE}: it has measurements without {key!r}.")
-    if not any(isinstance(record.figures[figure], int | float) for record in records for figure in DRAWN):
+    table = pandas.DataFrame([{**vars(record), **record.figures} for record in records]).drop(columns="figures")
+    table[list(FIGURES)] = table[list(FIGURES)].apply(pandas.to_numeric, errors="coerce")
+    if table[list(DRAWN)].isna().all(axis=None):
         raise UsageError(f"{file} holds nothing that can be drawn: no measurement has {' or '.join(DRAWN)}.")
+    if table["adapter"].nunique() > 1:
+        table["layer"] += " (" + table["adapter"] + ")"
+    table = table.drop_duplicates(["step", "layer"], keep="last")
     folder = file.resolve().parent
-    return Run(folder.name if file.name == FILE else file.stem, str(records[-1].optimizer), records)
-
-
-def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """First quartile, median, third quartile."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-    return q1, median, q3
+    return Run(folder.name if file.name == FILE else file.stem, str(records[-1].optimizer), table)
 
 
 def short_names(names: Sequence[str], separator: str = ".") -> list[str]:

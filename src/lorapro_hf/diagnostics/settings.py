@@ -9,16 +9,9 @@ GAP_MAX_BYTES = 2**30
 
 
 def check_gap_layers(layers: Any, prefix: str = "") -> None:
-    """Raise a `ValueError` unless the layers are `None` or a list of names.
-
-    Args:
-        layers: as the user gave them.
-        prefix: the part of the user's setting before `layers`.
-    """
-    if layers is None:
-        return
+    """Raise a `ValueError` unless the layers are `None` or a list of names; `prefix` begins the setting's name."""
     names = list(layers) if isinstance(layers, Sequence) and not isinstance(layers, str) else []
-    if not names or not all(isinstance(name, str) for name in names):
+    if layers is not None and not (names and all(isinstance(name, str) for name in names)):
         raise ValueError(
             f"{prefix}layers={layers!r} must be a list of names or patterns such as ['q_proj'], or be left out for all "
             "layers."
@@ -26,7 +19,7 @@ def check_gap_layers(layers: Any, prefix: str = "") -> None:
 
 
 def check_gap_max_bytes(max_bytes: Any, prefix: str = "") -> None:
-    """Raise a `ValueError` unless the setting is a positive whole number; see `check_gap_layers`."""
+    """Raise a `ValueError` unless the setting is a positive whole number; `prefix` begins the setting's name."""
     if type(max_bytes) is not int or max_bytes <= 0:
         raise ValueError(
             f"{prefix}max_bytes={max_bytes!r} must be a positive whole number of bytes; it is for the gradients of the "

@@ -1,96 +1,68 @@
 """How are whole gradients and values of factors read, and how does each rank store its part of a new value?
 
-Each layout of the factors has a class: whole on every rank (`PlainAccess`), DTensors of `fully_shard`
-(`ShardedAccess`), and partitions of DeepSpeed (`ZeroAccess` in `lorapro_hf.distributed.zero`).
+Each layout of the factors has a class: whole on every rank (`Access`), DTensors of `fully_shard` (`ShardedAccess`),
+and partitions of DeepSpeed (`ZeroAccess` in `lorapro_hf.distributed.zero`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lorapro_hf.factors.pairs import LoRAPair
-from lorapro_hf.factors.wrappers import fsdp_plugin_in_use, require_no_checkpoint_wrapper
+from lorapro_hf.factors.wrappers import plugin_in_use, require_no_checkpoint_wrapper
 
 
-class Access(Protocol):
-    """Reads and writes whole factors. All methods are collective: every rank calls them with the same parameters."""
+class Access:
+    """Reads and writes factors as whole tensors; this class serves one process and DDP, with whole factors everywhere.
 
-    group: dist.ProcessGroup | None
-    """The ranks that hold the same factors, or parts of them; `None` for this process alone."""
+    All methods but `dtype` and `held` are collective in a subclass: every rank calls them with the same parameters.
 
-    @property
-    def in_place(self) -> bool:
-        """Whether the parameters are whole, so that nothing is fetched."""
-        ...
-
-    def dtype(self, parameter: Tensor) -> torch.dtype:
-        """The precision in which the engine keeps a parameter."""
-        ...
-
-    def held(self, parameter: Tensor) -> Tensor:
-        """This rank's part of a value; not collective."""
-        ...
-
-    def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-        """The whole gradients, averaged over the ranks; `None` where no backward pass has reached a parameter."""
-        ...
-
-    def values(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """The whole values."""
-        ...
-
-    def store(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Overwrite parameters, or tensors laid out like them, with whole values; every rank passes the same."""
-        ...
-
-
-class PlainAccess:
-    """Parameters that every rank holds whole: one process, or DistributedDataParallel."""
+    Args:
+        group: the ranks that hold the same factors, or parts of them; `None` for this process alone.
+    """
 
     in_place = True
+    """Whether the parameters are whole, so that nothing is fetched."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group
 
     def dtype(self, parameter: Tensor) -> torch.dtype:
-        """The dtype of the parameter."""
+        """The precision in which the engine keeps a parameter."""
         return parameter.dtype
 
     def held(self, parameter: Tensor) -> Tensor:
-        """The whole value."""
-        return parameter.detach()
+        """This rank's part of a value."""
+        return local(parameter.detach())
 
     def gradients(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-        """The `.grad` of each parameter."""
+        """The whole gradients, averaged over the ranks; `None` where no backward pass has reached a parameter."""
         return [parameter.grad for parameter in parameters]
 
     def values(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """The parameters themselves."""
+        """The whole values."""
         return [parameter.detach() for parameter in parameters]
 
     @torch.no_grad()
     def store(self, parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Copy the values."""
+        """Overwrite parameters, or tensors laid out like them, with whole values; every rank passes the same."""
         torch._foreach_copy_(list(parameters), list(values))
 
 
-class ShardedAccess:
-    """Parameters that are DTensors, sharded along one dimension of one device mesh: FSDP2, also with replicas (HSDP).
-
-    Args:
-        parameters: all factors.
+class ShardedAccess(Access):
+    """Factors that are DTensors, sharded along one dimension of one device mesh: FSDP2, also with replicas (HSDP).
 
     Raises:
-        RuntimeError: they are sharded over several dimensions of a mesh (tensor parallelism) or over several meshes, or
-            offloaded.
+        RuntimeError: they are sharded over several dimensions (tensor parallelism) or meshes, or offloaded.
     """
 
     in_place = False
+    group: dist.ProcessGroup
 
     def __init__(self, parameters: Iterable[Any]) -> None:
         factors = list(parameters)
@@ -102,52 +74,44 @@ class ShardedAccess:
                 "with one and the same mesh for all modules."
             )
         self.mesh, self.mesh_dim = next(iter(of_shards or meshes))
-        self.group = self.mesh.get_group(self.mesh_dim or 0)
-        lying = {parameter.to_local().device.type for parameter in factors}
-        if lying != {self.mesh.device_type}:
+        super().__init__(self.mesh.get_group(self.mesh_dim or 0))
+        devices = {factor.to_local().device.type for factor in factors}
+        if devices != {self.mesh.device_type}:
             raise RuntimeError(
-                f"the factors lie on {', '.join(sorted(lying))}, while their device mesh is of "
+                f"the factors lie on {', '.join(sorted(devices))}, while their device mesh is of "
                 f"{self.mesh.device_type}: parameters are offloaded, which LoRA-Pro does not support. Leave out "
                 "CPUOffloadPolicy, or set fsdp_offload_params: false."
             )
 
-    def dtype(self, parameter: Tensor) -> torch.dtype:
-        """The dtype of the parameter."""
-        return parameter.dtype
-
-    def held(self, parameter: Any) -> Tensor:
-        """This rank's shard."""
-        return local(parameter.detach())
-
     def gradients(self, parameters: Sequence[Any]) -> list[Tensor | None]:
-        """Gather the gradients by one collective for each dtype."""
+        """One collective for each dtype."""
         gradients = [parameter.grad for parameter in parameters]
         # A rank without a gradient takes part, too: the others would wait for it.
-        gathered = [
-            torch.zeros_like(parameter) if gradient is None else gradient
-            for parameter, gradient in zip(parameters, gradients, strict=True)
-        ]
-        whole = self.gather(gathered)
-        return [None if part is None else all_of_it for part, all_of_it in zip(gradients, whole, strict=True)]
+        whole = self._gather(
+            [
+                torch.zeros_like(parameter) if gradient is None else gradient
+                for parameter, gradient in zip(parameters, gradients, strict=True)
+            ]
+        )
+        return [None if own is None else gathered for own, gathered in zip(gradients, whole, strict=True)]
 
     def values(self, parameters: Sequence[Any]) -> list[Tensor]:
-        """Gather the values by one collective for each dtype."""
-        return self.gather([parameter.detach() for parameter in parameters])
+        """One collective for each dtype."""
+        return self._gather([parameter.detach() for parameter in parameters])
 
     @torch.no_grad()
     def store(self, parameters: Sequence[Any], values: Sequence[Tensor]) -> None:
         """Copy this rank's rows, without communication."""
         for parameter, value in zip(parameters, values, strict=True):
-            local, dim = parameter.to_local(), self._sharded_dim(parameter)
+            own, dim = parameter.to_local(), self._sharded_dim(parameter)
             if dim is None:
-                local.copy_(value)
-            elif local.numel():
+                own.copy_(value)
+            elif own.numel():
                 start = self.group.rank() * _chunk(parameter.shape[dim], self.group.size())
-                local.copy_(value.narrow(dim, start, local.shape[dim]))
+                own.copy_(value.narrow(dim, start, own.shape[dim]))
 
     @torch.no_grad()
-    def gather(self, tensors: Sequence[Any]) -> list[Tensor]:
-        """The whole tensors of DTensors with the layout of the factors."""
+    def _gather(self, tensors: Sequence[Any]) -> list[Tensor]:
         whole: dict[int, Tensor] = {}
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):  # in the same order on all ranks, unlike a set
             alike = [index for index, tensor in enumerate(tensors) if tensor.dtype == dtype]
@@ -160,8 +124,8 @@ class ShardedAccess:
         locals_ = [tensor.to_local() for tensor in tensors]
         # As torch.chunk: all ranks get the same number of rows, the last ranks fewer or none.
         sizes = [
-            0 if dim is None or not tensor.numel() else _chunk(tensor.shape[dim], ranks) * _row(tensor, dim)
-            for tensor, dim in zip(tensors, dims, strict=True)
+            0 if dim is None or not size else _chunk(tensor.shape[dim], ranks) * (size // tensor.shape[dim])
+            for tensor, dim, size in zip(tensors, dims, map(torch.Tensor.numel, tensors), strict=True)
         ]
         own = locals_[0].new_zeros(sum(sizes))
         for part, local, dim in zip(own.split(sizes), locals_, dims, strict=True):
@@ -170,10 +134,9 @@ class ShardedAccess:
         gathered = own.new_empty(ranks * len(own))
         if len(own):
             all_gather(gathered, own, self.group)
+        parts = gathered.view(ranks, -1).split(sizes, dim=1)
         whole = []
-        for tensor, local, dim, part in zip(
-            tensors, locals_, dims, gathered.view(ranks, -1).split(sizes, dim=1), strict=True
-        ):
+        for tensor, local, dim, part in zip(tensors, locals_, dims, parts, strict=True):
             if dim is None or not tensor.numel():
                 whole.append(local if dim is None else local.new_zeros(tensor.shape))
                 continue
@@ -184,28 +147,22 @@ class ShardedAccess:
 
     def _sharded_dim(self, tensor: Any) -> int | None:
         """The sharded dimension of a tensor, `None` if it is replicated."""
-        if self.mesh_dim is None:
-            return None
-        placement = tensor.placements[self.mesh_dim]
-        return placement.dim if placement.is_shard() else None
+        placement = None if self.mesh_dim is None else tensor.placements[self.mesh_dim]
+        return placement.dim if placement is not None and placement.is_shard() else None
 
 
 def access_to(pairs: Sequence[LoRAPair], group: dist.ProcessGroup | None = None) -> Access:
-    """The access for the layout of the factors of a model.
-
-    Args:
-        pairs: the pairs of the model after wrapping.
-        group: the ranks that hold the same whole factors.
+    """The access for the layout of the factors, given the ranks that would hold the same whole factors.
 
     Raises:
         RuntimeError: some factors are sharded and others not, or in a way that is not supported, or accelerate has
             wrapped the layers for activation checkpointing.
     """
     factors = [factor for pair in pairs for factor in (pair.A, pair.B)]
-    sharded = [is_sharded(factor) for factor in factors]
+    sharded = [_is_sharded(factor) for factor in factors]
     if not any(sharded):
-        return PlainAccess(group)
-    require_no_checkpoint_wrapper(fsdp_plugin_in_use())
+        return Access(group)
+    require_no_checkpoint_wrapper(plugin_in_use("fsdp_plugin"))
     if not all(sharded):
         odd = pairs[sharded.index(False) // 2].name
         raise RuntimeError(
@@ -227,14 +184,13 @@ def all_gather(gathered: Tensor, own: Tensor, group: dist.ProcessGroup) -> None:
     gather(gathered, own, group=group)
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor."""
+def _is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
 def local(tensor: Any) -> Tensor:
     """This rank's part of a tensor; writing to it writes to the tensor."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+    return tensor.to_local() if _is_sharded(tensor) else tensor
 
 
 def _mesh_dim(tensor: Any) -> int | None:
@@ -250,7 +206,3 @@ def _mesh_dim(tensor: Any) -> int | None:
 
 def _chunk(length: int, ranks: int) -> int:
     return -(-length // ranks)
-
-
-def _row(tensor: Tensor, dim: int) -> int:
-    return tensor.numel() // tensor.shape[dim]

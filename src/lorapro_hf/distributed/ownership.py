@@ -7,20 +7,24 @@ brings the new factors to all ranks.
 
 from __future__ import annotations
 
+import gc
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
+from weakref import ReferenceType, ref
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from lorapro_hf.distributed.access import Access, all_gather
 from lorapro_hf.distributed.attendance import Attendance
-from lorapro_hf.distributed.uneven_inputs import Wrapper, require_even_inputs, wrappers_of
 from lorapro_hf.factors.pairs import LoRAPair, unwrapped_name
+from lorapro_hf.utils.private_names import private
+from lorapro_hf.utils.ranks import errors_of_ranks
 
-# Factors are fetched in portions, so that no rank holds those of the whole model at once.
+# Factors are fetched in portions, so that no rank holds all factors of the model at once.
 _FETCHED_ELEMENTS = 2**25
 # A rank whose step fails adds this to the sum of the flags to skip the step, which are 0 or 1.
 _FAILED = 2.0**32
@@ -48,7 +52,7 @@ class PairOwnership:
         self._have_met = False
         self._progress = _NOT_BEGUN
         self._device = self.pairs[0].A.device if self.pairs else torch.device("cpu")
-        self._wrappers: list[Wrapper] = []
+        self._wrappers: list[ReferenceType[DistributedDataParallel]] = []
         self.rank = self.group.rank() if self.group else 0
         self.size = self.group.size() if self.group else 1
         self.alike = group_alike(self.pairs)
@@ -83,37 +87,49 @@ class PairOwnership:
         """
         self._progress = _AGREED  # an error in the middle of a collective leaves the ranks apart
         self._meet()
-        if self.access.in_place:
-            self._progress = _FETCHED
-            return [pair.has_gradient for pair in self.pairs]
-        found = self._fetch_all()
+        have_gradients = self._fetch_all()
         self._progress = _FETCHED
-        return found
+        return have_gradients
 
     def _fetch_all(self) -> list[bool]:
-        found = [False] * len(self.pairs)
+        if self.access.in_place:
+            return [pair.has_gradient for pair in self.pairs]
+        have_gradients = [False] * len(self.pairs)
         own = dict(zip(self._owned_ids, self.factors, strict=True))
         for indices in self._portions():
             parameters = [factor for index in indices for factor in (self.pairs[index].A, self.pairs[index].B)]
             gradients = self.access.gradients(parameters)
             values = self.access.values(parameters)
             for position, index in enumerate(indices):
-                found[index] = any(gradient is not None for gradient in gradients[2 * position : 2 * position + 2])
-                for offset, buffer in enumerate(own.get(index, ())):
-                    gradient = gradients[2 * position + offset]
-                    buffer.copy_(values[2 * position + offset])
+                of_pair = slice(2 * position, 2 * position + 2)
+                have_gradients[index] = any(gradient is not None for gradient in gradients[of_pair])
+                for buffer, value, gradient in zip(
+                    own.get(index, ()), values[of_pair], gradients[of_pair], strict=False
+                ):
+                    buffer.copy_(value)
                     buffer.grad = None if gradient is None else gradient.to(buffer)
-        return found
+        return have_gradients
+
+    def _portions(self) -> list[list[int]]:
+        portions: list[list[int]] = [[]]
+        elements = 0
+        for index, pair in enumerate(self.pairs):
+            size = pair.shape_A.numel() + pair.shape_B.numel()
+            if portions[-1] and elements + size > _FETCHED_ELEMENTS:
+                portions.append([])
+                elements = 0
+            portions[-1].append(index)
+            elements += size
+        return portions
 
     def _meet(self) -> None:
         """Check once that all ranks train the same pairs; otherwise collectives would mix up factors, or hang."""
-        require_even_inputs(self._wrappers)
+        _require_even_inputs(self._wrappers)
         if self.group is None or self._have_met:
             return
         if self.access.in_place:
-            self._wrappers = wrappers_of(self.pairs[0].A)
-            require_even_inputs(self._wrappers)
-        self.attendance.sign_in()
+            self._wrappers = _wrappers_of(self.pairs[0].A)
+            _require_even_inputs(self._wrappers)
         described = [(unwrapped_name(pair.name), *pair.shape_A, *pair.shape_B) for pair in self.pairs]
         code = float(zlib.crc32(repr(described).encode()))
         extremes = torch.tensor([code, -code], dtype=torch.float64, device=self._device)
@@ -129,27 +145,24 @@ class PairOwnership:
     def publish(self) -> None:
         """Store the new factors of all pairs on all ranks, at the end of a step."""
         self._progress = _NOT_BEGUN
-        new = dict(zip(self._owned_ids, self.factors, strict=True))
-        if self.group is None:
-            if not self.access.in_place:
-                parameters = [factor for pair in self.owned for factor in (pair.A, pair.B)]
-                self.access.store(parameters, [value for factors in self.factors for value in factors])
-            return
-        for indices, owners in zip(self.alike, self.owners, strict=True):
-            self._publish_alike(indices, owners, new)
+        if self.group is not None:
+            for indices, owners in zip(self.alike, self.owners, strict=True):
+                self._publish_alike(self.group, indices, owners)
+        elif not self.access.in_place:
+            parameters = [factor for pair in self.owned for factor in (pair.A, pair.B)]
+            self.access.store(parameters, [value for factors in self.factors for value in factors])
 
-    def _publish_alike(self, indices: list[int], owners: list[int], new: dict[int, tuple[Tensor, Tensor]]) -> None:
-        first = self.pairs[indices[0]]
-        sizes, device = (first.shape_A.numel(), first.shape_B.numel()), first.A.device
+    def _publish_alike(self, group: dist.ProcessGroup, indices: list[int], owners: list[int]) -> None:
+        first, new = self.pairs[indices[0]], dict(zip(self._owned_ids, self.factors, strict=True))
+        sizes = first.shape_A.numel(), first.shape_B.numel()
         of_rank = [[i for i, owner in zip(indices, owners, strict=True) if owner == rank] for rank in range(self.size)]
         dtype = torch.promote_types(self.access.dtype(first.A), self.access.dtype(first.B))
         rows = max(map(len, of_rank))
-        own = torch.zeros(rows, sum(sizes), dtype=dtype, device=device)
+        own = torch.zeros(rows, sum(sizes), dtype=dtype, device=first.A.device)
         for row, index in zip(own, of_rank[self.rank], strict=False):
             torch.cat([factor.reshape(-1) for factor in new[index]], out=row)
         gathered = own.new_empty(self.size * rows, sum(sizes))
-        assert self.group is not None
-        all_gather(gathered, own, self.group)
+        all_gather(gathered, own, group)
         parameters: list[Tensor] = []
         values: list[Tensor] = []
         for rank, received in enumerate(gathered.view(self.size, rows, -1)):
@@ -170,50 +183,46 @@ class PairOwnership:
         return values
 
     def agree(self, norms: Tensor, found_inf: Tensor) -> tuple[Tensor, Tensor]:
-        """The norms over the pairs of all ranks together, and whether any rank must skip the step.
+        """The norms `(2,)` over the pairs of all ranks together, and 1 if any rank must skip the step, else 0.
 
-        Args:
-            norms: those of this rank's pairs, `(2,)`.
-            found_inf: 1 if a tensor of this rank is not finite, else 0. Ranks can differ in this also where all of
-                them step all pairs, since other parameters may be sharded.
+        Ranks that step all pairs can differ in `found_inf`, too, since other parameters may be sharded.
 
         Raises:
             RuntimeError: another rank has met an error, see `fail`.
         """
-        if self._agreeing is None:
+        group = self._agreeing
+        if group is None:
             return norms, found_inf
         squares = norms.double().square() if self.group else torch.zeros_like(norms, dtype=torch.float64)
         both = torch.cat([squares, found_inf.double()[None]])
-        dist.all_reduce(both, group=self._agreeing)
+        dist.all_reduce(both, group=group)
         self._progress = _AGREED
         if self._can_read_flags and both[-1] >= _FAILED:
-            raise RuntimeError(
-                f"all ranks leave out this step, and nothing has been changed: {self._errors_of_others()}"
-            )
+            errors = errors_of_ranks(None, group)
+            raise RuntimeError(f"all ranks leave out this step, and nothing has been changed: {errors}")
         return both[:-1].sqrt().to(norms.dtype) if self.group else norms, (both[-1] > 0).to(found_inf.dtype)
 
     def fail(self, error: Exception) -> None:
         """Take part in the collectives of a step that has failed on this rank, so that all ranks skip it.
 
-        On CPUs the other ranks raise an error that names this rank. Elsewhere they would have to wait for the device in
-        each step to read the flag; they skip the step as if a gradient were not finite.
-
-        Without effect where the ranks have agreed on the step already, or share no step.
+        On CPUs the other ranks raise an error that names this rank. Elsewhere reading the flag would wait for the
+        device in each step; they skip the step as if a gradient were not finite. Nothing happens where the ranks have
+        agreed on the step already, or share no step.
         """
         progress, self._progress = self._progress, _NOT_BEGUN
-        if self._agreeing is None or progress == _AGREED:
+        group = self._agreeing
+        if group is None or progress == _AGREED:
             return
         if progress == _NOT_BEGUN:
             self._meet()
             if not self.access.in_place:
                 self._fetch_all()
-        nothing = torch.zeros((), dtype=torch.float64, device=self._device)
-        dist.all_reduce(torch.stack([nothing, nothing, nothing + _FAILED]), group=self._agreeing)
+        flags = torch.tensor([0.0, 0.0, _FAILED], dtype=torch.float64, device=self._device)
+        dist.all_reduce(flags, group=group)
         if self._can_read_flags:
-            self._tell(f"{type(error).__name__}: {error}")
+            errors_of_ranks(error, group)
         else:
             self.publish()
-        self._progress = _NOT_BEGUN
 
     @property
     def _agreeing(self) -> dist.ProcessGroup | None:
@@ -226,42 +235,14 @@ class PairOwnership:
         """Whether reading a tensor does not wait for its device."""
         return self._device.type == "cpu"
 
-    def _tell(self, error: str | None) -> list[str | None]:
-        """The errors of all ranks; collective."""
-        assert self._agreeing is not None
-        errors: list[str | None] = [None] * self._agreeing.size()
-        dist.all_gather_object(errors, error, group=self._agreeing)
-        return errors
-
-    def _errors_of_others(self) -> str:
-        assert self._agreeing is not None
-        found = [
-            f"rank {dist.get_global_rank(self._agreeing, rank)} raised {error}"
-            for rank, error in enumerate(self._tell(None))
-            if error is not None
-        ]
-        return "; ".join(found)
-
-    def _portions(self) -> list[list[int]]:
-        portions: list[list[int]] = [[]]
-        elements = 0
-        for index, pair in enumerate(self.pairs):
-            size = pair.shape_A.numel() + pair.shape_B.numel()
-            if portions[-1] and elements + size > _FETCHED_ELEMENTS:
-                portions.append([])
-                elements = 0
-            portions[-1].append(index)
-            elements += size
-        return portions
-
 
 def share_pairs(
     pairs: Sequence[LoRAPair], access: Access, shard_states: bool | None, saved_collectively: bool
 ) -> PairOwnership:
-    """Who steps which pairs: ranks share them if `shard_states` says so.
+    """The ownership of pairs, shared by the ranks if `shard_states` says so.
 
-    If it is `None`, ranks share pairs where all of them take part in saving the state: with factors that are not whole
-    on each rank always, else if `saved_collectively`.
+    If it is `None`, ranks share pairs where all of them take part in saving the state: if factors are not whole on
+    each rank, or if `saved_collectively`.
     """
     shared = not access.in_place or saved_collectively if shard_states is None else shard_states
     return PairOwnership(pairs, access, shared)
@@ -276,9 +257,7 @@ def everyone() -> dist.ProcessGroup | None:
 def assign_owners(counts: Sequence[int], ranks: int) -> list[list[int]]:
     """The owners of the pairs of each group: equal numbers for all ranks, the rest to the least busy.
 
-    Args:
-        counts: the number of pairs in each group, the costliest group first.
-        ranks: the number of ranks.
+    `counts` has the number of pairs of each group, the costliest group first.
     """
     spare = [0] * ranks
     owners = []
@@ -306,3 +285,25 @@ def _cost(pair: LoRAPair) -> int:
 
 def _buffer(parameter: Tensor, shape: torch.Size, access: Access) -> Tensor:
     return torch.empty(shape, dtype=access.dtype(parameter), device=parameter.device)
+
+
+def _wrappers_of(parameter: Tensor) -> list[ReferenceType[DistributedDataParallel]]:
+    """All instances of DDP around a parameter; they may be newer than the optimizer."""
+    wrappers = [each for each in gc.get_objects() if issubclass(type(each), DistributedDataParallel)]
+    return [ref(wrapper) for wrapper in wrappers if any(own is parameter for own in wrapper.parameters())]
+
+
+def _require_even_inputs(wrappers: Iterable[ReferenceType[DistributedDataParallel]]) -> None:
+    """Raise if a model is trained within DDP's `join()`.
+
+    Ranks that have run out of batches answer the collectives of DDP alone, so that the collectives of a step would
+    hang.
+    """
+    for wrapper in wrappers:
+        model = wrapper()
+        if model is not None and private(model, "_join_config").enable:
+            raise RuntimeError(
+                "the model is trained within DistributedDataParallel.join(), where ranks that have run out of batches "
+                "take no more steps, while with shard_states=True each pair is stepped by one rank alone. Give all "
+                "ranks as many batches, as DistributedSampler does, or set LoRAProConfig(shard_states=False)."
+            )

@@ -1,8 +1,8 @@
 """How are trainable parameters read and written that ZeRO has partitioned?
 
 ZeRO flattens the parameters of a group and cuts the result into one part for each rank (stages 1 and 2), or cuts each
-parameter (stage 3). A rank's part of a parameter is therefore one contiguous, possibly empty range of its elements; the
-ranges of the float32 master, the gradient and AdamW's moments are the same.
+parameter (stage 3). A rank's part of a parameter, of its float32 master, its gradient and AdamW's moments is therefore
+the same contiguous, possibly empty range of elements.
 """
 
 from __future__ import annotations
@@ -14,39 +14,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lorapro_hf.distributed.access import Access
 from lorapro_hf.utils.private_names import private
 
 # The classes of DeepSpeed's optimizers: their modules, and the attributes that hold parameters and masters.
+_RUNTIME = "deepspeed.runtime"
 ZERO_OPTIMIZERS = {
-    "DeepSpeedZeroOptimizer": (
-        "deepspeed.runtime.zero.stage_1_and_2",
-        "bit16_groups",
-        "single_partition_of_fp32_groups",
-    ),
-    "DeepSpeedZeroOptimizer_Stage3": ("deepspeed.runtime.zero.stage3", "fp16_groups", "fp32_partitioned_groups_flat"),
-    "BF16_Optimizer": ("deepspeed.runtime.bf16_optimizer", "bf16_groups", "fp32_groups_flat_partition"),
+    "DeepSpeedZeroOptimizer": (f"{_RUNTIME}.zero.stage_1_and_2", "bit16_groups", "single_partition_of_fp32_groups"),
+    "DeepSpeedZeroOptimizer_Stage3": (f"{_RUNTIME}.zero.stage3", "fp16_groups", "fp32_partitioned_groups_flat"),
+    "BF16_Optimizer": (f"{_RUNTIME}.bf16_optimizer", "bf16_groups", "fp32_groups_flat_partition"),
 }
 
 
-class ZeroAccess:
-    """The trainable parameters of an engine; see `lorapro_hf.distributed.access.Access`.
-
-    Args:
-        zero: the optimizer of DeepSpeed around ours.
-        stage: the ZeRO stage 1, 2 or 3.
-        names: the names of all parameters of the model.
+class ZeroAccess(Access):
+    """The trainable parameters of a DeepSpeed engine, given DeepSpeed's optimizer, its stage, and names of parameters.
 
     Attributes:
-        group: the ranks that share the parameters.
         scale: returns the factor for the raw gradients, once DeepSpeed has computed their norm.
     """
 
     in_place = False
+    group: dist.ProcessGroup
 
     def __init__(self, zero: Any, stage: int, names: Mapping[Tensor, str]) -> None:
+        super().__init__(private(zero, "dp_process_group"))
         self.zero = zero
         self.partitions_parameters = stage == 3
-        self.group: dist.ProcessGroup = private(zero, "dp_process_group")
         self.scale: Callable[[], float | Tensor] = lambda: 1.0
         _, groups, masters = ZERO_OPTIMIZERS[type(zero).__name__]
         self._groups: list[list[Any]] = private(zero, groups)
@@ -70,8 +63,7 @@ class ZeroAccess:
     def hold_gradients(self, parameters: Sequence[Any]) -> None:
         """Copy this rank's parts of the raw gradients, which DeepSpeed frees or scales during its step.
 
-        Args:
-            parameters: the parameters that a backward pass has reached on any rank; the same on all ranks.
+        All ranks pass the same parameters: every one that a backward pass has reached on any rank.
         """
         self._held = {id(p): self._own_gradient(p).float().clone() for p in parameters}
 
@@ -100,7 +92,7 @@ class ZeroAccess:
 
     @torch.no_grad()
     def gather(self, parameters: Sequence[Any], parts: Sequence[Tensor]) -> list[Tensor]:
-        """The whole tensors, in the shapes of the parameters, of which each rank passes its parts; one collective."""
+        """The whole tensors, shaped like the parameters, from the parts that each rank passes; one collective."""
         if not parameters:
             return []
         shapes = [self.shape(p) for p in parameters]
@@ -128,7 +120,7 @@ class ZeroAccess:
 
     @torch.no_grad()
     def store_moments(self, parameter: Any, moments: Mapping[str, Tensor]) -> None:
-        """Store what `moments` returns, from whole tensors."""
+        """Store this rank's parts of whole moments, by the names that `moments` gives them."""
         flat = self._place(parameter)[0]
         if "step" not in self.zero.state[flat]:
             self.zero.state[flat] = {
@@ -164,11 +156,8 @@ class ZeroAccess:
             return self._masters[sub_group], start, length
         mapping = private(parameter, "_hp_mapping")
         if mapping is not None:
-            return (
-                self._masters[private(mapping, "param_group_index")],
-                private(mapping, "hp_fragment_address").start,
-                length,
-            )
+            master = self._masters[private(mapping, "param_group_index")]
+            return master, private(mapping, "hp_fragment_address").start, length
         index = next(index for index, group in enumerate(self._groups) if any(p is parameter for p in group))
         return self._masters[index], 0, 0
 

@@ -1,7 +1,7 @@
 """How are many pairs of one shape read and written as one batch?
 
 In rows layout every factor-size quantity of K entries is `(K, r, length)`: A as it is, B transposed. A pair that packs
-several (experts, convolution groups) has an entry for each: K is the number of pairs times the entries packed in one.
+several (experts, convolution groups) has an entry for each.
 """
 
 from __future__ import annotations
@@ -16,8 +16,14 @@ from torch import Tensor
 
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.factors.pairs import LoRAPair, check_scaling
-from lorapro_hf.functional.bases import Bases, row_bases
-from lorapro_hf.functional.projection import Coordinates, compute_dtype, factor_gradients_, gradient_coordinates
+from lorapro_hf.functional.bases import (
+    Bases,
+    Coordinates,
+    compute_dtype,
+    factor_gradients_,
+    gradient_coordinates,
+    row_bases,
+)
 
 
 class Rows(NamedTuple):
@@ -48,20 +54,12 @@ class Stack:
         A, B = self.factors[0]
         self.dtype, self.device = compute_dtype(A, B), A.device
         self.stored_dtypes = A.dtype, B.dtype
+        self.packed = self.pairs[0].batch  # the entries of each pair
         self._scalings: list[float] = []
         self._scaling = torch.empty(0)
 
-    @property
-    def packed(self) -> int:
-        """How many entries each pair packs."""
-        return self.pairs[0].batch
-
     def scaling(self) -> Tensor:
-        """The present scalings, `(K,)`.
-
-        Raises:
-            ValueError: one is 0 or not finite.
-        """
+        """The present scalings, `(K,)`; raises a `ValueError` if one is 0 or not finite."""
         scalings = [check_scaling(pair) for pair in self.pairs]
         if scalings != self._scalings:  # a copy to the device waits for it: only when something has changed
             self._scalings = scalings
@@ -81,9 +79,7 @@ class Stack:
     def active(self, pair_ids: list[int] | None, found_inf: Tensor) -> Tensor:
         """Whether each pair takes the step, bool `(pairs,)`; the host does not wait for the device.
 
-        Args:
-            pair_ids: the pairs that have gradients, `None` for all.
-            found_inf: 0-dim; where it is 1 no pair takes the step.
+        Pairs without gradients do not (`pair_ids` are those with some, `None` for all); none does if `found_inf` is 1.
         """
         taken = found_inf == 0
         if pair_ids is None:
@@ -97,45 +93,38 @@ class Stack:
     @torch.no_grad()
     def read(self) -> Rows:
         """Copies of the factors."""
-        A, B = zip(*self.factors, strict=True)
-        return self.rows(stacked(A, self.dtype), stacked(B, self.dtype))
+        return self._read(self.factors)
 
     def read_gradients(self) -> tuple[Rows, list[int] | None] | None:
-        """The gradients and the pairs that have some, `None` for all; `None` instead of both if no pair has any.
-
-        Raises:
-            RuntimeError: a gradient is missing for one factor of a pair, or sparse.
-        """
-        found = [pair.gradients_of(*factors) for pair, factors in zip(self.pairs, self.factors, strict=True)]
-        if None not in found:
-            A, B = zip(*found, strict=True)
-            return self.rows(stacked(A, self.dtype), stacked(B, self.dtype)), None
-        pair_ids = [index for index, gradients in enumerate(found) if gradients is not None]
+        """The gradients and the pairs that have some, `None` for all; `None` instead of both if no pair has any."""
+        gradients = [pair.gradients(*factors) for pair, factors in zip(self.pairs, self.factors, strict=True)]
+        pair_ids = [index for index, of_pair in enumerate(gradients) if of_pair is not None]
         if not pair_ids:
             return None
-        either = [
-            gradients or tuple(map(torch.zeros_like, factors))
-            for gradients, factors in zip(found, self.factors, strict=True)
+        filled = [
+            (torch.zeros_like(factors[0]), torch.zeros_like(factors[1])) if of_pair is None else of_pair
+            for of_pair, factors in zip(gradients, self.factors, strict=True)
         ]
-        A, B = zip(*either, strict=True)
-        return self.rows(stacked(A, self.dtype), stacked(B, self.dtype)), pair_ids
+        return self._read(filled), None if len(pair_ids) == len(self.pairs) else pair_ids
+
+    def _read(self, tensors: Sequence[tuple[Tensor, Tensor]]) -> Rows:
+        A, B = zip(*tensors, strict=True)
+        return self.rows(stacked(A, self.dtype), stacked(B, self.dtype))
 
     def write(
         self, rows: Rows, pair_ids: list[int] | None, masters: tuple[Tensor | None, Tensor | None] = (None, None)
     ) -> None:
-        """Store new factors, rounded to the dtype of the parameters.
+        """Store new factors of some pairs (`None` for all), rounded to the dtype of the parameters.
 
-        Args:
-            rows: the values.
-            pair_ids: the pairs to store, `None` for all.
-            masters: wider tensors `(pairs, *A.shape)` and `(pairs, *B.shape)` that take the values unrounded.
+        `masters` are wider tensors `(pairs, *A.shape)` and `(pairs, *B.shape)` that take the values unrounded.
         """
+        chosen = range(len(self.pairs)) if pair_ids is None else pair_ids
         # Transposed as a batch: layer by layer that takes twice as long.
         layers = self.layers_A(rows.A), self.layers_B(rows.B).contiguous()
         for values, master, parameters in zip(layers, masters, zip(*self.factors, strict=True), strict=True):
-            _store_layers(parameters, values, pair_ids)
-            if master is not None:
-                _store_layers(master.unbind(), values, pair_ids)
+            new = values.unbind()
+            for stored in (parameters,) if master is None else (parameters, master.unbind()):
+                torch._foreach_copy_([stored[index] for index in chosen], [new[index] for index in chosen])
 
     def layers_A(self, rows: Tensor) -> Tensor:
         """Rows `(K, r, n)` as `(pairs, *A.shape)`."""
@@ -180,27 +169,27 @@ class StackGradient(NamedTuple):
 
 @torch.no_grad()
 def read_stacks(stacks: Iterable[Stack], config: LoRAProConfig) -> list[StackGradient]:
-    """The equivalent gradients of all stacks that have gradients; nothing is changed.
+    """The equivalent gradients of all stacks that have gradients.
 
     Raises:
-        ValueError: a scaling is 0.
+        ValueError: a scaling is 0 or not finite.
         RuntimeError: a gradient is missing for one factor of a pair, or sparse.
     """
-    found = [(stack, *found) for stack in stacks if (found := stack.read_gradients()) is not None]
-    factors = [stack.read() for stack, _, _ in found]
-    bases = row_bases([rows for pair in factors for rows in pair], config.rtol)
+    reached = [(stack, *has) for stack in stacks if (has := stack.read_gradients()) is not None]
+    factors = [stack.read() for stack, _, _ in reached]
+    bases = row_bases([rows for of_stack in factors for rows in of_stack], config.rtol)
     read = []
     both = map(Bases, bases[::2], bases[1::2])
-    for (stack, gradients, pair_ids), own, of_factors in zip(found, factors, both, strict=True):
+    for (stack, gradients, pair_ids), of_stack, own_bases in zip(reached, factors, both, strict=True):
         scaling = stack.scaling()
-        coordinates = gradient_coordinates(*of_factors, gradients.A, gradients.B, scaling[:, None, None])
-        read.append(StackGradient(stack, pair_ids, scaling, own, of_factors, coordinates))
+        coordinates = gradient_coordinates(*own_bases, gradients.A, gradients.B, scaling[:, None, None])
+        read.append(StackGradient(stack, pair_ids, scaling, of_stack, own_bases, coordinates))
     return read
 
 
 @contextmanager
-def exact_arithmetic(stacks: Iterable[Stack]) -> Iterator[None]:
-    """Switch off autocast, and TF32 on CUDA, which would silently round the products of a step."""
+def exact_arithmetic(stacks: Iterable[Stack | Tensor]) -> Iterator[None]:
+    """Switch off autocast, and TF32 on CUDA, which would silently round products on the devices of the arguments."""
     matmul: Any = torch.backends.cuda.matmul
     setting = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"  # the latter before torch 2.9
     exact = {"fp32_precision": "ieee", "allow_tf32": False}[setting]
@@ -227,14 +216,14 @@ def stacks_of(
 ) -> list[Stack]:
     """Pairs grouped into stacks; `factors` as in `Stack`."""
     _keep_freed_memory()
-    alike: dict[tuple[Any, ...], list[tuple[LoRAPair, tuple[Tensor, Tensor]]]] = {}
-    own = [(pair.A, pair.B) for pair in pairs] if factors is None else factors
-    for pair, (A, B) in zip(pairs, own, strict=True):
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    factors = [(pair.A, pair.B) for pair in pairs] if factors is None else factors
+    for index, (pair, (A, B)) in enumerate(zip(pairs, factors, strict=True)):
         key = (A.shape, B.shape, pair.layout, pair.batch, A.dtype, B.dtype, A.device, groups(pair))
-        alike.setdefault(key, []).append((pair, (A, B)))
+        alike.setdefault(key, []).append(index)
     return [
-        Stack([pair for pair, _ in each], groups(each[0][0]), [tensors for _, tensors in each])
-        for each in alike.values()
+        Stack([pairs[index] for index in indices], key[-1], [factors[index] for index in indices])
+        for key, indices in alike.items()
     ]
 
 
@@ -243,18 +232,10 @@ def _keep_freed_memory() -> None:
     """Make the C library keep the memory that a step frees, for the next step.
 
     glibc returns freed blocks to the system beyond a limit that grows with the largest block ever freed, up to 32 MB.
-    Fetching the pages again costs a third of an efficient step. This frees such a block at once; it is never touched,
-    so it takes no memory. Without effect on other devices and C libraries.
+    Fetching the pages again costs a third of an efficient step. This block is freed at once and never touched, so it
+    takes no memory.
     """
     torch.empty(30 * 2**20, dtype=torch.uint8, device="cpu")
-
-
-def _store_layers(parameters: Sequence[Tensor], values: Tensor, pair_ids: list[int] | None) -> None:
-    """Copy `values` `(pairs, ...)` into as many parameters, or into those of some pairs."""
-    layers = values.unbind()
-    if pair_ids is not None:
-        parameters, layers = [parameters[index] for index in pair_ids], tuple(layers[index] for index in pair_ids)
-    torch._foreach_copy_(list(parameters), list(layers))
 
 
 def stacked(tensors: Iterable[Tensor], dtype: torch.dtype) -> Tensor:

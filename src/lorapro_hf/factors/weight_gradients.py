@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lorapro_hf.factors.adapted_weights import AdaptedLayer, adapted_layers, merging_modules
 from lorapro_hf.factors.pairs import LoRAPair
-from lorapro_hf.factors.recording import Recording, buffer_bytes
+from lorapro_hf.factors.recording import AdaptedLayer, Recording, adapted_layers, buffer_bytes
+from lorapro_hf.utils.ranks import errors_of_ranks
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -37,11 +37,10 @@ def weight_gradients(
     ```
 
     The gradient is that of the model as it is: adapters active, in training or evaluation mode, with gradient
-    checkpointing or without. It is computed through the layers that the pair adapts: where a model uses a weight in a
-    second layer without an adapter (a tied output head, say), that layer's part is left out, and where several layers
-    share the factors, their parts are added up. Nothing of the model changes: neither `.grad` nor `requires_grad` nor
-    the training mode, and the random states of Python, NumPy and torch are those from before. Between two gradients the
-    model is in its normal state, but writing to it would change the gradients that are still to come.
+    checkpointing or without. It is computed through the layers that the pair adapts: a second layer with the same
+    weight but no adapter (a tied output head) adds nothing, and layers that share the factors are added up. The model
+    does not change (`.grad`, `requires_grad`, training mode, buffers), nor do the random states of Python, NumPy and
+    torch. Do not write to the model between two gradients.
 
     Only the gradients of as many layers as fit into `max_bytes` are in memory at a time. **The batches are run once for
     each such group**, with the same dropout masks: 7 billion parameters have 28 GB of gradients in float32, hence 28
@@ -50,29 +49,29 @@ def weight_gradients(
     Args:
         model: a model with LoRA layers, also inside `DistributedDataParallel`. It is run without that wrapper, and
             without `torch.compile`.
-        batches: what the loss is averaged over, each with the same weight. A list, or anything else that yields the
-            same batches whenever it is iterated; an iterator will do where one pass is enough.
+        batches: all have the same weight in the mean. A list, or another object that yields the same batches whenever
+            it is iterated; an iterator suffices for one pass.
         loss_fn: `loss_fn(model, batch)`, a scalar. By default `model(**batch).loss`, with the batch's tensors moved to
             the device of the model's first parameter.
         max_bytes: the memory for gradients; 0 for one layer at a time. A layer that needs more is computed alone.
         dtype: of the gradients; by default float32, or float64 for float64 factors. Linear layers, embeddings and
-            convolutions are computed in it (convolutions on CUDA in TF32, unless it is switched off). Each backward
-            pass of experts, `nn.MultiheadAttention`, DoRA and layers with a forward of their own is computed in the
-            dtype of the weight.
-        group: the ranks to average over; by default all, if `torch.distributed` is initialised. Each rank gives batches
-            of its own, any number of them, and gets the same gradients.
+            convolutions are computed in it (convolutions on CUDA in TF32, unless it is switched off), other layers in
+            the dtype of the weight.
+        group: the ranks to average over; by default all, if `torch.distributed` is initialised. Each rank gives any
+            number of batches of its own, and gets the same gradients.
 
     Returns:
-        an iterator over `(pair, gradient)`, in the order of `find_lora_pairs`. The gradient lies on the device of the
-        factors and is shaped like `B @ A`: `(m, n)`, transposed for layers that keep their weight so (`nn.Embedding`,
-        `Conv1D` of GPT-2), the kernel flattened into n for convolutions, `(experts, m, n)` for experts and
-        `(groups, m, n)` for convolutions with groups. Reduce it before you ask for the next one.
+        An iterator over `(pair, gradient)`, in the order of `find_lora_pairs`. The gradient lies on the device of the
+        factors and is shaped like `B @ A`: `(m, n)`, the kernel flattened into n for convolutions, `(experts, m, n)`
+        for experts and `(groups, m, n)` for convolutions with groups. It is the transpose of the weight for layers that
+        keep their weight so (`nn.Embedding`, `Conv1D` of GPT-2). Reduce it before you ask for the next one.
 
     Raises:
-        ValueError: no batch, a loss that is none, an iterator that would have to be read more than once, a layer whose
-            gradient cannot be computed, or a model that `find_lora_pairs` refuses.
-        RuntimeError: parameters that are sharded (FSDP, tensor parallelism, DeepSpeed), or, during the iteration, a
-            layer that no backward pass has reached, or a gradient that is not finite.
+        ValueError: no batch, no scalar loss, an iterator that would have to be read more than once, a layer whose
+            gradient cannot be computed (`nn.MultiheadAttention`, quantised experts), or a model that `find_lora_pairs`
+            refuses.
+        RuntimeError: sharded parameters (FSDP, tensor parallelism, DeepSpeed), or, during the iteration, a layer that
+            no backward pass has reached, a gradient that is not finite, or an error on another rank.
     """
     if type(max_bytes) is not int or max_bytes < 0:
         raise ValueError(f"max_bytes={max_bytes!r} must be a whole number of bytes, 0 for one layer at a time.")
@@ -100,13 +99,23 @@ def _gradients(
 ) -> Iterator[tuple[LoRAPair, Tensor]]:
     states = None
     for layers in groups:
-        recordings = [Recording(layer.pairs[0], dtype) for layer in layers]
-        with _unchanged(model), _random_states(states) as states, ExitStack() as recorded:
-            for layer, recording in zip(layers, recordings, strict=True):
-                recorded.callback(recording.stop)
-                for weight in layer.weights:
-                    weight.record(recording)
-            count = _run(model, batches, loss_fn)
+        recordings: list[Recording] = []
+        count, failure = 0, None
+        try:
+            with _unchanged(model), _random_states(states) as states, ExitStack() as recorded:
+                for layer in layers:
+                    recording = Recording(layer.pairs[0], dtype)
+                    recordings.append(recording)
+                    recorded.callback(recording.stop)
+                    for weight in layer.weights:
+                        weight.record(recording)
+                count = _run(model, batches, loss_fn)
+        except Exception as error:
+            if group is None:
+                raise
+            failure = error
+        if group is not None and (errors := errors_of_ranks(failure, group)):
+            raise failure or RuntimeError(f"no gradient was computed: {errors}")
         _average(recordings, count, group)
         for layer in layers:
             recording = recordings.pop(0)
@@ -148,18 +157,14 @@ def _described(value: object) -> str:
 
 
 def _average(recordings: Sequence[Recording], count: int, group: dist.ProcessGroup | None) -> None:
-    """Divide the sums by the number of batches, those of all ranks together."""
-    device = recordings[0].gradient.device
-    counts = [float(count), *(float(r.passes) for r in recordings), *(float(r.lost) for r in recordings)]
-    known = torch.tensor(counts, device=device)
+    """Divide the sums over all ranks by the number of their batches."""
+    counts = [[float(count), float(recording.passes), float(recording.lost)] for recording in recordings]
+    totals = torch.tensor(counts, device=recordings[0].gradient.device)
     if group is not None:
-        dist.all_reduce(known, group=group)
-    total, *of_layers = known.tolist()
-    if not total:
-        raise ValueError("batches is empty: give at least one batch.")
-    for recording, passes, lost in zip(
-        recordings, of_layers[: len(recordings)], of_layers[len(recordings) :], strict=True
-    ):
+        dist.all_reduce(totals, group=group)
+    for recording, (total, passes, lost) in zip(recordings, totals.tolist(), strict=True):
+        if not total:
+            raise ValueError("batches is empty: give at least one batch.")
         if not passes or lost:
             raise RuntimeError(
                 f"{recording.pair.name}: its gradient cannot be computed, since "
@@ -192,14 +197,14 @@ def _groups(layers: Sequence[AdaptedLayer], max_bytes: int, dtype: torch.dtype |
 
 
 def _require_whole_parameters(model: nn.Module) -> None:
-    wrappers = ("FullyShardedDataParallel", "DeepSpeedEngine")
-    sharded = [type(module).__name__ for module in model.modules() if type(module).__name__ in wrappers]
+    kinds = [type(module).__name__ for module in model.modules()]
+    sharded = [kind for kind in kinds if kind in ("FullyShardedDataParallel", "DeepSpeedEngine")]
     sharded += [name for name, x in model.named_parameters() if hasattr(x, "placements") or hasattr(x, "ds_shape")]
     if sharded:
         raise RuntimeError(
             f"weight_gradients needs whole parameters on each rank, but {sharded[0]} is sharded (FSDP, tensor "
-            "parallelism or DeepSpeed). Call it before the model is sharded: with a copy on each rank, whose gradients "
-            "are averaged, or with one that device_map has distributed over the devices."
+            "parallelism or DeepSpeed). Call it before the model is sharded: with a whole model on each rank, or with "
+            "one that device_map has distributed over the devices."
         )
 
 
@@ -207,7 +212,6 @@ def _require_whole_parameters(model: nn.Module) -> None:
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Freeze the parameters, so that no gradient, hook or reduction of a training sees the passes; put back buffers."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    merging = [(module, dict(module._parameters)) for module in merging_modules(model)]
     # Running statistics are updated by each pass. Quantised weights, kept in buffers of integers, are not.
     buffers = [
         (module, name, buffer, buffer.clone())
@@ -222,9 +226,6 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-        for module, parameters in merging:
-            for name, weight in parameters.items():
-                setattr(module, name, weight)
         for module, name, buffer, values in buffers:
             setattr(module, name, buffer)
             buffer.data.copy_(values)
@@ -232,7 +233,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _random_states(states: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """Start from the given random states, or from those there are, and leave the latter behind."""
+    """Start from the given random states, by default the present ones, and restore the present ones at the end."""
     before = _states()
     _set_states(states or before)
     try:

@@ -1,7 +1,7 @@
 """Which wrappers around parts of a model keep PEFT from saving its adapters?
 
-A wrapper adds its own name to the names of the modules within. PEFT finds adapters by the names of modules: it saves
-them under names that the model without the wrapper does not have, or not at all.
+A wrapper adds its own name to the names of the modules within. PEFT then saves the adapters in them under names that
+the model without the wrapper does not have, or not at all.
 """
 
 from __future__ import annotations
@@ -36,22 +36,18 @@ def find_wrapper(model: nn.Module) -> tuple[str, str] | None:
 
 
 def require_plain_modules(model: nn.Module) -> None:
-    """Raise if a part of a model is wrapped, because PEFT would save an adapter that cannot be loaded.
-
-    Raises:
-        ValueError: the message names the part and the wrapper.
-    """
-    found = find_wrapper(model)
-    if found is not None and found[1] == "torch.compile":
+    """Raise a `ValueError` if a part of a model is wrapped, so that PEFT would save an adapter that nobody can load."""
+    name, wrapper = find_wrapper(model) or ("", "")
+    if wrapper == "torch.compile":
         raise ValueError(
             "the model or a part of it is wrapped by torch.compile, of which transformers saves an adapter that nobody "
             "can load. Give the trainer the model itself, and torch_compile=True to its arguments, or compile parts in "
             "place: layer.compile()."
         )
-    if found is not None:
+    if wrapper:
         raise ValueError(
-            f"{found[0] or 'the model'} is wrapped by {found[1]}, under whose names PEFT saves an adapter that nobody "
-            f"can load. Take the wrapper off; for activation checkpointing use {_INSTEAD}."
+            f"{name or 'the model'} is wrapped by {wrapper}, under whose names PEFT saves an adapter that nobody can "
+            f"load. Take the wrapper off; for activation checkpointing use {_INSTEAD}."
         )
 
 
@@ -65,14 +61,7 @@ def require_plain_name(name: str) -> None:
 
 
 def require_no_checkpoint_wrapper(plugin: Any) -> None:
-    """Raise if accelerate's FSDP plugin wraps the layers for activation checkpointing.
-
-    Args:
-        plugin: the `FullyShardedDataParallelPlugin`; `None` without FSDP.
-
-    Raises:
-        RuntimeError: `activation_checkpointing` is on.
-    """
+    """Raise a `RuntimeError` if accelerate's FSDP plugin wraps the layers for activation checkpointing."""
     if getattr(plugin, "activation_checkpointing", False):
         raise RuntimeError(
             "FSDP's activation checkpointing (fsdp_activation_checkpointing: true, or activation_checkpointing in "
@@ -81,9 +70,7 @@ def require_no_checkpoint_wrapper(plugin: Any) -> None:
         )
 
 
-def fsdp_plugin_in_use() -> Any:
-    """The FSDP plugin of the `Accelerator` in this process, `None` without one."""
-    accelerate = sys.modules.get("accelerate.state")  # an Accelerator has imported it
-    if accelerate is None or not accelerate.is_initialized():
-        return None
-    return getattr(accelerate.AcceleratorState(), "fsdp_plugin", None)
+def plugin_in_use(name: str) -> Any:
+    """The `fsdp_plugin` or `deepspeed_plugin` of the `Accelerator` in this process, `None` without one."""
+    state = sys.modules.get("accelerate.state")  # an Accelerator has imported it
+    return getattr(state.AcceleratorState(), name, None) if state is not None and state.is_initialized() else None

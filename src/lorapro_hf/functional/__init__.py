@@ -1,1 +1,1 @@
-"""What is the mathematics of a step: pure functions of batched tensors, without a model or an optimizer?"""
+"""How is a step computed? Pure functions of batched tensors, without a model or an optimizer."""

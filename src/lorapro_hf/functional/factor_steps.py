@@ -14,6 +14,16 @@ Computation: `û = u Âᵀ` and `w = B̂'ᵀ u` in the orthonormal bases of A an
 the factors, and `ΔB = −γ/s û T⁻¹ Vᵀ`, `ΔA = −γ/s U' Σ'⁻¹ w (I − ÂᵀÂ)`. Absent directions have a zero in T⁻¹ or Σ'⁻¹,
 so rank-deficient and zero factors need no case of their own.
 
+A trust region ρ shortens a step until the product of both changes is small beside the intended change:
+
+    ‖ΔB ΔA‖ ≤ ρ · ‖ΔB A + B ΔA‖
+
+in the Frobenius norm. The inner product of the whole change with its two terms of first order is then at least
+`(1 − ρ) ‖ΔB A + B ΔA‖²`: with ρ below 1 the weight moves in the intended direction. From B = 0, ΔA is 0 and the whole
+step is taken. Right after it B is as long as one step, and ΔA would turn A by as much as A is long. All norms come from
+r × r products in float64: squares of float32 values may overflow float32 (a B of 1e-25 leads to a ΔA of 1e22), and the
+terms of first order may nearly cancel.
+
 All tensors are in rows layout, with B transposed, and all float32 or all float64. Steps allocate nothing larger than
 the factors and wait for no value.
 """
@@ -27,8 +37,14 @@ from torch import Tensor
 
 from lorapro_hf.functional.bases import Bases, RowBasis, row_basis
 from lorapro_hf.functional.step_options import StepOptions
-from lorapro_hf.functional.trust_region import kept_fraction_of_A, kept_fractions, square
-from lorapro_hf.kernels.torch_dense import DirectionProducts
+from lorapro_hf.kernels.dense import DirectionProducts
+
+# B counts as zero where the kept fraction of a step is below this multiple of the trust region. A linear step lets B
+# grow by about the trust region, relative to its size: a B left tiny by a first step at a tiny rate would delay
+# hundreds of steps. Linear warm-ups from B = 0 stay above a tenth.
+FRESH_START = 0.03
+
+Keep = tuple[float | Tensor, float | Tensor]  # tensors as the steps, `(..., 1, 1)`
 
 
 class Direction(Protocol):
@@ -84,21 +100,11 @@ def sequential_step(
 def spend_direction(
     A: Tensor, Bt: Tensor, direction: Direction, scaling: float | Tensor, basis_A: RowBasis, options: StepOptions
 ) -> SequentialStep:
-    """The factors after a sequential step along a direction that can be multiplied by any rows.
+    """The factors after a sequential step along a direction that can be multiplied by any rows; see `sequential_step`.
 
-    Where u itself is at hand in some form this is more accurate than `sequential_step`: no product with the singular
-    values of B' has to be divided by them again.
-
-    Args:
-        A: as in `sequential_step`, like all arguments not named here.
-        Bt: as in `sequential_step`.
-        direction: u.
-        scaling: as in `sequential_step`.
-        basis_A: `row_basis(A, rtol)`.
-        options: see `StepOptions`. A makes up for the B that is stored, in its products with u too.
-
-    Returns:
-        As in `sequential_step`.
+    This is more accurate where u itself is at hand in some form: no product with the singular values of B' has to be
+    divided by them again. `basis_A` is `row_basis(A, rtol)`. The products of A with u, too, are those of the B that is
+    stored.
     """
     rates, s = options.rates, per_pair(scaling, A)
     moved = per_pair(rates.lr_B, A) * _reciprocal(s * per_pair(rates.keep_A, A))
@@ -116,15 +122,7 @@ def spend_direction(
 
 @torch.no_grad()
 def linear_step(A: Tensor, Bt: Tensor, h_A: Tensor, h_Bt: Tensor, options: StepOptions) -> tuple[Tensor, Tensor]:
-    """The factors after a step along `h_A` `(K, r, n)` and `h_Bt` `(K, r, m)`, which are overwritten.
-
-    Args:
-        A: `(K, r, n)`, before its decay.
-        Bt: `(K, r, m)`, before its decay.
-        h_A: the direction of A.
-        h_Bt: the direction of B, transposed.
-        options: see `StepOptions`.
-    """
+    """The factors after a step from A, Bt, before their decay, along `h_A` and `h_Bt`, which are overwritten."""
     rates = options.rates
     step_A, step_Bt = h_A.mul_(-per_pair(rates.lr_A, A)), h_Bt.mul_(-per_pair(rates.lr_B, A))
     if rates.trust_region is not None:
@@ -152,20 +150,40 @@ def change_through(change: Tensor, Bt: Tensor, basis_B: RowBasis) -> Tensor:
     return (basis_B.whitening @ (basis_B.rows @ Bt.mT)) @ change
 
 
-class _Products(NamedTuple):
-    """A direction known by its products with the factors."""
+def kept_fractions(
+    A: Tensor, Bt: Tensor, step_A: Tensor, step_Bt: Tensor, trust_region: float, keep: Keep = (1.0, 1.0)
+) -> tuple[Tensor, Tensor]:
+    """The fractions of the changes of A and of B that a trust region keeps, `(..., 1, 1)` each, at most 1.
 
-    u_A: Tensor
-    B_u: Tensor  # (K, r, n), B'ᵀ u with the new B
-    basis_A: RowBasis
+    Both are shortened alike, unless almost nothing would be left: then B counts as zero, A stays and B takes its whole
+    step. A and Bt are the factors before their decay; `keep` holds the fractions of A and of B that decay leaves.
+    """
+    of_A, across_A, square_A = _grams(A, step_A)
+    of_B, across_B, square_B = _grams(Bt, step_Bt)
+    first_order = keep[0] ** 2 * _inner(square_B, of_A) + keep[1] ** 2 * _inner(of_B, square_A)
+    first_order += 2 * keep[0] * keep[1] * _inner(across_B, across_A.mT)
+    kept = _kept(_inner(square_B, square_A), trust_region**2 * first_order.clamp_min(0)).to(A.dtype)
+    is_fresh = kept < FRESH_START * trust_region
+    return torch.where(is_fresh, 0.0, kept), torch.where(is_fresh, 1.0, kept)
 
-    def through_A(self, weights: Tensor) -> Tensor:
-        return weights @ self.u_A
 
-    def rest_through_B(self, weights: Tensor, basis_B: RowBasis) -> Tensor:
-        # From right to left: the product of the two small matrices would square the condition number of B'.
-        through = weights @ (basis_B.whitening.mT @ self.B_u)
-        return through - (through @ self.basis_A.rows.mT) @ self.basis_A.rows
+def kept_fraction_of_A(
+    A: Tensor, Bt: Tensor, step_A: Tensor, square_B: Tensor, trust_region: float, keep: Keep = (1.0, 1.0)
+) -> Tensor:
+    """The fraction of the change of A that a trust region keeps, `(..., 1, 1)`, if the change of B stays as it is.
+
+    The change of A is orthogonal to the rows of A, so that the two terms of first order are orthogonal too. `square_B`
+    is the `square` of the change of B; the other arguments are those of `kept_fractions`.
+    """
+    square_A = square(step_A)
+    excess = _inner(square_B, square_A) - (trust_region * keep[1]) ** 2 * _inner(square(Bt), square_A)
+    return _kept(excess, (trust_region * keep[0]) ** 2 * _inner(square_B, square(A))).to(A.dtype)
+
+
+def square(rows: Tensor) -> Tensor:
+    """`F Fᵀ` `(..., r, r)` in float64."""
+    exact = rows.to(_exact_dtype(rows))
+    return exact @ exact.mT
 
 
 def settle(
@@ -196,6 +214,44 @@ def per_pair(value: float | Tensor, like: Tensor) -> float | Tensor:
         return value
     value = value.to(like)
     return value[..., None, None] if value.dim() else value
+
+
+class _Products(NamedTuple):
+    """A direction known by its products with the factors."""
+
+    u_A: Tensor
+    B_u: Tensor  # (K, r, n), B'ᵀ u with the new B
+    basis_A: RowBasis
+
+    def through_A(self, weights: Tensor) -> Tensor:
+        return weights @ self.u_A
+
+    def rest_through_B(self, weights: Tensor, basis_B: RowBasis) -> Tensor:
+        # From right to left: the product of the two small matrices would square the condition number of B'.
+        through = weights @ (basis_B.whitening.mT @ self.B_u)
+        return through - (through @ self.basis_A.rows.mT) @ self.basis_A.rows
+
+
+def _kept(asked: Tensor, allowed: Tensor) -> Tensor:
+    return torch.where(asked > allowed, (allowed / asked).sqrt(), 1.0)
+
+
+def _grams(factor: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`F Fᵀ`, `ΔF Fᵀ` and `ΔF ΔFᵀ`, `(..., r, r)` each, out of one product."""
+    r = factor.shape[-2]
+    both = factor.new_empty(*factor.shape[:-2], 2 * r, factor.shape[-1], dtype=_exact_dtype(factor))
+    both[..., :r, :], both[..., r:, :] = factor, step
+    gram = both @ both.mT
+    return gram[..., :r, :r], gram[..., r:, :r], gram[..., r:, r:]
+
+
+def _exact_dtype(like: Tensor) -> torch.dtype:
+    return torch.float32 if like.device.type == "mps" else torch.float64  # where there is no float64
+
+
+def _inner(left: Tensor, right: Tensor) -> Tensor:
+    """Frobenius products of matrices, `(..., 1, 1)`."""
+    return (left * right).sum((-2, -1), keepdim=True)
 
 
 def _reciprocal(value: float | Tensor) -> float | Tensor:

@@ -15,9 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorapro_hf.functional.bases import Bases, RowBasis, row_bases, row_basis
+from lorapro_hf.functional.bases import Bases, Coordinates, RowBasis, factor_gradients_, row_bases, row_basis
 from lorapro_hf.functional.factor_steps import linear_step, per_pair, select, spend_direction
-from lorapro_hf.functional.projection import Coordinates, factor_gradients_
 from lorapro_hf.functional.step_options import StepOptions
 
 
@@ -87,15 +86,12 @@ def factored_step(
     Args:
         A: `(K, r, n)`, float32 or float64 like all tensors here.
         Bt: `(K, r, m)`, B transposed.
-        bases: of both factors, `Bases(*row_bases([A, Bt], rtol))`.
+        bases: of both factors, by `row_bases`.
         gradient: the equivalent gradient, from `gradient_coordinates`.
         scaling: s in `W = W0 + s B A`; a number, a 0-dim tensor, or a tensor `(K,)`.
         state: the moments, zeros at first.
-        options: see `StepOptions`. `eps` is added to each root of a mean square; rows and columns without any gradient
-            do not move even if it is 0.
-
-    Returns:
-        The new factors, in the dtype of the inputs, and their bases.
+        options: `eps` is added to each root of a mean square; rows and columns without any gradient do not move even
+            if it is 0.
     """
     moments = _updated(state, gradient, bases, options.betas)
     u = adam_direction(moments, bases, options.betas, options.eps)
@@ -145,11 +141,7 @@ def adam_direction(moments: FactoredState, bases: Bases, betas: tuple[float, flo
     That is Adam's own `M̂ / (√V̂ + ε)` where all entries are alike, and `M̂ / ε` where all are tiny. Where a denominator
     is zero u is zero.
 
-    Args:
-        moments: with the step's gradient and the step counted in, M_a and M_b in the coordinates of the bases.
-        bases: of the factors at which the gradient was taken.
-        betas: decay rates of the two moments.
-        eps: as in `factored_step`.
+    The moments have the step and its gradient counted in, with M_a and M_b in the coordinates of the bases.
     """
     grown_1, grown_2 = (_bias_correction(beta, moments.steps.to(moments.row))[:, None] for beta in betas)
     column, row = moments.column / grown_2, moments.row / grown_2
@@ -165,13 +157,7 @@ def adam_direction(moments: FactoredState, bases: Bases, betas: tuple[float, flo
 def transport(left: Tensor, right: Tensor, new: Bases) -> tuple[Tensor, Tensor]:
     """Polar coordinates of the projection `P_B' M + (I − P_B') M P_A'` of a first moment `M = leftᵀ right`.
 
-    Args:
-        left: `(K, k, m)`.
-        right: `(K, k, n)`.
-        new: bases of the factors after the step.
-
-    Returns:
-        `M_a'` `(K, r, n)` and `M_b'` `(K, r, m)`, transposed.
+    `left` is `(K, k, m)`, `right` `(K, k, n)`; the results are `M_a'` `(K, r, n)` and `M_b'` `(K, r, m)`, transposed.
     """
     through_B = new.B.rows @ left.mT
     through_A = new.A.vectors @ (new.A.rows @ right.mT)

@@ -1,37 +1,19 @@
-r"""Given two factors and their gradients, which factor gradients move the weight best?
+"""Given two factors and their gradients, which factor gradients move the weight best?
 
 `W = W0 + s B A` with `A` `(r, n)` and `B` `(m, r)`; autograd gives `grad_A = s Bᵀ g` and `grad_B = s g Aᵀ` of the full
 gradient `g`, which is never formed. Stepping along `h_A`, `h_B` moves `W`, to first order, along the equivalent
 gradient `s (B h_A + h_B A)`. LoRA-Pro (arXiv 2407.18242, theorem 2.1) takes the projected gradients: the `h_A`, `h_B`
-that bring it closest to `g` in the Frobenius norm. They are unique up to an r x r matrix X, which `x_mode` fixes.
-
-Computation: the singular value decompositions `B = B̂ Σ Uᵀ` and `A = V T Â` (from the eigenvectors of the r x r Gram
-matrices) turn the gradients into `a = B̂ᵀ g`, `b = g Âᵀ` and their common core `c = B̂ᵀ g Âᵀ`. Either factor can move
-the core, and X is the fraction ω of it that B moves:
-
-    h_A = s⁻¹ U Σ⁻¹ [a − (ω∘c) Â]        h_B = s⁻¹ [(I − B̂B̂ᵀ) b + B̂ (ω∘c)] T⁻¹ Vᵀ
-
-with `ω = 0` for X = 0, `½` for the symmetric choice and `τⱼ² / (σᵢ² + τⱼ²)` for the Sylvester one. Every intermediate
-is of the size of `g`, whatever the scale of the factors. B = 0 and rank-deficient factors need no special case: their
-absent directions have a zero in Σ⁻¹ or T⁻¹.
+that bring it closest to `g` in the Frobenius norm. They are unique up to an r x r matrix X, which `x_mode` fixes. The
+computation is described in `bases`.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lorapro_hf.config import X_MODES, check_choice
-from lorapro_hf.functional.bases import RowBasis, row_bases
-
-
-class Coordinates(NamedTuple):
-    """An equivalent gradient `B̂ a + b Â` in the bases of its factors, rows along the last dimension."""
-
-    a: Tensor  # (K, r, n), `B̂ᵀ g`
-    b: Tensor  # (K, r, m), the transpose of `(I − P_B) g Âᵀ`
+from lorapro_hf.functional.bases import compute_dtype, factor_gradients_, gradient_coordinates, row_bases
 
 
 @torch.no_grad()
@@ -89,42 +71,6 @@ def project_lora_gradients(
     return h_A.reshape(A.shape).to(grad_A.dtype), h_B.mT.reshape(B.shape).to(grad_B.dtype)
 
 
-def gradient_coordinates(
-    basis_A: RowBasis, basis_B: RowBasis, grad_A: Tensor, grad_B: Tensor, scaling: float | Tensor = 1.0
-) -> Coordinates:
-    """The equivalent gradient closest to g, as far as the factor gradients determine it, in the bases of the factors.
-
-    Args:
-        basis_A: of A `(K, r, n)`.
-        basis_B: of B transposed, `(K, r, m)`.
-        grad_A: `s Bᵀ g` `(K, r, n)`.
-        grad_B: the transpose of `s g Aᵀ`, `(K, r, m)`.
-        scaling: s, a number or `(K, 1, 1)`.
-    """
-    a = (basis_B.whitening / scaling).mT @ grad_A
-    b = (basis_A.whitening / scaling).mT @ grad_B
-    return Coordinates(a, outside_(b, basis_B))
-
-
-def outside_(rows: Tensor, basis: RowBasis) -> Tensor:
-    """The part of `rows` `(K, r, k)` that is orthogonal to a basis; overwrites them."""
-    return rows.baddbmm_(rows @ basis.rows.mT, basis.rows, alpha=-1)
-
-
-def factor_gradients_(
-    basis_A: RowBasis, basis_B: RowBasis, coordinates: Coordinates, scaling: float | Tensor = 1.0, x_mode: str = "zero"
-) -> tuple[Tensor, Tensor]:
-    """Factor gradients `h_A` `(K, r, n)` and `h_B`, transposed `(K, r, m)`, of a given equivalent gradient.
-
-    Its coordinates are overwritten.
-    """
-    a, b = coordinates
-    core_of_B = _core_fraction_of_B(basis_A, basis_B, x_mode) * (a @ basis_A.rows.mT)
-    h_A = (basis_B.whitening / scaling) @ a.baddbmm_(core_of_B, basis_A.rows, alpha=-1)
-    h_B = (basis_A.whitening / scaling) @ b.baddbmm_(core_of_B.mT, basis_B.rows)
-    return h_A, h_B
-
-
 @torch.no_grad()
 def equivalent_gradient(A: Tensor, B: Tensor, h_A: Tensor, h_B: Tensor, scaling: float | Tensor) -> Tensor:
     """The direction `scaling * (B @ h_A + h_B @ A)` in which steps along `h_A` and `h_B` move the adapted weight.
@@ -149,26 +95,6 @@ def equivalent_gradient(A: Tensor, B: Tensor, h_A: Tensor, h_B: Tensor, scaling:
     s = scaling.to(A)[..., None, None] if isinstance(scaling, Tensor) else scaling
     with torch.autocast(A.device.type, enabled=False):
         return (s * (torch.cat([B, h_B], dim=-1) @ torch.cat([h_A, A], dim=-2))).to(out_dtype)
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype of projections and moments: float32, or float64 for float64 tensors."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
-def _core_fraction_of_B(basis_A: RowBasis, basis_B: RowBasis, x_mode: str) -> Tensor | float:
-    """The fraction ω `(..., r, r)` of the core that B moves; A moves the rest."""
-    if x_mode == "zero":
-        return 0.0
-    if x_mode == "symmetric":
-        return 0.5
-    tau, sigma = basis_A.singular[..., None, :], basis_B.singular[..., None]
-    # hypot keeps tiny factors from underflowing when squared; where both are absent the core is zero anyway.
-    length = torch.hypot(tau, sigma)
-    return torch.where(length > 0, tau / length, 0) ** 2
 
 
 def _check_inputs(A: Tensor, B: Tensor, like_A: Tensor, like_B: Tensor, scaling: float | Tensor) -> None:

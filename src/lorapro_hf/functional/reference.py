@@ -1,7 +1,7 @@
 """What does LoRA-Pro compute? Written densely in float64, for reading and for the tests.
 
-Everything here forms m x n matrices and inverts them whatever the cost, and shares no code with the fast path. Symbols
-as in `lorapro_hf.functional.projection`; `g` is the gradient of the adapted weight, known only in tests.
+These functions form and invert m x n matrices, and share no code with the fast path. Symbols are those of `projection`;
+`g` is the gradient of the adapted weight, which only tests know.
 """
 
 from __future__ import annotations
@@ -54,16 +54,7 @@ def _solve_sylvester(P: Tensor, Q: Tensor, C: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class Hyperparameters:
-    """The settings of a dense AdamW.
-
-    Args:
-        lr: learning rate.
-        betas: decay rates of the two moments.
-        eps: added to the denominator.
-        weight_decay: decoupled decay of `scaling * B @ A`.
-        x_mode: as in `project_lora_gradients`.
-        trust_region: as in `LoRAProConfig`, a number in `[0, 1)`.
-    """
+    """The settings of a dense AdamW, named as in `create_lorapro_optimizer` and `LoRAProConfig`."""
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
@@ -74,14 +65,7 @@ class Hyperparameters:
 
 
 class DenseFullAdamW(Hyperparameters):
-    """LoRA-Pro's AdamW of mode full on one pair, in float64, from the full gradient itself.
-
-    Args:
-        A: `(r, n)`.
-        B: `(m, r)`.
-        scaling: factor in front of `B @ A`.
-        hyperparameters: as for `Hyperparameters`.
-    """
+    """LoRA-Pro's AdamW of mode full on one pair A `(r, n)`, B `(m, r)`, in float64, from the full gradient itself."""
 
     def __init__(self, A: Tensor, B: Tensor, scaling: float, **hyperparameters: Any) -> None:
         super().__init__(**hyperparameters)
@@ -121,17 +105,9 @@ def sequential_step(
     lr_B: float | None = None,
     trust_region: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The factors after a step along the direction `u` `(m, n)` of B first and then, through the new B, of A.
+    """The factors after a step along `u` `(m, n)` of B first and then, through the new B, of A.
 
-    Args:
-        u: `(m, n)`.
-        A: `(r, n)`, already decayed.
-        B: `(m, r)`, already decayed.
-        scaling: factor in front of `B @ A`.
-        lr_A: learning rate of A.
-        lr_B: learning rate of B, by default that of A.
-        trust_region: the largest norm of the product of both changes, as a fraction of the norm of `ΔB A + B ΔA`; A's
-            change is shortened to keep to it.
+    A and B have decayed already; a trust region shortens the change of A.
     """
     u, A, B = u.double(), A.double(), B.double()
     pinv_A = torch.linalg.pinv(A, rtol=RTOL)
@@ -173,12 +149,7 @@ def change_through(change: Tensor, B: Tensor, new_B: Tensor) -> Tensor:
 
 
 class DenseFactoredAdamW(DenseFullAdamW):
-    """AdamW of mode factored on one pair, in float64, with a dense first moment in the tangent space.
-
-    Args:
-        update: `"linear"` or `"sequential"`.
-        hyperparameters: as for `DenseFullAdamW`.
-    """
+    """AdamW of mode factored on one pair, in float64, with a dense first moment in the tangent space."""
 
     def __init__(self, A: Tensor, B: Tensor, scaling: float, *, update: str = "linear", **hyperparameters: Any) -> None:
         super().__init__(A, B, scaling, **hyperparameters)

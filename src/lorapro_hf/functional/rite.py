@@ -21,11 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorapro_hf.functional.bases import Bases, RowBasis, row_bases
+from lorapro_hf.functional.bases import Bases, Coordinates, RowBasis, row_bases, symmetric_eigh
 from lorapro_hf.functional.factor_steps import linear_step, select
-from lorapro_hf.functional.projection import Coordinates
 from lorapro_hf.functional.step_options import StepOptions
-from lorapro_hf.kernels.eigh import symmetric_eigh
 
 
 class RiteState(NamedTuple):

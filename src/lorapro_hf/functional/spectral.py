@@ -18,10 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorapro_hf.functional.bases import Bases, RowBasis, row_bases, row_basis
+from lorapro_hf.functional.bases import Bases, Coordinates, RowBasis, factor_gradients_, row_bases, row_basis
 from lorapro_hf.functional.factor_steps import linear_step, per_pair, select, spend_direction
 from lorapro_hf.functional.factored import transport
-from lorapro_hf.functional.projection import Coordinates, factor_gradients_
 from lorapro_hf.functional.step_options import StepOptions
 
 LENGTH = 0.2  # times the root of the longer side: a step of Adam's length for a weight, as in Muon
@@ -92,6 +91,7 @@ def spectral_step(
         new = Bases(row_basis(new_A, options.rtol), basis_B)
     else:
         h_A, h_Bt = factor_gradients_(*bases, u.coordinates, per_pair(scaling, A), options.x_mode)
+        del u, ahead
         new_A, new_Bt = linear_step(A, Bt, h_A, h_Bt, options)
         new = Bases(*row_bases([new_A, new_Bt], options.rtol))
     left, right = torch.cat([bases.B.rows, b], dim=-2), torch.cat([a, bases.A.rows], dim=-2)

@@ -1,4 +1,4 @@
-"""How is a step to be taken: the settings that every function of a step shares."""
+"""Which settings do all functions of a step share?"""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Rates(NamedTuple):
     lr_B: float | Tensor
     keep_A: float | Tensor = 1.0  # the fraction of A that decoupled decay leaves
     keep_B: float | Tensor = 1.0
-    trust_region: float | None = None  # see `lorapro_hf.functional.trust_region`
+    trust_region: float | None = None  # see `lorapro_hf.functional.factor_steps`
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class StepOptions:
         active: Bool `(K,)`. Pairs where it is False, and their state, stay as they are to the bit. `None`: all are
             active.
         factor_dtypes: The dtypes in which A and B are stored. New factors are rounded to them but keep the dtype of
-            the inputs, so that a state which depends on them fits the stored factors. `None`: no rounding.
+            the inputs, so that the state fits the stored factors. `None`: no rounding.
         groups: The param groups of A and of B, for rules that step each factor by itself.
         found_inf: 0-dim float32, 1 where the step must change nothing; `active` is False everywhere then.
         shared_norm: The norm that `UpdateRule.shared_norm` asked for, over the pairs of all ranks.

@@ -30,13 +30,7 @@ class CardKeptError(FileExistsError):
 
 
 def write_card(file: Path, metadata: ModelCardData, values: Mapping[str, Any]) -> ModelCard:
-    """Fill in the template, write the card with a seal, and return it; call `kept_metadata` first.
-
-    Args:
-        file: the card.
-        metadata: the card's metadata.
-        values: the template's values.
-    """
+    """Fill in the template, write the card with a seal, and return it; call `kept_metadata` first."""
     template = files("lorapro_hf.hub").joinpath("model_card.md.jinja").read_text(encoding="utf-8")
     card = ModelCard.from_template(metadata, template_str=template, **values)
     card = ModelCard(f"{card.content.rstrip()}\n\n{_SEAL.format(_digest(card.text))}\n")
@@ -45,19 +39,14 @@ def write_card(file: Path, metadata: ModelCardData, values: Mapping[str, Any]) -
 
 
 def add_to_card(file: Path, lora_pro: Mapping[str, str]) -> None:
-    """Add LoRA-Pro's section and tags to a card that another library wrote for its own kind of model.
-
-    Args:
-        file: the card.
-        lora_pro: settings of LoRA-Pro, of the adapter and of the optimizer.
-    """
+    """Add a table of LoRA-Pro's settings, and tags, to a card that another library wrote for its own kind of model."""
     card = ModelCard.load(file, ignore_metadata_errors=True)
     card.data.tags = sorted({*(card.data.tags or []), "lora-pro", "lora", "peft"})
     write_card(file, card.data, {"library_text": card.text.strip(), "lora_pro": lora_pro})
 
 
 def library_of(file: Path) -> str | None:
-    """The library that a card names, if that library has its own kind of model and card."""
+    """Return the library that a card names, if that library has its own kind of model and card."""
     if not file.is_file():
         return None
     name = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict().get("library_name")
@@ -65,15 +54,21 @@ def library_of(file: Path) -> str | None:
 
 
 def kept_metadata(file: Path) -> dict[str, Any]:
-    """The metadata of an existing card that a new card keeps, such as the license.
+    """Return the metadata of an existing card that a new card keeps, such as the license.
 
     Raises:
-        CardKeptError: the card was edited by hand or written by another program.
+        CardKeptError: The card was edited by hand or written by another program.
     """
     if not file.is_file():
         return {}
-    card = _read(file)
-    if card is None or not _is_generated(card.text):
+    try:
+        card = ModelCard.load(file, ignore_metadata_errors=True)
+        is_replaceable = _is_generated(card.text)
+    except OSError:
+        raise
+    except Exception:  # no UTF-8, no YAML, or YAML that is no card's metadata
+        is_replaceable = False
+    if not is_replaceable:
         raise CardKeptError(
             f"{file} was edited by hand or written by another program, so it stays as it is. To get a new card, rename "
             "or delete it and call create_model_card."
@@ -81,22 +76,8 @@ def kept_metadata(file: Path) -> dict[str, Any]:
     return {name: value for name, value in card.data.to_dict().items() if name not in _REPLACED}
 
 
-def is_replaceable(file: Path) -> bool:
-    """Whether writing a card loses nothing: there is none, or one that nobody has edited."""
-    try:
-        kept_metadata(file)
-    except OSError:
-        return False
-    return True
-
-
-def is_ours(file: Path) -> bool:
-    """Whether a card was written here, edited since or not."""
-    return _SEAL.partition("{}")[0].encode() in (content_of(file) or b"")
-
-
 def content_of(file: Path) -> bytes | None:
-    """The content of a file; `None` if it does not exist or cannot be read."""
+    """Return the content of a file; `None` if it does not exist or cannot be read."""
     try:
         return file.read_bytes()
     except OSError:
@@ -107,17 +88,15 @@ def write_or_warn(file: Path, write: Callable[[], object], reported: set[str]) -
     """Write a card or a picture; on failure, warn once and leave the file as it was.
 
     Args:
-        file: the file that `write` makes or replaces.
-        write: the function that writes it.
-        reported: the reasons of earlier warnings, which are not repeated; a new one is added.
+        file: The file that `write` makes or replaces.
+        write: The function that writes it.
+        reported: The reasons of earlier warnings, which are not repeated; a new one is added.
     """
+    is_known = False
     try:
         before = file.read_bytes() if file.exists() else None
-        try:
-            write()
-        except Exception:
-            restore(file, before)
-            raise
+        is_known = True
+        write()
         return
     except CardKeptError as error:
         reason = message = str(error)
@@ -125,6 +104,8 @@ def write_or_warn(file: Path, write: Callable[[], object], reported: set[str]) -
         logger.debug("%s could not be written", file, exc_info=True)
         reason = shortened(f"{type(error).__name__}: {error}", 1000)
         message = f"{file} could not be written ({reason}). Mend the cause and call create_model_card."
+    if is_known:  # a file that cannot be read is left alone
+        restore(file, before)
     if reason not in reported:
         reported.add(reason)
         logger.warning("%s Nothing else is affected.", message)
@@ -157,18 +138,8 @@ def _digest(text: str) -> str:
     return hashlib.sha256("\n".join(text.strip().splitlines()).encode()).hexdigest()
 
 
-def _read(file: Path) -> ModelCard | None:
-    """The card in a file, or `None` if its text or its metadata cannot be read."""
-    try:
-        return ModelCard.load(file, ignore_metadata_errors=True)
-    except OSError:
-        raise
-    except Exception:  # no UTF-8, no YAML, or YAML that is no card's metadata
-        return None
-
-
 def _is_generated(text: str) -> bool:
-    """Whether a card's text is as it was written here, or the empty form that PEFT writes beside every adapter."""
+    """Return whether a card's text is unedited, or is the empty form that PEFT writes beside every adapter."""
     sealed = _SEALED.search(text)
     if sealed is not None:
         return sealed[1] == _digest(text[: sealed.start()])

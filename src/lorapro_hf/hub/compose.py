@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +28,24 @@ class CardFacts:
     """The facts of a card that the model does not know. The card leaves out what is not given.
 
     Args:
-        repo_id: the adapter's name on the Hub, for the title and the code that loads it.
-        model_name: the title, instead of the repository's or the folder's name.
-        base_model: the base model's name on the Hub, if the model does not know it.
-        datasets: names of the data on the Hub; others are left out.
-        data: the data in words, instead of those names.
-        metrics: results of the final evaluation, by name; by default those of `log_history`.
-        log_history: logged values in `Trainer`'s form: `{"step": 10, "loss": 0.5}`, `{"step": 20, "eval_loss": 0.6}`.
-        hyperparameters: further settings, such as `{"batch size": 8, "epochs": 3}`.
-        processing_class: tokenizer or other processor, if it is saved in the same folder.
-        tags: tags besides `lora-pro`, `lora` and `peft`.
-        license: the adapter's license, by the Hub's name for it.
-        language: language of the data.
+        repo_id: The adapter's name on the Hub, for the title and the code that loads it.
+        model_name: The title, instead of the repository's or the folder's name.
+        base_model: The base model's name on the Hub, if the model does not know it.
+        datasets: Names of the data on the Hub; others are left out.
+        data: The data in words, instead of those names.
+        metrics: Results of the final evaluation, by name; by default those of `log_history`.
+        log_history: Logged values in `Trainer`'s form: `{"step": 10, "loss": 0.5}`, `{"step": 20, "eval_loss": 0.6}`.
+        hyperparameters: Further settings, such as `{"batch size": 8, "epochs": 3}`.
+        processing_class: Tokenizer or other processor, if it is saved in the same folder.
+        tags: Tags besides `lora-pro`, `lora` and `peft`.
+        license: The adapter's license, by the Hub's name for it.
+        language: Language of the data.
         evaluated_on: `type`, `name`, `config` and `split` of the evaluation data.
-        trained_with: library and method of the training, in Markdown.
-        markdown: lists of Markdown from other libraries: `badges`, `sentences` and `citations`.
-        metadata: further metadata.
-        with_picture: whether to draw the losses.
-        reported: reasons of earlier warnings, see `write_or_warn`.
+        trained_with: Library and method of the training, in Markdown.
+        markdown: Lists of Markdown from other libraries: `badges`, `sentences` and `citations`.
+        metadata: Further metadata.
+        with_picture: Whether to draw the losses.
+        reported: Reasons of earlier warnings, see `write_or_warn`.
     """
 
     repo_id: str | None = None
@@ -69,20 +69,20 @@ class CardFacts:
 
 
 def compose_card(model: Any, settings: Settings | None, folder: Path, facts: CardFacts) -> ModelCard:
-    """Write `README.md` and the picture of the training beside it, and return the card; call `kept_metadata` first.
+    """Write `README.md` and the picture of the training beside an adapter; call `kept_metadata` first.
 
     Args:
-        model: the PEFT model.
-        settings: of LoRA-Pro; `None` for an adapter of plain LoRA.
-        folder: where the adapter lies.
-        facts: what the model does not know.
+        model: The PEFT model.
+        settings: The settings of LoRA-Pro; `None` for an adapter of plain LoRA.
+        folder: The folder of the adapter.
+        facts: The facts that the model does not know.
     """
-    base_model, (adapter, _) = base_model_name(model, facts.base_model), adapter_of(model)
+    adapter, _ = adapter_of(model)
+    base_model = base_model_name(model, facts.base_model)
+    datasets = [name for name in listed(facts.datasets) if name_on_hub(name)]
     loading = loading_values(model, facts.processing_class)
     during, _ = split_at_end(facts.log_history)
-    optimizer = describe_optimizer(settings) if settings else {}
     metrics = numbers_of(facts.metrics or {}) or final_evaluation(facts.log_history)
-    datasets = [name for name in listed(facts.datasets) if name_on_hub(name)]
     values = {
         **loading,
         **facts.markdown,
@@ -94,30 +94,30 @@ def compose_card(model: Any, settings: Settings | None, folder: Path, facts: Car
         "adapter": facts.repo_id or "path/to/this/folder",
         "subfolder": "" if adapter == "default" else adapter,
         "lora_pro": describe_lora_pro(model, settings) if settings else {},
-        "hyperparameters": {**optimizer, **(facts.hyperparameters or {})},
+        "hyperparameters": {**(describe_optimizer(settings) if settings else {}), **(facts.hyperparameters or {})},
         "metrics": {name.replace("_", " "): number(value) for name, value in metrics.items()},
         "picture": _picture(during, folder / PICTURE, facts.reported) if facts.with_picture else "",
         "versions": _versions(with_trl=bool(facts.trained_with)),
         "trained_with": facts.trained_with,
     }
-    tags = ["lora", "peft", *listed(facts.metadata.get("tags")), *listed(facts.tags)]
-    tags += ["lora-pro"] if settings else []
-    tags += ["transformers"] if class_name(base_of(model))[1] else []
+    tags = {*listed(facts.metadata.get("tags")), *listed(facts.tags), "lora", "peft"}
+    tags = {tag for tag in tags if not tag.startswith("base_model:")}
+    tags |= {"lora-pro"} if settings else set()
+    tags |= {"transformers"} if class_name(base_of(model))[1] else set()
+    tags |= {f"base_model:adapter:{base_model}"} if base_model else set()
     metadata = {**_metadata(facts, loading["task"]), "base_model": base_model, "datasets": datasets or None}
-    tags = [tag for tag in tags if not tag.startswith("base_model:")]
-    tags += [f"base_model:adapter:{base_model}"] if base_model else []
-    results = _results(metrics, facts.evaluated_on, loading["task"])
-    data = ModelCardData(**metadata, tags=sorted(set(tags)), model_name=values["title"], eval_results=results or None)
+    results = _results(metrics, facts.evaluated_on, loading["task"]) or None
+    data = ModelCardData(**metadata, tags=sorted(tags), model_name=values["title"], eval_results=results)
     return write_card(folder / CARD, data, values)
 
 
 def listed(value: Any) -> list[str]:
-    """One name, several or none as a list."""
+    """Return one name, several or none as a list."""
     return [value] if isinstance(value, str) and value else [each for each in value or () if each]
 
 
 def _metadata(facts: CardFacts, task: Task) -> dict[str, Any]:
-    """The metadata but for names, tags and results."""
+    """Return the metadata except names, tags and results."""
     left_out = ("model-index", "eval_results", "licence", "model_name", "tags")
     data = {name: value for name, value in facts.metadata.items() if name not in left_out}
     data |= {k: v for k, v in {"license": facts.license, "language": facts.language}.items() if v is not None}
@@ -146,7 +146,7 @@ def _results(metrics: Mapping[str, float], data: Mapping[str, str], task: Task) 
 
 
 def _evaluations(rows: list[dict[str, float]]) -> dict[str, Any]:
-    """The table of evaluations, thinned out if there are many."""
+    """Return the table of evaluations, thinned out if there are many."""
     last = len(rows) - 1
     shown = rows if last < _MOST_ROWS else [rows[round(i * last / (_MOST_ROWS - 1))] for i in range(_MOST_ROWS)]
     columns = list(dict.fromkeys(name for row in shown for name in row))
@@ -158,18 +158,13 @@ def _evaluations(rows: list[dict[str, float]]) -> dict[str, Any]:
 
 
 def _picture(log_history: Sequence[Mapping[str, Any]], file: Path, reported: set[str]) -> str:
-    """The name of the picture, "" if there is none; the card does without one that cannot be drawn."""
+    """Return the name of the picture, "" if there is none; the card does without one that cannot be drawn."""
     drawn: list[bool] = []
     write_or_warn(file, lambda: drawn.append(draw_curves(log_history, file)), reported)
     return file.name if any(drawn) else ""
 
 
 def _versions(with_trl: bool) -> dict[str, str]:
-    """Versions by name; PEFT writes its own line in the same form, so that it does not add another."""
-    found: dict[str, str] = {}
-    for name, package in _VERSIONS.items():
-        try:
-            found |= {} if package == "trl" and not with_trl else {name: version(package)}
-        except PackageNotFoundError:  # pragma: no cover - all but TRL are required
-            continue
-    return {**found, "lorapro_hf": __version__}
+    """Return versions by name; PEFT writes its own line in the same form, so that it does not add another."""
+    packages = {name: package for name, package in _VERSIONS.items() if with_trl or name != "TRL"}
+    return {**{name: version(package) for name, package in packages.items()}, "lorapro_hf": __version__}

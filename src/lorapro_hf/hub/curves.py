@@ -15,7 +15,7 @@ PICTURE = "training_curves.png"
 
 
 def loss_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Losses by name, `loss` and `eval_loss` (or `eval_<name>_loss`, one for each set), as finite (step, value)."""
+    """Return the finite losses by name, `loss` and `eval_loss` (or `eval_<set>_loss`), as pairs of step and value."""
     logged = dict.fromkeys(name for entry in log_history for name in entry)
     losses = [name for name in logged if name == "loss" or (name.startswith("eval_") and name.endswith("_loss"))]
     points = {name: sorted(logged_numbers(log_history, name).items()) for name in losses}
@@ -24,10 +24,7 @@ def loss_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, list[tupl
 
 
 def draw_curves(log_history: Sequence[Mapping[str, Any]], file: Path) -> bool:
-    """Draw the logged training and held-out losses against step into a PNG file.
-
-    Returns:
-        Whether the picture was written; fewer than two points are no curve.
+    """Draw the losses against step into a PNG file, and return whether there were two points for a curve.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -40,14 +37,12 @@ def draw_curves(log_history: Sequence[Mapping[str, Any]], file: Path) -> bool:
     except ImportError as error:
         raise ImportError("matplotlib is missing, install it with `pip install matplotlib`") from error
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
+    axes = figure.add_subplot(xlabel="step", ylabel="loss")
     for name, points in sorted(curves.items(), reverse=True):
         set_name = name.removeprefix("eval_").removesuffix("loss").replace("_", " ").strip()
         label = "training loss" if name == "loss" else f"held-out loss {set_name}".strip()
         line = {"linewidth": 1.2, "zorder": 1} if name == "loss" else {"marker": "o", "markersize": 4}
         axes.plot(*zip(*points, strict=True), label=label, **line)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -1,4 +1,4 @@
-"""Which numbers does a log of a training hold: losses by step, evaluations, the final result?"""
+"""Which numbers does the log of a training hold: losses by step, evaluations, the final result?"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NO_METRICS = ("runtime", "samples_per_second", "steps_per_second", "model_prepa
 
 
 def split_at_end(log_history: Sequence[Mapping[str, Any]]) -> tuple[list[Any], list[Any] | None]:
-    """The entries logged during the training and those logged after it, `None` while it goes on."""
+    """Return the entries logged during the training and those after it, `None` while the training goes on."""
     ends = [i for i, entry in enumerate(log_history) if "train_runtime" in entry]
     if not ends:
         return list(log_history), None
@@ -19,13 +19,11 @@ def split_at_end(log_history: Sequence[Mapping[str, Any]]) -> tuple[list[Any], l
 
 
 def final_evaluation(log_history: Sequence[Mapping[str, Any]], best_step: int | None = None) -> dict[str, float]:
-    """The metrics, without `eval_`, of the saved weights.
-
-    An evaluation after the training counts first, then that of the best step, then the last one.
+    """Return the metrics of the saved weights, without `eval_`.
 
     Args:
         log_history: `trainer.state.log_history`.
-        best_step: the step whose weights were loaded at the end, `None` if those of the last step are kept.
+        best_step: The step whose weights were loaded at the end of the training, if it was not the last.
     """
     before, after = split_at_end(log_history)
     during, later = _evaluations(before), _evaluations(after or [])
@@ -37,48 +35,45 @@ def final_evaluation(log_history: Sequence[Mapping[str, Any]], best_step: int | 
 
 
 def evaluations_by_step(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """The evaluations in a log, each with step, epoch and the last training loss before it."""
+    """Return the evaluations of a log, each with step, epoch and the last training loss before it."""
     losses, epochs = logged_numbers(log_history, "loss"), logged_numbers(log_history, "epoch")
     rows = []
     for step, metrics in sorted(_evaluations(log_history).items()):
-        row: dict[str, float] = {"step": step}
-        if step in epochs:
-            row["epoch"] = epochs[step]
+        epoch = {"epoch": epochs[step]} if step in epochs else {}
         before = [at for at in losses if at <= step]
-        if before:
-            row["training loss"] = losses[max(before)]
-        rows.append({**row, **metrics})
+        loss = {"training loss": losses[max(before)]} if before else {}
+        rows.append({"step": step, **epoch, **loss, **metrics})
     return rows
 
 
 def logged_numbers(log_history: Iterable[Mapping[str, Any]], name: str) -> dict[int, float]:
-    """The numbers logged under a name, by step; the last one of a step counts."""
-    found = ((_step(entry), _as_number(entry.get(name))) for entry in log_history)
-    return {step: value for step, value in found if step is not None and value is not None}
+    """Return the numbers logged under a name by step; the last one of a step counts."""
+    pairs = ((_step(entry), _as_number(entry.get(name))) for entry in log_history)
+    return {step: value for step, value in pairs if step is not None and value is not None}
 
 
 def numbers_of(values: Mapping[str, Any]) -> dict[str, float]:
-    """The entries whose values are numbers; lists, texts, `None` and the like are left out."""
-    found = {name: _as_number(value) for name, value in values.items()}
-    return {name: value for name, value in found.items() if value is not None}
+    """Return the entries whose values are numbers, without lists, texts, `None` and the like."""
+    converted = {name: _as_number(value) for name, value in values.items()}
+    return {name: value for name, value in converted.items() if value is not None}
 
 
 def number(value: Any) -> str:
-    """A number as a table shows it: rounded to four decimals, small ones to three digits."""
+    """Return a number as a table shows it: rounded to four decimals, small ones to three digits."""
     if not isinstance(value, float) or not math.isfinite(value):
         return str(value)
     return f"{value:.4f}".rstrip("0").rstrip(".") if value == 0 or abs(value) >= 1e-3 else f"{value:.3g}"
 
 
 def _evaluations(entries: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
-    found: dict[int, dict[str, float]] = {}
+    by_step: dict[int, dict[str, float]] = {}
     for entry in entries:
-        metrics = {k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_")}
-        metrics = numbers_of({k: v for k, v in metrics.items() if not k.endswith(_NO_METRICS)})
+        names = (name for name in entry if name.startswith("eval_") and not name.endswith(_NO_METRICS))
+        metrics = numbers_of({name.removeprefix("eval_"): entry[name] for name in names})
         step = _step(entry)
         if metrics and step is not None:
-            found.setdefault(step, {}).update(metrics)
-    return found
+            by_step.setdefault(step, {}).update(metrics)
+    return by_step
 
 
 def _step(entry: Mapping[str, Any]) -> int | None:
@@ -87,7 +82,7 @@ def _step(entry: Mapping[str, Any]) -> int | None:
 
 
 def _as_number(value: Any) -> float | None:
-    """A number of Python, NumPy or a tensor with one element as `float`; `None` for everything else."""
+    """Return a number of Python or NumPy, or a tensor with one element, as `float`; `None` for everything else."""
     try:
         value = value.item() if hasattr(value, "item") else value
         return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else None

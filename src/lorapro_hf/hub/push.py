@@ -13,10 +13,21 @@ from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
 
 from lorapro_hf.checkpoints.adapters import require_pairs_saved
 from lorapro_hf.config import LoRAProConfig
-from lorapro_hf.hub.card import CARD, is_ours, is_replaceable, kept_metadata, without_card_of_peft, write_or_warn
+from lorapro_hf.hub.card import CARD, kept_metadata, without_card_of_peft, write_or_warn
 from lorapro_hf.hub.compose import CardFacts, compose_card
 from lorapro_hf.hub.settings import Settings
 from lorapro_hf.optim.lora_pro import LoRAProAdamW
+
+_UNKNOWN = (
+    "The Hub does not know the access token, or the token may not see the repository: log in with `hf auth login`, or "
+    "set HF_TOKEN or hub_token to a token with write access, check the name of the repository, and push again."
+)
+_REMEDIES = {
+    401: _UNKNOWN,
+    403: "The access token may not write there: give it write access at https://huggingface.co/settings/tokens, or "
+    "choose a repository of your own account or organization (hub_model_id), and push again.",
+    404: _UNKNOWN,
+}
 
 logger = logging.getLogger(__name__)
 
@@ -33,33 +44,23 @@ def save_adapter(
     An existing card stays as it is. `create_model_card` writes one that also describes the training.
 
     Args:
-        model: a PEFT model, out of any wrapper of DDP or accelerate.
-        settings: the optimizer of the training or, if it is gone, the settings of LoRA-Pro.
-        folder: the target, made if need be.
-        processing_class: a tokenizer or other processor to save with it.
+        model: The PEFT model, out of any wrapper of DDP or accelerate.
+        settings: The optimizer of the training or, if it is gone, the settings of LoRA-Pro.
+        folder: The target, made if need be.
+        processing_class: A tokenizer or other processor to save with it.
 
     Raises:
-        TypeError: the model is no PEFT model.
-        ValueError: the written file lacks the adapter, because a wrapper has renamed parts of the model.
+        TypeError: The model is no PEFT model.
+        ValueError: The written file lacks the adapter, because a wrapper has renamed parts of the model.
     """
     folder = Path(folder)
     _save_without_card(model, settings, folder, processing_class)
-
-    def write() -> None:
-        if not is_ours(folder / CARD) and is_replaceable(folder / CARD):
-            create_model_card(model, settings, folder, processing_class=processing_class)
-
-    write_or_warn(folder / CARD, write, set())
-
-
-def _save_without_card(model: Any, settings: Any, folder: Path, processing_class: Any) -> None:
-    _require_peft(model)
-    with without_card_of_peft(model):
-        model.save_pretrained(str(folder))
-    require_pairs_saved(folder, model)
-    if processing_class is not None:
-        processing_class.save_pretrained(str(folder))
-    Settings.of(settings).save(folder)
+    if not (folder / CARD).exists():
+        write_or_warn(
+            folder / CARD,
+            lambda: create_model_card(model, settings, folder, processing_class=processing_class),
+            set(),
+        )
 
 
 def create_model_card(
@@ -70,18 +71,16 @@ def create_model_card(
 ) -> ModelCard:
     """Write a model card, `README.md`, beside a saved adapter, with a picture of the logged losses, and return it.
 
-    `LoRAProTrainer.create_model_card` does this for a trainer.
-
     Args:
-        model: the PEFT model.
-        settings: the optimizer of the training or, if it is gone, the settings of LoRA-Pro.
-        folder: where the adapter lies.
-        **facts: fields of `CardFacts`, such as `datasets`, `log_history`, `license` and `repo_id`.
+        model: The PEFT model.
+        settings: The optimizer of the training or, if it is gone, the settings of LoRA-Pro.
+        folder: The folder of the adapter.
+        **facts: Fields of `CardFacts`, such as `datasets`, `log_history`, `license` and `repo_id`.
 
     Raises:
-        TypeError: the model is no PEFT model, or `CardFacts` has no such field.
-        FileNotFoundError: there is no such folder.
-        FileExistsError: the existing card was edited by hand or written by another program. It is left as it is.
+        TypeError: The model is no PEFT model, or `CardFacts` has no such field.
+        FileNotFoundError: There is no such folder.
+        FileExistsError: The existing card was edited by hand or written by another program. It is left as it is.
     """
     _require_peft(model)
     folder, about = Path(folder), CardFacts(**facts)
@@ -105,25 +104,21 @@ def push_adapter(
 ) -> CommitInfo:
     """Save an adapter, write its card, push the folder to the Hub, and return the commit.
 
-    ```python
-    push_adapter(model, optimizer, "me/my-adapter", "out", processing_class=tokenizer, datasets="gsm8k")
-    ```
-
     Args:
-        model: the PEFT model.
-        settings: the optimizer of the training or, if it is gone, the settings of LoRA-Pro.
-        repo_id: the repository on the Hub; made if need be.
-        folder: the local folder to push. Names that begin with `_` and checkpoints are left out.
-        private: whether a new repository is private; by default as the account or organization has it.
-        token: an access token; by default that of `hf auth login`.
-        revision: the branch to commit to; made if need be.
-        commit_message: the title of the commit.
-        **facts: fields of `CardFacts`. A tokenizer or other processor, `processing_class=`, is pushed too.
+        model: The PEFT model.
+        settings: The optimizer of the training or, if it is gone, the settings of LoRA-Pro.
+        repo_id: The repository on the Hub; made if need be.
+        folder: The local folder to push. Names that begin with `_` and checkpoints are left out.
+        private: Whether a new repository is private; by default as the account or organization has it.
+        token: An access token; by default that of `hf auth login`.
+        revision: The branch to commit to; made if need be.
+        commit_message: The title of the commit.
+        **facts: Fields of `CardFacts`. A tokenizer or other processor, `processing_class=`, is pushed too.
 
     Raises:
-        TypeError: the model is no PEFT model, or `CardFacts` has no such field.
-        ValueError: the written file lacks the adapter. Nothing has been pushed.
-        huggingface_hub.errors.HfHubHTTPError: the Hub refused; the message names the remedy. The folder is complete.
+        TypeError: The model is no PEFT model, or `CardFacts` has no such field.
+        ValueError: The written file lacks the adapter. Nothing has been pushed.
+        huggingface_hub.errors.HfHubHTTPError: The Hub refused; the message names the remedy.
     """
     folder, facts = Path(folder), {**facts, "repo_id": repo_id}
     CardFacts(**facts)  # a wrong name is refused before anything is written
@@ -149,16 +144,12 @@ def make_branch(repo_id: str, revision: str | None, token: str | None) -> None:
 
 
 @contextlib.contextmanager
-def explained(consolation: str) -> Iterator[None]:
-    """Add to an error of the Hub what is safe and what to do; its type stays.
-
-    Args:
-        consolation: a sentence about what has not been lost.
-    """
+def explained(saved: str) -> Iterator[None]:
+    """Add the sentence `saved`, about the files that are safe, and the remedy to an error of the Hub."""
     try:
         yield
     except Exception as error:
-        text = f"{consolation} {remedy(error)}"
+        text = f"{saved} {remedy(error)}"
         if isinstance(error, HfHubHTTPError):
             error.append_to_message(f"\n\n{text}")
         else:
@@ -167,26 +158,25 @@ def explained(consolation: str) -> Iterator[None]:
 
 
 def remedy(error: BaseException) -> str:
-    """The remedy for a push that failed."""
+    """Return the remedy for a push that failed."""
     while error.__cause__ is not None and not isinstance(error, HfHubHTTPError):
         error = error.__cause__
     if isinstance(error, RevisionNotFoundError):
         return "The repository has no such branch, tag or pull request: check the revision, and push again."
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    if status in (401, 404):
-        return (
-            "The Hub does not know the access token, or the token may not see the repository: log in with `hf auth "
-            "login`, or set HF_TOKEN or hub_token to a token with write access, check the name of the repository, and "
-            "push again."
-        )
-    if status == 403:
-        return (
-            "The access token may not write there: give it write access at https://huggingface.co/settings/tokens, or "
-            "choose a repository of your own account or organization (hub_model_id), and push again."
-        )
-    if status is not None and status < 500:
-        return "The Hub did not accept the files, for the reason above."
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else 500
+    if status < 500:
+        return _REMEDIES.get(status, "The Hub did not accept the files, for the reason above.")
     return "The Hub or the connection to it failed: push again later."
+
+
+def _save_without_card(model: Any, settings: Any, folder: Path, processing_class: Any) -> None:
+    _require_peft(model)
+    with without_card_of_peft(model):
+        model.save_pretrained(str(folder))
+    require_pairs_saved(folder, model)
+    if processing_class is not None:
+        processing_class.save_pretrained(str(folder))
+    Settings.of(settings).save(folder)
 
 
 def _require_peft(model: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,13 @@ class Settings:
 
     @classmethod
     def of(cls, given: LoRAProAdamW | LoRAProConfig | Mapping[str, Any] | None) -> Settings:
-        """The settings of an optimizer, or those of LoRA-Pro alone."""
+        """Return the settings of an optimizer, or LoRA-Pro's alone; `ValueError` if the mode cannot have them."""
         if not isinstance(given, LoRAProAdamW):
             config = LoRAProConfig.of(given)
-            rule_of(config)  # before anything is written: refuses settings that have no meaning in the mode
+            rule_of(config)
             return cls(config)
-        stated = given.defaults
-        known = {name: stated["lr" if name == "learning_rate" else name] for name in _OF_OPTIMIZER}
-        return cls(given.config, {name: _plain(value) for name, value in known.items()})
+        stated = {**given.defaults, "learning_rate": given.defaults["lr"]}
+        return cls(given.config, {name: _plain(stated[name]) for name in _OF_OPTIMIZER})
 
     def save(self, folder: Path) -> None:
         """Write `lorapro_config.json` into an existing folder, with the trust region that the mode chose."""
@@ -47,17 +46,17 @@ class Settings:
 def load_lora_pro_config(
     folder_or_repo: str | Path, *, revision: str | None = None, token: str | bool | None = None
 ) -> LoRAProConfig:
-    """Return LoRA-Pro's settings from the `lorapro_config.json` beside an adapter, with `update` spelled out.
+    """Return LoRA-Pro's settings from the `lorapro_config.json` beside an adapter.
 
     Args:
-        folder_or_repo: a local folder, or the name of a repository on the Hub.
-        revision: branch, tag or commit of the repository.
-        token: an access token for the Hub; by default the one of `hf auth login`.
+        folder_or_repo: A local folder, or the name of a repository on the Hub.
+        revision: Branch, tag or commit of the repository.
+        token: Access token for the Hub; by default the one of `hf auth login`.
 
     Raises:
-        FileNotFoundError: the folder holds no such file.
-        ValueError: the file is damaged, or holds settings that this version does not know.
-        huggingface_hub.errors.HfHubHTTPError: the Hub does not deliver the file.
+        FileNotFoundError: The folder holds no such file.
+        ValueError: The file is damaged, or holds settings that this version does not know.
+        huggingface_hub.errors.HfHubHTTPError: The Hub does not deliver the file.
     """
     file = Path(folder_or_repo, SETTINGS_FILE)
     if not Path(folder_or_repo).is_dir():
@@ -76,9 +75,8 @@ def load_lora_pro_config(
         raise ValueError(
             f"{file} is damaged, or not written by lorapro_hf ({shown(error)}). Save the adapter anew."
         ) from error
-    known = {each.name for each in fields(LoRAProConfig)}
     try:
-        config = LoRAProConfig.from_dict({k: v for k, v in content.items() if k in known or k not in _OF_OPTIMIZER})
+        config = LoRAProConfig.from_dict({k: v for k, v in content.items() if k not in _OF_OPTIMIZER})
         rule_of(config)  # refuses settings that have no meaning in the mode
     except ValueError as error:
         raise ValueError(
@@ -88,7 +86,5 @@ def load_lora_pro_config(
 
 
 def _plain(value: Any) -> Any:
-    """Plain numbers; capturable optimizers take tensors as learning rate."""
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return float(value)
+    """Return plain numbers; capturable optimizers take tensors as learning rate."""
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else float(value)

@@ -1,16 +1,22 @@
-"""How are the two dense moments stored: in float32 (or float64), bfloat16, or 8-bit codes?"""
+"""How are the two dense moments stored: in float32 (or float64), bfloat16, or 8-bit codes?
+
+The codes are those of the dynamic map of Dettmers et al., "8-bit optimizers via block-wise quantization" (arXiv
+2110.02861), as bitsandbytes builds it: 0, 1 and the midpoints of cells. Seven decades are divided evenly, each into
+twice as many cells as the one below.
+"""
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lorapro_hf.kernels.dynamic_map import tables_on
 from lorapro_hf.utils.extras import MissingExtraError, install_command
 
 BLOCK = 256  # columns of a row that share one scale in 8-bit storage
+_DECADES = 7
 _ZERO = 127  # the code of 0 in the signed map
 _TINY = 1e-5  # of the largest value of a block: half the smallest value that bitsandbytes stores on the CPU
 
@@ -33,41 +39,30 @@ def moment_tensors(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, tupl
     return tensors
 
 
-def load(values: Tensor, absmax: Tensor | None, signed: bool, dtype: torch.dtype) -> Tensor:
-    """One moment of some rows `(..., n)` in the dtype of the computation; the stored tensor itself where possible."""
-    if values.dtype != torch.uint8:
-        return values.to(dtype)
-    assert absmax is not None
-    codes = _whole_blocks(values)
-    code = _map(signed, values.device)
-    exact = bitsandbytes_operators().dequantize_blockwise(codes, absmax.flatten(), code, BLOCK, torch.float32)
-    exact = exact.view(codes.shape)[..., : values.shape[-1]].contiguous()
-    return (exact if signed else exact.square()).to(dtype)
+def load(stored: Moments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both moments of some rows `(..., n)` in the dtype of the computation."""
+    if stored.exp_avg.dtype != torch.uint8:
+        return stored.exp_avg.to(dtype), stored.exp_avg_sq.to(dtype)
+    first, root = (
+        _decoded(values, absmax, signed)
+        for values, absmax, signed in ((stored[0], stored[2], True), (stored[1], stored[3], False))
+    )
+    return first.to(dtype), root.square().to(dtype)
 
 
-def store(values: Tensor, absmax: Tensor | None, exact: Tensor, signed: bool, step: Tensor, found_inf: Tensor) -> None:
-    """Write a moment back unless `found_inf` (0-dim) is 1; float32 and float64 have been updated in place already.
+def store(stored: Moments, M: Tensor, V: Tensor, step: Tensor, found_inf: Tensor) -> None:
+    """Write both moments back into bfloat16 or codes, unless `found_inf` (0-dim) is 1.
 
     bfloat16 rounds the first moment to nearest and the second stochastically: with `beta2 = 0.999` its changes are
     smaller than half a unit in the last place, so rounding to nearest would lose them. The dither is a function of the
     bits of the value and of the step (one per entry, `(K, 1, 1)`), so that a resumed run repeats it.
     """
-    exact = exact.float() if values.dtype in (torch.bfloat16, torch.uint8) else exact
-    if values.dtype == torch.bfloat16:
-        values.copy_(exact if signed else dithered(exact, step))
-    elif values.dtype == torch.uint8:
-        assert absmax is not None
-        whole = _whole_blocks(exact if signed else exact.sqrt())
-        codes, scales = bitsandbytes_operators().quantize_blockwise(whole, _map(signed, values.device), BLOCK)
-        if signed and values.device.type == "cpu":
-            # On the CPU bitsandbytes rounds on a grid and stores 0 as 2e-5 of the largest value: elements without a
-            # gradient would move. The root of V is only rounded up, so that it is not 0 below an M that is not.
-            tiny = whole.view(-1, BLOCK).abs() <= _TINY * scales.view(-1, 1)
-            codes = codes.view(-1, BLOCK).masked_fill(tiny, _ZERO)
-        # Quantising the same values again may change a scale: a skipped step must write nothing.
-        keep = found_inf > 0
-        values.copy_(torch.where(keep, values, codes.view(whole.shape)[..., : values.shape[-1]]))
-        absmax.copy_(torch.where(keep, absmax, scales.view(absmax.shape)))
+    if stored.exp_avg.dtype == torch.bfloat16:
+        stored.exp_avg.copy_(M.float())
+        stored.exp_avg_sq.copy_(dithered(V.float(), step))
+    elif stored.exp_avg.dtype == torch.uint8:
+        _encode(stored.exp_avg, stored.exp_avg_absmax, M.float(), True, found_inf)
+        _encode(stored.exp_avg_sq, stored.exp_avg_sq_absmax, V.float().sqrt(), False, found_inf)
 
 
 def dithered(exact: Tensor, step: Tensor) -> Tensor:
@@ -78,17 +73,39 @@ def dithered(exact: Tensor, step: Tensor) -> Tensor:
     return (bits + (mixed >> 16 & 0xFFFF) & ~0xFFFF).view(torch.float32)
 
 
-def _map(signed: bool, device: torch.device) -> Tensor:
-    return tables_on(device)[0 if signed else 2]
+def dynamic_map(signed: bool) -> Tensor:
+    """The 256 numbers that codes stand for, ascending: `(256,)` float32 on the CPU.
+
+    They equal `bitsandbytes.functional.create_dynamic_map(signed)`. Without a sign each decade has twice as many.
+    """
+    entries = [0.0, 1.0]
+    for decade in range(_DECADES):
+        cells = 2 ** (decade if signed else decade + 1)
+        edges = torch.linspace(0.1, 1, cells + 1, dtype=torch.float32)
+        # In the order of operations of bitsandbytes, which decides the last bit of an entry.
+        entries += (10 ** (decade - _DECADES + 1) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+    if signed:
+        entries += [-entry for entry in entries[2:]]
+    return torch.tensor(sorted(entries), dtype=torch.float32)
 
 
-def _signed(constant: int) -> int:
-    return constant - (1 << 32)  # int32 arithmetic wraps around as uint32's does
+def dynamic_thresholds(signed: bool) -> Tensor:
+    """The borders between codes, `(257,)` float32 on the CPU, the first and the last infinite.
+
+    Code c stores the numbers above `thresholds[c]` up to and including `thresholds[c + 1]`.
+    """
+    entries = dynamic_map(signed)
+    ends = torch.tensor([torch.inf])
+    return torch.cat([-ends, (entries[:-1] + entries[1:]) / 2, ends])
 
 
-def _whole_blocks(rows: Tensor) -> Tensor:
-    missing = -rows.shape[-1] % BLOCK
-    return torch.nn.functional.pad(rows, (0, missing)) if missing else rows.contiguous()
+@lru_cache(maxsize=32)
+def tables_on(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The signed map and its thresholds, then the unsigned ones, on a device; they must not be written to."""
+    signed, signed_thresholds, unsigned, unsigned_thresholds = (
+        table.to(device) for kind in (True, False) for table in (dynamic_map(kind), dynamic_thresholds(kind))
+    )
+    return signed, signed_thresholds, unsigned, unsigned_thresholds
 
 
 def bitsandbytes_operators() -> Any:
@@ -105,3 +122,34 @@ def bitsandbytes_operators() -> Any:
             "choose another mode."
         ) from error
     return torch.ops.bitsandbytes
+
+
+def _decoded(values: Tensor, absmax: Tensor | None, signed: bool) -> Tensor:
+    assert absmax is not None
+    codes, code = _whole_blocks(values), tables_on(values.device)[0 if signed else 2]
+    exact = bitsandbytes_operators().dequantize_blockwise(codes, absmax.flatten(), code, BLOCK, torch.float32)
+    return exact.view(codes.shape)[..., : values.shape[-1]].contiguous()
+
+
+def _encode(values: Tensor, absmax: Tensor | None, exact: Tensor, signed: bool, found_inf: Tensor) -> None:
+    assert absmax is not None
+    whole, code = _whole_blocks(exact), tables_on(values.device)[0 if signed else 2]
+    codes, scales = bitsandbytes_operators().quantize_blockwise(whole, code, BLOCK)
+    if signed and values.device.type == "cpu":
+        # On the CPU bitsandbytes rounds on a grid and stores 0 as 2e-5 of the largest value: elements without a
+        # gradient would move. The root of V is only rounded up, so that it is not 0 below an M that is not.
+        tiny = whole.view(-1, BLOCK).abs() <= _TINY * scales.view(-1, 1)
+        codes = codes.view(-1, BLOCK).masked_fill(tiny, _ZERO)
+    # Quantising the same values again may change a scale: a skipped step must write nothing.
+    keep = found_inf > 0
+    values.copy_(torch.where(keep, values, codes.view(whole.shape)[..., : values.shape[-1]]))
+    absmax.copy_(torch.where(keep, absmax, scales.view(absmax.shape)))
+
+
+def _signed(constant: int) -> int:
+    return constant - (1 << 32)  # int32 arithmetic wraps around as uint32's does
+
+
+def _whole_blocks(rows: Tensor) -> Tensor:
+    missing = -rows.shape[-1] % BLOCK
+    return torch.nn.functional.pad(rows, (0, missing)) if missing else rows.contiguous()

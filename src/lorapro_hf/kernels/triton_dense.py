@@ -1,24 +1,23 @@
 """How does one launch take all dense moments of a stack through an Adam step on CUDA?
 
-`dense_update` reads and writes the moments once, tile by tile, and spends each tile of the Adam direction u at once on
-`A uᵀ` and `Bᵀ u`; nothing of the size of the weight exists beside the moments. The kernel is in `triton_tiles`. Its
-matrix products, of small rank, run on tensor cores, three TF32 products making one of float32 accuracy (errors of about
-2⁻²¹); exact (IEEE) ones, which `PRECISION` can ask for and float64 moments get, take about 1.4 times the instructions.
+`dense_update` reads and writes the moments once, tile by tile, and multiplies each tile of Adam's direction u at once
+with both factors; beside the moments nothing of the size of the weight exists. The kernel is in `triton_tiles`. Its
+matrix products run on tensor cores: three TF32 products make one of float32 accuracy (errors of about 2⁻²¹). Float64
+moments get exact (IEEE) products.
 
-Sums are deterministic: each program adds up a rectangle of rows by columns in a fixed order, and torch adds the
-rectangles. They number about `PROGRAMS` over the whole stack, whatever the device, so that a resumed run repeats its
-bits. The scratch is `L r (n row_splits + m column_splits)` numbers for L entries: 8 MB for one entry of 4096 x 4096 and
-rank 8, and of larger stacks a smaller and smaller share of the moments (6 % of them for one such entry, 0.6 % for 128).
+Sums are deterministic: each program adds up one rectangle of rows and columns in a fixed order, and torch adds the
+rectangles. Their number, about `PROGRAMS` for a stack, does not depend on the device, so a resumed run repeats its
+bits. The scratch for L entries is `L r (n row_splits + m column_splits)` numbers: 8 MB for one entry of 4096 x 4096 and
+rank 8 (6 % of its moments), and less beside the moments of a larger stack.
 
-`Kᵀ u` of the sequential update needs K = `u Aᵀ` of a whole row before its first use. A first sweep reads the moments
-and keeps nothing but K; the second reads them again, comes by the same arithmetic to u again, and only then stores. u
-is thus never rounded, whatever the storage, needs no scratch, and costs 24 instead of 16 bytes of traffic an element
-in float32, as reading the updated moments again would, which would not do for rounded ones.
+A sequential update needs K = `u Aᵀ` of a whole row before it can form `Kᵀ u`. Its first sweep reads the moments and
+forms K alone. The second sweep reads them again, computes the same u and stores the moments. So u is never rounded and
+needs no scratch, for 24 instead of 16 bytes of traffic an element in float32.
 
-Not run on hardware: the kernel is tested through Triton's interpreter, which multiplies exactly, and compiled ahead of
-time to sm_90 code, where four programs of 128 threads share a multiprocessor (float32 and bfloat16 moments, rank up to
-16). What TF32 products round, speed, and the heuristics of `plan` have not been observed on a GPU. 8-bit storage takes
-about three times the instructions of float32 an element and will be bound by them.
+The kernel has not run on hardware. It is tested through Triton's interpreter, which multiplies exactly, and compiled
+ahead of time to sm_90 code, where four programs of 128 threads share a multiprocessor (float32 and bfloat16 moments,
+rank up to 16). The rounding of TF32 products, the speed and the choices of `plan` have not been observed on a GPU.
+8-bit storage takes about three times the instructions of float32 an element, which will limit its speed.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lorapro_hf.kernels.dynamic_map import tables_on
-from lorapro_hf.kernels.storage import Moments
+from lorapro_hf.kernels.storage import Moments, tables_on
 from lorapro_hf.kernels.triton_tiles import dense_kernel
 
 PROGRAMS = 1024
@@ -40,7 +38,7 @@ PRECISION = "tf32x3"
 
 
 class Stack(NamedTuple):
-    """The arguments of `dense_update` that both sweeps share."""
+    """The arguments that both sweeps share."""
 
     moments: Moments
     left: Tensor
@@ -77,27 +75,16 @@ def dense_update(
     sequential: bool = False,
     entries: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Take the equivalent gradients `leftᵀ right` of a stack into its dense moments and spend the Adam direction u.
+    """Update dense moments with gradients `leftᵀ right`, and return the products of Adam's direction u.
 
-    Args:
-        moments: contiguous `exp_avg` and `exp_avg_sq` `(K, m, n)`, updated in place: float32, float64, bfloat16, or
-            uint8 with `exp_avg_absmax` and `exp_avg_sq_absmax` `(K, m, ceil(n / 256))` float32.
-        left: `(K, 2r, m)` float32, or float64 with float64 moments; so are all following factors.
-        right: `(K, 2r, n)`.
-        A: `(K, r, n)`.
-        Bt: `(K, r, m)`.
-        steps: `(K,)` float32, the step counts t, this step included.
-        found_inf: a tensor of one number; where it is not 0, moments stay as they are and u counts as 0.
-        betas: decay rates of the moments.
-        eps: added to the denominator.
-        sequential: also return `Kᵀ u`.
-        entries: the entries that take part; the others stay as they are and u counts as 0. None means all.
+    The arguments are those of `lorapro_hf.kernels.dense.dense_update`. Moments are contiguous: float32, float64,
+    bfloat16, or uint8 codes with their scales. Factors are float32, or float64 with float64 moments.
 
     Returns:
         `(A uᵀ (K, r, m), Bᵀ u (K, r, n), Kᵀ u (K, r, n) or None)` with K = u Aᵀ, in the dtype of the factors.
 
     Raises:
-        ValueError: moments that are not contiguous or not of a dtype described above.
+        ValueError: moments are not contiguous, or of another dtype.
     """
     _check(moments, A)
     stack = Stack(moments, left, right, A, steps, found_inf, betas, eps, None if entries is None else tuple(entries))
@@ -111,7 +98,7 @@ def dense_update(
 
 
 def _sweep(stack: Stack, W: Tensor, *, row_side: bool, store: bool) -> tuple[Tensor, Tensor]:
-    """One launch over the active entries: `A uᵀ` `(K, r, m)` if wanted, and `W u` `(K, q, n)` for W `(K, q, m)`."""
+    """Launch over the active entries: `A uᵀ` `(K, r, m)` if `row_side`, and `W u` `(K, q, n)` for W `(K, q, m)`."""
     moments, A = stack.moments, stack.A
     count, rank, n = A.shape
     q, m = W.shape[1:]
@@ -138,7 +125,7 @@ def _sweep(stack: Stack, W: Tensor, *, row_side: bool, store: bool) -> tuple[Ten
             ROW_SIDE=row_side,
             STORE=store,
             **launch.options,
-            # Multiply-adds in one rounding: half the work, and as repeatable as two.
+            # Multiply-adds round once: half the work, and as repeatable as two roundings.
             enable_fp_fusion=True,
         )
     return _gather(uAt, index, count), _gather(Wu, index, count)
@@ -147,17 +134,12 @@ def _sweep(stack: Stack, W: Tensor, *, row_side: bool, store: bool) -> tuple[Ten
 def plan(
     storage: torch.dtype, dtype: torch.dtype, shape: tuple[int, int, int], rank: int, q: int, *, store: bool
 ) -> Launch:
-    """Which kernel, blocks and splits: a function of the arguments only, so that a resumed run repeats its bits.
+    """The blocks and splits for moments `(K, m, n)` in `storage`, factors in `dtype`, r rows of A and q rows of W.
 
-    Args:
-        storage: dtype of the moments.
-        dtype: dtype of the factors.
-        shape: `(K, m, n)` of the moments.
-        rank: r, the rows of A.
-        q: the rows of W.
+    They depend on the arguments only, so that a resumed run repeats its bits.
     """
     count, m, n = shape
-    # A block of codes is scaled by its largest value, which only a tile of whole blocks knows.
+    # The scale of a block of codes is its largest value: a tile must hold whole blocks.
     block_m, block_n = (16, 256) if storage == torch.uint8 and store else (64, 32)
     block_r = 16 if max(rank, q) <= 16 else 32
     options = {
@@ -166,12 +148,12 @@ def plan(
         "BLOCK_R": block_r,
         "PRECISION": "ieee" if dtype == torch.float64 or torch.version.hip else PRECISION,
         "num_warps": 4,
-        # Four programs a multiprocessor hide each other's latency better than two that fetch ahead.
+        # Four programs on a multiprocessor hide latency better than two that fetch ahead.
         "num_stages": 1,
     }
     if block_n == 32 and dtype == torch.float32 and not torch.version.hip:
         options["maxnreg"] = 128 if block_r == 16 else 168
-    # Rectangles near squares in memory make the least scratch.
+    # Rectangles that are nearly squares need the least scratch.
     wanted = max(1, PROGRAMS // count)
     row_splits = min(triton.cdiv(m, block_m), max(1, round((wanted * m / n) ** 0.5)))
     column_splits = min(triton.cdiv(n, block_n), triton.cdiv(wanted, row_splits))
@@ -181,21 +163,21 @@ def plan(
 
 
 def _denominator(stack: Stack) -> Tensor:
-    """`(2, K)` float64: u is M over `√V` times the first plus the second, bias corrections and eps being in both."""
+    """`(2, K)` float64: `u = M / (√V * first + second)`; both hold the bias corrections, and the second holds eps."""
     steps = stack.steps.double()
     correction1, correction2 = (1 - beta**steps for beta in stack.betas)
     return torch.stack([correction1 / correction2.sqrt(), correction1 * stack.eps])
 
 
 def _gather(partial: Tensor, index: Tensor | None, count: int) -> Tensor:
-    """Sum `(L, splits, rows, length)` over the splits and put the results of these entries in their places."""
+    """Sum `(L, splits, rows, length)` over the splits, and place the sums among K entries, `(K, rows, length)`."""
     total = partial[:, 0] if partial.shape[1] == 1 else partial.sum(dim=1)
     return total if index is None else total.new_zeros(count, *total.shape[1:]).index_copy_(0, index, total)
 
 
 @lru_cache(maxsize=64)
 def _index_on(entries: tuple[int, ...], device: torch.device) -> Tensor:
-    """Positions as an int64 tensor; copied from pinned memory the host need not wait for the device."""
+    """Positions as an int64 tensor; the host does not wait for a copy from pinned memory."""
     index = torch.tensor(entries, dtype=torch.int64, pin_memory=device.type == "cuda")
     return index.to(device, non_blocking=True)
 

@@ -1,13 +1,12 @@
-"""How are many small symmetric matrices decomposed on CUDA without the host waiting for the result?
+"""How are many small symmetric matrices decomposed on CUDA while the host goes on?
 
-Jacobi's method in float64, one program a matrix. The pairs of a round are disjoint and rotated at once, each so that
-the element shared by its two directions becomes zero; the rounds of a sweep, a round-robin tournament, meet every
-pair. Rotations also sort: the larger eigenvalue goes to the lower index. Without that, repeated and widely spread
-eigenvalues (factors of deficient rank) are far from done after 12 sweeps from rank 16 on; with it 6 to 10 mostly
-do, and some 14. A program stops by itself when what is left is rounding; nothing on the host depends on the
-values.
+By Jacobi's method in float64, one program for each matrix. The pairs of a round are disjoint and rotate at once, so
+that the element shared by the two directions of each pair becomes zero. The rounds of a sweep are a round-robin
+tournament, in which every pair meets. Rotations also sort: the larger eigenvalue goes to the lower index. Without
+sorting, repeated and widely spread eigenvalues (factors of deficient rank) need more than 12 sweeps from rank 16 on;
+with it 6 to 10 mostly suffice, and at most 14 were seen. A program stops when only rounding is left.
 
-Not run on hardware: tested through Triton's interpreter and compiled ahead of time to sm_90 code.
+The kernel has not run on hardware. It is tested through Triton's interpreter and compiled ahead of time to sm_90 code.
 """
 
 from __future__ import annotations
@@ -18,19 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_RANK = 64
-# Well beyond what any matrix tried has needed.
+# Far more than any matrix of the tests needs.
 MAX_SWEEPS = 40
 
 
 def symmetric_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of symmetric matrices, in one launch and without a synchronisation.
+    """Ascending eigenvalues `(K, r)` and orthonormal eigenvectors `(K, r, r)` of symmetric matrices `(K, r, r)`.
 
-    Args:
-        matrices: `(K, r, r)` float32 or float64 with r up to `MAX_RANK`; computed in float64.
-
-    Returns:
-        Eigenvalues `(K, r)`, ascending, and orthonormal eigenvectors `(K, r, r)` in the columns, in the dtype of the
-        matrices and with the errors of `torch.linalg.eigh`. A matrix that holds NaN or Inf gets NaN in both.
+    Computed in float64 and returned in the dtype of the matrices, with the errors of `torch.linalg.eigh`. A matrix that
+    holds NaN or Inf gets NaN in both.
 
     Raises:
         ValueError: r is larger than `MAX_RANK`.
@@ -63,14 +58,14 @@ def jacobi_kernel(
     BLOCK: tl.constexpr,
     MOST: tl.constexpr,
 ) -> None:
-    """One matrix, in the registers of one program."""
+    """Decompose one matrix in the registers of one program."""
     which = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, BLOCK)
     row, column = index[:, None], index[None, :]
     inside = (row < rank) & (column < rank)
     place = which * rank * rank + row * rank + column
     S = tl.load(matrices + place, mask=inside, other=0.0)
-    # Zero times NaN or Inf is NaN: the one thing that must reach the results whatever the rotations do.
+    # Zero times NaN or Inf is NaN, which must reach the results whatever the rotations do.
     spoiled = tl.sum(tl.sum(S * 0.0, axis=1), axis=0)
     scale = tl.max(tl.max(tl.abs(S), axis=1), axis=0)
     S = S / tl.where(scale > 0, scale, 1.0)
@@ -88,13 +83,13 @@ def jacobi_kernel(
             S = tl.where(pivot, 0.0, S)
             vector = own[None, :] * vector + other[None, :] * tl.gather(vector, across, 1)
         rest = tl.max(tl.max(_beside_diagonal(S, row, column), axis=1), axis=0)
-        # Rounding leaves that much; NaN is never larger.
+        # Less than this is rounding; NaN compares as False and ends the loop.
         left = tl.where(rest > 1e-15 * tl.max(tl.max(tl.abs(S), axis=1), axis=0), left - 1, 0)
     found = tl.sum(tl.where(row == column, S, 0.0), axis=0)
-    # Positions must be right even where values are NaN, or some results would never be written.
+    # Positions must be valid even where values are NaN, or some results would not be written.
     key = tl.where(found == found, found, 0.0)
     key = tl.where(index < rank, key, float("inf"))
-    # The diagonal has a copy along each axis, from one and the same vector.
+    # Both axes get copies of the same vector.
     before = (key[:, None] < key[None, :]) | ((key[:, None] == key[None, :]) & (row < column))
     position = tl.sum(before.to(tl.int32), axis=0)
     tl.store(values + which * rank + position, found * scale + spoiled, mask=index < rank)
@@ -104,13 +99,13 @@ def jacobi_kernel(
 
 @triton.jit
 def _beside_diagonal(S: tl.tensor, row: tl.tensor, column: tl.tensor) -> tl.tensor:
-    """Sizes of the elements that are to vanish."""
+    """The magnitudes of the elements beside the diagonal."""
     return tl.where(row == column, 0.0, tl.abs(S))
 
 
 @triton.jit
 def _partners(index: tl.tensor, turn: tl.tensor, players: tl.tensor) -> tl.tensor:
-    """Who meets whom: two whose sum is `turn` modulo `players - 1`, the odd one out the last."""
+    """The partner of each index in a round: their sum is `turn` modulo `players - 1`; the last index takes the rest."""
     last = players - 1
     partner = turn - index
     partner = tl.where(partner < 0, partner + last, tl.where(partner >= last, partner - last, partner))
@@ -121,9 +116,9 @@ def _partners(index: tl.tensor, turn: tl.tensor, players: tl.tensor) -> tl.tenso
 
 @triton.jit
 def _rotations(S: tl.tensor, index: tl.tensor, partner: tl.tensor, rank: tl.tensor) -> tl.tensor:
-    """What each direction keeps of its own `(r,)` and takes of its partner `(r,)`, and which elements become zero.
+    """The weights of each direction itself `(r,)` and of its partner `(r,)`, and the elements that become zero.
 
-    Both partners come to the same angle with opposite signs, bit by bit: sums of two terms do not depend on order.
+    Both partners compute the same angle with opposite signs, to the bit: a sum of two terms does not depend on order.
     """
     row, column = index[:, None], index[None, :]
     pivot = partner[:, None] == column

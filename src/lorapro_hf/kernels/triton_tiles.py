@@ -1,22 +1,21 @@
-"""What happens to one tile of dense moments, and in what order do tiles add up?
+"""How does one program update its tiles of dense moments, and in what order does it add up its sums?
 
 The kernel of `triton_dense`. A program owns a rectangle of one entry, `row_span` rows by `column_span` columns, and
-takes a tile of `BLOCK_M` by `BLOCK_N` at a time, column block after column block. What the tiles of a rectangle add to
-`A uᵀ` and `W u` is summed by that program alone, in registers or in memory that no other program touches: no atomics,
-so that equal inputs give equal bits.
+takes tiles of `BLOCK_M` by `BLOCK_N`, one column block after the other. It alone sums the products of its tiles, in
+registers or in memory that no other program touches. There are no atomics, so equal inputs give equal bits.
 
 Arguments of the kernel:
     moments: pointers to M, V and, for 8-bit codes, their scales.
     tables: pointers to the signed map and its thresholds, then the unsigned ones.
     factors: pointers to left `(K, 2r, m)`, right `(K, 2r, n)`, A `(K, r, n)` and W `(K, q, m)`.
-    sums: pointers to `(L, column splits, r, m)` and `(L, row splits, q, n)` for the L entries taking part.
-    scalars: pointers to the steps `(K,)`, the denominator's factor and summand `(2, K)`, found_inf, and the
-        indices `(L,)` or None.
-    shape: K, m, n, row_span and column_span.
-    RANK, Q: r and q; Q of 0 leaves out `W u`.
-    BETAS: both, constants so that a float64 moment gets all their digits.
-    ROW_SIDE: whether `A uᵀ` is wanted.
-    STORE: whether the moments are written back.
+    sums: pointers to `(L, column splits, r, m)` and `(L, row splits, q, n)` for the L active entries.
+    scalars: pointers to the steps `(K,)`, the factor and summand of the denominator `(2, K)`, found_inf, and the
+        indices `(L,)` of the active entries or None.
+    entries, m, n: the shape `(K, m, n)` of the moments.
+    RANK, Q: r and q; a Q of 0 leaves out `W u`.
+    BETAS: both, as constants, so that a float64 moment gets all their digits.
+    ROW_SIDE: whether to form `A uᵀ`.
+    STORE: whether to store the moments.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def dense_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Take one rectangle, `BLOCK_R` ranks at a time; `W u` of a column block stays in registers where q fits one."""
+    """Update one rectangle, `BLOCK_R` ranks at a time; `W u` of a column block stays in registers for a small q."""
     entry, row_start, column_start, uAt, Wu = _place(scalars, sums, m, n, row_span, column_span, RANK, Q)
     if tl.load(scalars[2]) != 0:
         if ROW_SIDE:
@@ -82,14 +81,14 @@ def dense_kernel(
                     weight = _block(W, k + first_ranks, Q, row, m)
                     found = tl.dot(weight, u, input_precision=PRECISION, out_dtype=dtype)
                     _add(Wu, found, k + first_ranks, Q, column, n, first_row, row_start)
-                # The next round may read through another thread what this one has written.
+                # Another thread may read these sums in the next round.
                 tl.debug_barrier()
             elif Q > 0:
                 weight = _block(W, first_ranks, Q, row, m)
                 kept = tl.dot(weight, u, acc=kept, input_precision=PRECISION, out_dtype=dtype)
         if Q > 0 and Q <= BLOCK_R:
             _put(Wu, kept, first_ranks, Q, column, n)
-        # As above, for `uAt`; inside the inner loop it would keep the compiler from fetching the next tiles ahead.
+        # The same for `uAt`; inside the inner loop a barrier would keep the compiler from fetching tiles ahead.
         tl.debug_barrier()
 
 
@@ -104,10 +103,10 @@ def _place(
     RANK: tl.constexpr,
     Q: tl.constexpr,
 ) -> tl.tensor:
-    """The entry (int64), the first row and the first column of this program, and where its two sums go."""
+    """The entry (int64), first row and first column of this program, and the places of its two sums."""
     which = tl.program_id(2).to(tl.int64)
     entry = which if scalars[3] is None else tl.load(scalars[3] + which).to(tl.int64)
-    # Neighbours in the grid share their columns, and with them the rows of right and A that they read.
+    # Neighbours in the grid share their columns, so they read the same parts of right and A.
     row_split, column_split = tl.program_id(0), tl.program_id(1)
     uAt = sums[0] + (which * tl.num_programs(1) + column_split) * RANK * m
     Wu = sums[1] + (which * tl.num_programs(0) + row_split) * Q * n
@@ -141,7 +140,7 @@ def _add(
     first: tl.tensor,
     start: tl.tensor,
 ) -> None:
-    """Add `(ranks, positions)` to a sum of this program alone, which in the first round, at start, holds nothing."""
+    """Add `(ranks, positions)` to a sum of this program; the first round, at `start`, overwrites the memory."""
     mask = (ranks < count)[:, None] & (position < length)[None, :]
     place = total + ranks[:, None] * length + position[None, :]
     known = mask & ((ranks * 0 + first) > start)[:, None]
@@ -158,7 +157,7 @@ def _clear(
     BLOCK_R: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Zeros where `_add` would have written."""
+    """Write zeros to a sum."""
     nothing = tl.zeros((BLOCK_R, BLOCK), total.dtype.element_ty)
     for first in range(start, tl.minimum(start + span, length), BLOCK):
         for k in range(0, count, BLOCK_R):
@@ -180,21 +179,18 @@ def _advance(
     BETAS: tl.constexpr,
     STORE: tl.constexpr,
 ) -> tl.tensor:
-    """Take a tile of the equivalent gradient into the moments.
+    """Update the moments with a tile of the gradient, and return Adam's direction before the moments are rounded.
 
     Args:
         g: `(rows, columns)`, zero outside the moments.
-        entry: which entry of the stack, int64.
+        entry: the index in the stack, int64.
         row: `(rows,)`.
         column: `(columns,)`; for 8-bit codes exactly one block.
-
-    Returns:
-        The Adam direction u of the tile, of the moments before they were rounded to their storage.
     """
     coded: tl.constexpr = moments[1].dtype.element_ty == tl.uint8
     row_ok, mask = row < m, (row < m)[:, None] & (column < n)[None, :]
     long_row = entry * m + row
-    # Four columns a thread whatever the storage: tiles then never change hands between threads.
+    # Four columns for each thread in every storage: tiles then need not move between threads.
     offsets = long_row[:, None] * n + tl.max_contiguous(column, 4)[None, :]
     blocks = long_row * tl.cdiv(n, 256) + tl.min(column) // 256
     M = load_moment(moments[0], moments[2], tables[0], offsets, mask, blocks, row_ok)
@@ -205,7 +201,7 @@ def _advance(
     beta2: tl.constexpr = BETAS[1]
     M = M * beta1 + g * (1 - beta1)
     V = V * beta2 + (g * g) * (1 - beta2)
-    # The bias corrections meet in one factor and one summand of the denominator, which leaves one division.
+    # One factor and one summand of the denominator hold the bias corrections, which leaves one division.
     factor, summand = tl.load(scalars[1] + entry), tl.load(scalars[1] + entries + entry)
     root = tl.sqrt(V)
     u = tl.where(mask, M / (root * factor + summand), 0.0)

@@ -20,7 +20,7 @@ _ENGINES = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEG
 
 
 class LoRAMethod(TrainerCallback):
-    """A method that acts on a LoRA training: before it, in its forward passes, around its steps, or on what is saved.
+    """A method that acts on a LoRA training: before it, in forward passes, around steps, or on the saved adapter.
 
     A subclass sets `name` and overrides the calls that it needs; each does nothing by default. A method is a callback
     of any `Trainer`:
@@ -30,8 +30,8 @@ class LoRAMethod(TrainerCallback):
     ```
 
     `LoRAProTrainer` (also with `lora_pro=False`) and each class with `LoRAProTrainerMixin` save the method's state in
-    checkpoints, resume from it to the bit, and save what `export` makes of the adapter. A plain `Trainer` makes the
-    other calls, but cannot resume a method that has a state. A loop of your own makes the calls itself:
+    checkpoints, resume from it to the bit, and save the adapter that `export` gives. A plain `Trainer` makes the other
+    calls, but cannot resume a method that has a state. A loop of your own makes the calls itself:
 
     ```python
     method.before_training(model, batches)  # before the optimizer is built
@@ -97,13 +97,11 @@ class LoRAMethod(TrainerCallback):
     def after_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Called after each step that reached the optimizer; `found_inf` tells whether the optimizer left it out.
 
-        Args:
-            optimizer: the optimizer, out of accelerate's wrapper.
-            step: number of the step in the training, from 1 on.
+        `optimizer` is out of accelerate's wrapper; `step` counts the steps of the training from 1 on.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """What a training needs to go on as if it had not stopped: tensors and plain values, in lists and dictionaries.
+        """The state from which a training goes on to the bit: tensors and plain values, in lists and dictionaries.
 
         All ranks call it; that of the first rank is saved.
         """
@@ -138,30 +136,22 @@ class LoRAMethod(TrainerCallback):
         optimizer = unwrap_optimizer(kwargs["optimizer"])
         self._hooks = (optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after))
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Enter `forward_context`, unless the trainer does."""
         self._close_window()
         if not self._is_led:
             self._window = contextlib.ExitStack()
             self._window.enter_context(self.forward_context())
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Leave `forward_context`."""
         self._close_window()
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
         """Leave `forward_context` where the data ended within a step."""
         self._close_window()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """Leave the optimizer and the model alone from now on."""
         self.release()
 
@@ -191,11 +181,10 @@ class LoRAMethod(TrainerCallback):
 
 
 def found_inf(optimizer: torch.optim.Optimizer) -> Tensor | None:
-    """Whether the optimizer left out its last step because of gradients that are not finite; for `after_step`.
+    """A tensor of one element, not 0 if the optimizer left out its last step because a gradient was not finite.
 
-    Returns:
-        A tensor with one element that is not 0 if the step was left out. It is read without a wait where it is used by
-        `torch.where`. `None` from an optimizer that takes every step.
+    For `after_step`. A use in `torch.where` does not wait for the device. `None` from an optimizer that takes every
+    step.
     """
     optimizer = unwrap_optimizer(optimizer)
     if isinstance(optimizer, LoRAProAdamW):
@@ -208,7 +197,7 @@ def require_compatible(methods: Sequence[LoRAMethod], settings: Mapping[str, Any
 
     Args:
         methods: the methods of one training.
-        settings: by name, from `settings_of`, or those that a loop of your own has.
+        settings: by name, such as those of `settings_of`.
 
     Raises:
         ValueError: the message names both and the remedy.
@@ -237,18 +226,16 @@ def settings_of(args: TrainingArguments, model: nn.Module, **more: Any) -> dict[
 
 
 def start(methods: Sequence[LoRAMethod], model: nn.Module, make_loader: Callable[[], Any] | None) -> None:
-    """Call `before_training` and leave the random state as it was, so that the training sees its data in its order.
+    """Call `before_training` and restore the random state, so that the training sees its data in its order.
 
-    Args:
-        methods: the methods of one training.
-        model: the model, unwrapped.
-        make_loader: returns batches on the model's device; `None` where a checkpoint is loaded next.
+    `make_loader` returns batches on the model's device; it is `None` where a checkpoint is loaded next.
     """
+    devices = [device for device in {p.device for p in model.parameters()} if device.type == "cuda"]
     for method in methods:
         batches = None if make_loader is None else _iterate(make_loader)
         numbers, of_numpy = random.getstate(), numpy.random.get_state()
         try:
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(devices):  # by default it forks all devices, with a warning
                 method.before_training(model, batches)
         finally:
             random.setstate(numbers)

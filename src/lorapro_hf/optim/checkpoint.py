@@ -32,12 +32,7 @@ def check_state_dict(
 ) -> None:
     """Raise a `ValueError` if `state_dict` is of another optimizer, mode, rank or model, or holds NaN or Inf.
 
-    Args:
-        state_dict: the checkpoint.
-        param_groups: of the optimizer that loads it.
-        pairs: of that optimizer.
-        config: of that optimizer.
-        needed: the pairs whose moments this rank loads; by default all.
+    The other arguments are those of the optimizer that loads it; `needed` are the pairs whose moments this rank loads.
     """
     saved_groups = state_dict["param_groups"]
     if any("lora_pro_partial" in group for group in saved_groups):  # how earlier versions marked it

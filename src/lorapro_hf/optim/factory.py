@@ -9,10 +9,10 @@ from torch import nn
 
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.distributed.access import access_to, local
+from lorapro_hf.distributed.engines import require_configuration
 from lorapro_hf.distributed.ownership import everyone, share_pairs
-from lorapro_hf.distributed.zero_configuration import plugin_in_use, require_configuration
 from lorapro_hf.factors.pairs import find_lora_pairs
-from lorapro_hf.factors.wrappers import require_plain_modules
+from lorapro_hf.factors.wrappers import plugin_in_use, require_plain_modules
 from lorapro_hf.optim.lora_pro import LoRAProAdamW
 from lorapro_hf.optim.memory import require_state_fits
 
@@ -32,11 +32,7 @@ def create_lorapro_optimizer(
 ) -> LoRAProAdamW:
     """Build LoRA-Pro's optimizer for a PEFT model, with groups that decay and groups (biases, norms) that do not.
 
-    Factors are in groups of their own.
-
-    ```python
-    optimizer = create_lorapro_optimizer(model, lr=2e-5, mode="factored")
-    ```
+    Factors are in groups of their own. Example: `create_lorapro_optimizer(model, lr=2e-5, mode="factored")`.
 
     Args:
         model: a model with trainable LoRA adapters, already on its device.
@@ -57,7 +53,7 @@ def create_lorapro_optimizer(
         RuntimeError: accelerate runs DeepSpeed in a configuration that LoRA-Pro does not support.
     """
     config = LoRAProConfig.of(config, **settings)
-    plugin = plugin_in_use()
+    plugin = plugin_in_use("deepspeed_plugin")
     if plugin is not None:
         require_configuration(plugin.deepspeed_config, config.master_factors)
     pairs = find_lora_pairs(model)

@@ -1,13 +1,13 @@
-"""Do factors, their state or learning rates hold NaN or Inf? The error names the tensor, on all ranks alike.
+"""Do factors, their state or learning rates hold NaN or Inf, and when does an optimizer look? All ranks raise alike.
 
 Gradients that are not finite are no error: the step is skipped and training goes on. Reading values waits for the
-device, so it is done before the first step, at saves and after skipped steps only.
+device, so an optimizer reads them before the first step, at saves and after skipped steps only.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,20 +16,14 @@ from torch import Tensor
 
 from lorapro_hf.distributed.access import Access, local
 from lorapro_hf.factors.pairs import LoRAPair, unwrapped_name
+from lorapro_hf.optim.first_steps import FirstSteps
+from lorapro_hf.optim.held_pairs import HeldPairs
 
 Named = tuple[str, Tensor]  # the name of a tensor in messages, and the tensor
 
 
 def require_finite(named: Iterable[Named], group: dist.ProcessGroup | None = None) -> None:
-    """Raise if a tensor holds NaN or Inf, on all ranks of a group if on any.
-
-    Args:
-        named: the tensors.
-        group: the ranks that call this together.
-
-    Raises:
-        ValueError: the message names the first tensor.
-    """
+    """Raise a `ValueError` that names the first tensor with NaN or Inf, on all ranks of a group if on any."""
     broken = find_broken(named)
     if group is not None and group.size() > 1:
         of_ranks: list[str] = [""] * group.size()
@@ -74,44 +68,124 @@ def of_states(pairs: Iterable[LoRAPair], state: Mapping[Tensor, Mapping[str, Ten
                 yield f"the state {name!r} of {_name(pair, factor)}", tensor
 
 
-def of_groups(groups: Sequence[dict[str, Any]]) -> Iterator[Named]:
+class FiniteChecks(HeldPairs):
+    """Checks of factors, moments and learning rates, and the number of skipped steps.
+
+    Attributes:
+        first_steps: counts the steps of this training, and warns of the first ones.
+    """
+
+    def _forget_run(self) -> None:
+        super()._forget_run()
+        self._skipped: Tensor | None = None  # steps skipped since the groups were last settled, on the device
+        self._starts_finite = False
+        self._is_being_saved = False
+        self.first_steps = FirstSteps(self.pairs)
+        self._seen = (0, 0)  # skipped steps and steps at the last check
+
+    @property
+    def skipped_steps(self) -> int:
+        """The number of steps skipped because a gradient was not finite; reading it waits for the device."""
+        recent = 0 if self._skipped is None else int(self._skipped.item())
+        return self._whole_groups[0]["skipped_steps"] + recent
+
+    def checked_skipped_steps(self) -> int:
+        """`skipped_steps`, after a check that parameters are finite where steps were skipped; call it on all ranks.
+
+        Raises:
+            ValueError: a parameter holds NaN or Inf, so that all further steps would be skipped.
+        """
+        seen = skipped, steps = self.skipped_steps, self.first_steps.steps
+        if skipped > self._seen[0] or steps == self._seen[1]:  # gradient scalers and engines skip steps themselves
+            self.require_finite(state=False)
+        self._seen = seen
+        return skipped
+
+    def finish_training(self) -> None:
+        """Warn of pairs without gradients and of skipped steps, as the tenth step does; the next step is a first.
+
+        For trainings of fewer than ten steps. `LoRAProTrainer` calls it.
+        """
+        self.require_finite(state=False)
+        self.first_steps.warn(self.skipped_steps)
+        self._begin_training()
+
+    def require_finite(self, state: bool = True) -> None:
+        """Raise if a parameter, a learning rate or, with `state`, a moment holds NaN or Inf; waits for the device.
+
+        Call it on all ranks that shard parameters or share the state: if one raises, all do.
+
+        Raises:
+            ValueError: the message names the parameter.
+        """
+        ownership = self._current_ownership()
+        named = [*of_factors(self.pairs, ownership.access), *_rates(self._whole_groups)]
+        if not self.has_engine:
+            named += _of_others(self._others(), self.state if state else {})
+        if state:
+            named += of_states(ownership.owned, self.state)
+        # whole factors are the same on all ranks
+        alone = ownership.access.in_place and not (state and ownership.group)
+        require_finite(named, None if alone else ownership.access.group)
+
+    @contextmanager
+    def saving_finite(self) -> Iterator[None]:
+        """Call `require_finite` once before the first file of a checkpoint, and not again at the files saved within."""
+        self.require_finite()
+        self._is_being_saved = True
+        try:
+            yield
+        finally:
+            self._is_being_saved = False
+
+    def require_finite_save(self) -> None:
+        """`require_finite`, unless `saving_finite` has checked already."""
+        if not self._is_being_saved:
+            self.require_finite()
+
+    def _require_finite_start(self) -> None:
+        if not self._starts_finite:
+            self.require_finite()
+            self._starts_finite = True
+
+    def _begin_training(self) -> None:
+        self._settle_skipped()
+        self.first_steps = FirstSteps(self.pairs, self.skipped_steps)
+        self._seen = (self.skipped_steps, 0)
+
+    def _settle_skipped(self) -> None:
+        """Write the number of skipped steps into the groups, from where checkpoints save it."""
+        self._whole_groups[0]["skipped_steps"] = self.skipped_steps
+        self._skipped = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle_skipped()
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "pairs" in state:
+            self._begin_training()
+
+
+def _rates(groups: Sequence[dict[str, Any]]) -> Iterator[Named]:
     """Learning rates that are tensors."""
     for index, group in enumerate(groups):
         if isinstance(group["lr"], Tensor):
             yield f"the learning rate of param group {index}", group["lr"]
 
 
-def of_others(
-    groups: Iterable[tuple[dict[str, Any], list[Tensor]]], state: Mapping[Tensor, Mapping[str, Any]] | None
+def _of_others(
+    groups: Iterable[tuple[dict[str, Any], list[Tensor]]], state: Mapping[Tensor, Mapping[str, Any]]
 ) -> Iterator[Named]:
-    """This rank's parts of the parameters that belong to no pair, and of their state if that is given."""
+    """This rank's parts of the parameters that belong to no pair, and of their state."""
     for index, (group, parameters) in enumerate(groups):
         names = dict(zip(map(id, group["params"]), group.get("param_names", ()), strict=False))
         for parameter in parameters:
             name = names.get(id(parameter), f"a parameter of param group {index}")
             yield name, local(parameter)
-            for moment, tensor in ({} if state is None else state.get(parameter, {})).items():
+            for moment, tensor in state.get(parameter, {}).items():
                 yield f"the state {moment!r} of {name}", local(tensor)
-
-
-def require_finite_rates(groups: Iterable[dict[str, Any]]) -> None:
-    """Raise if a learning rate is NaN or Inf, without a wait for the device: rates on a device are not read.
-
-    Raises:
-        ValueError: the message names the param group.
-    """
-    for index, group in enumerate(groups):
-        rate = group["lr"]
-        if (not isinstance(rate, Tensor) or can_be_read(rate)) and not math.isfinite(rate):
-            raise ValueError(
-                f"the learning rate of param group {index} is {float(rate)}, which would make its parameters NaN. Look "
-                f"at the scheduler, or set optimizer.param_groups[{index}]['lr']."
-            )
-
-
-def can_be_read(tensor: Tensor) -> bool:
-    """Whether the host can read a value without waiting for a device."""
-    return tensor.device.type == "cpu"
 
 
 def _name(pair: LoRAPair, factor: str) -> str:

@@ -1,4 +1,4 @@
-"""What did the first steps of a training skip? One warning tells, since the training itself goes on silently."""
+"""Which pairs and steps did the first steps of a training skip? One warning tells, since the training goes on."""
 
 from __future__ import annotations
 
@@ -21,12 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class FirstSteps:
-    """Counts the steps of a training, and records pairs that had no gradient in any of the first ones.
-
-    Args:
-        pairs: the pairs of the model.
-        skipped_before: the number of steps that were skipped before this training.
-    """
+    """Counts the steps of a training, and records pairs that had no gradient in any of the first ones."""
 
     def __init__(self, pairs: Sequence[LoRAPair], skipped_before: int = 0) -> None:
         self.steps = 0
@@ -36,12 +31,7 @@ class FirstSteps:
         self._norms: list[Tensor] = []  # left on their device: reading them waits for it
 
     def count(self, has_gradient: Sequence[bool], norm: Tensor) -> bool:
-        """Count a step; return whether it was the last of the first steps.
-
-        Args:
-            has_gradient: whether each pair had a gradient.
-            norm: the norm of the gradients of all pairs.
-        """
+        """Count a step, with the norm of all gradients; return whether it was the last of the first steps."""
         self.steps += 1
         if self.steps <= FIRST_STEPS:
             # factors that have been frozen since are not reported
@@ -54,11 +44,7 @@ class FirstSteps:
         return self.steps == FIRST_STEPS
 
     def warn(self, skipped: int = 0) -> None:
-        """Warn once of pairs without gradients, of gradients that are all zero, and if half the steps were skipped.
-
-        Args:
-            skipped: the number of skipped steps up to now, with those before this training.
-        """
+        """Warn once of pairs without gradients, of gradients that are all zero, and if half the steps were skipped."""
         if not self.steps or not _is_first_rank():
             return
         if self._without:
@@ -82,12 +68,7 @@ class FirstSteps:
             self._skipped_before = None
 
     def warn_if_none(self, taken: int, before: int = 0) -> None:
-        """Warn once if a trainer has taken the first steps and none of them has reached the optimizer.
-
-        Args:
-            taken: the steps of the trainer.
-            before: the number of these steps that an earlier training took, which this one resumes.
-        """
+        """Warn once if a trainer has taken the first steps since step `before`, but none reached the optimizer."""
         if self.steps or taken - before < FIRST_STEPS or self._skipped_before is None or not _is_first_rank():
             return
         logger.warning(

@@ -11,12 +11,9 @@ from lorapro_hf.factors.pairs import LoRAPair
 
 
 def name_parameters(param_group: dict[str, Any], groups: Sequence[dict[str, Any]], pairs: Sequence[LoRAPair]) -> None:
-    """Name the parameters of all groups if some parameters have names: torch wants names for all or for none.
+    """Name all parameters if any has a name, since torch wants names for all or for none.
 
-    Args:
-        param_group: the new group.
-        groups: the groups that the optimizer has already.
-        pairs: the pairs of the optimizer, whose factors get their names in the model.
+    The factors of the pairs get their names in the model.
     """
     given = param_group["params"]
     if isinstance(given, set):  # torch refuses sets
@@ -36,15 +33,7 @@ def name_parameters(param_group: dict[str, Any], groups: Sequence[dict[str, Any]
 
 
 def check_hyperparameters(group: Mapping[str, Any], where: str = "") -> None:
-    """Raise if a setting of a group is out of range.
-
-    Args:
-        group: lr, betas, eps and weight_decay.
-        where: text that a message adds behind the setting.
-
-    Raises:
-        ValueError: one is out of range.
-    """
+    """Raise a `ValueError` if a setting is out of range; the message adds `where` behind the setting."""
     lr, betas, eps, weight_decay = (group[name] for name in ("lr", "betas", "eps", "weight_decay"))
     if not isinstance(lr, int | float | Tensor) or not 0 <= lr < float("inf"):
         raise ValueError(f"lr={lr!r}{where} must be a finite number of at least 0.")
@@ -57,11 +46,7 @@ def check_hyperparameters(group: Mapping[str, Any], where: str = "") -> None:
 
 
 def group_positions(pairs: Iterable[LoRAPair], groups: Sequence[Mapping[str, Any]]) -> dict[int, tuple[int, int]]:
-    """The positions of the groups of A and of B, by the id of each pair.
-
-    Raises:
-        ValueError: a factor is in no group.
-    """
+    """The positions of the groups of A and of B, by the id of each pair; a `ValueError` if a factor is in no group."""
     positions = {id(p): position for position, group in enumerate(groups) for p in group["params"]}
     of_pairs = {}
     for pair in pairs:
@@ -81,16 +66,7 @@ def group_positions(pairs: Iterable[LoRAPair], groups: Sequence[Mapping[str, Any
 def require_same_pairs(
     of_optimizer: Sequence[LoRAPair], groups: Iterable[Mapping[str, Any]], of_model: Sequence[LoRAPair]
 ) -> None:
-    """Raise if a model no longer trains the pairs that an optimizer was built for.
-
-    Args:
-        of_optimizer: the pairs of the optimizer.
-        groups: the param groups of the optimizer.
-        of_model: the pairs that `find_lora_pairs` finds in the model now.
-
-    Raises:
-        ValueError: pairs were added or removed, or their factors are new parameters.
-    """
+    """Raise a `ValueError` if a model no longer trains the pairs and factors that an optimizer was built for."""
     held = {id(parameter) for group in groups for parameter in group["params"]}
     trained = {(id(pair.layer), pair.adapter_name) for pair in of_model}
     added = [pair for pair in of_model if id(pair.A) not in held or id(pair.B) not in held]

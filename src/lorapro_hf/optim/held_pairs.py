@@ -16,14 +16,28 @@ from lorapro_hf.factors.stacks import Stack, stacks_of
 from lorapro_hf.optim.groups import check_hyperparameters, group_positions, name_parameters
 from lorapro_hf.optim.memory import state_bytes_by_device
 from lorapro_hf.optim.rules import rule_of
-from lorapro_hf.optim.rules.base import UpdateRule
-from lorapro_hf.optim.state import StackState
+from lorapro_hf.optim.rules.base import StackState
 
 Groups = list[dict[str, Any]]
 
 
 class HeldPairs(torch.optim.Optimizer):
-    """The pairs and param groups of an optimizer, as `PairOptimizer` describes them."""
+    """The pairs, param groups and moments of an optimizer.
+
+    Args:
+        params: as for any optimizer; they must hold all factors of `pairs`.
+        pairs: from `find_lora_pairs(model)`.
+        defaults: lr, betas, eps and weight_decay for groups that do not set them.
+        config: the settings of LoRA-Pro.
+
+    Attributes:
+        rule: the update rule of the mode.
+        access: how an engine reads and writes factors; `None` without an engine.
+        saved_collectively: whether all ranks call `consolidate_state_dict` before the state is saved.
+
+    Raises:
+        ValueError: no pairs, factors missing from `params`, or hyperparameters out of range.
+    """
 
     def __init__(
         self, params: Iterable[Any], pairs: Sequence[LoRAPair], defaults: dict[str, Any], config: LoRAProConfig
@@ -39,7 +53,8 @@ class HeldPairs(torch.optim.Optimizer):
         self._find_groups()
 
     def _forget_run(self) -> None:
-        """Set all attributes that are neither pickled nor copied to what they are before the first step."""
+        """Reset all attributes that are neither pickled nor copied, as before the first step."""
+        self.rule = rule_of(self.config)
         self.access: Access | None = None
         self.saved_collectively = False
         self._on_step: Callable[[], None] | None = None
@@ -63,7 +78,7 @@ class HeldPairs(torch.optim.Optimizer):
         name_parameters(param_group, self.param_groups, self.pairs)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        # A checkpoint must agree in these; state_dict saves what a group holds.
+        # Checkpoints save these, and must agree in them.
         group["lora_pro_mode"] = self.config.mode
         group["moments_dtype"] = self.config.moments_dtype
         group["master_factors"] = self.config.master_factors
@@ -74,11 +89,6 @@ class HeldPairs(torch.optim.Optimizer):
         pairs = self._current_ownership().owned
         others = [local(p) for _, parameters in self._others() for p in parameters if p.requires_grad]
         return sum(state_bytes_by_device(pairs, self.config, others).values())
-
-    @property
-    def rule(self) -> UpdateRule:
-        """The update rule of the mode."""
-        return rule_of(self.config)
 
     @property
     def has_engine(self) -> bool:
@@ -92,7 +102,7 @@ class HeldPairs(torch.optim.Optimizer):
         return self._positions[id(pair)]
 
     def _current_ownership(self) -> PairOwnership:
-        """Who steps which pairs; the stacks are built anew when parameters or groups have been replaced."""
+        """The present ownership; it and the stacks are built anew when parameters or groups have been replaced."""
         factors = [factor for pair in self.pairs for factor in (pair.A, pair.B, *pair.tied_parameters)]
         shared = self.config.shard_states
         signature = [
@@ -115,7 +125,7 @@ class HeldPairs(torch.optim.Optimizer):
         return self._ownership
 
     def _moments_of(self, stack: Stack) -> StackState:
-        """The moments of a stack, read from `state` after that was loaded or moved."""
+        """The moments of a stack, read again from `state` after that was loaded or moved."""
         moments = self._moments.get(stack)
         if moments is None or not moments.is_shown_by(self.state):
             moments = self._moments[stack] = StackState(stack, self.rule.specs(stack.pairs[0]))

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorapro_hf.config import LoRAProConfig
-from lorapro_hf.distributed.access import local
+from lorapro_hf.distributed.access import Access, local
 from lorapro_hf.distributed.ownership import PairOwnership
 from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.factors.stacks import StackGradient, exact_arithmetic, global_norm, read_stacks
-from lorapro_hf.optim.adamw import step_adamw
-from lorapro_hf.optim.finite import can_be_read, require_finite_rates
-from lorapro_hf.optim.pair_optimizer import PairOptimizer
+from lorapro_hf.kernels.dense import fused_adamw
 from lorapro_hf.optim.rules import rule_of
+from lorapro_hf.optim.saving import SavedPairs
+
+Others = list[tuple[dict[str, Any], list[Tensor]]]  # param groups with their parameters that belong to no pair
 
 
-class LoRAProAdamW(PairOptimizer):
+class LoRAProAdamW(SavedPairs):
     r"""AdamW whose steps on LoRA factors move the adapted weight as full fine-tuning would (arXiv 2407.18242).
 
     For a pair with gradients `g_A`, `g_B` and projected gradients `h_A`, `h_B` (see `project_lora_gradients`):
@@ -45,13 +48,17 @@ class LoRAProAdamW(PairOptimizer):
 
     NaN or Inf in a factor, another parameter, a moment or a learning rate is an error that names it. It is raised
     before the first step, at saves, and after skipped steps: on the CPU at once, on CUDA when their number is read (at
-    the tenth step and, in `LoRAProTrainer`, with each log).
-
-    After the first ten steps one warning names the pairs that had no gradient in any of them, and one the number of
-    skipped steps if it is half or more. A resumed training counts from zero.
+    the tenth step and, in `LoRAProTrainer`, with each log). After the first ten steps one warning names the pairs that
+    had no gradient in any of them, and one the number of skipped steps if it is half or more. A resumed training counts
+    from zero.
 
     Pairs of one shape are stepped together. On CUDA only the first and the tenth step wait for the device, for these
     checks; each step waits once without Triton, or if r is beyond the limit of `lorapro_hf.kernels.triton_eigh`.
+
+    An engine that keeps its own copies of parameters and gradients (DeepSpeed) calls `attach_engine` once. In each step
+    it enters `engine_step()` and calls within it, in any order, `step_pairs()` when the gradients of all pairs are
+    known, and `step_others(groups)` for its own tensors. `pair_state()` and `load_pair_state(read)` give and take the
+    state of the pairs; `state_dict()` and `load_state_dict()` hold the groups and the state of the engine's tensors.
 
     Args:
         params: as for any optimizer, preferably named: `model.named_parameters()` or groups of them. They must hold
@@ -86,9 +93,14 @@ class LoRAProAdamW(PairOptimizer):
         rule = rule_of(config)
         for device in {pair.A.device for pair in pairs}:
             rule.check_device(device)
-        self.last_grad_norm: Tensor | None = None
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, pairs, defaults, config)
+
+    def _forget_run(self) -> None:
+        super()._forget_run()
+        self.last_grad_norm: Tensor | None = None
+        self._pairs_are_due = False
+        self._found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -120,11 +132,69 @@ class LoRAProAdamW(PairOptimizer):
         if self._on_step is not None:
             self._on_step()
         else:
-            with self._together():
-                self._step(self._current_ownership(), self._others())
+            self._step_together(with_others=True)
         return loss
 
-    def _step(self, ownership: PairOwnership, others: list[tuple[dict[str, Any], list[Tensor]]]) -> None:
+    # ---- the seam for engines ----
+
+    def attach_engine(self, access: Access, on_step: Callable[[], None]) -> None:
+        """Leave the parameters, the gradients and the time of each step to an engine.
+
+        From now on `access` reads and writes whole factors, and `step()` calls `on_step`. The groups may then hold
+        tensors of the engine in the place of the parameters.
+        """
+        self.access, self._on_step = access, on_step
+
+    @contextmanager
+    def engine_step(self) -> Iterator[None]:
+        """One step of an engine, which may call `step_pairs` and `step_others` within, or neither.
+
+        `param_groups` must be whole on entry, and may be cut down within.
+
+        Raises:
+            ValueError: a parameter or its state is not finite at the first step of a training.
+        """
+        self._require_finite_start()  # before the engine can skip all steps by itself
+        self._groups_in_step, self._pairs_are_due, self._found_inf = self.param_groups, True, None
+        try:
+            yield
+        finally:
+            self._groups_in_step, self._pairs_are_due = None, False
+
+    @torch.no_grad()
+    def step_pairs(self) -> None:
+        """Step all pairs at the first call within an `engine_step`; do nothing at further calls.
+
+        Raises:
+            RuntimeError: there is no `engine_step`; otherwise as `step`.
+        """
+        if self._groups_in_step is None:
+            raise RuntimeError("step_pairs() was called outside a step. Call it within `with engine_step():`.")
+        if self._pairs_are_due:
+            self._pairs_are_due = False
+            self._step_together(with_others=False)
+
+    @torch.no_grad()
+    def step_others(self, groups: Iterable[dict[str, Any]]) -> None:
+        """Step all tensors with a gradient in some groups by AdamW, unless `step_pairs` has skipped this step."""
+        found_inf = torch.zeros(()) if self._found_inf is None else self._found_inf
+        for group in groups:
+            step_adamw([p for p in group["params"] if p.grad is not None], self.state, group, found_inf)
+
+    # ---- the step ----
+
+    def _step_together(self, with_others: bool) -> None:
+        """Take a step on all ranks or, if it raises on one of them, on none: they would wait for it, or step alone."""
+        try:
+            ownership = self._current_ownership()
+            self._step(ownership, self._others() if with_others else [])
+        except Exception as error:
+            if self._ownership is not None:
+                self._ownership.fail(error)
+            raise
+
+    def _step(self, ownership: PairOwnership, others: Others) -> None:
+        """Step the pairs of this rank and other parameters."""
         has_gradient = ownership.fetch()
         if not any(has_gradient):
             raise RuntimeError(
@@ -144,9 +214,7 @@ class LoRAProAdamW(PairOptimizer):
         if is_time and not self._is_being_captured():
             self.first_steps.warn(self.checked_skipped_steps())
 
-    def _step_all(
-        self, ownership: PairOwnership, read: list[StackGradient], others: list[tuple[dict[str, Any], list[Tensor]]]
-    ) -> None:
+    def _step_all(self, ownership: PairOwnership, read: list[StackGradient], others: Others) -> None:
         others = [(group, [p for p in own if p.grad is not None]) for group, own in others]
         gradients = [local(p.grad) for _, parameters in others for p in parameters if p.grad is not None]
         if any(gradient.is_sparse for gradient in gradients):
@@ -156,7 +224,7 @@ class LoRAProAdamW(PairOptimizer):
         states = [self._moments_of(each.stack) for each in read]
         norms, found_inf = ownership.agree(norms, found_inf)
         self.last_grad_norm, shared_norm = norms
-        if not self._is_being_captured():
+        if not self._starts_finite and not self._is_being_captured():
             self._require_finite_start()
         if can_be_read(found_inf) and found_inf:
             self.require_finite(state=False)
@@ -176,13 +244,8 @@ class LoRAProAdamW(PairOptimizer):
     def _measure(self, read: list[StackGradient], gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The norms to share with other ranks `(2,)`, and 1 if this rank must skip the step, else 0, 0-dim float32.
 
-        Args:
-            read: the stacks of this rank.
-            gradients: of the parameters of no pair.
-
-        Returns:
-            The norm of the equivalent gradients and `UpdateRule.shared_norm`, and whether to skip; on the first pair's
-            device.
+        The norms are those of the equivalent gradients and of `UpdateRule.shared_norm`. All three lie on the device of
+        the first pair. `gradients` are those of the parameters of no pair.
         """
         rule = self.rule
         norm = global_norm(read).to(self.pairs[0].A.device)
@@ -197,8 +260,53 @@ class LoRAProAdamW(PairOptimizer):
         shared = torch.zeros_like(norm) if shared is None else shared.to(norm)
         return torch.stack([norm, shared]), (~(longest <= limit)).float()  # NaN is not less than anything
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "last_grad_norm": None}
+    def _is_being_captured(self) -> bool:
+        """Whether a CUDA graph is being recorded, which forbids to wait for the device."""
+        return self.pairs[0].A.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def step_adamw(
+    parameters: Sequence[Tensor],
+    state: MutableMapping[Tensor, dict[str, Any]],
+    group: Mapping[str, Any],
+    found_inf: Tensor,
+) -> None:
+    """Take one AdamW step of parameters with gradients; change nothing, not even a count, if `found_inf` is 1.
+
+    The parameters are plain tensors or DTensors, whose state is then sharded as they are. Missing state is created.
+    """
+    for p in parameters:
+        if "exp_avg" not in state[p]:
+            state[p].update(
+                step=torch.zeros((), dtype=torch.float32, device=p.device),
+                exp_avg=torch.zeros_like(p, memory_format=torch.preserve_format),
+                exp_avg_sq=torch.zeros_like(p, memory_format=torch.preserve_format),
+            )
+    for kind in {(p.device, p.dtype) for p in parameters}:  # on CUDA the kernel takes one dtype at a time
+        skips, alike = found_inf.to(kind[0]), [p for p in parameters if (p.device, p.dtype) == kind]
+        torch._foreach_add_([state[p]["step"] for p in alike], 1 - skips)
+        alike = [p for p in alike if local(p).numel()]  # a rank may hold nothing of a short tensor
+        if alike:
+            exp_avgs, exp_avg_sqs = ([local(state[p][name]) for p in alike] for name in ("exp_avg", "exp_avg_sq"))
+            gradients = [local(p.grad) for p in alike if p.grad is not None]
+            steps = [state[p]["step"] for p in alike]
+            fused_adamw([local(p) for p in alike], gradients, exp_avgs, exp_avg_sqs, steps, group, skips)
+
+
+def require_finite_rates(groups: Iterable[dict[str, Any]]) -> None:
+    """Raise a `ValueError` if a learning rate is NaN or Inf; a rate on a device is not read."""
+    for index, group in enumerate(groups):
+        rate = group["lr"]
+        if (not isinstance(rate, Tensor) or can_be_read(rate)) and not math.isfinite(rate):
+            raise ValueError(
+                f"the learning rate of param group {index} is {float(rate)}, which would make its parameters NaN. Look "
+                f"at the scheduler, or set optimizer.param_groups[{index}]['lr']."
+            )
+
+
+def can_be_read(tensor: Tensor) -> bool:
+    """Whether the host can read a value without waiting for a device."""
+    return tensor.device.type == "cpu"
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:

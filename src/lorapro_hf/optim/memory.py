@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -43,33 +44,28 @@ def state_bytes_by_device(
     Args:
         pairs: from `find_lora_pairs(model)`.
         config: its `mode`, `moments_dtype` and `master_factors` count.
-        others: trainable parameters of no pair; AdamW keeps two moments of each in its own dtype. Parameters tied to
-            those of a pair have no moments and do not belong here.
+        others: trainable parameters of no pair, and tied to none; AdamW keeps two moments of each in its own dtype.
     """
-    total: dict[torch.device, int] = {}
+    total: dict[torch.device, int] = defaultdict(int)
     rule = rule_of(config)
     for pair in pairs:
-        _add(total, pair.A.device, sum(spec.nbytes for spec in rule.specs(pair)))
+        total[pair.A.device] += sum(spec.nbytes for spec in rule.specs(pair))
     for parameter in others:
-        _add(total, parameter.device, 2 * parameter.numel() * parameter.element_size())
-    return total
+        total[parameter.device] += 2 * parameter.numel() * parameter.element_size()
+    return dict(total)
 
 
 def scratch_bytes(
     pairs: Iterable[LoRAPair], config: LoRAProConfig, place: torch.device | None = None
 ) -> dict[torch.device, int]:
-    """Bytes on each device that a step may need beyond the state: an allowance, not a count.
+    """Bytes on each device that a step of pairs may need beyond the state: an allowance, not a count.
 
-    Activations, parameters and their gradients are not included.
-
-    Args:
-        pairs: stepped together.
-        config: its `mode` and `master_factors` count.
-        place: the device to assume, for factors on the meta device; by default that of each factor.
+    Activations, parameters and their gradients are not included. `place` is the device to assume for factors on the
+    meta device.
     """
-    on: dict[torch.device, list[LoRAPair]] = {}
+    on: dict[torch.device, list[LoRAPair]] = defaultdict(list)
     for pair in pairs:
-        on.setdefault(pair.A.device, []).append(pair)
+        on[pair.A.device].append(pair)
     rule = rule_of(config)
     return {device: rule.scratch_bytes(some, place or device) for device, some in on.items()}
 
@@ -93,8 +89,7 @@ def available_bytes(device: torch.device) -> int | None:
 def require_state_fits(pairs: Sequence[LoRAPair], config: LoRAProConfig, others: Sequence[Tensor] = ()) -> None:
     """Refuse a mode whose optimizer state cannot fit, before any of it is allocated.
 
-    Call it when the optimizer is built, while it has no state yet. Activations and gradients, which need memory as
-    well, are not counted. A device whose free memory is not known is never refused.
+    Activations and gradients are not counted. A device whose free memory is not known is never refused.
 
     Args:
         pairs: the pairs that this process steps, on the devices they are trained on.
@@ -155,23 +150,14 @@ def _described(config: LoRAProConfig, count: int) -> str:
 
 def _need(pairs: Sequence[LoRAPair], config: LoRAProConfig, others: Sequence[Tensor]) -> dict[torch.device, int]:
     """State and working memory together."""
-    need = state_bytes_by_device(pairs, config, others)
+    need = defaultdict(int, state_bytes_by_device(pairs, config, others))
     for device, count in scratch_bytes(pairs, config).items():
-        _add(need, device, count)
+        need[device] += count
     return need
 
 
 def _devices_short_of(need: dict[torch.device, int], free: dict[torch.device, int | None]) -> list[torch.device]:
-    short = []
-    for device, count in need.items():
-        room = free[device]
-        if room is not None and count > room:
-            short.append(device)
-    return short
-
-
-def _add(total: dict[torch.device, int], device: torch.device, count: int) -> None:
-    total[device] = total.get(device, 0) + count
+    return [device for device, count in need.items() if (room := free[device]) is not None and count > room]
 
 
 def _system_available() -> int | None:

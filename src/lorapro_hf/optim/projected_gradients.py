@@ -1,4 +1,4 @@
-"""What are the projected gradients of these pairs, for any other optimizer?"""
+"""How does any other optimizer get the projected gradients?"""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from lorapro_hf.distributed.access import Access, access_to
 from lorapro_hf.distributed.ownership import PairOwnership
 from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.factors.stacks import StackGradient, exact_arithmetic, global_norm, read_stacks, stacks_of
-from lorapro_hf.optim.finite import can_be_read, of_factors, require_finite
+from lorapro_hf.optim.finite import of_factors, require_finite
+from lorapro_hf.optim.lora_pro import can_be_read
 
 
 @torch.no_grad()

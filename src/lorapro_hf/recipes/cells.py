@@ -35,37 +35,30 @@ def complete_rows(
     need_text: Collection[str] = (),
     keep_all: str | None = None,
 ) -> Dataset:
-    """Return the rows that are blank in none of the columns, and log how many rows are left out.
+    """Return the rows that are blank in none of the columns, and log how many rows of `where` are left out.
 
-    A cell is blank if it is null or NaN. A conversation is blank if it has no message, or a message without a role or
-    without content.
-
-    Args:
-        rows: A split as it was loaded.
-        columns: The columns that every row needs.
-        where: Name of the rows for messages, such as "the train set".
-        need_text: The columns in which empty texts and spaces are blank too.
-        keep_all: The reason why no row may be left out, if there is one.
+    A cell is blank if it is null or NaN, and in the columns of `need_text` if it is empty or spaces. A conversation is
+    blank if it has no message, or a message without a role or without content.
 
     Raises:
-        UsageError: if a column is blank in all rows, or in one row and no row may be left out.
+        UsageError: if a column is blank in all rows, or in one row although `keep_all` gives a reason to keep all.
     """
     blank = {column: _blank(rows, column, column in need_text) for column in columns}
     for column, cells in blank.items():
         if len(rows) and cells.all():
             raise UsageError(f"the column {column} of {where} is blank in every row; fill it, or name another column.")
         if keep_all is not None and cells.any():
-            row = cells.argmax() + 1
             raise UsageError(
-                f"the column {column} of {where} is blank in row {row}; fill it or remove the row: {keep_all}."
+                f"the column {column} of {where} is blank in row {cells.argmax() + 1}; fill it or remove the row: "
+                f"{keep_all}."
             )
-    without = np.any(list(blank.values()), axis=0)
-    if not without.any():
+    left_out = np.any(list(blank.values()), axis=0)
+    if not left_out.any():
         return rows
     if os.environ.get("RANK", "0") == "0":
         names = " or ".join(column for column, cells in blank.items() if cells.any())
-        logger.warning("%s: %d of %d rows are blank in %s and are left out.", where, without.sum(), len(rows), names)
-    return rows.select(np.flatnonzero(~without))
+        logger.warning("%s: %d of %d rows are blank in %s and are left out.", where, left_out.sum(), len(rows), names)
+    return rows.select(np.flatnonzero(~left_out))
 
 
 def with_texts(
@@ -95,11 +88,7 @@ def with_texts(
 
 
 def require_plain(rows: Dataset, column: str, where: str, scalars: bool = False) -> None:
-    """Refuse a column with a cell that is neither text nor number nor blank, nor a single value if `scalars`.
-
-    Raises:
-        UsageError: with the number of the row.
-    """
+    """Refuse a cell that is neither text nor number nor blank, with its row; if `scalars`, lists and mappings alone."""
     feature = rows.features[column]
     if isinstance(feature, Value | ClassLabel) and (
         scalars or _is_text(feature) or feature.dtype == "null" or is_number(rows, column)

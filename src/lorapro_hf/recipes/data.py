@@ -14,9 +14,10 @@ from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from lorapro_hf.options import UsageError
-from lorapro_hf.recipes.files import fault_in, is_saved, read_file, read_named, reason
-from lorapro_hf.recipes.hub import sought
+from lorapro_hf.recipes.endings import sought
+from lorapro_hf.recipes.files import fault_in, read_file, read_named
 
+_SPLITS = ("train", "validation", "test")
 _NO_SPLIT = re.compile("unknown split|bad split", re.IGNORECASE)  # messages of datasets
 
 
@@ -24,27 +25,19 @@ _NO_SPLIT = re.compile("unknown split|bad split", re.IGNORECASE)  # messages of 
 class DataArguments:
     """The data set: a name on the Hub, a local folder, or a file for each split."""
 
-    dataset_name: str | None = HfArg(
-        default=None, help="Data set: a name on the Hub, or a local folder of data files or from save_to_disk."
-    )
-    dataset_config_name: str | None = HfArg(
-        default=None, help="Configuration of the data set.", aliases=["--dataset_config"]
-    )
+    dataset_name: str | None = HfArg(default=None, help="Data set: a name on the Hub, or a folder (also save_to_disk).")
+    dataset_config_name: str | None = HfArg(default=None, help="Its configuration.", aliases=["--dataset_config"])
     train_file: str | None = HfArg(default=None, help="CSV, JSON, JSON lines, Parquet or text file.")
     validation_file: str | None = HfArg(default=None, help="The same for the evaluation.")
     test_file: str | None = HfArg(default=None, help="The same for the prediction.")
-    train_split: str = HfArg(
-        default="train", help="Split to train on, such as train[:100000].", aliases=["--dataset_train_split"]
-    )
+    train_split: str = HfArg(default="train", help="Such as train[:100000].", aliases=["--dataset_train_split"])
     validation_split: str = HfArg(
         default="validation",
         help="Split to evaluate on; if it is missing, a part of the training set is held out.",
         aliases=["--dataset_test_split"],
     )
     test_split: str = HfArg(default="test", help="Split to predict.")
-    validation_split_percentage: float = HfArg(
-        default=5.0, help="Percentage of the training set to hold out if there is no validation set."
-    )
+    validation_split_percentage: float = HfArg(default=5.0, help="Part to hold out if there is no validation set.")
     max_train_samples: int | None = HfArg(default=None, help="Train on the first N rows only.")
     max_eval_samples: int | None = HfArg(default=None, help="Evaluate on the first N rows only.")
     max_predict_samples: int | None = HfArg(default=None, help="Predict the first N rows only.")
@@ -52,8 +45,9 @@ class DataArguments:
     preprocessing_num_workers: int | None = HfArg(default=None, help="Processes that preprocess.")
 
     def __post_init__(self) -> None:
-        self.require_positive("max_train_samples", "max_eval_samples", "max_predict_samples")
-        self.require_positive("preprocessing_num_workers")
+        self.require_positive(
+            "max_train_samples", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers"
+        )
         if self.dataset_name is not None and self._files():
             raise UsageError("--dataset_name and --train_file (or another file) exclude each other.")
         if not 0 < self.validation_split_percentage < 100:
@@ -87,45 +81,27 @@ class DataArguments:
             return {split: read_file(path, f"--{split}_file", cache_dir) for split, path in self._files().items()}
         if self.dataset_name is None:
             raise UsageError("name the data: --dataset_name, or --train_file and --validation_file.")
-        if is_saved(self.dataset_name):
-            return self._saved(self.dataset_name)
-        splits = {split: self._named(self.dataset_name, split, cache_dir) for split in self._splits()}
+        splits = {split: self._named(self.dataset_name, split, cache_dir) for split in _SPLITS}
         return {split: rows for split, rows in splits.items() if rows is not None}
 
     def _files(self) -> dict[str, str]:
-        files = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
+        files = {split: getattr(self, f"{split}_file") for split in _SPLITS}
         return {split: path for split, path in files.items() if path is not None}
-
-    def _splits(self) -> dict[str, str]:
-        return {"train": self.train_split, "validation": self.validation_split, "test": self.test_split}
-
-    def _is_default(self, split: str) -> bool:
-        return self._splits()[split] == DataArguments.__dataclass_fields__[f"{split}_split"].default
 
     def _named(self, name: str, split: str, cache_dir: str | None) -> Any:
         """Return a split of the Hub or of a folder; `None` if it is missing and was not asked for by name."""
+        wanted = getattr(self, f"{split}_split")
         try:
             with sought("the data set", name):
-                return read_named(name, self.dataset_config_name, self._splits()[split], cache_dir)
+                return read_named(name, self.dataset_config_name, wanted, cache_dir)
         except UsageError:
             raise
         except (DatasetsError, FileNotFoundError, ValueError, StopIteration) as error:
             if not (isinstance(error, ValueError) and _NO_SPLIT.search(str(error))):
                 raise UsageError(f"--dataset_name {name}: {fault_in(name, error)}") from error
-            if not self._is_default(split):
-                raise UsageError(f"{name}: {error}") from error
+            if wanted != split:
+                raise UsageError(f"--{split}_split {wanted}: {error}") from error
             return None
-
-    def _saved(self, name: str) -> dict[str, Dataset]:
-        try:
-            saved = read_named(name)
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--dataset_name {name}: {reason(error)}") from error
-        parts = dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
-        for split, wanted in self._splits().items():
-            if wanted not in parts and not self._is_default(split):
-                raise UsageError(f"--{split}_split {wanted}: {name} has the splits {sorted(parts)}; name one of these.")
-        return {split: parts[wanted] for split, wanted in self._splits().items() if wanted in parts}
 
 
 def load_splits(
@@ -135,22 +111,16 @@ def load_splits(
     also: Collection[str] = (),
     prepare: Callable[[Dataset, str], Dataset] = lambda rows, split: rows,
 ) -> DatasetDict:
-    """Return the splits that the training needs, named train, validation and test, cut to their `max_*_samples`.
+    """Return the splits for `do_train`, `do_eval` and `do_predict` and those in `also`, cut to `max_*_samples`.
 
-    If there is no validation set, a part of the training set is held out, the same for each `data_seed` (or `seed`).
-
-    Args:
-        data: The data set.
-        training: Its `do_train`, `do_eval` and `do_predict` say which splits are needed.
-        cache_dir: Cache of datasets.
-        also: Splits that are needed in any case.
-        prepare: Function of the rows and the name of a split that filters or rewrites the rows, before rows are held
-            out or counted.
+    Without a validation set, a part of the training set is held out, the same for each `data_seed` (or `seed`).
+    `prepare(rows, split)` filters or rewrites the rows of a split before rows are held out or counted.
 
     Raises:
         UsageError: if a needed split is missing or empty, or the data cannot be read.
     """
-    asked = {"train": training.do_train, "validation": training.do_eval, "test": training.do_predict}
+    asked = dict(zip(_SPLITS, (training.do_train, training.do_eval, training.do_predict), strict=True))
+    limits = dict(zip(_SPLITS, (data.max_train_samples, data.max_eval_samples, data.max_predict_samples), strict=True))
     needed = [split for split, wanted in asked.items() if wanted or split in also]
     with training.main_process_first(desc="loading the data"):
         available = data.available(cache_dir)
@@ -159,7 +129,6 @@ def load_splits(
         available = {split: prepare(rows, split) if split in used else rows for split, rows in available.items()}
     if holds_out:
         available |= _held_out(available["train"], data.validation_split_percentage, training)
-    limits = {"train": data.max_train_samples, "validation": data.max_eval_samples, "test": data.max_predict_samples}
     splits = DatasetDict()
     for split in needed:
         if split not in available:

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers import Trainer
+from transformers import TrainingArguments
 
 from lorapro_hf.checkpoints.resume import checkpoints_in, find_flaw
 from lorapro_hf.options import UsageError, is_disk_full
-from lorapro_hf.recipes.hub import NO_HUB
-from lorapro_hf.recipes.stopped import CODE, say_stopped
 from lorapro_hf.utils.extras import MissingExtraError
 
 _CANNOT_RESUME = "cannot resume from "  # how every refusal of `lorapro_hf.checkpoints.resume` begins
+# the messages of transformers, PEFT and datasets about names that are neither on this machine nor on the Hub
+_NO_HUB = re.compile(r"https://huggingface\.co|on the Hub \(|the Hugging Face Hub|Can't find 'adapter_config\.json'")
+
+
+class NotFetchedError(OSError):
+    """A model, adapter or data set is neither on this machine nor on the Hub."""
 
 
 class DiskFullError(OSError):
     """A training could not write; the message names the newest complete checkpoint."""
+
+
+@contextmanager
+def sought(kind: str, name: str | None) -> Iterator[None]:
+    """Raise `NotFetchedError` with the name of a model or data set for errors that speak of the Hub alone."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, NotFetchedError) or not _NO_HUB.search(str(error)):
+            raise
+        raise NotFetchedError(f"cannot load {kind} {name}: {_first_line(error)}.") from error
 
 
 @contextmanager
@@ -28,22 +45,25 @@ def one_line_errors() -> Iterator[None]:
 
     The exit code is 2 for bad input, 1 without the Hub or with a full disk, and 130 after Ctrl-C.
     """
+    program = Path(sys.argv[0]).name
     try:
         yield
     except KeyboardInterrupt as error:
-        say_stopped(str(error))
-        raise SystemExit(CODE) from error
+        if os.environ.get("RANK", "0") == "0":
+            way_on = str(error) or "Nothing has been trained yet: the same command starts anew."
+            print(f"{program}: stopped by Ctrl-C. {way_on}", file=sys.stderr)
+        raise SystemExit(130) from error
     except Exception as error:
         ending = _ending(error)
         if ending is None:
             raise
         line, code = ending
-        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
+        print(f"{program}: error: {line}", file=sys.stderr)
         raise SystemExit(code) from error
 
 
 @contextmanager
-def with_a_way_on(trainer: Trainer) -> Iterator[None]:
+def with_a_way_on(arguments: TrainingArguments) -> Iterator[None]:
     """Add the checkpoint to resume from to Ctrl-C and to errors of a full disk.
 
     Raises:
@@ -52,46 +72,40 @@ def with_a_way_on(trainer: Trainer) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(_way_on(trainer)) from error
+        raise KeyboardInterrupt(way_on(arguments)) from error
     except Exception as error:
         if not is_disk_full(error):
             raise
-        raise DiskFullError(
-            f"the disk with {trainer.args.output_dir} is full ({_first_line(error)}). {_way_on(trainer)}"
-        ) from error
+        full = f"the disk with {arguments.output_dir} is full ({_first_line(error)})."
+        raise DiskFullError(f"{full} {way_on(arguments)}") from error
 
 
-def _way_on(trainer: Trainer) -> str:
-    output = Path(trainer.args.output_dir)
-    broken: list[str] = []
-    for checkpoint in checkpoints_in(output):
-        if find_flaw(checkpoint, checksums=False) is None:
-            named = "true" if not broken else str(checkpoint)
-            way = f"To go on from {checkpoint}, give the same command with --resume_from_checkpoint {named}."
-            break
-        broken.append(str(checkpoint))
-    else:
-        delete = f"delete {' and '.join(broken)} and " if broken else ""
-        without = " without --resume_from_checkpoint" if trainer.args.resume_from_checkpoint else ""
-        way = f"{output} has no complete checkpoint: {delete}give the same command{without} to start anew."
-    return " ".join([*(f"{checkpoint} is not complete." for checkpoint in broken), way])
+def way_on(arguments: TrainingArguments) -> str:
+    """Return how the command continues the training: from its newest complete checkpoint, or anew."""
+    output = Path(arguments.output_dir)
+    checkpoints = checkpoints_in(output)
+    complete = next((each for each in checkpoints if find_flaw(each, checksums=False) is None), None)
+    if complete is not None:
+        return f"To go on from {complete}, give the same command with --resume_from_checkpoint true."
+    delete = "delete its checkpoints and " if checkpoints else ""
+    without = " without --resume_from_checkpoint" if arguments.resume_from_checkpoint else ""
+    return f"{output} has no complete checkpoint: {delete}give the same command{without} to start anew."
 
 
 def _ending(error: Exception) -> tuple[str, int] | None:
     """Return the last line and the exit code; `None` for a defect, which keeps its traceback."""
     text = str(error)
-    if isinstance(error, (UsageError, MissingExtraError)):
-        return text, 2
-    if isinstance(error, ValueError) and text.startswith(_CANNOT_RESUME):
+    cannot_resume = isinstance(error, ValueError) and text.startswith(_CANNOT_RESUME)
+    if cannot_resume or isinstance(error, (UsageError, MissingExtraError)):
         return text, 2
     if isinstance(error, DiskFullError):
         return text, 1
     if is_disk_full(error):
         return f"the disk is full: {_first_line(error)}.", 1
-    if isinstance(error, OSError) and NO_HUB.search(text):
+    if isinstance(error, NotFetchedError) or (isinstance(error, OSError) and _NO_HUB.search(text)):
         return f"{_first_line(error)}. Local folders and files need no network.", 1
     return None
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].rstrip(".")
+    return str(error).partition("\n")[0].rstrip(".")

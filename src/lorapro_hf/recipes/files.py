@@ -8,16 +8,13 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
 
-import datasets
 import pandas as pd
 import pyarrow as pa
 from datasets import Dataset, DatasetDict, Value, load_dataset, load_from_disk
-from datasets.data_files import DataFilesDict, DataFilesList, get_data_patterns
+from datasets.data_files import DataFilesDict, DataFilesList
 from datasets.exceptions import DatasetsError
 
 from lorapro_hf.options import UsageError, is_disk_full
@@ -29,72 +26,35 @@ _CHAIN = "::"  # fsspec splits paths here
 _BEGINNING, _SEARCHED = 1 << 20, 1 << 32  # bytes
 
 
-def kind_of(name: str) -> str | None:
-    """Return the reader of datasets for a file of this name; gzipped files without another suffix are JSON."""
-    path = Path(name)
-    if path.suffix.lower() == _GZIPPED:
-        return KINDS.get(Path(path.stem).suffix.lower(), "json")
-    return KINDS.get(path.suffix.lower())
-
-
 def read_file(path: str, label: str, cache_dir: str | None = None) -> Dataset:
     """Return the rows of a CSV, JSON, JSON lines, Parquet or text file, gzipped or not.
 
-    Args:
-        path: The file; its name is no pattern.
-        label: The option that named the file, for messages.
-        cache_dir: Cache of datasets.
-
     Raises:
-        UsageError: if the file is missing, empty, broken or of an unknown kind.
+        UsageError: if the file is missing, empty, broken or of an unknown kind; `label` is the option that named it.
     """
-    file, kind = Path(path), kind_of(path)
-    if kind is None:
-        raise UsageError(f"{label} {path}: must end with one of {', '.join(sorted(KINDS))} (or that and .gz).")
-    if not file.is_file():
-        raise UsageError(f"{label} {path}: there is no such file.")
-    if _CHAIN in os.path.abspath(file):
-        raise UsageError(f"{label} {path}: datasets splits paths at {_CHAIN}; rename the file or its folder.")
-    fault = _fault(file, kind)
-    if fault is not None:
-        raise UsageError(f"{label} {path}: {fault}")
     try:
-        with _quiet():
-            # datasets would take a plain string for a pattern; the cache depends on time and size of the file
-            origin = [(str(file.stat().st_mtime_ns), str(file.stat().st_size))]
-            data_files = DataFilesDict({"train": DataFilesList([os.path.abspath(file)], origin)})
-            rows = load_dataset(kind, data_files=data_files, split="train", cache_dir=cache_dir)
-            return _whole_numbers(rows, file) if kind == "csv" else rows
+        return _read(Path(path), cache_dir)
     except UsageError as error:
         raise UsageError(f"{label} {path}: {error}") from error
-    except Exception as error:  # each reader has its own exceptions for broken files
-        why = _fault(file, kind, parse=True) or reason(error)
-        raise UsageError(f"{label} {path}: {why}") from error
-
-
-def is_saved(name: str) -> bool:
-    """Return whether a folder was written by `save_to_disk`."""
-    return any(Path(name, file).is_file() for file in ("dataset_dict.json", "state.json"))
 
 
 def read_named(
     name: str, config: str | None = None, split: str | None = None, cache_dir: str | None = None
 ) -> Dataset | DatasetDict:
-    """Return a data set of the Hub, of a folder of data files, or of a folder from `save_to_disk`.
-
-    Args:
-        name: Name on the Hub, or the folder; its path is no pattern.
-        config: Configuration of the data set.
-        split: The only split to read; a folder from `save_to_disk` is read as a whole.
-        cache_dir: Cache of datasets.
+    """Return a data set or one split of it, from the Hub, a folder of data files or a folder of `save_to_disk`.
 
     Raises:
-        UsageError: if datasets cannot read the path of the folder literally.
+        UsageError: if datasets would take the path of the folder for a pattern.
+        ValueError: if there is no such split.
     """
-    if is_saved(name):
-        return load_from_disk(name)
-    with _quiet():
-        return load_dataset(name, config, split=split, cache_dir=cache_dir, **_files_of(Path(name)))
+    if any(Path(name, file).is_file() for file in ("dataset_dict.json", "state.json")):
+        saved = load_from_disk(name)
+        parts = saved if isinstance(saved, DatasetDict) else {"train": saved}
+        if split is not None and split not in parts:
+            raise ValueError(f"Unknown split: {name} has the splits {sorted(parts)}; name one of these.")
+        return saved if split is None else parts[split]
+    _require_literal(name)
+    return load_dataset(name, config, split=split, cache_dir=cache_dir)
 
 
 def read_images(folder: str, label: str, cache_dir: str | None = None) -> Dataset:
@@ -104,9 +64,8 @@ def read_images(folder: str, label: str, cache_dir: str | None = None) -> Datase
         UsageError: if the folder holds no images.
     """
     try:
-        with _quiet():
-            files = _files_of(Path(folder)) or {"data_dir": folder}
-            return load_dataset("imagefolder", split="train", cache_dir=cache_dir, **files)
+        _require_literal(folder)
+        return load_dataset("imagefolder", split="train", cache_dir=cache_dir, data_dir=folder)
     except (DatasetsError, OSError, ValueError) as error:
         raise UsageError(f"{label} {folder}: {reason(error)}") from error
 
@@ -118,7 +77,7 @@ def fault_in(name: str, error: Exception) -> str:
     """
     folder, searched = Path(name), 0
     for file in sorted(folder.rglob("*")) if folder.is_dir() else ():
-        kind = kind_of(file.name)
+        kind = _kind_of(file)
         if kind is None or not file.is_file() or searched >= _SEARCHED:
             continue
         searched += file.stat().st_size
@@ -149,32 +108,41 @@ def reason(error: BaseException) -> str:
     return text if text.endswith(".") else f"{text}."
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence datasets' log about a broken file, which the exception describes."""
-    level = datasets.utils.logging.get_verbosity()
-    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
+def _read(file: Path, cache_dir: str | None) -> Dataset:
+    kind = _kind_of(file)
+    if kind is None:
+        raise UsageError(f"must end with one of {', '.join(sorted(KINDS))} (or that and .gz).")
+    if not file.is_file():
+        raise UsageError("there is no such file.")
+    path = os.path.abspath(file)
+    if _CHAIN in path:
+        raise UsageError(f"datasets splits paths at {_CHAIN}; rename the file or its folder.")
+    fault = _fault(file, kind)
+    if fault is not None:
+        raise UsageError(fault)
+    # datasets would take a plain string for a pattern; the cache depends on time and size of the file
+    origin = [(str(file.stat().st_mtime_ns), str(file.stat().st_size))]
+    data_files = DataFilesDict({"train": DataFilesList([path], origin)})
     try:
-        yield
-    finally:
-        datasets.utils.logging.set_verbosity(level)
+        rows = load_dataset(kind, data_files=data_files, split="train", cache_dir=cache_dir)
+        return _whole_numbers(rows, path) if kind == "csv" else rows
+    except UsageError:
+        raise
+    except Exception as error:  # each reader has its own exceptions for broken files
+        raise UsageError(_fault(file, kind, parse=True) or reason(error)) from error
 
 
-def _files_of(folder: Path) -> dict[str, DataFilesDict]:
-    """Return `data_files` for a folder whose path datasets would take for a pattern; else nothing."""
-    path = str(folder.resolve())
-    if not folder.is_dir() or not (glob.has_magic(path) or _CHAIN in path):
-        return {}
-    card = folder / "README.md"
-    has_configs = card.is_file() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace")
-    if _CHAIN in path or has_configs:
+def _require_literal(name: str) -> None:
+    path = str(Path(name).resolve())
+    if Path(name).is_dir() and (glob.has_magic(path) or _CHAIN in path):
         raise UsageError(f"{path}: datasets takes this path for a pattern; rename it without *, ?, [, ] and ::.")
-    base = glob.escape(path)
-    return {"data_files": DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)}
 
 
-def _opened(file: Path) -> IO[bytes]:
-    return cast("IO[bytes]", gzip.open(file) if file.suffix.lower() == _GZIPPED else file.open("rb"))
+def _kind_of(file: Path) -> str | None:
+    """Return the reader of datasets for a file; gzipped files without another suffix are JSON."""
+    if file.suffix.lower() == _GZIPPED:
+        return KINDS.get(Path(file.stem).suffix.lower(), "json")
+    return KINDS.get(file.suffix.lower())
 
 
 def _fault(file: Path, kind: str, parse: bool = False) -> str | None:
@@ -187,17 +155,19 @@ def _fault(file: Path, kind: str, parse: bool = False) -> str | None:
     if kind == "parquet":
         return None
     try:
-        with _opened(file) as opened:
+        with cast("IO[bytes]", gzip.open(file) if file.suffix.lower() == _GZIPPED else file.open("rb")) as opened:
             beginning = opened.read(_BEGINNING)
             if beginning.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in beginning:
                 return "is no UTF-8 text but UTF-16 or binary; save it as UTF-8."
             opened.seek(0)
-            return _line_fault(file, opened, kind == "json" and parse) if kind == "json" or parse else None
+            is_lines = ".jsonl" in file.suffixes
+            return _line_fault(opened, kind == "json" and parse, is_lines) if kind == "json" or parse else None
     except (OSError, EOFError, zlib.error) as error:
         return f"cannot be read: {error}."
 
 
-def _line_fault(file: Path, lines: IO[bytes], is_json: bool) -> str | None:
+def _line_fault(lines: IO[bytes], is_json: bool, is_lines: bool) -> str | None:
+    """Return what is wrong with the first broken line; a file that is not `is_lines` may be one JSON value."""
     for number, line in enumerate(lines, 1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -206,28 +176,22 @@ def _line_fault(file: Path, lines: IO[bytes], is_json: bool) -> str | None:
         except UnicodeDecodeError as error:
             return f"line {number} is no UTF-8 ({error.reason}); save the file as UTF-8."
         except json.JSONDecodeError as error:
-            if number == 1 and ".jsonl" not in file.suffixes:
-                return _fault_of_value(line + lines.read())
-            return f"line {number} is no JSON: {error.msg} at column {error.colno}. Mend it or take it out."
+            if number > 1 or is_lines:
+                return f"line {number} is no JSON: {error.msg} at column {error.colno}. Mend it or take it out."
+            try:
+                parse_json((line + lines.read()).decode("utf-8-sig", errors="replace"))
+            except json.JSONDecodeError as of_value:
+                return f"line {of_value.lineno} is no JSON: {of_value.msg} at column {of_value.colno}."
+            return None
     return None
 
 
-def _fault_of_value(content: bytes) -> str | None:
-    """Return where a JSON value of several lines is broken."""
-    try:
-        parse_json(content.decode("utf-8-sig", errors="replace"))
-    except json.JSONDecodeError as error:
-        return f"line {error.lineno} is no JSON: {error.msg} at column {error.colno}."
-    return None
-
-
-def _whole_numbers(rows: Dataset, file: Path) -> Dataset:
+def _whole_numbers(rows: Dataset, path: str) -> Dataset:
     """Return the rows of a CSV file with whole numbers, of which pandas makes floats beside blank cells.
 
     Raises:
         UsageError: if pandas took the first column for an index.
     """
-    path = os.path.abspath(file)  # pandas would take some relative paths for addresses
     if not isinstance(pd.read_csv(path, nrows=1).index, pd.RangeIndex):
         raise UsageError("its rows have more cells than its header; name every column in the first line.")
     for place, (column, feature) in enumerate(rows.features.items()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,16 +20,8 @@ from lorapro_hf.recipes.endings import one_line_errors, with_a_way_on
 
 logger = logging.getLogger(__name__)
 
-
-def as_program(main: Callable[[list[str] | None], None]) -> Callable[..., None]:
-    """Decorate the `main` of a script with `one_line_errors`."""
-
-    @wraps(main)
-    def program(argv: list[str] | None = None) -> None:
-        with one_line_errors():
-            main(argv)
-
-    return program
+as_program = one_line_errors()
+"""Decorator for the `main` of a script."""
 
 
 def start(arguments: TrainingArguments) -> None:
@@ -52,17 +44,6 @@ def start(arguments: TrainingArguments) -> None:
     set_seed(arguments.seed)
 
 
-def _require_resumable(arguments: TrainingArguments) -> None:
-    """Refuse an incomplete checkpoint; the trainer, which knows the engine, checks it fully."""
-    asked, output = checkpoint_to_resume(arguments), Path(arguments.output_dir)
-    if asked is None or not getattr(arguments, "lora_pro", True):
-        return
-    if asked is True:
-        newest_complete(output, checkpoints_in(output), partial(find_flaw, checksums=False))
-    else:
-        require_complete(Path(asked), checksums=False)
-
-
 def checkpoint_to_resume(arguments: TrainingArguments) -> str | Literal[True] | None:
     """Return the folder to resume from, `True` for the newest complete checkpoint, or `None` to start anew.
 
@@ -82,11 +63,9 @@ def checkpoint_to_resume(arguments: TrainingArguments) -> str | Literal[True] | 
         raise UsageError(
             f"--resume_from_checkpoint: {output} has no checkpoint. Leave it out to start anew, or name a folder."
         )
-    if asked is None or asked is True:
-        return asked
-    if not Path(asked).is_dir():
+    if asked not in (None, True) and not Path(asked).is_dir():
         raise UsageError(f"--resume_from_checkpoint {asked}: there is no such folder.")
-    return str(asked)
+    return asked
 
 
 def run(
@@ -96,10 +75,10 @@ def run(
     finish_metrics: Callable[[dict[str, float]], dict[str, float]] = lambda metrics: metrics,
     lines_of: Callable[[Any], Iterable[str]] | None = None,
 ) -> dict[str, float]:
-    """Train, evaluate and predict as the arguments ask.
+    """Train, evaluate and predict as the arguments ask, and return all metrics by name.
 
     `output_dir` gets the adapter, its model card, `trainer_state.json`, and the metrics in `all_results.json` and in a
-    file for each split; `predictions.txt` gets the predictions.
+    file for each split.
 
     Args:
         trainer: A trainer with the datasets that it needs.
@@ -108,9 +87,6 @@ def run(
         finish_metrics: Adds metrics to those of a split, such as the perplexity.
         lines_of: Turns the output of `Trainer.predict` into the lines of `predictions.txt`.
 
-    Returns:
-        All metrics, by their names in `all_results.json`.
-
     Raises:
         DiskFullError: if a file could not be written to its end.
     """
@@ -118,7 +94,7 @@ def run(
     metrics: dict[str, float] = {}
     if "finetuned_from" in card and Path(card["finetuned_from"]).exists():
         del card["finetuned_from"]  # the Hub would refuse a local path as the name of a model
-    with with_a_way_on(trainer):
+    with with_a_way_on(arguments):
         if arguments.do_train:
             _log_parameters(trainer)
             result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments))
@@ -140,6 +116,17 @@ def run(
     if arguments.do_train and trainer.is_world_process_zero():
         logger.info("The adapter and its model card, README.md, lie in %s", arguments.output_dir)
     return metrics
+
+
+def _require_resumable(arguments: TrainingArguments) -> None:
+    """Refuse an incomplete checkpoint; the trainer, which knows the engine, checks it fully."""
+    asked, output = checkpoint_to_resume(arguments), Path(arguments.output_dir)
+    if asked is None or not getattr(arguments, "lora_pro", True):
+        return
+    if asked is True:
+        newest_complete(output, checkpoints_in(output), partial(find_flaw, checksums=False))
+    else:
+        require_complete(Path(asked), checksums=False)
 
 
 def _log_parameters(trainer: Trainer) -> None:

@@ -31,49 +31,32 @@ class InstructionArguments(DataArguments):
     """The data set: conversations, prompts with completions, or columns that become prompts and completions."""
 
     prompt_column: str | None = HfArg(default=None, help="Column with the instruction or question.")
-    input_column: str | None = HfArg(
-        default=None, help="Column with the material of the instruction; blank cells add nothing."
-    )
+    input_column: str | None = HfArg(default=None, help="Column with the instruction's material; may be blank.")
     completion_column: str | None = HfArg(default=None, help="Column with the answer.")
     prompt_template: str | None = HfArg(
-        default=None,
-        help="Template for --prompt_column: alpaca, chat (the tokenizer's chat template) or a text with "
-        "{instruction}. By default none.",
+        default=None, help="alpaca, chat (the tokenizer's chat template) or a text with {instruction}."
     )
     completion_pattern: str | None = HfArg(
         default=None, help="Regular expression: keep the part of an answer that it matches, drop rows without a match."
     )
-    keep_where: list[str] | None = HfArg(
-        default=None, help="COLUMN=PATTERN: keep rows in which each regular expression matches."
-    )
-    drop_where: list[str] | None = HfArg(
-        default=None, help="COLUMN=PATTERN: drop rows in which a regular expression matches."
-    )
-    drop_longer_than: int | None = HfArg(
-        default=None, help="Drop rows whose prompt and completion together have more tokens."
-    )
+    keep_where: list[str] | None = HfArg(default=None, help="COLUMN=REGEX: keep rows in which each matches.")
+    drop_where: list[str] | None = HfArg(default=None, help="COLUMN=REGEX: drop rows in which one matches.")
+    drop_longer_than: int | None = HfArg(default=None, help="Drop rows with more tokens in prompt and completion.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_positive("drop_longer_than")
         if (self.prompt_column is None) != (self.completion_column is None):
             raise UsageError("--prompt_column and --completion_column go together.")
-        if self.prompt_column is None:
-            for name in ("input_column", "prompt_template", "completion_pattern", "drop_longer_than"):
-                if getattr(self, name) is not None:
-                    raise UsageError(f"--{name} needs --prompt_column and --completion_column.")
-        conditions(self.keep_where)
-        conditions(self.drop_where)
-        if self.completion_pattern is not None:
-            _compiled(self.completion_pattern)
+        for name in ("input_column", "prompt_template", "completion_pattern", "drop_longer_than"):
+            if self.prompt_column is None and getattr(self, name) is not None:
+                raise UsageError(f"--{name} needs --prompt_column and --completion_column.")
+        conditions([*(self.keep_where or ()), *(self.drop_where or ())])
+        _compiled(self.completion_pattern or "")
 
 
 def conditions(words: list[str] | None) -> list[tuple[str, re.Pattern[str]]]:
-    """Return the column and the regular expression of each word `COLUMN=PATTERN`.
-
-    Raises:
-        UsageError: if a word has another form, or its pattern is no regular expression.
-    """
+    """Return the column and the regular expression of each word `COLUMN=PATTERN`; `UsageError` for other words."""
     parsed = []
     for word in words or []:
         column, _, pattern = word.partition("=")
@@ -99,7 +82,7 @@ def prepared(
 ) -> Dataset:
     """Return the rows that the conditions keep, with columns `prompt` and `completion` if columns are named.
 
-    Numbers become texts, and rows without a prompt or completion are dropped. A condition never holds in a blank cell.
+    Numbers become texts, and rows without a prompt or completion are dropped. No condition matches a blank cell.
 
     Raises:
         UsageError: if a column or template does not exist, a cell holds something other than text, or no row is left.
@@ -111,11 +94,11 @@ def prepared(
     for column, _ in keep + drop:
         require_plain(rows, column, where, scalars=True)
 
-    def holds(row: dict[str, Any], column: str, pattern: re.Pattern[str]) -> bool:
+    def matches(row: dict[str, Any], column: str, pattern: re.Pattern[str]) -> bool:
         return row[column] is not None and pattern.search(str(row[column])) is not None
 
     def stays(row: dict[str, Any]) -> bool:
-        return all(holds(row, *each) for each in keep) and not any(holds(row, *each) for each in drop)
+        return all(matches(row, *each) for each in keep) and not any(matches(row, *each) for each in drop)
 
     if keep or drop:
         rows = rows.filter(stays, **data.map_kwargs)
@@ -124,18 +107,14 @@ def prepared(
         rows = with_texts(rows, columns, where, need_text=columns[1:], map_kwargs=data.map_kwargs)
         if data.input_column is not None:
             require_plain(rows, data.input_column, where)
-        rows = _with_prompts(rows, columns, data, tokenizer, templates)
+        rows = _with_prompts(rows, data, tokenizer, templates)
     if not len(rows):
         raise UsageError("no row is left; see --keep_where, --drop_where, --completion_pattern, --drop_longer_than.")
     return rows
 
 
 def _with_prompts(
-    rows: Dataset,
-    columns: tuple[str, str],
-    data: InstructionArguments,
-    tokenizer: PreTrainedTokenizerBase,
-    templates: Mapping[str, str],
+    rows: Dataset, data: InstructionArguments, tokenizer: PreTrainedTokenizerBase, templates: Mapping[str, str]
 ) -> Dataset:
     name, limit = data.prompt_template or "{instruction}", data.drop_longer_than
     template = templates.get(name, name)
@@ -145,7 +124,7 @@ def _with_prompts(
     pattern = None if data.completion_pattern is None else re.compile(data.completion_pattern)
 
     def rewrite(row: dict[str, Any]) -> dict[str, Any]:
-        instruction, completion = (row[column] for column in columns)
+        instruction, completion = row[str(data.prompt_column)], row[str(data.completion_column)]
         material = None if data.input_column is None else row[data.input_column]
         if material is not None and str(material).strip():
             instruction = f"{instruction}\n\n{material}"

@@ -1,4 +1,4 @@
-"""What do the scripts on TRL's trainers share?"""
+"""How do the scripts on TRL's trainers prepare settings, rows and model?"""
 
 from __future__ import annotations
 
@@ -18,10 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def complete(training: TrainingArguments, model: ModelArguments, data: DataArguments) -> None:
-    """Set TRL's defaults in the training's settings, and copy settings that two groups of arguments share.
-
-    As in TRL's scripts, a call without `--do_train`, `--do_eval` and `--do_predict` trains.
-    """
+    """Set TRL's defaults in the settings of the training: without `--do_...` it trains."""
     if not (training.do_train or training.do_predict or (training.do_eval and training.eval_strategy == "no")):
         training.do_train = True
     settings: Any = training

@@ -21,99 +21,76 @@ Metric = Callable[[Any, Any], dict[str, float]]
 """A function of predictions and references."""
 
 GLUE_METRICS = {
+    **dict.fromkeys(("mnli", "qnli", "rte", "sst2", "wnli"), "accuracy"),
+    **dict.fromkeys(("mrpc", "qqp"), "accuracy_and_f1"),
     "cola": "matthews_correlation",
-    "mnli": "accuracy",
-    "mrpc": "accuracy_and_f1",
-    "qnli": "accuracy",
-    "qqp": "accuracy_and_f1",
-    "rte": "accuracy",
-    "sst2": "accuracy",
     "stsb": "pearson_and_spearman",
-    "wnli": "accuracy",
 }
 
 
-def accuracy(predictions: Any, references: Any) -> dict[str, float]:
-    """Return the fraction of right labels."""
+def _accuracy(predictions: Any, references: Any) -> dict[str, float]:
     return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
 
 
-def accuracy_and_f1(predictions: Any, references: Any) -> dict[str, float]:
-    """Return the fraction of right labels, F1 of label 1, and their mean."""
+def _accuracy_and_f1(predictions: Any, references: Any) -> dict[str, float]:
     from sklearn.metrics import f1_score
 
-    right, f1 = accuracy(predictions, references)["accuracy"], float(f1_score(references, predictions))
+    right, f1 = _accuracy(predictions, references)["accuracy"], float(f1_score(references, predictions))
     return {"accuracy": right, "f1": f1, "combined_score": (right + f1) / 2}
 
 
-def matthews_correlation(predictions: Any, references: Any) -> dict[str, float]:
-    """Return Matthews' correlation coefficient."""
+def _matthews_correlation(predictions: Any, references: Any) -> dict[str, float]:
     from sklearn.metrics import matthews_corrcoef
 
     return {"matthews_correlation": float(matthews_corrcoef(references, predictions))}
 
 
-def pearson_and_spearman(predictions: Any, references: Any) -> dict[str, float]:
-    """Return Pearson's and Spearman's correlations and their mean."""
+def _pearson_and_spearman(predictions: Any, references: Any) -> dict[str, float]:
     from scipy.stats import pearsonr, spearmanr
 
-    values = np.asarray(predictions, dtype=np.float64), np.asarray(references, dtype=np.float64)
-    pearson, spearman = float(pearsonr(*values)[0]), float(spearmanr(*values)[0])
+    pearson, spearman = (float(correlation(predictions, references)[0]) for correlation in (pearsonr, spearmanr))
     return {"pearson": pearson, "spearmanr": spearman, "combined_score": (pearson + spearman) / 2}
 
 
-def mse(predictions: Any, references: Any) -> dict[str, float]:
-    """Return the mean squared error."""
-    errors = np.asarray(predictions, dtype=np.float64) - np.asarray(references, dtype=np.float64)
-    return {"mse": float(np.mean(errors**2))}
+def _mse(predictions: Any, references: Any) -> dict[str, float]:
+    return {"mse": float(np.mean((np.asarray(predictions) - np.asarray(references)) ** 2))}
 
 
-def exact_match(predictions: list[str], references: list[str]) -> dict[str, float]:
-    """Return the fraction of texts that equal their reference."""
-    equal = [text == reference for text, reference in zip(predictions, references, strict=True)]
-    return {"exact_match": float(np.mean(equal))}
+def _exact_match(predictions: list[str], references: list[str]) -> dict[str, float]:
+    return {"exact_match": float(np.mean([text == right for text, right in zip(predictions, references, strict=True)]))}
 
 
-def rouge(predictions: list[str], references: list[str]) -> dict[str, float]:
-    """Return the F-measures of ROUGE-1, -2, -L and -Lsum with stemming, in percent."""
+def _rouge(predictions: list[str], references: list[str]) -> dict[str, float]:
     from rouge_score.rouge_scorer import RougeScorer
 
     kinds = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
-    scorer = RougeScorer(kinds, use_stemmer=True)
-    scores = [scorer.score(reference, text) for reference, text in zip(references, predictions, strict=True)]
+    scores = list(map(RougeScorer(kinds, use_stemmer=True).score, references, predictions))
     return {kind: 100 * float(np.mean([score[kind].fmeasure for score in scores])) for kind in kinds}
 
 
-def sacrebleu(predictions: list[str], references: list[str]) -> dict[str, float]:
-    """Return BLEU of the whole corpus with SacreBLEU's tokenizer, in percent."""
+def _sacrebleu(predictions: list[str], references: list[str]) -> dict[str, float]:
     from sacrebleu import corpus_bleu
 
     return {"bleu": float(corpus_bleu(predictions, [references]).score)}
 
 
-def wer(predictions: list[str], references: list[str]) -> dict[str, float]:
-    """Return the word errors (substitutions, deletions, insertions) for each word of the references."""
+def _wer(predictions: list[str], references: list[str]) -> dict[str, float]:
     import jiwer
 
     return {"wer": float(jiwer.wer(references, predictions))}
 
 
-METRICS: dict[str, tuple[Metric, str | None]] = {
-    "accuracy": (accuracy, None),
-    "accuracy_and_f1": (accuracy_and_f1, "sklearn"),
-    "matthews_correlation": (matthews_correlation, "sklearn"),
-    "pearson_and_spearman": (pearson_and_spearman, "scipy"),
-    "mse": (mse, None),
-    "exact_match": (exact_match, None),
-    "rouge": (rouge, "rouge_score"),
-    "sacrebleu": (sacrebleu, "sacrebleu"),
-    "wer": (wer, "jiwer"),
-}
-"""The metrics by name, each with the library that it needs."""
-
-_KINDS = {
-    **dict.fromkeys(("pearson_and_spearman", "mse"), "float64"),
-    **dict.fromkeys(("exact_match", "rouge", "sacrebleu", "wer"), "string"),
+# each with the library that it needs and the type of predictions and references
+_METRICS: dict[str, tuple[Metric, str, str]] = {
+    "accuracy": (_accuracy, "numpy", "int64"),
+    "accuracy_and_f1": (_accuracy_and_f1, "sklearn", "int64"),
+    "matthews_correlation": (_matthews_correlation, "sklearn", "int64"),
+    "pearson_and_spearman": (_pearson_and_spearman, "scipy", "float64"),
+    "mse": (_mse, "numpy", "float64"),
+    "exact_match": (_exact_match, "numpy", "string"),
+    "rouge": (_rouge, "rouge_score", "string"),  # F-measures with stemming, in percent
+    "sacrebleu": (_sacrebleu, "sacrebleu", "string"),  # of the whole corpus, in percent
+    "wer": (_wer, "jiwer", "string"),
 }
 
 
@@ -125,34 +102,26 @@ class OfflineMetric(evaluate.Metric):
         super().__init__(keep_in_memory=True)
 
     def _info(self) -> evaluate.MetricInfo:
-        features = Features({part: Value(self._kind) for part in ("predictions", "references")})
-        return evaluate.MetricInfo(
-            description=str(self._function.__doc__), citation="", inputs_description="", features=features
-        )
+        features = Features(dict.fromkeys(("predictions", "references"), Value(self._kind)))
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, float]:
         return self._function(predictions, references)
 
 
 def load_metric(name: str) -> Metric:
-    """Return a metric of `METRICS`, as a function of predictions and references.
+    """Return the metric of this name, as a function of predictions and references.
 
     Raises:
         UsageError: if its library is missing, so that a training does not fail at its end.
     """
-    metric, library = METRICS[name]
+    function, library, kind = _METRICS[name]
     try:
-        if library is not None:
-            import_module(library)
+        import_module(library)
     except ImportError as error:
         raise UsageError(f"the metric {name} needs {library}: {install_command('scripts')}.") from error
-    module = OfflineMetric(metric, _KINDS.get(name, "int64"))
-
-    def compute(predictions: Any, references: Any) -> dict[str, float]:
-        found: dict[str, float] = module.compute(predictions=predictions, references=references)
-        return found
-
-    return compute
+    metric = OfflineMetric(function, kind)
+    return lambda predictions, references: metric.compute(predictions=predictions, references=references) or {}
 
 
 def of_labels(name: str, is_regression: bool = False) -> Callable[[Any], dict[str, float]]:

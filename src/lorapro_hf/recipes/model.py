@@ -16,7 +16,7 @@ from transformers.hf_argparser import HfArg
 
 from lorapro_hf.checkpoints.adapters import ADAPTER_FILES
 from lorapro_hf.options import UsageError
-from lorapro_hf.recipes.hub import sought
+from lorapro_hf.recipes.endings import sought
 from lorapro_hf.recipes.targets import require_known_names
 
 _PATTERN = re.compile(r"[*+?()\[\]|\\^$]")  # characters of a regular expression that no name has
@@ -33,15 +33,11 @@ class ModelArguments:
     model_name_or_path: str = HfArg(help="Base model: a name on the Hub or a local folder.")
     config_name: str | None = HfArg(default=None, help="Configuration, if not the model's own.")
     tokenizer_name: str | None = HfArg(default=None, help="Tokenizer or processor, if not the model's own.")
-    gguf_file: str | None = HfArg(
-        default=None, help="GGUF file of the model's folder to load and dequantize (extra 'demo')."
-    )
+    gguf_file: str | None = HfArg(default=None, help="GGUF file of the model's folder to dequantize (extra 'demo').")
     cache_dir: str | None = HfArg(default=None, help="Folder for downloads.")
     model_revision: str = HfArg(default="main", help="Branch, tag or commit of the model.")
     token: str | None = HfArg(default=None, help="Token for the Hub, if not the one you logged in with.")
-    trust_remote_code: bool = HfArg(
-        default=False, help="Run code that comes with the model. Read it before you set this."
-    )
+    trust_remote_code: bool = HfArg(default=False, help="Run code that comes with the model; read it first.")
     dtype: str | None = HfArg(
         default=None,
         help="Precision of the base model; by default the checkpoint's (under transformers 4 float32).",
@@ -50,9 +46,7 @@ class ModelArguments:
     attn_implementation: str | None = HfArg(default=None, help="Attention: eager, sdpa, flash_attention_2, ...")
     load_in_4bit: bool = HfArg(default=False, help="Quantize the base model to 4 bits (QLoRA).")
     load_in_8bit: bool = HfArg(default=False, help="Quantize the base model to 8 bits.")
-    bnb_4bit_quant_type: str = HfArg(
-        default="nf4", help="Data type of the 4 bits.", metadata={"choices": ["nf4", "fp4"]}
-    )
+    bnb_4bit_quant_type: str = HfArg(default="nf4", help="Type of the 4 bits.", metadata={"choices": ["nf4", "fp4"]})
     use_bnb_nested_quant: bool = HfArg(default=False, help="Quantize the scales of 4 bits as well.")
 
     def __post_init__(self) -> None:
@@ -75,27 +69,20 @@ class AdapterArguments:
     """The LoRA adapter, by TRL's names."""
 
     adapter_name_or_path: str | None = HfArg(
-        default=None, help="Adapter on the Hub or in a folder to continue or evaluate, in place of a new one."
+        default=None, help="Adapter on the Hub or in a folder to continue or evaluate, instead of a new one."
     )
     lora_r: int = HfArg(default=8, help="Rank.")
     lora_alpha: float = HfArg(default=16, help="The update is scaled by lora_alpha / lora_r.")
     lora_dropout: float = HfArg(default=0.0, help="Dropout before the adapter.")
     lora_target_modules: list[str] = HfArg(
         default_factory=lambda: ["all-linear"],
-        help="Names of the layers to adapt, all-linear (all but the head), or one regular expression that whole "
-        "names match, such as '.*language_model.*_proj'.",
+        help="Names of layers, all-linear (all but the head), or one regular expression such as '.*model.*_proj'.",
     )
-    lora_target_parameters: list[str] | None = HfArg(
-        default=None, help="Parameters to adapt that belong to no layer of their own (packed experts)."
-    )
-    lora_modules_to_save: list[str] | None = HfArg(
-        default=None, help="Layers to train whole; heads that a task adds are trained whole in any case."
-    )
+    lora_target_parameters: list[str] | None = HfArg(default=None, help="Parameters to adapt, such as packed experts.")
+    lora_modules_to_save: list[str] | None = HfArg(default=None, help="Layers to train whole, besides a task's head.")
     use_rslora: bool = HfArg(default=False, help="Scale by lora_alpha / sqrt(lora_r) (rsLoRA).")
     use_dora: bool = HfArg(default=False, help="Weight-decomposed adapter (DoRA).")
-    init_lora_weights: str = HfArg(
-        default="true", help="Start of the factors: true (B = 0), gaussian, orthogonal, olora, pissa."
-    )
+    init_lora_weights: str = HfArg(default="true", help="Start: true (B = 0), gaussian, orthogonal, olora, pissa.")
 
     def __post_init__(self) -> None:
         name = self.init_lora_weights = str(self.init_lora_weights).lower()
@@ -109,22 +96,14 @@ class AdapterArguments:
 
     def lora_config(self, task_type: str | None) -> LoraConfig:
         """Return PEFT's configuration of the adapter, for PEFT's name of a task such as `"CAUSAL_LM"`."""
+        settings = {name: getattr(self, flag) for name, flag in _FLAGS.items()}
+        settings["modules_to_save"] = list(self.lora_modules_to_save or ()) or None  # PEFT appends heads to it
+        if self.init_lora_weights in ("true", "false"):
+            settings["init_lora_weights"] = self.init_lora_weights == "true"
         targets = self.lora_target_modules
-        is_pattern = len(targets) == 1 and _PATTERN.search(targets[0]) is not None
-        # older versions of PEFT do not have this setting
-        packed = {"target_parameters": self.lora_target_parameters} if self.lora_target_parameters else {}
-        return LoraConfig(
-            r=self.lora_r,
-            lora_alpha=self.lora_alpha,
-            lora_dropout=self.lora_dropout,
-            use_rslora=self.use_rslora,
-            use_dora=self.use_dora,
-            init_lora_weights={"true": True, "false": False}.get(self.init_lora_weights, self.init_lora_weights),
-            target_modules=targets[0] if is_pattern or targets == ["all-linear"] else targets,
-            modules_to_save=list(self.lora_modules_to_save) if self.lora_modules_to_save else None,
-            task_type=task_type,
-            **packed,
-        )
+        if targets == ["all-linear"] or (len(targets) == 1 and _PATTERN.search(targets[0])):
+            settings["target_modules"] = targets[0]
+        return LoraConfig(**settings, task_type=task_type)
 
 
 def load_model(auto_class: Any, arguments: ModelArguments, **kwargs: Any) -> Any:
@@ -132,7 +111,6 @@ def load_model(auto_class: Any, arguments: ModelArguments, **kwargs: Any) -> Any
     if arguments.config_name is not None and "config" not in kwargs:
         config, kwargs = load_config(arguments, return_unused_kwargs=True, **kwargs)
         kwargs["config"] = config
-    kwargs = {**arguments.hub_kwargs, **kwargs}
     if arguments.dtype is not None:
         kwargs["dtype"] = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     optional = {
@@ -141,31 +119,33 @@ def load_model(auto_class: Any, arguments: ModelArguments, **kwargs: Any) -> Any
         "quantization_config": quantization_config(arguments),
     }
     kwargs |= {name: value for name, value in optional.items() if value is not None}
-    with sought("the model", arguments.model_name_or_path):
-        return auto_class.from_pretrained(arguments.model_name_or_path, **kwargs)
+    return _load("model", auto_class, arguments.model_name_or_path, arguments, **kwargs)
 
 
 def load_config(arguments: ModelArguments, **kwargs: Any) -> Any:
     """Return the configuration that the arguments name, or the model's own, with `kwargs` set."""
     source = arguments.config_name or arguments.model_name_or_path
-    with sought("the configuration of the model", source):
-        return AutoConfig.from_pretrained(source, **kwargs, **arguments.hub_kwargs)
+    return _load("configuration of the model", AutoConfig, source, arguments, **kwargs)
 
 
 def load_processor(auto_class: Any, source: str, arguments: ModelArguments) -> Any:
     """Return an image processor or feature extractor."""
-    with sought("the processor of the model", source):
-        return auto_class.from_pretrained(source, **arguments.hub_kwargs)
+    return _load("processor of the model", auto_class, source, arguments)
 
 
 def load_tokenizer(arguments: ModelArguments) -> PreTrainedTokenizerBase:
     """Return the tokenizer that the arguments name, or the model's own."""
-    source, gguf = arguments.tokenizer_name, {}
+    source, kwargs = arguments.tokenizer_name, {}
     if source is None:
         source = arguments.model_name_or_path
-        gguf = {} if arguments.gguf_file is None else {"gguf_file": arguments.gguf_file}
-    with sought("the tokenizer of the model", source):
-        return AutoTokenizer.from_pretrained(source, **gguf, **arguments.hub_kwargs)
+        kwargs = {} if arguments.gguf_file is None else {"gguf_file": arguments.gguf_file}
+    tokenizer: PreTrainedTokenizerBase = _load("tokenizer of the model", AutoTokenizer, source, arguments, **kwargs)
+    return tokenizer
+
+
+def _load(kind: str, auto_class: Any, source: str, arguments: ModelArguments, **kwargs: Any) -> Any:
+    with sought(f"the {kind}", source):
+        return auto_class.from_pretrained(source, **{**arguments.hub_kwargs, **kwargs})
 
 
 def quantization_config(arguments: ModelArguments) -> BitsAndBytesConfig | None:
@@ -182,6 +162,13 @@ def quantization_config(arguments: ModelArguments) -> BitsAndBytesConfig | None:
     )
 
 
+def layers_without_weights(model: PreTrainedModel, missing_keys: Collection[str]) -> set[str]:
+    """Return the layers that start at random: heads, and layers between the base model and the head."""
+    prefix = f"{model.base_model_prefix}."
+    inside = {key.rpartition(".")[0] for key in missing_keys if key.startswith(prefix)}
+    return inside | {key.partition(".")[0] for key in missing_keys if not key.startswith(prefix)}
+
+
 def add_adapter(
     model: PreTrainedModel,
     arguments: AdapterArguments,
@@ -190,15 +177,15 @@ def add_adapter(
     head: str | None = None,
     new_layers: Collection[str] = (),
 ) -> PeftModel:
-    """Return the frozen model with a new adapter, or with the adapter that the arguments name.
+    """Return the frozen model, quantized or not, with a new adapter or with the adapter that the arguments name.
 
     Args:
-        model: The base model, quantized or not.
+        model: The base model.
         arguments: The settings of the adapter.
         task_type: PEFT's name of the task.
         gradient_checkpointing: Whether the training recomputes activations, which requires inputs with gradients.
         head: The layer that the task adds, to be trained whole, for tasks without a name in PEFT.
-        new_layers: Layers from `layers_without_weights`, which are trained whole so that the adapter has their weights.
+        new_layers: Layers from `layers_without_weights`, trained whole so that the adapter has their weights.
 
     Raises:
         UsageError: if the arguments name a layer or parameter that the model does not have.
@@ -211,14 +198,14 @@ def add_adapter(
         )
     elif gradient_checkpointing:
         model.enable_input_require_grads()
+    heads = {*new_layers, *([head] if head else [])}
     heads_of_peft = {"classifier", "score"} if task_type == "SEQ_CLS" else set()
-    heads = {*new_layers, *heads_of_peft, *([] if head is None else [head])}
     if arguments.adapter_name_or_path is not None:
-        return _with_wide_heads(continued_adapter(model, arguments), heads)
+        return _with_wide_heads(continued_adapter(model, arguments), heads | heads_of_peft)
     config = arguments.lora_config(task_type)
     require_known_names(model, config)
     new = sorted({*new_layers} - heads_of_peft)
-    added = [*([] if head is None else [head]), *new]
+    added = [*([head] if head else []), *new]
     if added:
         config.modules_to_save = [*(config.modules_to_save or []), *added]
     if new:  # `all-linear` must not adapt them
@@ -227,36 +214,33 @@ def add_adapter(
     targets = adapted.active_peft_config.target_modules
     if isinstance(targets, set) and head is not None:
         targets.discard(head)  # `all-linear` lists it, and PEFT would save a head named lm_head twice
-    return _with_wide_heads(adapted, heads)
+    return _with_wide_heads(adapted, heads | heads_of_peft)
 
 
 def continued_adapter(model: PreTrainedModel, arguments: AdapterArguments) -> PeftModel:
     """Return the model with the adapter that the arguments name, ready to be trained.
 
     Raises:
-        UsageError: if the folder has no weights, or the arguments set what the adapter has otherwise.
+        UsageError: if the folder has no weights, or the arguments contradict the adapter's own settings.
     """
-    folder = Path(str(arguments.adapter_name_or_path))
+    source = str(arguments.adapter_name_or_path)
+    folder = Path(source)
     if (folder / "adapter_config.json").is_file() and not any((folder / name).is_file() for name in ADAPTER_FILES):
         raise UsageError(f"the adapter {folder} has no weights, {ADAPTER_FILES[0]}: save it again, or name another.")
-    with sought("the adapter", arguments.adapter_name_or_path):
-        adapted = PeftModel.from_pretrained(model, arguments.adapter_name_or_path, is_trainable=True)
-    _require_own_settings(arguments, adapted.active_peft_config)
-    return adapted
-
-
-def _require_own_settings(arguments: AdapterArguments, own_config: Any) -> None:
-    configs = (arguments.lora_config(None), AdapterArguments().lora_config(None), own_config)
+    with sought("the adapter", source):
+        adapted = PeftModel.from_pretrained(model, source, is_trainable=True)
+    configs = (arguments.lora_config(None), AdapterArguments().lora_config(None), adapted.active_peft_config)
     for name, flag in _FLAGS.items():
         wanted, default, own = (_sorted(getattr(config, name, None)) for config in configs)
         if name == "modules_to_save" and set(wanted or ()) <= set(own or ()):  # `own` also has heads
             continue
         if wanted not in (default, own):
             raise UsageError(
-                f"the adapter {arguments.adapter_name_or_path} has {name}={own!r}, which --{flag} "
+                f"the adapter {source} has {name}={own!r}, which --{flag} "
                 f"{' '.join(wanted) if isinstance(wanted, list) else wanted} cannot change; leave {flag} out of flags "
                 "and recipe, or train a new adapter without --adapter_name_or_path."
             )
+    return adapted
 
 
 def _sorted(value: Any) -> Any:

@@ -29,13 +29,8 @@ class RecipeParser(HfArgumentParser):
     ```
 
     A recipe has a line `flag: value` for each setting: a list for flags with several values, a mapping for flags that
-    take JSON. Two keys are the recipe's own: `script` names its program, and `extends` names one or more recipes,
+    take JSON. Its key `script` names its program, which must be `prog`. Its key `extends` names one or more recipes,
     beside this one or of the package, from which it inherits settings; later recipes win, and `null` removes a setting.
-
-    Args:
-        dataclass_types: As in `HfArgumentParser`.
-        prog: File name of the script; recipes for another script are refused.
-        **kwargs: As in `argparse.ArgumentParser`.
     """
 
     def __init__(self, dataclass_types: Iterable[Any], prog: str | None = None, **kwargs: Any) -> None:
@@ -55,10 +50,10 @@ class RecipeParser(HfArgumentParser):
             *parsed, unknown = self.parse_args_into_dataclasses(
                 [*flags, *overrides], return_remaining_strings=True, look_for_args_file=False
             )
+            if unknown:
+                raise UsageError(f"{unknown[0]} is no option of {self.prog}{self._alike(unknown[0].split('=')[0])}")
         except (ValueError, TypeError) as error:
             self.error(str(error))
-        if unknown:
-            self.error(f"{unknown[0]} is no option of {self.prog}{self._alike(unknown[0].split('=')[0])}")
         return tuple(parsed)
 
     def _flags(self, recipe: Path) -> list[str]:
@@ -82,11 +77,7 @@ class RecipeParser(HfArgumentParser):
 
 
 def split_recipe(words: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """Return the recipe of a command line, if there is one, and all other words.
-
-    Raises:
-        UsageError: if there are two recipes, or `--config` is the last word.
-    """
+    """Return the recipe of a command line, if there is one, and all other words; `UsageError` for two recipes."""
     is_first = bool(words) and words[0].endswith(_SUFFIXES) and not words[0].startswith("-")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="append", default=[])

@@ -10,23 +10,18 @@ from pathlib import Path
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes import folder_of
 
-_SUFFIXES = (".py", ".yaml", ".yml")
 _SENTENCE = re.compile(r".*?[.?](?=\s|$)", re.DOTALL)
 
 
 def find(name: str, folder: Path, known: Iterable[str], listing: str) -> Path:
-    """Return the file of this name, in the current directory or else in the package.
+    """Return the file of a name, with or without `.yaml`, in the current directory or else in a folder of the package.
 
-    Args:
-        name: Path with or without `.yaml`; a path in a clone, such as `configs/compare/smoke.yaml`, works anywhere.
-        folder: Folder of the package to look in.
-        known: Names to propose if there is no such file.
-        listing: The command that lists these names.
+    A path in a clone, such as `configs/compare/smoke.yaml`, works anywhere.
 
     Raises:
-        UsageError: if there is no such file, with similar names.
+        UsageError: if there is no such file; proposes similar names among `known`, or the command `listing`.
     """
-    asked = Path(name if name.endswith(_SUFFIXES) else f"{name}.yaml")
+    asked = Path(name if name.endswith((".py", ".yaml", ".yml")) else f"{name}.yaml")
     candidates = [Path(name), asked, folder / asked]
     if asked.parts[0] in ("configs", "scripts"):
         candidates.append(folder_of(asked.parts[0]).joinpath(*asked.parts[1:]))
@@ -44,11 +39,9 @@ def find(name: str, folder: Path, known: Iterable[str], listing: str) -> Path:
 def described(files: Mapping[str, Path]) -> str:
     """Return one line for each file: its name and the first sentence of its docstring or comment."""
     width = max(map(len, files), default=0)
-    return "\n".join(f"{name:{width}}  {_first_sentence(path)}".rstrip() for name, path in files.items())
-
-
-def _first_sentence(path: Path) -> str:
-    text = path.read_text(encoding="utf-8")
-    words = re.sub(r"^# ?", "", text, flags=re.MULTILINE) if text.startswith("#") else text.lstrip("r").lstrip('"')
-    sentence = _SENTENCE.match(words)
-    return "" if sentence is None else " ".join(sentence[0].split())
+    lines = []
+    for name, path in files.items():
+        text = re.sub(r'^# ?|\Ar?"""', "", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        sentence = _SENTENCE.match(text)
+        lines.append(f"{name:{width}}  {' '.join(sentence[0].split()) if sentence else ''}".rstrip())
+    return "\n".join(lines)

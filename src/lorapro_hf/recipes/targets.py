@@ -20,27 +20,32 @@ _LISTED = 12
 def require_known_names(model: nn.Module, config: LoraConfig) -> None:
     """Refuse names that match nothing in a base model; PEFT ignores them as long as another name matches.
 
-    Args:
-        model: The base model without an adapter.
-        config: The adapter's settings.
-
     Raises:
         UsageError: if a pattern, or a name of `target_modules`, `modules_to_save` or `target_parameters`, matches
-            nothing.
+            nothing; the message proposes similar names.
     """
+    kind = type(model).__name__
     modules = [name for name, _ in model.named_modules() if name]
     parameters = [name for name, _ in model.named_parameters()]
-    targets = config.target_modules
-    linear = f" Its linear layers: {ends_of(_linear_layers(model))}."
-    if isinstance(targets, str):
-        if targets != "all-linear":
-            _require_match(type(model).__name__, targets, modules, linear)
-    elif unmatched(targets or (), modules):
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    listing = f" Its linear layers: {ends_of(linear)}."
+    targets: Any = config.target_modules
+    if not isinstance(targets, str) and unmatched(targets or (), modules):
         targets = _as_peft_reads(model, config).target_modules
-        if not isinstance(targets, str):
-            _refuse("lora_target_modules", model, targets, modules, _linear_layers(model), linear)
-    _refuse("lora_modules_to_save", model, config.modules_to_save, modules, modules)
-    _refuse("lora_target_parameters", model, getattr(config, "target_parameters", None), parameters, parameters)
+    if isinstance(targets, str):
+        if targets != "all-linear" and not _matches(targets, modules):
+            raise UsageError(
+                f"lora_target_modules: the pattern {targets!r} matches no whole name in {kind}; begin with '.*' to "
+                f"match all blocks.{listing}"
+            )
+        targets = ()
+    for option, names, known, proposed, remedy in (
+        ("lora_target_modules", targets, modules, linear, listing),
+        ("lora_modules_to_save", config.modules_to_save, modules, modules, ""),
+        ("lora_target_parameters", getattr(config, "target_parameters", None), parameters, parameters, ""),
+    ):
+        if wrong := unmatched(names or (), known):
+            raise UsageError(f"{option}: {kind} has no {described(wrong, proposed)}.{remedy}")
 
 
 def unmatched(names: Iterable[str], known: Collection[str]) -> list[str]:
@@ -63,33 +68,11 @@ def ends_of(names: Sequence[str]) -> str:
     return ", ".join(ends[:_LISTED]) + (f" and {len(ends) - _LISTED} more" if len(ends) > _LISTED else "")
 
 
-def _linear_layers(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-
-
-def _refuse(
-    option: str,
-    model: nn.Module,
-    names: Iterable[str] | None,
-    known: Collection[str],
-    proposed: Sequence[str],
-    remedy: str = "",
-) -> None:
-    wrong = unmatched(names or (), known)
-    if wrong:
-        raise UsageError(f"{option}: {type(model).__name__} has no {described(wrong, proposed)}.{remedy}")
-
-
-def _require_match(kind: str, pattern: str, modules: Sequence[str], remedy: str) -> None:
+def _matches(pattern: str, modules: Sequence[str]) -> bool:
     try:
-        matches = any(re.fullmatch(pattern, name) for name in modules)
+        return any(re.fullmatch(pattern, name) for name in modules)
     except re.error as error:
         raise UsageError(f"lora_target_modules: {pattern!r} is no regular expression: {error}.") from error
-    if not matches:
-        raise UsageError(
-            f"lora_target_modules: the pattern {pattern!r} matches no whole name in {kind}; begin with '.*' to match "
-            f"all blocks.{remedy}"
-        )
 
 
 def _ends(names: Sequence[str], parts: int) -> list[str]:

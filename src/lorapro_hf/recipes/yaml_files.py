@@ -30,11 +30,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Return the value of a YAML text.
-
-    Raises:
-        UsageError: if the text is no YAML, or a mapping has a key twice.
-    """
+    """Return the value of a YAML text; `UsageError` if it is no YAML, or a mapping has a key twice."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -51,17 +47,11 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def read_yaml(path: Path, kind: str) -> Any:
-    """Return the value of a YAML file.
-
-    Raises:
-        UsageError: if the file cannot be read, is no YAML, or has a key twice in a mapping.
-    """
+    """Return the value of a YAML file; `UsageError` as in `parse_yaml`, or if the file cannot be read."""
     try:
         text = read_settings_text(path)
-    except OSError as error:
-        raise UsageError(f"cannot read {kind} {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is no YAML: it is not UTF-8 ({error.reason}).") from error
-    except ValueError as error:
-        raise UsageError(f"cannot read {kind} {path}: {error}.") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {kind} {path}: {getattr(error, 'strerror', None) or error}.") from error
     return parse_yaml(text, str(path))

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def _setting(name: str) -> Any:
-    """The field of `LoRAProConfig`, which states default, help and choices; here it is declared for type checkers."""
+    """A field with the default, help and choices that `LoRAProConfig` states."""
     stated = _SETTINGS[name]
     return field(default=stated.default, metadata=dict(stated.metadata))
 
@@ -44,16 +44,8 @@ class LoRAProTrainingArguments(TrainingArguments):
         pass
     ```
 
-    Args:
-        lora_pro: Train with LoRA-Pro. `False` (`--no_lora_pro`) makes `LoRAProTrainer` a plain `Trainer`.
-        lora_pro_mode: `LoRAProConfig.mode`, and likewise `lora_pro_x_mode`, `lora_pro_update`, `lora_pro_rtol`,
-            `lora_pro_trust_region`, `lora_pro_moments_dtype`, `lora_pro_backend`, `lora_pro_shard_states` and
-            `lora_pro_master_factors`.
-        lora_pro_check_memory: Refuse a mode whose optimizer state does not fit into the free memory.
-        lora_pro_log_gap: Every how many steps to measure how far the gradients of LoRA and of LoRA-Pro are from those
-            of full fine-tuning, see `GradientGapCallback`; 0 for never. It works with `lora_pro=False`, too.
-        lora_pro_gap_layers: The layers to measure; by default all.
-        lora_pro_gap_max_bytes: `GradientGapCallback.max_bytes`; by default 1 GiB.
+    `lora_pro_mode`, `lora_pro_rtol` and the like are the settings of `LoRAProConfig`; the help of each field describes
+    the others.
 
     Raises:
         ValueError: for an unknown choice, a combination that has no meaning, or an rtol or a trust region outside
@@ -73,6 +65,10 @@ class LoRAProTrainingArguments(TrainingArguments):
     lora_pro_backend: str = _setting("backend")
     lora_pro_shard_states: bool | None = _setting("shard_states")
     lora_pro_master_factors: bool = _setting("master_factors")
+    lora_pro_spectral_iterations: int = _setting("spectral_iterations")
+    lora_pro_rite_clip: float = _setting("rite_clip")
+    lora_pro_rite_skip: float = _setting("rite_skip")
+    lora_pro_rite_escape: bool = _setting("rite_escape")
     lora_pro_check_memory: bool = field(
         default=True,
         metadata={"help": "Refuse a mode whose optimizer state does not fit into the free memory."},
@@ -99,7 +95,7 @@ class LoRAProTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        for name in ("lora_pro", "lora_pro_master_factors", "lora_pro_check_memory"):
+        for name in ("lora_pro", "lora_pro_master_factors", "lora_pro_rite_escape", "lora_pro_check_memory"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false (in YAML without quotes).")
         for name, setting in _SETTINGS.items():
@@ -115,10 +111,16 @@ class LoRAProTrainingArguments(TrainingArguments):
         check_gap_layers(self.lora_pro_gap_layers, _GAP)
         if self.lora_pro_gap_max_bytes is not None:
             check_gap_max_bytes(self.lora_pro_gap_max_bytes, _GAP)
-        for name in ("rtol", "trust_region"):
-            if (value := getattr(self, f"lora_pro_{name}")) is not None:
-                setattr(self, f"lora_pro_{name}", _number(name, value))
-        rule_of(self.lora_pro_config)  # validates the rest
+        for name in ("lora_pro_rtol", "lora_pro_trust_region", "lora_pro_rite_clip", "lora_pro_rite_skip"):
+            if (value := getattr(self, name)) is not None:
+                try:
+                    setattr(self, name, float(value))  # YAML reads 1e-6, without a dot, as text
+                except (TypeError, ValueError) as error:
+                    raise ValueError(f"{name}={value!r} must be a number, or be left out.") from error
+        config = self.lora_pro_config
+        rule_of(config)  # validates the rest
+        if self.lora_pro:  # before DeepSpeed's configuration takes the limit over
+            settle_max_grad_norm(self, config)
         super().__post_init__()
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
@@ -140,11 +142,25 @@ class LoRAProTrainingArguments(TrainingArguments):
         return LoRAProConfig(**{name: getattr(self, f"lora_pro_{name}") for name in _SETTINGS})
 
 
-def _number(name: str, value: Any) -> float:
-    try:
-        return float(value)  # YAML reads 1e-6, without a dot, as text
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"lora_pro_{name}={value!r} must be a number, or be left out.") from error
+def settle_max_grad_norm(args: TrainingArguments, config: LoRAProConfig) -> None:
+    """Set the default of `max_grad_norm` to 0 in a mode that raw gradients must reach unclipped.
+
+    Raises:
+        ValueError: `max_grad_norm` was set to another limit.
+    """
+    if rule_of(config).takes_clipped_gradients or not args.max_grad_norm:
+        return
+    if args.max_grad_norm != TrainingArguments.max_grad_norm:
+        raise ValueError(
+            f"max_grad_norm={args.max_grad_norm:g} clips the raw gradients of the factors, after which a step of mode "
+            f"{config.mode!r} depends on how B A is split. Set max_grad_norm=0: the mode has limits of its own."
+        )
+    logger.warning(
+        "max_grad_norm is 0 instead of its default %g, since mode %r has limits of its own.",
+        args.max_grad_norm,
+        config.mode,
+    )
+    args.max_grad_norm = 0.0
 
 
 def _trains_without(trainer: Trainer) -> bool:

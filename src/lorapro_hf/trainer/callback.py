@@ -15,7 +15,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from lorapro_hf.checkpoints.adapters import raise_on_all_ranks, saving_error
+from lorapro_hf.checkpoints.adapters import saving_error
+from lorapro_hf.checkpoints.agreement import raise_on_all_ranks
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.distributed.access import access_to
 from lorapro_hf.distributed.engines import require_supported_engine
@@ -66,21 +67,16 @@ class LoRAProCallback(TrainerCallback):
         if config is None or isinstance(config, Mapping):
             config = {"mode": "efficient", **(config or {})}
         config = LoRAProConfig.of(config)
+        refusal = None
         if not rule_of(config).projects_gradients:
-            raise ValueError(
-                f"LoRAProCallback cannot run mode={config.mode!r}: its moments live in LoRAProAdamW. Use "
-                'LoRAProConfig(mode="efficient"), or train with LoRAProTrainer or LoRAProAdamW.'
-            )
-        if config.is_sequential:
-            raise ValueError(
-                "LoRAProCallback cannot run update='sequential': the factors are stepped by your optimizer. Use "
-                "update='linear', or train with LoRAProTrainer or LoRAProAdamW."
-            )
-        if config.master_factors:
-            raise ValueError(
-                "LoRAProCallback cannot keep master_factors: the factors are stepped by your optimizer. Leave them "
-                "out, or train with LoRAProTrainer or LoRAProAdamW."
-            )
+            remedy = 'Use LoRAProConfig(mode="efficient")'
+            refusal = f"run mode={config.mode!r}: its moments live in LoRAProAdamW. {remedy}"
+        elif config.is_sequential:
+            refusal = "run update='sequential': your optimizer steps the factors. Use update='linear'"
+        elif config.master_factors:
+            refusal = "keep master_factors: your optimizer steps the factors. Leave them out"
+        if refusal is not None:
+            raise ValueError(f"LoRAProCallback cannot {refusal}, or train with LoRAProTrainer or LoRAProAdamW.")
         self.config = config
         self.last_grad_norm: torch.Tensor | None = None
         self._pairs: list[LoRAPair] = []
@@ -167,7 +163,7 @@ class LoRAProCallback(TrainerCallback):
 
 
 def _checkpoint(output: Path, state: TrainerState) -> Path:
-    """The checkpoint that has just been written; a hyperparameter search has a folder for each run."""
+    """The newest checkpoint; a hyperparameter search has a folder for each run."""
     name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
     if not state.is_hyper_param_search:
         return output / name

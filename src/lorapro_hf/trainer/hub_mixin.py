@@ -8,13 +8,12 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCard
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.hub.card import (
     CARD,
     add_to_card,
@@ -30,13 +29,8 @@ from lorapro_hf.hub.describe import dataset_names, describe_lora_pro, describe_o
 from lorapro_hf.hub.logs import final_evaluation
 from lorapro_hf.hub.push import explained, make_branch, remedy
 from lorapro_hf.hub.settings import Settings
-from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.trainer.parents import accepted, handed
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Base
-else:
-    _Base = object
+from lorapro_hf.trainer.parts import TrainerPart
 
 # Names that `datasets` gives to data of local files.
 _LOCAL = {"csv", "json", "text", "parquet", "arrow", "pandas", "generator", "imagefolder", "audiofolder", "webdataset"}
@@ -44,15 +38,12 @@ _LOCAL = {"csv", "json", "text", "parquet", "arrow", "pandas", "generator", "ima
 logger = logging.getLogger(__name__)
 
 
-class HubMixin(_Base):
-    """The part of `LoRAProTrainerMixin` that saves and pushes; without LoRA-Pro it behaves as the parent.
+class HubMixin(TrainerPart):
+    """The part of `LoRAProTrainerMixin` that adds `lorapro_config.json` and a model card to what is saved and pushed.
 
-    Each saved folder gets a `lorapro_config.json` and a model card. A card that cannot be written is a warning.
+    A card that cannot be written is a warning.
     """
 
-    lora_pro_config: LoRAProConfig | None = None
-    loaded_best_checkpoint: str | None = None
-    """The checkpoint whose weights the model has since the end of a training; `None` if it has the last step's."""
     _card_request: tuple[Mapping[str, Any], ModelCard | None] = ({}, None)
     _reported_of_cards: set[str] | None = None
     _explicit_branch: tuple[str, str | None] | None = None
@@ -68,7 +59,7 @@ class HubMixin(_Base):
         before, kept = content_of(card), None
         with contextlib.suppress(OSError):  # then the card stays as it is
             kept = kept_metadata(card)
-        model = self.accelerator.unwrap_model(self.model)
+        model: Any = self._bare_model
         if hasattr(model, "add_model_tags"):
             model.add_model_tags("lora-pro")  # PEFT and push_to_hub of the model take the tags of a card from there
         with without_card_of_peft(model):
@@ -114,14 +105,8 @@ class HubMixin(_Base):
         write_or_warn(card, write, self._reported_of_cards)
 
     def _renew_card(self, folder: Path, kept: Mapping[str, Any], from_parent: bool) -> None:
-        """Write the card of a saved folder, with the last arguments of `create_model_card`.
-
-        Args:
-            folder: where the adapter lies.
-            kept: metadata of the earlier card, from `kept_metadata`.
-            from_parent: whether the parent has just written the card.
-        """
-        model, settings, card = self.accelerator.unwrap_model(self.model), self._lora_pro_settings(), folder / CARD
+        """Write the card of a folder with the last arguments of `create_model_card`; `kept` is its old metadata."""
+        model, settings, card = self._bare_model, self._lora_pro_settings(), folder / CARD
         if library_of(card):
             if from_parent:
                 add_to_card(card, {**describe_lora_pro(model, settings), **describe_optimizer(settings)})
@@ -199,9 +184,8 @@ class HubMixin(_Base):
 
     def _lora_pro_settings(self) -> Settings:
         """The settings, from the optimizer once it exists."""
-        optimizer = unwrap_optimizer(self.optimizer)
-        if isinstance(optimizer, LoRAProAdamW):
-            return Settings.of(optimizer)
+        if self._lora_pro_optimizer is not None:
+            return Settings.of(self._lora_pro_optimizer)
         assert self.lora_pro_config is not None
         return Settings(self.lora_pro_config)
 
@@ -216,7 +200,7 @@ class HubMixin(_Base):
         if isinstance(given.get("tasks"), str):
             metadata["pipeline_tag"] = given["tasks"]
         # the tags once more: PEFT, which the parent calls, drops tags that are not its own
-        model_tags = getattr(self.accelerator.unwrap_model(self.model), "model_tags", None)
+        model_tags = getattr(self._bare_model, "model_tags", None)
         return CardFacts(
             repo_id=self.hub_model_id,
             model_name=given.get("model_name") or Path(self.args.output_dir).absolute().name,
@@ -237,8 +221,7 @@ class HubMixin(_Base):
     def _hyperparameters(self) -> dict[str, str]:
         """The hyperparameters that transformers would list, but with the actual optimizer."""
         found = extract_hyperparameters_from_trainer(self)
-        is_ours = isinstance(unwrap_optimizer(self.optimizer), LoRAProAdamW)
-        left_out = {"optimizer", "learning_rate"} if is_ours else {"optimizer"}
+        left_out = {"optimizer", *(() if self._lora_pro_optimizer is None else ("learning_rate",))}
         found = {name: str(value) for name, value in found.items() if name not in left_out}
         found["max_grad_norm"] = str(self.args.max_grad_norm)
         if self.args.bf16:

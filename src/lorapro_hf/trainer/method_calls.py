@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from lorapro_hf.checkpoints.engines import written_by
+from lorapro_hf.checkpoints.agreement import check_together
+from lorapro_hf.checkpoints.engines import ANEW, written_by
 from lorapro_hf.checkpoints.method_states import (
     factors_of,
     load_method_file,
@@ -17,26 +18,18 @@ from lorapro_hf.checkpoints.method_states import (
     saved_methods,
     write_method_state,
 )
-from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.methods.base import LoRAMethod, require_compatible, settings_of, start
-from lorapro_hf.trainer.agreement import AgreementMixin
-
-if TYPE_CHECKING:
-    from transformers import Trainer as _Base
-else:
-    _Base = object
+from lorapro_hf.trainer.parts import TrainerPart
 
 logger = logging.getLogger(__name__)
 
 
-class MethodsMixin(AgreementMixin, _Base):
-    """The part of `LoRAProTrainerMixin` that calls each `LoRAMethod` among the callbacks; without any it is the parent.
+class MethodsMixin(TrainerPart):
+    """Calls each `LoRAMethod` among the callbacks, also while LoRA-Pro is off.
 
-    The methods themselves count the steps and take part in them, see `LoRAMethod.on_train_begin`.
+    The methods themselves hook into the optimizer's steps, see `LoRAMethod.on_train_begin`.
     """
 
-    lora_pro_config: LoRAProConfig | None
-    loaded_best_checkpoint: str | None
     _forward_contexts: contextlib.ExitStack | None = None
     _methods_begun = False
     _methods_resume = False
@@ -54,16 +47,12 @@ class MethodsMixin(AgreementMixin, _Base):
         """Take over the calls that methods would otherwise make as callbacks; refuse what cannot be combined."""
         methods, self._methods_begun, self._methods_resume = self.lora_methods, False, False
         config = {} if self.lora_pro_config is None else self.lora_pro_config.to_dict()
-        require_compatible(methods, settings_of(self.args, self._bare_model(), **config))
+        require_compatible(methods, settings_of(self.args, self._bare_model, **config))
         for method in methods:
             method._is_led = True
 
     def _examine_methods(self, folder: Path) -> None:
-        """Refuse a checkpoint of a training with other methods, and begin those of one with the same.
-
-        Raises:
-            ValueError: the message names the method and the remedy. Nothing has been loaded or changed then.
-        """
+        """Refuse a checkpoint of a training with other methods; else prepare this training's, without data."""
         is_whole = bool(written_by(folder))
         names = {method.name for method in self.lora_methods if method.has_state}
 
@@ -74,11 +63,10 @@ class MethodsMixin(AgreementMixin, _Base):
             if self._exports and not saved_methods(folder):
                 raise ValueError(
                     f"cannot resume from {folder}: it holds the exported adapter without the factors that were trained "
-                    "(save_only_model=True). Start a new training from it: PeftModel.from_pretrained(base, checkpoint, "
-                    "is_trainable=True)."
+                    f"(save_only_model=True). Instead {ANEW}."
                 )
 
-        self._together(check)
+        check_together(check)
         self._methods_resume = is_whole
         if is_whole:
             self._begin_methods()
@@ -87,7 +75,7 @@ class MethodsMixin(AgreementMixin, _Base):
         """Call `before_training` of each method, with data unless a checkpoint is loaded next."""
         if self.lora_methods:
             make_loader = None if self._methods_resume else self.get_train_dataloader
-            start(self.lora_methods, self._bare_model() if model is None else model, make_loader)
+            start(self.lora_methods, self._bare_model if model is None else model, make_loader)
         self._methods_begun = True
 
     def _release_methods(self) -> None:
@@ -96,55 +84,55 @@ class MethodsMixin(AgreementMixin, _Base):
             method._is_led = False
 
     def call_model_init(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent; a model that is made for a training is prepared by the methods."""
+        """Like the parent; the methods prepare a model that is made for a training."""
         model = super().call_model_init(*args, **kwargs)
         if self._methods_begun and self.is_in_train and self.lora_methods:
             self._begin_methods(model.to(self.args.device))
         return model
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent, in the `forward_context` of each method from the forward to the end of the backward pass."""
+        """Like the parent, in the `forward_context` of each method from the forward to the end of the backward pass."""
         with contextlib.ExitStack() as contexts:
             contexts.callback(setattr, self, "_forward_contexts", None)
             self._forward_contexts = contexts
             return super().training_step(*args, **kwargs)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """As the parent; in a training step the contexts begin here, after a parent has generated its samples."""
+        """Like the parent; in a training step the contexts begin here, after a parent has generated its samples."""
         if self._forward_contexts is not None:
             for method in self.lora_methods:
                 self._forward_contexts.enter_context(method.forward_context())
         return super().compute_loss(*args, **kwargs)
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
-        """As the parent, with the adapter that the methods export."""
+        """Like the parent, with the adapter that the methods export."""
         with contextlib.ExitStack() as exports:
             for method in self.lora_methods if self._methods_begun else ():
-                exports.enter_context(method.export(self._bare_model()))
+                exports.enter_context(method.export(self._bare_model))
             super()._save(*args, **kwargs)
 
     def _save_rng_state(self, output_dir: str, *args: Any, **kwargs: Any) -> None:
-        """As the parent, and the state of each method beside it."""
+        """Like the parent, with the state of each method."""
         super()._save_rng_state(output_dir, *args, **kwargs)
         states = {method.name: method.state_dict() for method in self.lora_methods if method.has_state}
-        factors = factors_of(self._bare_model()) if self._exports else None
+        factors = factors_of(self._bare_model) if self._exports else None
 
         def write() -> None:
             for name, state in states.items() if self.args.should_save else ():
                 write_method_state(Path(output_dir), name, state, factors)
 
         if states:
-            self._together(write)
+            check_together(write)
 
     def _load_methods(self, folder: Path) -> None:
         """Give each method its state of a checkpoint; a checkpoint without a state leaves the methods as they are."""
         held = saved_methods(folder)
         for method in self.lora_methods:
             if method.has_state and method.name in held:
-                method.load_state_dict(load_method_file(folder, method.name, self._bare_model()))
+                method.load_state_dict(load_method_file(folder, method.name, self._bare_model))
 
     def _load_best_model(self) -> None:
-        """As the parent, and the state of each method."""
+        """Like the parent, with the state of each method."""
         folder = Path(self.state.best_model_checkpoint)
         if self._exports and not saved_methods(folder):
             logger.warning(
@@ -156,7 +144,3 @@ class MethodsMixin(AgreementMixin, _Base):
         super()._load_best_model()
         if self.loaded_best_checkpoint is not None:
             self._load_methods(folder)
-
-    def _bare_model(self) -> nn.Module:
-        model: nn.Module = self.accelerator.unwrap_model(self.model)
-        return model

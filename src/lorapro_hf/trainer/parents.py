@@ -12,16 +12,10 @@ from lorapro_hf.factors.pairs import find_lora_pairs
 
 
 def handed(trainer: type, mixin: type, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call, by the parent's names; a call that does not fit the parent raises nothing.
+    """The arguments of a call of a trainer's `method`, by the names of the parents that come after the mixin.
 
-    Where a parent takes `*args`, the next parent names the arguments beyond its own.
-
-    Args:
-        trainer: the class of the object.
-        mixin: the class that overrides the method; its parents come after it.
-        method: the method's name.
-        args: the call's positional arguments, without `self`.
-        kwargs: the call's keywords.
+    Where a parent takes `*args`, the next parent names the arguments beyond its own. A call that does not fit the
+    parent raises nothing.
     """
     names: list[str] = []
     for parent in _definers(trainer, mixin, method):
@@ -34,21 +28,13 @@ def handed(trainer: type, mixin: type, method: str, args: Sequence[Any], kwargs:
 
 
 def replaced(
-    given: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any], **new: Any
+    given: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The positional and the named arguments of a call, some of them replaced.
-
-    Args:
-        given: from `handed`.
-        args: the call's positional arguments, without `self`.
-        kwargs: the call's keywords.
-        **new: the new values, by the parent's names.
-    """
-    places = {name: place for place, name in enumerate(given) if name in new and name not in kwargs}
-    changed = list(args)
-    for name, place in places.items():
-        changed[place] = new[name]
-    return tuple(changed), {name: new.get(name, value) for name, value in kwargs.items()}
+    """The arguments of a call with another value for `name`, which is among those `given` by `handed`."""
+    if name in kwargs:
+        return args, {**kwargs, name: value}
+    place = list(given).index(name)
+    return (*args[:place], value, *args[place + 1 :]), kwargs
 
 
 def accepted(method: Callable[..., Any], **offered: Any) -> dict[str, Any]:
@@ -59,18 +45,10 @@ def accepted(method: Callable[..., Any], **offered: Any) -> dict[str, Any]:
 
 
 def require_adapter(trainer: type, mixin: type, given: Mapping[str, Any], otherwise: str) -> None:
-    """Raise if a trainer of TRL got neither a model with an adapter nor a `peft_config`.
+    """Raise a `ValueError` if a trainer of TRL got no adapter that can be trained, and no `peft_config` to make one.
 
-    Otherwise TRL would first prepare the whole data set, and the later message would name another remedy.
-
-    Args:
-        trainer: the trainer's class.
-        mixin: the class whose parent is TRL's.
-        given: from `handed`, for `__init__`.
-        otherwise: the other remedy.
-
-    Raises:
-        ValueError: there is no adapter, or the one that the model has cannot be trained.
+    Otherwise TRL would first prepare the whole data set, and the later message would name another remedy. The arguments
+    of `__init__` are `given` by `handed`.
     """
     parent = next(_definers(trainer, mixin, "__init__"))
     # a user's subclass may make an adapter by itself
@@ -89,12 +67,7 @@ def require_adapter(trainer: type, mixin: type, given: Mapping[str, Any], otherw
 
 
 def groups_beside(trainer: Any, model: nn.Module) -> list[dict[str, Any]]:
-    """Param groups of parameters outside the model, such as those of a loss of sentence-transformers.
-
-    Args:
-        trainer: a `Trainer`.
-        model: its model, whose parameters are left out.
-    """
+    """Param groups of a trainer's parameters outside the model, such as those of a loss of sentence-transformers."""
     settings = trainer.get_optimizer_cls_and_kwargs(trainer.args, model)[1]
     known = {id(parameter) for parameter in model.parameters()}
     groups = []

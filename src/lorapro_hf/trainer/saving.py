@@ -5,38 +5,23 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lorapro_hf.checkpoints.adapters import adapter_files, raise_on_all_ranks, saving_error
-from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.checkpoints.adapters import adapter_files, saving_error
+from lorapro_hf.checkpoints.agreement import raise_on_all_ranks
 from lorapro_hf.trainer.parents import handed
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import Trainer as _Base
-else:
-    _Base = object
+from lorapro_hf.trainer.parts import TrainerPart
 
 
-class SavingMixin(_Base):
-    """The part of `LoRAProTrainerMixin` that examines saved files; while LoRA-Pro is off it is the parent.
+class SavingMixin(TrainerPart):
+    """Examines saved files.
 
     All ranks write a checkpoint together, so an error of one rank is raised on each of them. Any other save may be of
     rank 0 alone, which then raises alone, even during a checkpoint.
     """
 
-    lora_pro_config: LoRAProConfig | None = None
-    _lora_pro_in_checkpoint = False
     _lora_pro_saves_together = False
     _lora_pro_unsaved: ValueError | None = None
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Like the parent, but let `save_model` know that all ranks take part in the parent's call."""
-        self._lora_pro_in_checkpoint = True
-        try:
-            super()._save_checkpoint(*args, **kwargs)
-        finally:
-            self._lora_pro_in_checkpoint = False
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Like the parent, but under FSDP2 with sharded checkpoints save a whole model as well.
@@ -67,25 +52,15 @@ class SavingMixin(_Base):
             return
         # a parent may have another name for its first argument
         folder = Path(given.get("output_dir", args[0] if args else None) or self.args.output_dir)
+        model = self._bare_model
         if given.get("state_dict") == {}:  # the parent's way to say that DeepSpeed's files hold the weights
-            for file in adapter_files(folder, self._lora_pro_model()).values():
+            for file in adapter_files(folder, model).values():
                 file.unlink()
             return
-        error = saving_error(folder, self._lora_pro_model())
+        error = saving_error(folder, model)
         if error is not None and not self._lora_pro_saves_together:
             raise error
         self._lora_pro_unsaved = error
-
-    def _save_optimizer_and_scheduler(self, output_dir: str, *args: Any, **kwargs: Any) -> None:
-        """Like the parent, but raise unless the adapter is in the model that FSDP writes here."""
-        super()._save_optimizer_and_scheduler(output_dir, *args, **kwargs)
-        if self.lora_pro_config is not None and self.is_fsdp_enabled:
-            is_first = self.is_world_process_zero()
-            raise_on_all_ranks(saving_error(Path(output_dir), self._lora_pro_model()) if is_first else None)
-
-    def _lora_pro_model(self) -> nn.Module:
-        model: nn.Module = self.accelerator.unwrap_model(self.model)
-        return model
 
     @contextlib.contextmanager
     def _whole_state(self) -> Iterator[None]:

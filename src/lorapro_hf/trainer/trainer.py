@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn, optim
+from torch import optim
 from transformers import Trainer
 
 from lorapro_hf.checkpoints.adapters import require_savable
@@ -14,24 +14,17 @@ from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.deepspeed.engine import attach_deepspeed
 from lorapro_hf.diagnostics.callback import GradientGapCallback
 from lorapro_hf.diagnostics.settings import GAP_MAX_BYTES
-from lorapro_hf.distributed.engines import require_supported_engine
-from lorapro_hf.distributed.zero_configuration import require_configuration, settle_clipping
+from lorapro_hf.distributed.engines import require_configuration, settle_clipping
 from lorapro_hf.factors.pairs import find_lora_pairs
-from lorapro_hf.optim.factory import LoRAProOptimizerFactory, create_lorapro_optimizer, take_settings
 from lorapro_hf.optim.groups import require_same_pairs
 from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.optim.memory import readable_bytes
-from lorapro_hf.optim.rules import rule_of
 from lorapro_hf.trainer.arguments import LoRAProTrainingArguments
-from lorapro_hf.trainer.callback import LoRAProCallback
 from lorapro_hf.trainer.checkpointing import CheckpointMixin
 from lorapro_hf.trainer.hub_mixin import HubMixin
-from lorapro_hf.trainer.parents import groups_beside, handed, replaced, require_adapter
+from lorapro_hf.trainer.parents import handed, replaced, require_adapter
 from lorapro_hf.trainer.saving import SavingMixin
-from lorapro_hf.utils.private_names import METHODS_OF_TRAINER, private
-
-_ADAMW = ("adamw_torch", "adamw_torch_fused")
-_TURN_OFF = "turn LoRA-Pro off with LoRAProTrainingArguments(lora_pro=False) or --no_lora_pro"
+from lorapro_hf.trainer.settings import TURN_OFF, build_optimizer, resolve_config
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +81,6 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
                 f"used: class {cls.__name__}(LoRAProTrainerMixin, ...)."
             )
 
-    lora_pro_config: LoRAProConfig | None = None
-    """The settings of LoRA-Pro; `None` while it is off."""
-    optimizer: Any
     _lora_pro_announced = False
     _lora_pro_logs_together = False
     _lora_pro_first_step: int | None = None
@@ -102,7 +92,7 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
         self._given_lora_pro_config = None if lora_pro_config is None else LoRAProConfig.of(lora_pro_config)
         given = handed(type(self), LoRAProTrainerMixin, "__init__", args, kwargs)
         if getattr(given.get("args"), "lora_pro", True):
-            require_adapter(type(self), LoRAProTrainerMixin, given, _TURN_OFF)
+            require_adapter(type(self), LoRAProTrainerMixin, given, TURN_OFF)
         super().__init__(*args, **kwargs)
         # only now: some trainers build the PEFT model in their __init__
         self._resolve_lora_pro()
@@ -137,85 +127,14 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
             settle_clipping(plugin, self.args.max_grad_norm)
 
     def _resolve_lora_pro(self) -> None:
-        """Set `lora_pro_config` from the user's settings, and refuse settings that contradict each other."""
         self.lora_pro_config = None
-        stated = self._given_lora_pro_config
-        if isinstance(self.args, LoRAProTrainingArguments):
-            if stated is not None:
-                raise ValueError(
-                    "LoRA-Pro got its settings twice: LoRAProTrainingArguments and lora_pro_config=. Set lora_pro_mode "
-                    "and the like there and drop lora_pro_config=, or pass plain TrainingArguments."
-                )
-            if not self.args.lora_pro:
-                return
-            stated = self.args.lora_pro_config
-        for name in METHODS_OF_TRAINER:
-            private(Trainer, name)  # an override of a name that the parent has dropped is never called
-        require_supported_engine(self.accelerator, _TURN_OFF)
-        self._refuse_other_optimizers()
-        if any(isinstance(callback, LoRAProCallback) for callback in self.callback_handler.callbacks):
-            raise ValueError(
-                "LoRAProCallback and LoRAProTrainer's own optimizer would project the gradients twice. Drop the "
-                f"callback, or {_TURN_OFF}."
-            )
-        self.lora_pro_config = self._agreed_config(stated)
-
-    def _refuse_other_optimizers(self) -> None:
-        """Raise if the user's settings name an optimizer that LoRA-Pro would replace."""
-        remedy = f"or {_TURN_OFF}, or add LoRAProCallback to a plain Trainer, which works with any optimizer"
-        optim_name = getattr(self.args.optim, "value", self.args.optim)
-        if optim_name not in _ADAMW:
-            raise ValueError(
-                f"optim={optim_name!r} would be ignored: LoRA-Pro brings its own AdamW. Leave optim at its default, "
-                f"{remedy}."
-            )
-        for name in ("optim_args", "optim_target_modules", "learning_rate_mapping"):  # the last sentence-transformers'
-            if getattr(self.args, name, None):
-                raise ValueError(
-                    f"{name}={getattr(self.args, name)!r} would be ignored: LoRA-Pro brings its own AdamW. Leave "
-                    f"{name} unset, {remedy}."
-                )
-        given = unwrap_optimizer(self.optimizer)
-        if given is not None and not isinstance(given, LoRAProAdamW):
-            raise ValueError(
-                f"optimizers= holds a {type(given).__name__}, which LoRA-Pro would not reach. Drop it, pass a "
-                f"LoRAProAdamW, {remedy}."
-            )
-        if self.optimizer_cls_and_kwargs is not None and self._factory() is None:
-            name = getattr(self.optimizer_cls_and_kwargs[0], "__name__", repr(self.optimizer_cls_and_kwargs[0]))
-            raise ValueError(
-                f"optimizer_cls_and_kwargs= names {name}, which LoRA-Pro would not reach. Drop it, pass "
-                f"LoRAProOptimizerFactory, {remedy}."
-            )
-
-    def _factory(self) -> type[LoRAProOptimizerFactory] | None:
-        if self.optimizer_cls_and_kwargs is None:
-            return None
-        factory = self.optimizer_cls_and_kwargs[0]
-        return factory if isinstance(factory, type) and issubclass(factory, LoRAProOptimizerFactory) else None
-
-    def _agreed_config(self, stated: LoRAProConfig | None) -> LoRAProConfig:
-        """The settings to run with; a `ValueError` if a given optimizer or factory has others than those stated."""
-        given, source = None, "optimizers="
-        optimizer = unwrap_optimizer(self.optimizer)
-        if isinstance(optimizer, LoRAProAdamW):
-            given = optimizer.config
-        elif self.optimizer_cls_and_kwargs is not None:
-            given, source = take_settings(self.optimizer_cls_and_kwargs[1])[0], "optimizer_cls_and_kwargs="
-        if given is not None and stated is not None and given != stated:
-            raise ValueError(
-                f"{source} was built with {given}, but the trainer was told {stated}. State the settings once: drop "
-                f"{source} or give both the same."
-            )
-        config = stated or given or LoRAProConfig()
-        rule_of(config)  # refuses settings that have no meaning in the mode
-        return config
+        self.lora_pro_config = resolve_config(self, self._given_lora_pro_config)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> optim.Optimizer:
         """The optimizer of the training: a `LoRAProAdamW`, or the parent's own while LoRA-Pro is off."""
         self._resolve_lora_pro()  # again: a hyperparameter search may have changed the arguments
         if self.lora_pro_config is None:
-            if isinstance(unwrap_optimizer(self.optimizer), LoRAProAdamW):
+            if self._lora_pro_optimizer is not None:
                 raise ValueError(
                     "lora_pro=False, but the trainer holds a LoRAProAdamW, from optimizers= or from an earlier "
                     "training. Set trainer.optimizer = None first, or make a new trainer."
@@ -226,37 +145,13 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
             require_savable(self.model)
         if self.optimizer is None:
             model = kwargs.get("model", args[0] if args else None)
-            self.optimizer = self._build_lora_pro_optimizer(self.model if model is None else model)
+            self.optimizer = build_optimizer(self, self.model if model is None else model, self.lora_pro_config)
             self._lora_pro_announced = False
         elif not self._is_by_engine:
             optimizer = unwrap_optimizer(self.optimizer)
             require_same_pairs(optimizer.pairs, optimizer.param_groups, find_lora_pairs(self.model))
         self._announce()
         return self.optimizer
-
-    def _build_lora_pro_optimizer(self, model: nn.Module) -> LoRAProAdamW:
-        factory = self._factory()
-        check_memory = getattr(self.args, "lora_pro_check_memory", True)
-        if factory is not None and self.optimizer_cls_and_kwargs is not None:
-            # not the parent's work: transformers 4 knows no factories
-            _, given = take_settings(self.optimizer_cls_and_kwargs[1])
-            settings = {"check_memory": check_memory, "saved_collectively": True, **given}
-            optimizer = factory()(model, config=self.lora_pro_config, **settings)
-        else:
-            optimizer = create_lorapro_optimizer(
-                model,
-                lr=self.args.learning_rate,
-                betas=(self.args.adam_beta1, self.args.adam_beta2),
-                eps=self.args.adam_epsilon,
-                weight_decay=self.args.weight_decay,
-                config=self.lora_pro_config,
-                decay_parameters=self.get_decay_parameter_names(model),
-                check_memory=check_memory,
-                saved_collectively=True,
-            )
-        for group in groups_beside(self, model):
-            optimizer.add_param_group(group)
-        return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Like `Trainer.train`, but reject an incomplete or mismatched checkpoint before anything is loaded.
@@ -275,13 +170,12 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
             self._lead_methods()
             if given.get("resume_from_checkpoint"):
                 checkpoint = self._examine(given["resume_from_checkpoint"])
-                args, kwargs = replaced(given, args, kwargs, resume_from_checkpoint=checkpoint)
+                args, kwargs = replaced(given, args, kwargs, "resume_from_checkpoint", checkpoint)
             if not self._methods_begun:
                 self._begin_methods()
             output = super().train(*args, **kwargs)
-            optimizer = unwrap_optimizer(self.optimizer)
-            if isinstance(optimizer, LoRAProAdamW):
-                optimizer.finish_training()
+            if self._lora_pro_optimizer is not None:
+                self._lora_pro_optimizer.finish_training()
             return output
         finally:  # callbacks are not called after an exception
             self._release_methods()
@@ -291,9 +185,8 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Like the parent, but name an adapter that was deleted meanwhile."""
-        optimizer = unwrap_optimizer(self.optimizer)
-        if isinstance(optimizer, LoRAProAdamW):
-            _ = optimizer.pairs[0].A  # raises if the adapter is gone
+        if self._lora_pro_optimizer is not None:
+            _ = self._lora_pro_optimizer.pairs[0].A  # raises if the adapter is gone
         if self._lora_pro_first_step is None:
             self._lora_pro_first_step = self.state.global_step
         return super().training_step(*args, **kwargs)
@@ -326,18 +219,19 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
         A log of the training itself also looks for NaN and Inf where steps were left out, on all ranks together.
         """
         if self.lora_pro_config is not None and "loss" in logs:
-            optimizer = unwrap_optimizer(self.optimizer)
-            if isinstance(optimizer, LoRAProAdamW):
+            optimizer = self._lora_pro_optimizer
+            if optimizer is not None:
                 if optimizer.last_grad_norm is not None:
                     logs["lora_pro_grad_norm"] = float(optimizer.last_grad_norm)
                 is_together = self._lora_pro_logs_together
                 skipped = optimizer.checked_skipped_steps() if is_together else optimizer.skipped_steps
                 logs["lora_pro_skipped_steps"] = skipped
                 optimizer.first_steps.warn_if_none(self.state.global_step, self._lora_pro_first_step or 0)
-            elif optimizer is not None:
+            elif self.optimizer is not None:
+                other = type(unwrap_optimizer(self.optimizer)).__name__
                 raise RuntimeError(
-                    f"LoRA-Pro is on, but the trainer steps a {type(optimizer).__name__}: a create_optimizer overrides "
-                    f"the mixin's. Have it call super().create_optimizer(), or {_TURN_OFF}."
+                    f"LoRA-Pro is on, but the trainer steps a {other}: a create_optimizer overrides "
+                    f"the mixin's. Have it call super().create_optimizer(), or {TURN_OFF}."
                 )
         super().log(logs, *args, **kwargs)
 

@@ -1,20 +1,19 @@
-"""Which names and methods that other libraries do not promise does LoRA-Pro use, and which releases were tested?
+"""Which names that other libraries do not promise does LoRA-Pro use, and which releases were tested?
 
 A private name may change with any release. Each is read through `private`, which raises an error that names the release
 and the name where it is gone. No default takes its place: it could stand for an older gradient or another scale.
 
-A release newer than the newest tested one is a warning for DeepSpeed alone, whose names hold the gradients and masters
-of each step. For torch and transformers it would warn every user at each release.
+Only a release of DeepSpeed that is newer than the tested ones is warned of: its names hold the gradients and masters of
+each step. For torch and transformers every user would be warned at each release.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
 from importlib import import_module, metadata
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 # The oldest and the newest release that the tests have run with; a test compares them with requirements/.
 TESTED = {
@@ -28,75 +27,34 @@ logger = logging.getLogger(__name__)
 _warned: set[str] = set()
 
 
-class PrivateName(NamedTuple):
-    """A name, the package that has it, and its use as a clause that begins with "which"."""
-
-    package: str
-    name: str
-    use: str
-
-
-class ReplacedMethod(NamedTuple):
-    """A method of another package that LoRA-Pro wraps or overrides without a promise that the package calls it."""
-
-    package: str
-    owner: str
-    name: str
-    reason: str
-
-
-REPLACED = (
-    ReplacedMethod("deepspeed", "ZeRO optimizer", "step", "copies the raw gradients before ZeRO frees or scales them"),
-    ReplacedMethod("deepspeed", "DeepSpeedEngine", "save_checkpoint", "writes the moments before `latest` is updated"),
-    ReplacedMethod("deepspeed", "DeepSpeedEngine", "load_checkpoint", "checks the moments first and loads them last"),
-    ReplacedMethod("transformers", "Trainer", "_save", "writes settings and card, and checks the saved adapter"),
-    ReplacedMethod("transformers", "Trainer", "_save_checkpoint", "writes the manifest when all files are complete"),
-    ReplacedMethod("transformers", "Trainer", "_save_rng_state", "waits for the files of all ranks"),
-    ReplacedMethod("transformers", "Trainer", "_save_optimizer_and_scheduler", "collects the state that ranks share"),
-    ReplacedMethod("transformers", "Trainer", "_load_optimizer_and_scheduler", "loads no state of other ranks"),
-    ReplacedMethod("transformers", "Trainer", "_load_from_checkpoint", "loads all adapters into their parameters"),
-    ReplacedMethod("transformers", "Trainer", "_load_best_model", "loads all adapters into their parameters"),
-    ReplacedMethod("transformers", "Trainer", "_maybe_log_save_evaluate", "checks skipped steps on all ranks"),
-    ReplacedMethod("transformers", "Trainer", "_push_from_checkpoint", "pushes settings, card and manifest"),
-    ReplacedMethod("transformers", "Trainer", "_finish_current_push", "reports pushes that failed in the background"),
+_OF_TRAINER = (
+    "_save _save_checkpoint _save_rng_state _save_optimizer_and_scheduler _load_optimizer_and_scheduler "
+    "_load_from_checkpoint _load_best_model _maybe_log_save_evaluate _push_from_checkpoint _finish_current_push "
+    "_get_output_dir"
 )
-"""The table of `docs/support.md`; each method calls the one that it replaces."""
-
-METHODS_OF_TRAINER = (*(method.name for method in REPLACED if method.owner == "Trainer"), "_get_output_dir")
-
-
-def _named(library: str, use: str, *names: str) -> Iterable[tuple[str, PrivateName]]:
-    return ((name, PrivateName(library, name, use)) for name in names)
-
-
-_CLASSES = ("DeepSpeedEngine", "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3", "BF16_Optimizer")
-_ENGINE = ("basic_optimizer", "has_moe_layers", "mpu", "param_names", "pipeline_parallelism")
-_SECTIONS = ("zero_config", "float16_config", "bfloat16_config", "compile_config", "tensor_parallel_config")
-_MASTERS = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat")
-_FRAGMENT = ("_hp_mapping", "lp_fragment_address", "hp_fragment_address", "param_group_index")
-_PARTITION = ("ds_shape", "ds_numel", "partition_numel", "grad_position", "get_param_id")
-_GRADIENTS = ("get_lp_grad_fragment", "_index_in_param_group", "grad_partitions_flat_buffer")
-_SCALES = ("loss_scale", "clip_grad", "_global_grad_norm")
-
-PRIVATE = dict(
-    (
-        *_named("deepspeed", "by which LoRA-Pro tells engines and optimizers apart", *_CLASSES),
-        *_named("deepspeed", "by which LoRA-Pro checks the engine", *_ENGINE),
-        *_named("deepspeed", "from which LoRA-Pro reads the settings", "_config", "_param_dict", *_SECTIONS),
-        *_named("deepspeed", "in which LoRA-Pro finds the parameters", "bit16_groups", "bf16_groups", "fp16_groups"),
-        *_named("deepspeed", "in which LoRA-Pro steps the float32 masters", *_MASTERS),
-        *_named("deepspeed", "by which LoRA-Pro finds a rank's part of a parameter", *_FRAGMENT, *_PARTITION),
-        *_named("deepspeed", "by which LoRA-Pro reads the gradients", *_GRADIENTS),
-        *_named("deepspeed", "by which LoRA-Pro scales and clips the gradients", *_SCALES),
-        *_named("deepspeed", "over which LoRA-Pro gathers the gradients", "dp_process_group"),
-        *_named("torch", "by which LoRA-Pro knows whether gradients are scaled", "_per_optimizer_states"),
-        *_named("torch", "by which LoRA-Pro knows whether ranks train within join()", "_join_config"),
-        *_named("torch", "through which LoRA-Pro waits for other ranks", "_get_default_store"),
-        *_named("transformers", "by which LoRA-Pro saves, loads, pushes and logs its part", *METHODS_OF_TRAINER),
-        *_named("transformers", "by which LoRA-Pro sees the adapters of add_adapter", "_hf_peft_config_loaded"),
-        *_named("transformers", "by which LoRA-Pro tells the task of a model", "_model_mapping"),
-    )
-)
+METHODS_OF_TRAINER = _OF_TRAINER.split()
+_NAMES = {
+    "deepspeed": " ".join(
+        (
+            # classes
+            "DeepSpeedEngine DeepSpeedZeroOptimizer DeepSpeedZeroOptimizer_Stage3 BF16_Optimizer",
+            # the engine and its settings
+            "basic_optimizer has_moe_layers mpu param_names pipeline_parallelism _config _param_dict",
+            "zero_config float16_config bfloat16_config compile_config tensor_parallel_config",
+            # parameters, their float32 masters and the part of each rank
+            "bit16_groups bf16_groups fp16_groups single_partition_of_fp32_groups fp32_groups_flat_partition",
+            "fp32_partitioned_groups_flat _hp_mapping lp_fragment_address hp_fragment_address param_group_index",
+            "ds_shape ds_numel partition_numel grad_position get_param_id",
+            # gradients
+            "get_lp_grad_fragment _index_in_param_group grad_partitions_flat_buffer dp_process_group",
+            "loss_scale clip_grad _global_grad_norm",
+        )
+    ),
+    "torch": "_per_optimizer_states _join_config _get_default_store",
+    "transformers": f"{_OF_TRAINER} _hf_peft_config_loaded _model_mapping",
+}
+PRIVATE = {name: library for library, names in _NAMES.items() for name in names.split()}
+"""The library of each private name."""
 
 
 def private(holder: object, name: str) -> Any:
@@ -109,15 +67,16 @@ def private(holder: object, name: str) -> Any:
     Raises:
         RuntimeError: the installed release has no such name. The message names the tested releases.
     """
-    row = PRIVATE[name]
+    library = PRIVATE[name]
     try:
         return getattr(import_module(holder) if isinstance(holder, str) else holder, name)
     except (AttributeError, ModuleNotFoundError) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == row.package:
+        if isinstance(error, ModuleNotFoundError) and error.name == library:
             raise  # the library is not installed at all
+        owner = holder if isinstance(holder, type | ModuleType) else type(holder)
         raise RuntimeError(
-            f"{_installed(row.package)} has no {_name_of(holder)}.{name}, {row.use}. It was tested with "
-            f"{tested(row.package)}: install such a release, or report it."
+            f"{_installed(library)} has no {holder if isinstance(holder, str) else owner.__name__}.{name}, on which "
+            f"LoRA-Pro relies. It was tested with {tested(library)}: install such a release, or report it."
         ) from error
 
 
@@ -144,9 +103,3 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def _installed(library: str) -> str:
     return f"{_TITLES.get(library, library)} {metadata.version(library)}"
-
-
-def _name_of(holder: object) -> str:
-    if isinstance(holder, str):
-        return holder
-    return str(holder.__name__) if isinstance(holder, type | ModuleType) else type(holder).__name__

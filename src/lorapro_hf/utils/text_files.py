@@ -25,12 +25,7 @@ def shortened(text: str, limit: int = 200) -> str:
 
 
 def read_settings_text(file: Path) -> str:
-    """The text of a file of settings.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is larger than `MAX_BYTES`, or not UTF-8.
-    """
+    """The text of a file of settings; a `ValueError` if it is larger than `MAX_BYTES`, or not UTF-8."""
     with file.open("rb") as opened:
         content = opened.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
@@ -39,11 +34,7 @@ def read_settings_text(file: Path) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """The value of a text in JSON.
-
-    Raises:
-        json.JSONDecodeError: the text is no JSON, or nested too deeply for Python.
-    """
+    """The value of a text in JSON; a `JSONDecodeError` also if it is nested too deeply for Python."""
     try:
         return json.loads(text)
     except RecursionError:

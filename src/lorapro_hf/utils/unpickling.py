@@ -14,29 +14,26 @@ from typing import IO, Any
 
 import torch
 
-_METADATA = "torch.distributed.checkpoint.metadata"
-_IN_METADATA = {
-    *((_METADATA, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
-    *((_METADATA, name) for name in ("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata")),
-    (_METADATA, "TensorProperties"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.serialization", "_get_layout"),
-    ("torch", "Size"),
-    *(("pathlib", name) for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
-    *(("pathlib._local", name) for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
+_PATHS = "PosixPath PurePosixPath WindowsPath PureWindowsPath"
+_IN_METADATA = {  # names by module
+    "torch.distributed.checkpoint.metadata": "Metadata MetadataIndex StorageMeta TensorProperties _MEM_FORMAT_ENCODING "
+    "TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata",
+    "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+    "torch.serialization": "_get_layout",
+    "torch": "Size",
+    "pathlib": _PATHS,
+    "pathlib._local": _PATHS,
 }
 # Classes of the objects that DeepSpeed and Trainer pickle beside tensors. An empty class is loaded for each.
-_STOOD_FOR = (
-    ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
-    ("deepspeed.runtime.fp16.loss_scaler", "LossScaler"),
-    ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
-    ("deepspeed.utils.tensor_fragment", "fragment_address"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy.dtypes", "UInt32DType"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-)
+_STOOD_FOR = {
+    "deepspeed.runtime.zero.config": "ZeroStageEnum",
+    "deepspeed.runtime.fp16.loss_scaler": "LossScaler DynamicLossScaler",
+    "deepspeed.utils.tensor_fragment": "fragment_address",
+    "numpy._core.multiarray": "_reconstruct",
+    "numpy.core.multiarray": "_reconstruct",
+    "numpy.dtypes": "UInt32DType",
+    "numpy": "ndarray dtype",
+}
 
 
 class StandIn:
@@ -49,16 +46,15 @@ class StandIn:
         pass
 
 
-_STAND_INS: list[Any] = [type(name, (StandIn,), {"__module__": module}) for module, name in _STOOD_FOR]
+_STAND_INS: list[Any] = [
+    type(name, (StandIn,), {"__module__": module}) for module, names in _STOOD_FOR.items() for name in names.split()
+]
 
 
 def read_tensors(file: Path | IO[bytes]) -> Any:
-    """The content of a file of `torch.save`; tensors stay on the disk where the format allows it.
+    """The content of a file of `torch.save`, with a `StandIn` for each object of DeepSpeed and numpy.
 
-    A `StandIn` takes the place of DeepSpeed's and numpy's objects.
-
-    Args:
-        file: the file, or its content.
+    Tensors stay on the disk where the format allows it.
 
     Raises:
         ValueError: the file is cut off, or holds objects that could run code. No code in the file has been run.
@@ -68,16 +64,14 @@ def read_tensors(file: Path | IO[bytes]) -> Any:
         with _stood_for():
             return torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        if found is None:
-            raise ValueError("it is no file of torch") from error
-        raise ValueError(_foreign(found[1])) from error
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError("it is no file of torch" if name is None else _foreign(name[1])) from error
     except (RuntimeError, EOFError, TypeError, AttributeError, LookupError) as error:
         raise ValueError((str(error).splitlines() or ["it ends too early"])[0]) from error
     except OSError as error:
-        if error.errno != errno.EINVAL:
+        if error.errno != errno.EINVAL:  # torch has sought a place before the start of the file
             raise
-        raise ValueError("it ends too early") from error  # torch has sought a place before the start of the file
+        raise ValueError("it ends too early") from error
 
 
 @contextlib.contextmanager
@@ -102,18 +96,18 @@ def read_metadata(file: Path) -> Any:
         ValueError: the file is cut off, or holds other objects. No code in the file has been run.
     """
     try:
-        found = _Metadata(io.BytesIO(file.read_bytes())).load()
-        if not {"state_dict_metadata", "storage_data", "planner_data"} <= vars(found).keys():
+        metadata = _Metadata(io.BytesIO(file.read_bytes())).load()
+        if not {"state_dict_metadata", "storage_data", "planner_data"} <= vars(metadata).keys():
             raise ValueError("it is no metadata of a distributed checkpoint")
     except (pickle.UnpicklingError, EOFError, TypeError, AttributeError, LookupError, ImportError) as error:
         raise ValueError(str(error) or "it ends too early") from error
-    return found
+    return metadata
 
 
 class _Metadata(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and (module, name) not in _IN_METADATA:
+        if not is_dtype and name not in _IN_METADATA.get(module, "").split():
             raise pickle.UnpicklingError(_foreign(f"{module}.{name}"))
         return super().find_class(module, name)
 

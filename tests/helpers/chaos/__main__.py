@@ -15,7 +15,7 @@ from random import Random
 from rich.console import Console
 
 from killable import Nursery
-from lorapro_hf.commands.common.progress import progress_bars
+from lorapro_hf.commands.common.console import progress_bars
 from lorapro_hf.options import HelpFormatter, UsageError, at_least_one
 
 from .cases import ON_REQUEST, TRICKS, Lab, Result, try_case

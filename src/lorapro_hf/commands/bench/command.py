@@ -24,7 +24,7 @@ examples:
   lorapro bench --workloads llama-2-7b --ranks 8 64 --dtypes bf16 --device cuda
   lorapro bench --parts growth --methods full efficient
   lorapro bench --workloads tiny --ranks 4 --output_dir runs/bench     # to see whether everything runs
-  lorapro bench --report_only --output_dir runs/bench                  # tables and plots anew from results.json
+  lorapro bench --report_only --output_dir runs/bench                  # tables anew from results.json
 
 exit codes: 0 done, 2 bad arguments, 130 stopped by Ctrl-C
 """
@@ -35,20 +35,18 @@ _QUICK = {"workloads": ("smollm2-135m",), "ranks": (8,), "dtypes": ("fp32",), "r
 def add_bench(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lorapro bench`."""
     add_options(parser, BenchSettings)
+    quick = "SmolLM2-135M, r = 8 and fp32 only, with few repeats; overrides the others"
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument(
-        "--quick", action="store_true", help="SmolLM2-135M, r = 8 and fp32 only, with few repeats; overrides the others"
-    )
-    parser.add_argument(
-        "--report_only", action="store_true", help="measure nothing; write tables and plots from results.json anew"
+        "--report_only", action="store_true", help="measure nothing; write tables from results.json anew"
     )
     parser.add_argument("--json", action="store_true", help="print results.json; all else goes to stderr")
     parser.set_defaults(run=_bench)
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    require_packages("lorapro bench", "rich", "matplotlib", "psutil", "pandas", "jinja2", extra="bench")
+    require_packages("lorapro bench", "rich", "psutil", extra="bench")
     settings = settings_of(arguments, BenchSettings, _QUICK if arguments.quick else {})
-    # takes seconds: after the arguments have been checked
-    from lorapro_hf.commands.bench.run import report_again, run_bench
+    from lorapro_hf.commands.bench.run import run_bench  # takes seconds: after the arguments have been checked
 
-    return (report_again if arguments.report_only else run_bench)(settings, as_json=arguments.json)
+    return run_bench(settings, as_json=arguments.json, report_only=arguments.report_only)

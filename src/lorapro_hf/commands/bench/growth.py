@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-import torch
-
-from lorapro_hf.commands.bench.measure import Contender, measure_in_turns
-from lorapro_hf.commands.bench.results import GrowthPoint, Outcome, Spread
-from lorapro_hf.commands.bench.settings import BASELINE, MODELS, BenchSettings, MeasuredOptimizer, ModelShapes
+from lorapro_hf.commands.bench.measure import Bench, Contender, measure_in_turns
+from lorapro_hf.commands.bench.probes import kernels_of
+from lorapro_hf.commands.bench.results import GrowthPoint, Spread
+from lorapro_hf.commands.bench.settings import MeasuredOptimizer, ModelShapes
 from lorapro_hf.commands.bench.workloads import Workload
 
 AXES: Mapping[str, str] = {"layers": "layers", "m": "m (out)", "n": "n (in)", "r": "r"}
@@ -18,15 +18,10 @@ _RANK = 8
 _COPIES = 8  # layers of equal shape where m, n or r grows
 
 
-def small_model(settings: BenchSettings) -> ModelShapes:
-    """The first model of the run that is small enough to be enlarged or trained, else SmolLM2-135M."""
-    models = [MODELS[name] for name in settings.workloads]
-    return next((model for model in models if model.trained), MODELS["smollm2-135m"])
-
-
 def fitted_exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     """The slope of the straight line through the points in log-log scale, by least squares."""
-    return statistics.linear_regression([math.log(size) for size in sizes], [math.log(value) for value in values]).slope
+    logarithms = [math.log(size) for size in sizes], [math.log(value or 1) for value in values]
+    return statistics.linear_regression(*logarithms).slope
 
 
 def series(model: ModelShapes, method: MeasuredOptimizer, axis: str) -> list[tuple[int, Workload]]:
@@ -46,34 +41,24 @@ def _layers_of(m: int, n: int, rank: int) -> Workload:
     return Workload("growth", (("proj", m, n),), _COPIES, rank, "fp32")
 
 
-def measure_growth(settings: BenchSettings, outcome: Outcome, device: torch.device, say: Callable[[str], None]) -> None:
+def measure_growth(bench: Bench) -> None:
     """Measure the baseline and the modes of LoRA-Pro along all axes; the sizes of one method take turns."""
-    model = small_model(settings)
-    for axis in AXES:
-        for method in settings.measured:
-            if method.name != BASELINE and not method.ours:
-                continue
-            say(f"{method.title} against {axis}")
-            sized = series(model, method, axis)
-            try:
-                contenders = [Contender(method.name, w, device, settings.seed) for _, w in sized]
-                for (size, _), contender, times in zip(
-                    sized, contenders, measure_in_turns(contenders, settings), strict=True
-                ):
-                    spread = Spread.of(times)
-                    assert spread is not None
-                    outcome.growth.append(GrowthPoint(method.name, axis, size, spread, contender.kernels()))
-            except Exception as error:
-                outcome.notes.append(f"Growth of {method.title} with {axis}: {type(error).__name__}: {error}")
+    settings = bench.settings
+    for axis, method in itertools.product(AXES, settings.compared_modes):
+        bench.say(f"{method.title} against {axis}")
+        sized = series(settings.small_model, method, axis)
+        try:
+            contenders = [Contender(method.name, workload, bench.device, settings.seed) for _, workload in sized]
+            samples = measure_in_turns(contenders, settings)
+            for (size, _), contender, times in zip(sized, contenders, samples, strict=True):
+                kernels = kernels_of(contender.fresh_step(), bench.device)
+                bench.outcome.growth.append(GrowthPoint(method.name, axis, size, Spread.of(times), kernels))
+        except Exception as error:
+            bench.outcome.notes.append(f"Growth of {method.title} with {axis}: {type(error).__name__}: {error}")
 
 
-def exponents(points: Sequence[GrowthPoint]) -> dict[tuple[str, str], tuple[float, float]]:
-    """The fitted exponents of time and kernels, by method and axis."""
-    fitted = {}
-    for key in dict.fromkeys((point.method, point.axis) for point in points):
-        mine = [p for p in points if (p.method, p.axis) == key]
-        if len(mine) > 1:
-            sizes = [point.size for point in mine]
-            times, kernels = [point.step_ms.median for point in mine], [float(point.kernels or 1) for point in mine]
-            fitted[key] = (fitted_exponent(sizes, times), fitted_exponent(sizes, kernels))
-    return fitted
+def curves(points: Sequence[GrowthPoint]) -> list[list[GrowthPoint]]:
+    """The points of each method along each axis, where there are several."""
+    keys = dict.fromkeys((point.method, point.axis) for point in points)
+    grouped = [[point for point in points if (point.method, point.axis) == key] for key in keys]
+    return [curve for curve in grouped if len(curve) > 1]

@@ -1,4 +1,4 @@
-"""What does one step allocate and launch? Measured in steps that are not timed."""
+"""How much does one step allocate, and how many kernels does it launch? Measured in steps that are not timed."""
 
 from __future__ import annotations
 
@@ -15,23 +15,20 @@ from torch.utils._pytree import tree_leaves
 
 Step = Callable[[], object]
 _LAST = "last step"
+_NO_KERNEL = ("empty", "new_empty", "resize", "set_", "_local_scalar_dense", "detach", "lift")
 
 
 @dataclass(frozen=True)
 class Allocations:
     """Memory and kernels of a step.
 
-    Args:
-        peak: Most bytes that the step holds beyond those before it.
-        shapes: Shapes of the new tensors that operators returned.
-        largest: The shape among these that takes most bytes, `None` if there is none.
-        kernels: On CUDA its kernels; on the CPU the operators that compute (no views, no empty tensors). An operator
-            on a list of tensors counts once, as on CUDA; one of linear algebra may run several kernels.
+    On the CPU the operators that compute count as kernels (no views, no empty tensors). An operator on a list of
+    tensors counts once, as on CUDA; one of linear algebra may run several kernels.
     """
 
-    peak: int
-    shapes: frozenset[tuple[int, ...]]
-    largest: tuple[int, ...] | None
+    peak: int  # most bytes that the step holds beyond those before it
+    shapes: frozenset[tuple[int, ...]]  # of the new tensors that operators returned
+    largest: tuple[int, ...] | None  # the shape among these that takes most bytes
     kernels: int
 
 
@@ -56,9 +53,6 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-_NO_KERNEL = ("empty", "new_empty", "resize", "set_", "_local_scalar_dense", "detach", "lift")
-
-
 def _computes(func: Any) -> bool:
     """Whether an operator does more than view, allocate or read a number."""
     if func.namespace == "profiler":  # the marks of record_function
@@ -68,49 +62,43 @@ def _computes(func: Any) -> bool:
     return not is_view and not func.overloadpacket.__name__.startswith(_NO_KERNEL)
 
 
-def memory_of(step: Step, device: torch.device, twice: bool = True) -> Allocations:
-    """Measure the allocations and kernels of one step; runs it two or three times.
+def memory_of(step: Step, device: torch.device) -> Allocations:
+    """Measure the allocations and kernels of one step; runs it three times.
 
     On the CPU the allocator's events are read, so that memory inside operators counts; libraries that allocate by
     themselves (workspaces of MKL or oneDNN) are not seen. On CUDA it is the allocator's peak.
-
-    Args:
-        step: The step.
-        device: Where it runs.
-        twice: On the CPU, measure the second of two steps: the allocator reports the release of a block only if it saw
-            its allocation, so that blocks that the step replaces must be those of a step before. With False they count.
     """
-    peak = _cuda_peak(step, device) if device.type == "cuda" else _cpu_peak(step, twice)
-    with _Operators() as operators:
-        step()
-    kernels = cuda_kernels(step) if device.type == "cuda" else operators.kernels
-    sizes = operators.sizes
+    on_cuda = device.type == "cuda"
+    peak = _cuda_peak(step, device) if on_cuda else _cpu_peak(step)
+    operators = _operators_of(step)
+    kernels, sizes = cuda_kernels(step) if on_cuda else operators.kernels, operators.sizes
     return Allocations(peak, frozenset(sizes), max(sizes, key=sizes.__getitem__, default=None), kernels)
 
 
 def kernels_of(step: Step, device: torch.device) -> int:
     """The number of kernels of one step; runs it once."""
-    if device.type == "cuda":
-        return cuda_kernels(step)
+    return cuda_kernels(step) if device.type == "cuda" else _operators_of(step).kernels
+
+
+def _operators_of(step: Step) -> _Operators:
     with _Operators() as operators:
         step()
-    return operators.kernels
+    return operators
 
 
-def _cpu_peak(step: Step, twice: bool) -> int:
+def _cpu_peak(step: Step) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        if twice:
-            step()
+        step()  # the allocator reports the release of a block only if the profiler saw its allocation
         with record_function(_LAST):
             step()
     results: Any = profiler.profiler.kineto_results
-    every = [event for event in results.events() if event.device_type() == DeviceType.CPU]
-    start = next(event.start_ns() for event in every if event.name() == _LAST)
-    events = [event for event in every if event.name() == "[memory]" and event.start_ns() >= start]
+    events = sorted(results.events(), key=lambda event: event.start_ns())
+    start = next(place for place, event in enumerate(events) if event.name() == _LAST)
     now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
+    for event in events[start:]:
+        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU:
+            now += event.nbytes()
+            peak = max(peak, now)
     return peak
 
 

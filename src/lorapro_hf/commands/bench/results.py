@@ -1,13 +1,14 @@
-"""What has been measured, as records that `results.json` holds."""
+"""Which figures does a run measure and keep in `results.json`?"""
 
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lorapro_hf.commands.bench.settings import METHODS, BenchSettings
 from lorapro_hf.commands.common.records import write_json
@@ -17,7 +18,7 @@ from lorapro_hf.utils.text_files import parse_json
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles of the times in milliseconds, and their number."""
+    """Median and quartiles of times in milliseconds, and their number."""
 
     median: float
     low: float
@@ -25,24 +26,15 @@ class Spread:
     count: int
 
     @classmethod
-    def of(cls, samples: Sequence[float]) -> Spread | None:
-        """The spread of the samples; `None` if there are none."""
-        if not samples:
-            return None
-        if len(samples) == 1:
-            return cls(samples[0], samples[0], samples[0], 1)
-        low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    def of(cls, samples: Sequence[float]) -> Spread:
+        """The spread of the samples."""
+        low, median, high = np.quantile(samples, (0.25, 0.5, 0.75)).tolist()
         return cls(median, low, high, len(samples))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Machine:
-    """Speed of the machine between the steps of a batch.
-
-    Args:
-        copy_gb_per_s: Rate of a large copy; bytes read and bytes written both count.
-        matmul_gflop_per_s: Rate of a large fp32 matrix product.
-    """
+    """Speed of the machine: a large copy (bytes read and bytes written both count) and a large fp32 product."""
 
     copy_gb_per_s: float
     matmul_gflop_per_s: float
@@ -50,68 +42,33 @@ class Machine:
 
 @dataclass(frozen=True)
 class Roofline:
-    """The least time of a step that updates dense moments, in milliseconds.
+    """The least time of a step that updates dense moments, in milliseconds."""
 
-    Args:
-        memory_ms: To read and write both moments once.
-        compute_ms: To form the equivalent gradient and both products of the direction with the factors.
-    """
-
-    memory_ms: float
-    compute_ms: float
-
-    @property
-    def bound_ms(self) -> float:
-        """The roofline: memory and computation at the same time."""
-        return max(self.memory_ms, self.compute_ms)
-
-    @property
-    def sum_ms(self) -> float:
-        """Memory and computation one after the other."""
-        return self.memory_ms + self.compute_ms
+    memory_ms: float  # to read and write both moments once
+    compute_ms: float  # to form the equivalent gradient and both products of the direction with the factors
 
 
 @dataclass
 class Result:
-    """The figures of one method on one workload.
+    """The figures of one method on one workload."""
 
-    Args:
-        method: Name in `METHODS`.
-        workload: Name of the model.
-        rank: Rank of the factors.
-        dtype: `fp32` or `bf16`.
-        layers: Number of blocks.
-        whole: Whether these are all blocks of the model.
-        batch: Number of the batch: results of one batch were measured in turns.
-        step_ms: Time of a step.
-        ratio: Median time over the baseline's in the same batch.
-        state_bytes: State that the optimizer keeps for its parameters.
-        kept_bytes: All memory that the optimizer keeps.
-        peak_bytes: Most memory that a step allocates.
-        largest_shape: Shape of the largest new tensor of a step.
-        kernels: Kernels of a step, see `Allocations`.
-        roofline: Of dense moments, at the speed of the machine during the same batch.
-        waits: On CUDA, the operator that makes the host wait for the device.
-        note: Why it is not the whole model, or why there are no figures.
-    """
-
-    method: str
-    workload: str
+    method: str  # name in `METHODS`
+    workload: str  # name of the model
     rank: int
     dtype: str
     layers: int = 0
-    whole: bool = True
-    batch: int = 0
+    whole: bool = True  # whether these are all blocks of the model
+    batch: int = 0  # the methods of one batch took turns
     step_ms: Spread | None = None
-    ratio: float | None = None
-    state_bytes: int | None = None
-    kept_bytes: int | None = None
-    peak_bytes: int | None = None
-    largest_shape: tuple[int, ...] | None = None
-    kernels: int | None = None
-    roofline: Roofline | None = None
-    waits: str | None = None
-    note: str | None = None
+    ratio: float | None = None  # median time over the baseline's in the same batch
+    state_bytes: int | None = None  # state that the optimizer keeps for its parameters
+    kept_bytes: int | None = None  # all memory that the optimizer keeps
+    peak_bytes: int | None = None  # most memory that a step allocates
+    largest_shape: tuple[int, ...] | None = None  # of the new tensors of a step
+    kernels: int | None = None  # see `Allocations`
+    roofline: Roofline | None = None  # of dense moments, at the speed of the machine in the same batch
+    waits: str | None = None  # on CUDA, the operator that makes the host wait for the device
+    note: str | None = None  # why it is not the whole model, or why there are no figures
 
     @property
     def title(self) -> str:
@@ -132,36 +89,31 @@ class GrowthPoint:
 
 @dataclass
 class TrainingShare:
-    """The optimizer's share of training steps with one method.
-
-    Args:
-        method: Name in `METHODS`.
-        workload: Name of the model.
-        precision: Precision of forward and backward.
-        model_ms: Time of forward and backward.
-        step_ms: Time of the optimizer step after it.
-        share: Median step over the median of the whole training step.
-    """
+    """The optimizer's share of training steps with one method."""
 
     method: str
     workload: str
-    precision: str
-    model_ms: Spread
-    step_ms: Spread
-    share: float
+    precision: str  # of forward and backward
+    model_ms: Spread  # forward and backward
+    step_ms: Spread  # the optimizer step
+    share: float  # median optimizer step over the median of the whole training step
 
 
 @dataclass
 class Outcome:
-    """Everything that a run has measured so far."""
+    """All figures that a run has measured so far."""
 
-    environment: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any]
     results: list[Result] = field(default_factory=list)
     machines: list[Machine] = field(default_factory=list)
     growth: list[GrowthPoint] = field(default_factory=list)
     training: list[TrainingShare] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     stopped: bool = False
+
+
+_RECORDS = {"results": Result, "machines": Machine, "growth": GrowthPoint, "training": TrainingShare}
+_NESTED = {"step_ms": Spread, "model_ms": Spread, "roofline": Roofline}
 
 
 def write_results(path: Path, settings: BenchSettings, outcome: Outcome) -> None:
@@ -178,20 +130,13 @@ def read_results(path: Path) -> Outcome:
     """
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
-        return Outcome(
-            environment=content["environment"],
-            results=[_filled(Result, row) for row in content["results"]],
-            machines=[Machine(**row) for row in content["machines"]],
-            growth=[_filled(GrowthPoint, row) for row in content["growth"]],
-            training=[_filled(TrainingShare, row) for row in content["training"]],
-            notes=content["notes"],
-            stopped=content["stopped"],
-        )
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        content.pop("settings", None)
+        for name, record in _RECORDS.items():
+            content[name] = [_filled(record, row) for row in content[name]]
+        return Outcome(**content)
+    except (OSError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is no result of lorapro bench ({error!r}). Measure without --report_only.") from error
 
 
 def _filled(record: type[Any], row: Mapping[str, Any]) -> Any:
-    nested = {"step_ms": Spread, "model_ms": Spread, "roofline": Roofline}
-    values = {name: nested[name](**value) if name in nested and value else value for name, value in row.items()}
-    return record(**values)
+    return record(**{name: _NESTED[name](**value) if name in _NESTED else value for name, value in row.items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,45 +12,65 @@ from pathlib import Path
 import psutil
 import torch
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import Progress
 
 from lorapro_hf.commands.bench.growth import measure_growth
-from lorapro_hf.commands.bench.plots import plot_growth, plot_ratios
-from lorapro_hf.commands.bench.ratios import Ratios, reason_of
-from lorapro_hf.commands.bench.report import all_tables, device_name, environment, markdown, rich_table, slug
+from lorapro_hf.commands.bench.measure import Bench
+from lorapro_hf.commands.bench.ratios import measure_ratios, reason_of
+from lorapro_hf.commands.bench.report import device_name, environment, markdown, slug
 from lorapro_hf.commands.bench.results import Outcome, read_results, write_results
-from lorapro_hf.commands.bench.settings import BenchSettings, missing
+from lorapro_hf.commands.bench.settings import MODELS, BenchSettings, missing
 from lorapro_hf.commands.bench.training import measure_shares
-from lorapro_hf.commands.common.console import INTERRUPTED, prepare_output
-from lorapro_hf.commands.common.progress import progress_bars
+from lorapro_hf.commands.common.console import INTERRUPTED, prepare_output, progress_bars
 from lorapro_hf.options import UsageError
 
-RESULTS = "results.json"
 _FOREIGN = 0.05  # of one core: above it the figures get a note
 Job = tuple[str, Callable[[], None]]
 
 
-def device_of(settings: BenchSettings) -> torch.device:
-    """The device to measure on.
+def _jobs(bench: Bench) -> list[Job]:
+    """All measurements, the most important first: a time limit cuts off the last."""
+    settings = bench.settings
+    workloads = [
+        (MODELS[name], rank, dtype)
+        for dtype in settings.dtypes
+        for rank in sorted(settings.ranks)
+        for name in settings.workloads
+    ]
+    compared: list[Job] = [
+        (f"{model.title} r={rank} {dtype}", partial(measure_ratios, bench, model, rank, dtype))
+        for model, rank, dtype in (workloads if "ratios" in settings.parts else ())
+    ]
+    further: list[Job] = [("growth", partial(measure_growth, bench)), ("training step", partial(measure_shares, bench))]
+    further = [job for job in further if job[0].split()[0] in settings.parts]
+    return [*compared[:1], *further, *compared[1:]]
 
-    Raises:
-        UsageError: there is no such device.
-    """
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: this torch sees no CUDA device. Install a CUDA build, or use --device cpu.")
-    return torch.device(settings.device)
 
-
-def foreign_seconds() -> float:
-    """Processor seconds that all other processes have used since the machine started."""
-    times = psutil.cpu_times()._asdict()
-    idle = ("idle", "iowait", "guest", "guest_nice")  # guests also count as their users
-    own = psutil.Process().cpu_times()
-    return float(sum(value for name, value in times.items() if name not in idle)) - own.user - own.system
+def measure_all(bench: Bench, progress: Progress) -> None:
+    """Do all jobs, until the time is up; a job that fails leaves a note."""
+    started, jobs, late = time.perf_counter(), _jobs(bench), []
+    task = progress.add_task("", total=len(jobs), note="")
+    bench.say = lambda text: progress.update(task, note=text)
+    for title, job in jobs:
+        seconds = time.perf_counter() - started
+        if seconds > bench.settings.minutes * 60:
+            late.append(title)
+            continue
+        progress.update(task, description=title)
+        if not progress.console.is_terminal:
+            progress.console.print(f"{seconds:5.0f} s  {title}", highlight=False)
+        try:
+            job()
+        except Exception as error:  # keeps the results of the other jobs
+            bench.outcome.notes.append(f"{title}: {reason_of(error)}")
+        progress.update(task, advance=1, note="")
+    if late:
+        bench.outcome.notes.append(f"Not measured within --minutes {bench.settings.minutes:g}: {', '.join(late)}.")
 
 
 def disturbance(foreign: float, seconds: float) -> str | None:
-    """A note if other processes used the processor during the run, else `None`."""
+    """A note if other processes used the processor for `foreign` of the seconds of a run, else `None`."""
     if foreign <= _FOREIGN * seconds:
         return None
     return (
@@ -58,132 +79,68 @@ def disturbance(foreign: float, seconds: float) -> str | None:
     )
 
 
-class _Run:
-    """The jobs of a run and the outcome so far."""
-
-    def __init__(self, settings: BenchSettings, device: torch.device, progress: Progress) -> None:
-        self.settings = settings
-        self.device = device
-        self.progress = progress
-        self.outcome = Outcome(environment(device))
-        self.started = time.perf_counter()
-        self.foreign = foreign_seconds()
-        self.deadline = self.started + settings.minutes * 60
-
-    def jobs(self) -> list[Job]:
-        """All measurements, the most important first: a time limit cuts off the last."""
-        settings, outcome, device = self.settings, self.outcome, self.device
-        ratios = Ratios(settings, outcome, device, self.say)
-        compared: list[Job] = [
-            (f"{model.title} r={rank} {dtype}", partial(ratios.measure, model, rank, dtype, self.deadline))
-            for model, rank, dtype in (ratios.combinations() if "ratios" in settings.parts else ())
-        ]
-        further: list[Job] = []
-        if "growth" in settings.parts:
-            further.append(("growth", lambda: measure_growth(settings, outcome, device, self.say)))
-        if "training" in settings.parts:
-            further.append(("training step", lambda: measure_shares(settings, outcome, device, self.say)))
-        return [*compared[:1], *further, *compared[1:]]
-
-    def say(self, text: str) -> None:
-        self.progress.update(self.task, note=text)
-
-    def measure(self) -> None:
-        """Do all jobs, until the time is up or Ctrl-C ends it."""
-        jobs = self.jobs()
-        self.task = self.progress.add_task("", total=len(jobs), note="")
-        late = []
-        try:
-            for title, job in jobs:
-                if time.perf_counter() > self.deadline:
-                    late.append(title)
-                    continue
-                self.progress.update(self.task, description=title)
-                if not self.progress.console.is_terminal:
-                    self.progress.console.print(
-                        f"{time.perf_counter() - self.started:5.0f} s  {title}", highlight=False
-                    )
-                try:
-                    job()
-                except Exception as error:  # keeps the results of the other jobs
-                    self.outcome.notes.append(f"{title}: {reason_of(error)}")
-                self.progress.advance(self.task)
-        except KeyboardInterrupt:
-            self.outcome.stopped = True
-        disturbed = disturbance(foreign_seconds() - self.foreign, time.perf_counter() - self.started)
-        self.outcome.notes += [disturbed] if disturbed else []
-        if late:
-            limit = self.settings.minutes
-            self.outcome.notes.append(f"Not measured within --minutes {limit:g}: {', '.join(late)}.")
-
-
-def _report(folder: Path, outcome: Outcome, console: Console) -> list[Path]:
-    """Show the tables and write them with the plots; gives the files."""
-    for table in all_tables(outcome):
-        console.print(rich_table(table))
-    for note in outcome.notes:
-        console.print(f"note: {note}", markup=False, highlight=False)
-    files = [folder / "results.md"]
-    files[0].write_text(markdown(outcome), encoding="utf-8")
-    ratios, growth = folder / "ratios.png", folder / "growth.png"
-    files += [ratios] if plot_ratios(ratios, outcome) else []
-    return files + ([growth] if plot_growth(growth, outcome.growth) else [])
-
-
-def report_again(settings: BenchSettings, as_json: bool = False) -> int:
-    """Write tables and plots from the `results.json` of an earlier run.
-
-    Raises:
-        UsageError: there is none.
-    """
-    folder = settings.output_dir or Path("benchmarks") / slug(device_of(settings))
-    _report(folder, read_results(folder / RESULTS), Console(stderr=as_json))
-    if as_json:
-        print((folder / RESULTS).read_text(encoding="utf-8"), end="")
-    return 0
-
-
-def run_bench(settings: BenchSettings, console: Console | None = None, as_json: bool = False) -> int:
-    """Measure, and write results, tables and plots.
-
-    Args:
-        settings: The settings.
-        console: Where tables and progress are shown; by default stdout, or stderr with `as_json`.
-        as_json: Print the file with the results at the end.
-
-    Returns:
-        The exit code: 0, or 130 if Ctrl-C ended it early; the results so far are kept.
-
-    Raises:
-        UsageError: there is no such device, or the output folder cannot be written to.
-    """
-    console = console or Console(stderr=as_json)
-    device = device_of(settings)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else the profiler prints lines of its own
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    folder = settings.output_dir or Path("benchmarks") / slug(device)
-    prepare_output(folder)
+def _measured(settings: BenchSettings, device: torch.device, console: Console) -> Outcome:
+    """The outcome of a run, which Ctrl-C ends early."""
     title = f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     console.print(title, highlight=False)
     for method in settings.measured:
         if reason := missing(method):
             console.print(f"{method.title}: {reason}", markup=False, highlight=False)
-    with progress_bars(console) as progress:
-        run = _Run(settings, device, progress)
-        run.measure()
-        progress.update(run.task, note="")
-    outcome = run.outcome
+    outcome = Outcome(environment(device))
+    started, own = time.perf_counter(), time.process_time()
+    psutil.cpu_percent()  # the next call gives the mean since this one
+    with progress_bars(console) as progress, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            measure_all(Bench(settings, device, outcome), progress)
+        except KeyboardInterrupt:
+            outcome.stopped = True
+    seconds, own = time.perf_counter() - started, time.process_time() - own
+    busy = psutil.cpu_percent() / 100 * (psutil.cpu_count() or 1) * seconds
+    outcome.notes += [note for note in [disturbance(busy - own, seconds)] if note]
     outcome.results = [result for result in outcome.results if result.step_ms or result.note]
-    results = folder / RESULTS
-    write_results(results, settings, outcome)
-    files = [results, *_report(folder, outcome, console)]
-    if outcome.stopped:
+    return outcome
+
+
+def run_bench(
+    settings: BenchSettings, console: Console | None = None, as_json: bool = False, report_only: bool = False
+) -> int:
+    """Measure, and write results and tables.
+
+    Args:
+        settings: The settings.
+        console: Where tables and progress are shown; by default stdout, or stderr with `as_json`.
+        as_json: Print the file with the results at the end.
+        report_only: Take the results of an earlier run.
+
+    Returns:
+        The exit code: 0, or 130 if Ctrl-C ended it early; the results so far are kept.
+
+    Raises:
+        UsageError: there is no such device, the output folder cannot be written to, or no earlier result is there.
+    """
+    started = time.perf_counter()
+    console = console or Console(stderr=as_json)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else the profiler prints lines of its own
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: this torch sees no CUDA device. Install a CUDA build, or use --device cpu.")
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    device = torch.device(settings.device)
+    folder = settings.output_dir or Path("benchmarks") / slug(device)
+    results, report = folder / "results.json", folder / "results.md"
+    if report_only:
+        outcome = read_results(results)
+    else:
+        prepare_output(folder)
+        outcome = _measured(settings, device, console)
+        write_results(results, settings, outcome)
+    report.write_text(markdown(outcome), encoding="utf-8")
+    console.print(Markdown(markdown(outcome, wide=False)))
+    if outcome.stopped and not report_only:
         console.print("\nStopped by Ctrl-C. The results so far are kept.")
-    took = time.perf_counter() - run.started
-    console.print(
-        "\n" + "\n".join(map(str, files)) + f"\nTotal time: {took / 60:.1f} min", markup=False, highlight=False
-    )
+    total = (time.perf_counter() - started) / 60
+    console.print(f"\n{results}\n{report}\nTotal time: {total:.1f} min", markup=False, highlight=False)
     if as_json:
         print(results.read_text(encoding="utf-8"), end="")
-    return INTERRUPTED if outcome.stopped else 0
+    return INTERRUPTED if outcome.stopped and not report_only else 0

@@ -20,25 +20,14 @@ PARTS = ("ratios", "growth", "training")
 
 @dataclass(frozen=True)
 class MeasuredOptimizer:
-    """An optimizer to measure.
+    """An optimizer to measure."""
 
-    Args:
-        name: Its name on the command line and in `results.json`.
-        title: Its name in the tables.
-        builder: The function in `common.optimizers.BUILDERS`.
-        settings: Arguments of that function.
-        package: The module that it needs beyond lorapro_hf's own dependencies, or `None`.
-        install: The requirement that installs the module.
-        peer_is_dense: Whether work or memory of an optimizer of another package grows with m·n or m·m.
-    """
-
-    name: str
-    title: str
-    builder: str
+    name: str  # on the command line and in `results.json`
+    title: str  # in tables
+    builder: str  # the function in `common.optimizers.BUILDERS` that builds it with `settings`
     settings: Mapping[str, Any] = field(default_factory=dict)
-    package: str | None = None
-    install: str | None = None
-    peer_is_dense: bool = False
+    package: str | None = None  # the module that it needs beyond lorapro_hf's own dependencies
+    install: str | None = None  # the requirement that installs the module
 
     @property
     def ours(self) -> bool:
@@ -46,42 +35,35 @@ class MeasuredOptimizer:
         return self.builder == "lorapro"
 
     @property
-    def dense(self) -> bool:
-        """Whether its work or memory grows with m·n or m·m."""
+    def dense_moments(self) -> bool:
+        """Whether it keeps moments of the size of the adapted weights."""
         if not self.ours:
-            return self.peer_is_dense
+            return self.name == "adamw_full"
         from lorapro_hf.optim.rules import RULES  # needs torch, and the command line's help does not
 
         return RULES[self.name].keeps_dense_moments
 
     @property
-    def dense_moments(self) -> bool:
-        """Whether it keeps moments of the size of the adapted weights."""
-        return self.dense and self.name != "adamw_efficient"
+    def dense(self) -> bool:
+        """Whether its memory grows with m·n or m·m."""
+        return self.dense_moments or self.package == "lora_pro"
 
 
 def _peer(mode: str) -> MeasuredOptimizer:
-    settings = {"lorapro_mode": mode}
-    title, install = f"lora-pro-adamw {mode}", "lora-pro-adamw==0.2.1"
-    return MeasuredOptimizer(
-        f"adamw_{mode}", title, "lora_pro_adamw", settings, "lora_pro", install, peer_is_dense=True
-    )
+    name, title, settings = f"adamw_{mode}", f"lora-pro-adamw {mode}", {"lorapro_mode": mode}
+    return MeasuredOptimizer(name, title, "lora_pro_adamw", settings, "lora_pro", "lora-pro-adamw==0.2.1")
 
 
-METHODS: Mapping[str, MeasuredOptimizer] = {
-    method.name: method
-    for method in (
-        MeasuredOptimizer(BASELINE, "AdamW (fused)", "adamw"),
-        *(MeasuredOptimizer(mode, f"LoRA-Pro {mode}", "lorapro", {"mode": mode}) for mode in MODES),
-        _peer("efficient"),
-        _peer("full"),
-        MeasuredOptimizer("riemannian", "PEFT Riemannian", "riemannian", {"fused": False}),
-        MeasuredOptimizer("lorafa", "PEFT LoRA-FA", "lorafa"),
-        MeasuredOptimizer(
-            "lorarite", "LoRARite", "lorarite", package="pytorch_optimizer", install="pytorch_optimizer>=4.1"
-        ),
-    )
-}
+_METHODS = (
+    MeasuredOptimizer(BASELINE, "AdamW (fused)", "adamw"),
+    *(MeasuredOptimizer(mode, f"LoRA-Pro {mode}", "lorapro", {"mode": mode}) for mode in MODES),
+    _peer("efficient"),
+    _peer("full"),
+    MeasuredOptimizer("riemannian", "PEFT Riemannian", "riemannian", {"fused": False}),
+    MeasuredOptimizer("lorafa", "PEFT LoRA-FA", "lorafa"),
+    MeasuredOptimizer("lorarite", "LoRARite", "lorarite", {}, "pytorch_optimizer", "pytorch_optimizer>=4.1"),
+)
+METHODS: Mapping[str, MeasuredOptimizer] = {method.name: method for method in _METHODS}
 
 
 def missing(method: MeasuredOptimizer) -> str | None:
@@ -93,42 +75,24 @@ def missing(method: MeasuredOptimizer) -> str | None:
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """The linear layers of a Llama-like model, all adapted.
+    """Sizes of a Llama-like model, whose linear layers are all adapted."""
 
-    Args:
-        name: Its name on the command line.
-        title: Its name in the tables.
-        hidden: Width of the model.
-        kv: Output size of the key and value projections.
-        ffn: Width of the feed-forward part.
-        layers: Number of transformer blocks.
-        vocabulary: Number of tokens.
-        head_size: Size of an attention head.
-        trained: Whether the model is small enough to measure whole training steps and growth with it.
-    """
-
-    name: str
-    title: str
+    name: str  # on the command line
+    title: str  # in tables
     hidden: int
-    kv: int
+    kv: int  # output size of the key and value projections
     ffn: int
     layers: int
     vocabulary: int
     head_size: int
-    trained: bool = False
+    trained: bool = False  # small enough for whole training steps and for growth
 
     @property
     def block(self) -> tuple[tuple[str, int, int], ...]:
         """Name, output size m and input size n of the linear layers of one block."""
-        return (
-            ("q_proj", self.hidden, self.hidden),
-            ("k_proj", self.kv, self.hidden),
-            ("v_proj", self.kv, self.hidden),
-            ("o_proj", self.hidden, self.hidden),
-            ("gate_proj", self.ffn, self.hidden),
-            ("up_proj", self.ffn, self.hidden),
-            ("down_proj", self.hidden, self.ffn),
-        )
+        h, kv, ffn = self.hidden, self.kv, self.ffn
+        attention = (("q_proj", h, h), ("k_proj", kv, h), ("v_proj", kv, h), ("o_proj", h, h))
+        return (*attention, ("gate_proj", ffn, h), ("up_proj", ffn, h), ("down_proj", h, ffn))
 
 
 MODELS: Mapping[str, ModelShapes] = {
@@ -155,7 +119,7 @@ class BenchSettings:
     """The settings of a benchmark run; each field is an option of `lorapro bench`.
 
     Raises:
-        UsageError: a name is unknown or repeated, or a number is not positive.
+        UsageError: a name is repeated.
     """
 
     workloads: tuple[str, ...] = _names(DEFAULT_WORKLOADS, MODELS, "WORKLOAD", "models whose linear layers are adapted")
@@ -182,27 +146,29 @@ class BenchSettings:
     seed: int = option(0, "decides factors and gradients", _HOW, type=int)
     output_dir: Path | None = option(  # noqa: RUF009
         None,
-        "for tables (results.md, results.json) and plots (default: benchmarks/ and the name of the device)",
+        "for the tables results.md and results.json (default: benchmarks/ and the name of the device)",
         type=Path,
         metavar="FOLDER",
     )
 
     def __post_init__(self) -> None:
-        known = (("workloads", MODELS), ("dtypes", DTYPES), ("methods", METHODS), ("parts", PARTS), ("ranks", None))
-        for name, choices in known:
+        for name in ("workloads", "dtypes", "methods", "parts", "ranks"):
             chosen = getattr(self, name)
-            unknown = [] if choices is None else sorted(set(chosen) - set(choices))
-            if unknown or not chosen:
-                raise UsageError(f"--{name} {unknown} are unknown; choose from {', '.join(choices or ())}.")
             if len(set(chosen)) < len(chosen):
                 raise UsageError(f"--{name} names one twice: {chosen}.")
-        numbers = {name: getattr(self, name) for name in ("rounds", "repeats", "seconds", "minutes")}
-        numbers |= {f"rank {rank}": rank for rank in self.ranks} | {"threads": self.threads or 1}
-        for name, number in numbers.items():
-            if not number > 0:
-                raise UsageError(f"{name}: {number} must be more than 0.")
 
     @property
     def measured(self) -> tuple[MeasuredOptimizer, ...]:
         """The methods to measure in the order of `METHODS`, with the baseline."""
         return tuple(method for name, method in METHODS.items() if name in self.methods or name == BASELINE)
+
+    @property
+    def compared_modes(self) -> tuple[MeasuredOptimizer, ...]:
+        """The baseline and the modes of LoRA-Pro among the methods."""
+        return tuple(method for method in self.measured if method.ours or method.name == BASELINE)
+
+    @property
+    def small_model(self) -> ModelShapes:
+        """The first model that is small enough to be enlarged or trained, else SmolLM2-135M."""
+        models = [MODELS[name] for name in self.workloads if MODELS[name].trained]
+        return (models or [MODELS["smollm2-135m"]])[0]

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorapro_hf.commands.bench.growth import small_model
-from lorapro_hf.commands.bench.measure import RATE, timed_ms
-from lorapro_hf.commands.bench.results import Outcome, Spread, TrainingShare
-from lorapro_hf.commands.bench.settings import BASELINE, BenchSettings, ModelShapes
+from lorapro_hf.commands.bench.measure import RATE, Bench, timed_ms
+from lorapro_hf.commands.bench.results import Spread, TrainingShare
+from lorapro_hf.commands.bench.settings import ModelShapes
 from lorapro_hf.commands.common.optimizers import build
 
 BATCH, TOKENS, RANK = 8, 64, 8
@@ -25,10 +22,8 @@ def computes_bf16(device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")) -
     """Whether the device multiplies bf16 matrices in hardware (False if it cannot be determined)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    if platform.system() != "Linux" or not cpuinfo.exists():
-        return False
-    words = set(cpuinfo.read_text(encoding="utf-8").split())
-    return not words.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
+    words = cpuinfo.read_text(encoding="utf-8").split() if cpuinfo.exists() else []
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
 
 
 def _model(shapes: ModelShapes, device: torch.device, seed: int) -> PeftModel:
@@ -49,13 +44,15 @@ def _model(shapes: ModelShapes, device: torch.device, seed: int) -> PeftModel:
     return get_peft_model(LlamaForCausalLM(config).to(device), adapter)
 
 
-def measure_shares(settings: BenchSettings, outcome: Outcome, device: torch.device, say: Callable[[str], None]) -> None:
+def measure_shares(bench: Bench) -> None:
     """Train a few steps with the baseline and with each mode of LoRA-Pro, in turns, and time the parts of each step."""
+    settings, device, shapes = bench.settings, bench.device, bench.settings.small_model
     native = computes_bf16(device)
     autocast = native if settings.autocast is None else settings.autocast
     if settings.autocast is None and not native:
-        outcome.notes.append("Training step in fp32: without bf16 instructions bf16 autocast takes minutes a step.")
-    shapes = small_model(settings)
+        bench.outcome.notes.append(
+            "Training step in fp32: without bf16 instructions bf16 autocast takes minutes a step."
+        )
     model = _model(shapes, device, settings.seed)
     tokens = torch.randint(shapes.vocabulary, (BATCH, TOKENS), device=device)
 
@@ -64,19 +61,19 @@ def measure_shares(settings: BenchSettings, outcome: Outcome, device: torch.devi
             loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
 
-    methods = [method for method in settings.measured if method.name == BASELINE or method.ours]
-    optimizers = {method.name: build(method.builder, model, RATE, method.settings) for method in methods}
+    optimizers = {
+        method.name: build(method.builder, model, RATE, method.settings) for method in settings.compared_modes
+    }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in optimizers}
     for turn in range(_ROUNDS):
         for name, optimizer in optimizers.items():
             for step in range(_STEPS):
-                say(f"{name}: training step {step + 1} of {_STEPS}, turn {turn + 1} of {_ROUNDS}")
+                bench.say(f"{name}: training step {step + 1} of {_STEPS}, turn {turn + 1} of {_ROUNDS}")
                 model.zero_grad(set_to_none=False)
                 took = timed_ms(forward_and_backward), timed_ms(optimizer.step)
                 times[name] += [took] if step > 0 else []
     precision = "bf16 autocast" if autocast else "fp32"
     for name, pairs in times.items():
         of_model, of_step = (Spread.of(each) for each in zip(*pairs, strict=True))
-        assert of_model is not None and of_step is not None
         share = of_step.median / statistics.median(map(sum, pairs))
-        outcome.training.append(TrainingShare(name, shapes.name, precision, of_model, of_step, share))
+        bench.outcome.training.append(TrainingShare(name, shapes.name, precision, of_model, of_step, share))

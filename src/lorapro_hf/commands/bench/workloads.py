@@ -1,12 +1,11 @@
 """Which factors and gradients does a measured step work on?
 
-A PEFT model with the layers of a real one, but base weights that take no memory: the optimizers look at factors and
-gradients only.
+A PEFT model has the layers of a real one, but base weights that take no memory: optimizers read factors and gradients
+only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,23 +21,14 @@ _GRADIENT = 1e-3
 
 @dataclass(frozen=True)
 class Workload:
-    """Factor pairs of some blocks of a model.
+    """Factor pairs of some blocks of a model."""
 
-    Args:
-        name: Its name in the tables.
-        block: Name, m and n of the linear layers of one block.
-        layers: Number of blocks.
-        rank: Rank of the factors.
-        dtype: `fp32` or `bf16`.
-        whole: Whether these are all blocks of the model.
-    """
-
-    name: str
-    block: tuple[tuple[str, int, int], ...]
-    layers: int
+    name: str  # in tables
+    block: tuple[tuple[str, int, int], ...]  # name, m and n of the linear layers of one block
+    layers: int  # number of blocks
     rank: int
-    dtype: str
-    whole: bool = True
+    dtype: str  # `fp32` or `bf16`
+    whole: bool = True  # whether these are all blocks of the model
 
     @classmethod
     def of(cls, model: ModelShapes, rank: int, dtype: str, layers: int | None = None) -> Workload:
@@ -51,48 +41,24 @@ class Workload:
         """Elements of all adapted weights."""
         return self.layers * sum(m * n for _, m, n in self.block)
 
-    @property
-    def factor_elements(self) -> int:
-        """Elements of all factors."""
-        return self.layers * sum((m + n) * self.rank for _, m, n in self.block)
 
-    @property
-    def pairs(self) -> int:
-        """Number of factor pairs."""
-        return self.layers * len(self.block)
-
-
-class _Block(nn.Module):
-    def __init__(self, block: Sequence[tuple[str, int, int]]) -> None:
-        super().__init__()
-        for name, m, n in block:
-            layer = nn.Linear(n, m, bias=False, device="meta")
-            # one element expanded to the whole matrix; PEFT would leave factors of a meta weight on the meta device
-            layer.weight = nn.Parameter(torch.zeros(1).expand(m, n), requires_grad=False)
-            self.add_module(name, layer)
-
-
-class _Skeleton(nn.Module):
-    def __init__(self, workload: Workload) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(_Block(workload.block) for _ in range(workload.layers))
+def _frozen_linear(m: int, n: int) -> nn.Linear:
+    layer = nn.Linear(n, m, bias=False, device="meta")
+    # one element expanded to the whole matrix; PEFT would leave factors of a meta weight on the meta device
+    layer.weight = nn.Parameter(torch.zeros(1).expand(m, n), requires_grad=False)
+    return layer
 
 
 class SyntheticModel:
-    """A model with LoRA whose factors get the same gradients before every step.
-
-    Args:
-        workload: The layers of the model.
-        device: Where the factors are.
-        seed: Decides factors and gradients.
-    """
+    """A model with LoRA whose factors get the same gradients before every step; `seed` decides both."""
 
     def __init__(self, workload: Workload, device: torch.device, seed: int = 0) -> None:
-        self.workload = workload
-        names = [name for name, _, _ in workload.block]
-        config = LoraConfig(r=workload.rank, lora_alpha=_ALPHA, target_modules=names)
+        blocks = (
+            nn.ModuleDict({name: _frozen_linear(m, n) for name, m, n in workload.block}) for _ in range(workload.layers)
+        )
+        config = LoraConfig(r=workload.rank, lora_alpha=_ALPHA, target_modules=[name for name, _, _ in workload.block])
         self.model: PeftModel = get_peft_model(
-            _Skeleton(workload), config, low_cpu_mem_usage=True, autocast_adapter_dtype=False
+            nn.Sequential(*blocks), config, low_cpu_mem_usage=True, autocast_adapter_dtype=False
         )
         generator = torch.Generator().manual_seed(seed)
         dtype: torch.dtype = getattr(torch, DTYPES[workload.dtype])
@@ -109,13 +75,14 @@ class SyntheticModel:
         for path, layer in self.model.named_modules():
             if isinstance(layer, LoraLayer):
                 name = path.rsplit(".", 1)[-1]
-                for module, value, gradient in zip(
-                    (layer.lora_A["default"], layer.lora_B["default"]), factors[name], gradients[name], strict=True
+                for module, value in zip(
+                    (layer.lora_A["default"], layer.lora_B["default"]), factors[name], strict=True
                 ):
                     module.weight = nn.Parameter(value.clone())
-                    module.weight.grad = gradient.clone()
                     self.factors.append(module.weight)
-                    self._gradients.append(gradient)
+                self._gradients += gradients[name]
+        for factor, gradient in zip(self.factors, self._gradients, strict=True):
+            factor.grad = gradient.clone()
 
     def restore_gradients(self) -> None:
         """Write the gradients anew, as a backward would: some optimizers overwrite them."""

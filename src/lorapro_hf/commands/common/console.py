@@ -1,12 +1,18 @@
-"""How do long commands end early, and where do they write?"""
+"""How does a long command show its progress, where does it write, and how does it end early?"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from rich import progress
+from rich.console import Console
+from rich.table import Column
+from rich.text import Text
+
 from lorapro_hf.options import UsageError
 
 INTERRUPTED = 130  # the exit code after Ctrl-C
+_SHORTEST_BAR = 8
 
 
 def prepare_output(folder: Path) -> None:
@@ -22,3 +28,29 @@ def prepare_output(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UsageError(f"Cannot write to --output_dir {str(folder)!r}: {error}. Choose another folder.") from error
+
+
+class _GivingWay(progress.TextColumn):
+    """A text that is cut off with `…` on a narrow line."""
+
+    def render(self, task: progress.Task) -> Text:
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
+
+
+def progress_bars(console: Console) -> progress.Progress:
+    """Bars with a description, counts, elapsed and remaining time, and the task's field `note`.
+
+    On a narrow terminal the bar gets shorter first, then description and note; counts and times are never cut.
+    """
+    return progress.Progress(
+        _GivingWay("{task.description}", table_column=Column()),
+        progress.BarColumn(bar_width=None, table_column=Column(ratio=1, width=_SHORTEST_BAR)),
+        progress.MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        progress.TimeElapsedColumn(table_column=Column(no_wrap=True)),
+        progress.TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        _GivingWay("{task.fields[note]}", table_column=Column()),
+        console=console,
+        expand=True,
+    )

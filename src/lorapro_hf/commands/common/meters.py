@@ -18,9 +18,8 @@ def state_bytes(optimizer: Any) -> int:
 
 def kept_bytes(optimizer: Any, model: nn.Module) -> int:
     """Bytes that the optimizer keeps beyond parameters and gradients: its state and its buffers."""
-    known = set()
-    for parameter in model.parameters():
-        known |= {_address(tensor) for tensor in (parameter, parameter.grad) if tensor is not None}
+    trained = [tensor for p in model.parameters() for tensor in (p, p.grad) if tensor is not None]
+    known = {_address(tensor) for tensor in trained}
     return _bytes(tensor for tensor in _tensors(vars(optimizer), set()) if _address(tensor) not in known)
 
 

@@ -2,43 +2,44 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from peft import PeftModel
+from peft import optimizers as peft_optimizers
 from torch import nn
+from torch.optim import AdamW
 
 from lorapro_hf.factors.pairs import find_lora_pairs
 from lorapro_hf.optim.factory import create_lorapro_optimizer
+from lorapro_hf.options import UsageError
 
 
 def _adamw(model: nn.Module, lr: float, **settings: Any) -> Any:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, **settings)
+    return AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, **settings)
 
 
-def _loraplus(model: nn.Module, lr: float, **settings: Any) -> Any:
-    from peft.optimizers import create_loraplus_optimizer
-
-    return create_loraplus_optimizer(model, torch.optim.AdamW, lr=lr, **settings)
+def _loraplus(model: Any, lr: float, **settings: Any) -> Any:
+    return peft_optimizers.create_loraplus_optimizer(model, AdamW, lr=lr, **settings)
 
 
-def _lorafa(model: PeftModel, lr: float, **settings: Any) -> Any:
-    from peft.optimizers import create_lorafa_optimizer
-
-    config: Any = model.peft_config["default"]
-    return create_lorafa_optimizer(model, r=config.r, lora_alpha=config.lora_alpha, lr=lr, **settings)
+def _lorafa(model: Any, lr: float, **settings: Any) -> Any:
+    config = model.peft_config["default"]
+    return peft_optimizers.create_lorafa_optimizer(model, r=config.r, lora_alpha=config.lora_alpha, lr=lr, **settings)
 
 
-def _riemannian(model: nn.Module, lr: float, **settings: Any) -> Any:
-    from peft.optimizers import create_riemannian_optimizer
+def _riemannian(model: Any, lr: float, **settings: Any) -> Any:
+    from peft.optimizers import create_riemannian_optimizer  # only newer versions have it
 
-    return create_riemannian_optimizer(model, torch.optim.AdamW, lr=lr, **settings)
+    return create_riemannian_optimizer(model, AdamW, lr=lr, **settings)
 
 
 def _lorarite(model: nn.Module, lr: float, **settings: Any) -> Any:
     from pytorch_optimizer import LoRARite
 
+    unknown = sorted(set(settings) - set(inspect.signature(LoRARite.__init__).parameters))
+    if unknown:  # it would ignore them
+        raise UsageError(f"LoRARite does not know {unknown}")
     # it takes the factors in the order A, B, A, B
     return LoRARite([factor for pair in find_lora_pairs(model) for factor in (pair.A, pair.B)], lr=lr, **settings)
 

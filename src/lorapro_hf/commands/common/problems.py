@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict
-from datasets.exceptions import DatasetsError
 from transformers import PreTrainedTokenizerBase
 
-from lorapro_hf.commands.common.datasets import is_missing_path
+from lorapro_hf.commands.common.datasets import read_dataset
 from lorapro_hf.commands.common.word_problems import word_problems
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.cells import with_texts
-from lorapro_hf.recipes.files import KINDS, fault_in, read_file, read_named
 
 _HELD_OUT_SPLITS = ("test", "validation", "eval", "dev")
 _MOST_WORD_PROBLEMS = 6000  # longer trainings see them again
@@ -43,32 +40,23 @@ class Example:
 def load_problems(
     train_size: int, eval_size: int, seed: int = 0, dataset: str | None = None, config: str | None = None
 ) -> tuple[Dataset, Dataset]:
-    """The problems to train on and those held out, with the columns `question` and `answer`.
+    """At most `train_size` problems to train on and `eval_size` held out, with the columns `question` and `answer`.
 
-    Args:
-        train_size: Most problems to train on.
-        eval_size: Most problems to hold out.
-        seed: Decides the built-in problems, or the order of a dataset.
-        dataset: Hub name, local folder or file; `None` for the built-in word problems.
-        config: Configuration of a hub dataset.
-
-    Raises:
-        UsageError: there is no such dataset, it lacks a column, a held-out answer has no number after `####`, or no
-            problem is left to train on.
+    They are word problems, decided by the seed, or those of `dataset` (hub name, local folder or file; of a hub dataset
+    the configuration `config`), whose order it decides. Raises `UsageError` for a dataset or column that is missing, a
+    held-out answer without a number after `####`, and if no problem is left to train on.
     """
     if dataset is None:
         try:
             return word_problems(min(train_size, _MOST_WORD_PROBLEMS), eval_size, seed=seed)
         except ValueError as error:
             raise UsageError(f"{error} Lower --eval_size.") from error
-    train, held_out = _splits(_load(dataset, config), dataset, eval_size, seed)
+    train, held_out = _splits(read_dataset(dataset, config), dataset, eval_size, seed)
     held_out = held_out.select(range(min(eval_size, len(held_out))))
-    for row in held_out:
-        if not _FINAL_ANSWER.search(row["answer"]):
-            raise UsageError(
-                f"The answer {row['answer']!r} of {dataset!r} does not end with '#### ' and a number, so no generated "
-                "answer could be compared with it. Write the answers as GSM8K does."
-            )
+    for answer in held_out["answer"]:
+        if not _FINAL_ANSWER.search(answer):
+            message = f"The answer {answer!r} of {dataset!r} does not end with '#### ' and a number."
+            raise UsageError(f"{message} Write the answers as GSM8K does.")
     seen = set(held_out["question"])
     train = train.select([index for index, question in enumerate(train["question"]) if question not in seen])
     if not len(train) or not len(held_out):
@@ -76,31 +64,13 @@ def load_problems(
     return train.select(range(min(train_size, len(train)))), held_out
 
 
-def _load(name: str, config: str | None) -> Dataset | DatasetDict:
-    if Path(name).is_file():
-        return read_file(name, "--dataset")
-    if is_missing_path(name, tuple(KINDS)):
-        raise UsageError(f"There is no file or folder {name!r}; check --dataset.")
-    try:
-        return read_named(name, config)
-    except UsageError:
-        raise
-    except (DatasetsError, OSError, ValueError, StopIteration) as error:
-        raise UsageError(
-            f"Cannot load the dataset {name!r}: {fault_in(name, error)}\nGive --dataset a hub name, with "
-            "--dataset_config if it has several configurations, or a local folder or file."
-        ) from error
-
-
 def _splits(data: Dataset | DatasetDict, dataset: str, eval_size: int, seed: int) -> tuple[Dataset, Dataset]:
     """The training and the held-out split, shuffled; a dataset with one split is divided."""
     parts = dict(data) if isinstance(data, DatasetDict) else {"train": data}
     for name, part in parts.items():
         if not {"question", "answer"} <= set(part.column_names):
-            raise UsageError(
-                f"The dataset {dataset!r} has the columns {part.column_names}; 'question' and 'answer' are "
-                "needed. Rename its columns."
-            )
+            columns = f"has the columns {part.column_names}; 'question' and 'answer' are needed"
+            raise UsageError(f"The dataset {dataset!r} {columns}. Rename its columns.")
         parts[name] = with_texts(part, ("question", "answer"), f"the {name} set of {dataset!r}")
     train = parts.get("train", next(iter(parts.values()))).shuffle(seed=seed)
     for name in _HELD_OUT_SPLITS:
@@ -111,11 +81,7 @@ def _splits(data: Dataset | DatasetDict, dataset: str, eval_size: int, seed: int
 
 
 def encode(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
-    """The problems as tokens, without those longer than `max_length`.
-
-    Raises:
-        UsageError: all are longer.
-    """
+    """The problems as tokens, without those longer than `max_length`; raises `UsageError` if all are longer."""
     prompts = [f"Question: {question}\nAnswer:" for question in rows["question"]]
     answers = [f" {answer.strip()}" for answer in rows["answer"]]
     prompt_ids: list[list[int]] = tokenizer(prompts)["input_ids"]

@@ -29,8 +29,7 @@ def become(command: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
 def supervise(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run a program, pass signals on to its process group, and wait until the whole group has ended.
 
-    The signals are Ctrl-C, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1 and SIGUSR2. Processes of the group that still run 30
-    seconds after a signal has ended the program are killed.
+    Processes of the group that still run 30 seconds after a signal has ended the program are killed.
 
     Returns:
         The exit code of the program; as in a shell, 128 plus the number of the signal that ended it.
@@ -52,8 +51,10 @@ def supervise(command: Sequence[str], environment: Mapping[str, str]) -> int:
         for number in early:
             _send(process, number)
         code = process.wait()
+        if code < 0 and not received:
+            _send(process, signal.SIGTERM)
         if received or code < 0:
-            _end_group(process, None if received else signal.SIGTERM)
+            _end_group(process)
     if code and received:
         return 128 + received[-1]
     return code if code >= 0 else 128 - code
@@ -89,10 +90,8 @@ def _send(process: subprocess.Popen[bytes], number: int) -> bool:
     return True
 
 
-def _end_group(process: subprocess.Popen[bytes], number: int | None) -> None:
-    """Wait until all processes of a group have ended; first send them a signal if one is given."""
-    if number is not None:
-        _send(process, number)
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """Wait until all processes of a group have ended, and kill those that do not."""
     end = time.monotonic() + GRACE
     while _send(process, 0):
         if time.monotonic() > end:

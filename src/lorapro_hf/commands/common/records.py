@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import lorapro_hf
+from lorapro_hf.utils.text_files import write_text
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "evaluate")
 
@@ -27,28 +28,31 @@ def package_version(name: str) -> str | None:
 
 def environment() -> dict[str, Any]:
     """Versions and machine, for comparing the figures with others."""
-    cuda = torch.cuda.is_available()
     return {
         "lorapro_hf": lorapro_hf.__version__,
         **{name: package_version(name) for name in _PACKAGES},
         "torch": torch.__version__,  # with its build, such as `+cpu`
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
 
 
-def without_nan(value: Any) -> Any:
-    """`value` with `None` for NaN and infinities, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def as_json(content: Any, indent: int | None = None) -> str:
+    """JSON with `null` for NaN and infinities."""
+    return json.dumps(_without_nan(content), indent=indent, allow_nan=False)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write `content` as JSON, with `null` for NaN and infinities."""
-    path.write_text(json.dumps(without_nan(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    """Replace a file atomically by JSON with `null` for NaN and infinities."""
+    write_text(path, as_json(content, indent=1) + "\n")
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

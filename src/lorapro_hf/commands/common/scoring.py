@@ -1,4 +1,4 @@
-"""How well does a model solve the held-out problems?"""
+"""How well does a model solve the held-out problems, and how does it answer many at a time?"""
 
 from __future__ import annotations
 
@@ -11,54 +11,47 @@ import torch
 from peft import PeftModel
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from lorapro_hf.commands.common.generation import complete
 from lorapro_hf.commands.common.problems import Example
+from lorapro_hf.options import UsageError
 
 _FINAL_ANSWER = re.compile(r"#### (-?[0-9.,]+)")
 
 
 @dataclass(frozen=True)
 class Score:
-    """The loss per token of the held-out answers, and the shares of right and of finished generated answers."""
+    """The loss per token of the held-out answers, and the fractions of right and of finished generated answers."""
 
     loss: float
     exact_match: float
     answered: float
 
 
-def final_answer(text: str) -> str | None:
-    """The first number after `#### ` without thousands separators, or `None`."""
-    match = _FINAL_ANSWER.search(text)
-    return match.group(1).replace(",", "") if match else None
-
-
 def final_answer_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """The shares of predictions with the reference's final answer (`exact_match`) and with any (`answered`).
+    """The fractions of predictions with the reference's final answer (`exact_match`) and with any (`answered`).
 
     As in GSM8K's own evaluation, thousands separators do not count and every other character does.
 
     Raises:
         ValueError: a reference has no final answer.
     """
-    expected = [final_answer(reference) for reference in references]
+    expected = [_final_answer(reference) for reference in references]
     if None in expected:
         missing = references[expected.index(None)]
         raise ValueError(f"The reference {missing!r} has no final answer: it must contain '#### ' and a number.")
-    given = [final_answer(prediction) for prediction in predictions]
+    given = [_final_answer(prediction) for prediction in predictions]
     return {
         "exact_match": sum(got == want for got, want in zip(given, expected, strict=True)) / len(references),
         "answered": sum(got is not None for got in given) / len(references),
     }
 
 
-class Evaluator:
-    """Scores models on the same held-out problems.
+def _final_answer(text: str) -> str | None:
+    match = _FINAL_ANSWER.search(text)
+    return match.group(1).replace(",", "") if match else None
 
-    Args:
-        examples: The held-out problems.
-        tokenizer: The model's tokenizer.
-        batch_size: Problems in a batch.
-    """
+
+class Evaluator:
+    """Scores models on the same held-out problems, some of them (`batch_size`) at a time."""
 
     def __init__(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, batch_size: int = 64) -> None:
         # problems of similar length in a batch need less padding
@@ -83,14 +76,9 @@ class Evaluator:
         was_training = model.training
         model.eval()
         try:
-            loss = self._loss(model, advance)
-            answers: list[str] = []
-            for batch in self._batches():
-                answers += self.generate(model, [example.prompt for example in batch])
-                advance()
+            return Score(loss=self._loss(model, advance), **self.answer_scores(model, advance))
         finally:
             model.train(was_training)
-        return Score(loss=loss, **final_answer_scores(answers, [example.answer for example in self.examples]))
 
     def _loss(self, model: PeftModel, advance: Callable[[], None]) -> float:
         collate = DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=-100)
@@ -103,6 +91,46 @@ class Evaluator:
             advance()
         return total / count
 
+    def answer_scores(self, model: Any, advance: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """The `final_answer_scores` of generated answers."""
+        answers: list[str] = []
+        for batch in self._batches():
+            answers += self.generate(model, [example.prompt for example in batch])
+            advance()
+        return final_answer_scores(answers, [example.answer for example in self.examples])
+
     def generate(self, model: PeftModel, prompts: list[str]) -> list[str]:
         """The greedy completion of each prompt, up to the end-of-sequence token."""
-        return [each.text.strip() for each in complete(model, self.tokenizer, prompts, self.max_new_tokens)]
+        return [text.strip() for text in complete(model, self.tokenizer, prompts, self.max_new_tokens)]
+
+
+@torch.no_grad()
+def complete(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+    """A greedy completion of each prompt, without the end-of-sequence token; one batch, padded on the left.
+
+    Raises:
+        UsageError: neither tokenizer nor model names an end-of-sequence token.
+    """
+    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(model.device)
+    output = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,  # a checkpoint's own settings may ask for a penalty, which is not greedy
+        no_repeat_ngram_size=0,
+        use_cache=True,
+        eos_token_id=_end_tokens(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )[:, inputs["input_ids"].shape[1] :]
+    return tokenizer.batch_decode(output, skip_special_tokens=True)
+
+
+def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The end-of-sequence tokens of the tokenizer and of the model's generation settings."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    if not ends:
+        raise UsageError("neither tokenizer nor model names an end-of-sequence token: set `tokenizer.eos_token`.")
+    return sorted(int(end) for end in ends)

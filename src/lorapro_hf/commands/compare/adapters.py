@@ -17,15 +17,10 @@ from lorapro_hf.recipes.targets import described, ends_of, unmatched
 
 
 def layers_to_adapt(model: Any, targets: str | Sequence[str], head: nn.Module | None) -> list[str]:
-    """Names of the linear layers that every method adapts, or trains as they are.
+    """Names of the linear layers that every method adapts, or trains as they are; raises `UsageError` if none.
 
-    Args:
-        model: A pretrained model without an adapter.
-        targets: `"all-linear"` for all but the output layer, or ends of names such as `["q_proj", "v_proj"]`.
-        head: The module that every method trains in full; it is not adapted.
-
-    Raises:
-        UsageError: if there is none.
+    `targets` is `"all-linear"` for all but the output layer, or ends of names such as `["q_proj", "v_proj"]`. The
+    head, which every method trains in full, is not adapted.
     """
     outputs = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     left_out = {id(module) for part in (head, outputs) if part is not None for module in part.modules()}
@@ -37,10 +32,8 @@ def layers_to_adapt(model: Any, targets: str | Sequence[str], head: nn.Module | 
     if targets != "all-linear":
         ends = [targets] if isinstance(targets, str) else list(targets)
         if wrong := unmatched(ends, linear):
-            raise UsageError(
-                f"target_modules: {type(model).__name__} has no linear layer {described(wrong, linear)} to adapt. It "
-                f"has {ends_of(linear)}."
-            )
+            message = f"has no linear layer {described(wrong, linear)} to adapt. It has {ends_of(linear)}."
+            raise UsageError(f"target_modules: {type(model).__name__} {message}")
         linear = [name for name in linear if len(unmatched(ends, [name])) < len(ends)]
     if not linear:
         raise UsageError(f"target_modules={targets!r} names no linear layer of {type(model).__name__}.")
@@ -50,18 +43,10 @@ def layers_to_adapt(model: Any, targets: str | Sequence[str], head: nn.Module | 
 def make_trainable(
     model: Any, run: PlannedRun, layers: Sequence[str], scaling: float, take_gradients: Callable[[], None]
 ) -> Any:
-    """The model with gradients for the parameters that the method trains, and for no others.
+    """The model, a PEFT model unless it is fine-tuned in full, with gradients for the parameters of the method only.
 
-    Args:
-        model: A pretrained model for this run alone: PiSSA and LoRA-GA change its weights.
-        run: Says the method, the rank and the seed of the adapter's initial values: methods with the same
-            initialization start from the same.
-        layers: Names of the layers.
-        scaling: Alpha over rank.
-        take_gradients: Runs forward and backward passes of some training batches on `model`; only LoRA-GA asks for it.
-
-    Returns:
-        The PEFT model, or `model` itself for full fine-tuning.
+    PiSSA and LoRA-GA change the weights of `model`. `take_gradients` runs forward and backward passes of some training
+    batches on it, for LoRA-GA alone.
     """
     model.requires_grad_(False)
     if run.method.adapter is None:
@@ -69,30 +54,19 @@ def make_trainable(
             model.get_submodule(name).weight.requires_grad_(True)
         return model
     assert run.rank is not None
-    config = LoraConfig(
-        r=run.rank,
-        lora_alpha=scaling * run.rank,  # type: ignore[arg-type, unused-ignore]
-        target_modules=list(layers),
-        task_type=None,
-        **_adapter_settings(run.method.adapter),
-    )
-    torch.manual_seed(run.seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of transformers to PEFT
-        if config.init_lora_weights == "lora_ga":
-            from peft import preprocess_loraga
-
-            preprocess_loraga(model, config, take_gradients)
-            torch.manual_seed(run.seed)
-        return get_peft_model(model, config)
-
-
-def _adapter_settings(adapter: Any) -> dict[str, Any]:
-    settings = dict(adapter)
-    if settings.get("init_lora_weights") == "lora_ga":
+    settings: dict[str, Any] = {**run.method.adapter, "r": run.rank, "lora_alpha": scaling * run.rank}
+    is_lora_ga = settings.get("init_lora_weights") == "lora_ga"
+    if is_lora_ga:
         try:
-            from peft import LoraGAConfig
+            from peft import LoraGAConfig, preprocess_loraga
         except ImportError as error:
             raise UsageError("the initialization lora_ga needs a newer peft: pip install -U peft.") from error
         settings["lora_ga_config"] = LoraGAConfig(**settings.get("lora_ga_config", {}))
-    return settings
+    config = LoraConfig(target_modules=list(layers), **settings)
+    torch.manual_seed(run.seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers to PEFT
+        if is_lora_ga:
+            preprocess_loraga(model, config, take_gradients)
+            torch.manual_seed(run.seed)
+        return get_peft_model(model, config)

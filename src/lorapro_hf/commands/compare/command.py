@@ -40,51 +40,39 @@ exit codes: 0 done, 1 a method has no learning rate at which all seeds finished,
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lorapro compare`."""
-    parser.add_argument("--list", action="store_true", help="list the comparisons that come with the package")
-    parser.add_argument(
-        "config", nargs="?", metavar="YAML", help="what to compare: a file, or the name of a comparison of the package"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change an entry of the YAML, such as tasks.code.steps=20 or methods.lora=[1e-3]; may be repeated",
-    )
-    parser.add_argument(
-        "--output_dir",
-        type=Path,
-        default=argparse.SUPPRESS,
-        metavar="FOLDER",
-        help="folder of results and report (default: that of the YAML, else runs/compare)",
-    )
-    parser.add_argument("--report_only", action="store_true", help="train nothing; report on --output_dir")
-    parser.add_argument("--retry_failed", action="store_true", help="train runs again that ended with an exception")
-    parser.add_argument(
-        "--devices", type=at_least_one, default=1, metavar="N", help="processes, each with a device and runs of its own"
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default=argparse.SUPPRESS, help="where (default: cuda if there is one)"
-    )
-    parser.add_argument("--json", action="store_true", help="print the summary as JSON")
+    add = parser.add_argument
+    set_help = "change an entry of the YAML, such as tasks.code.steps=20 or methods.lora=[1e-3]; may be repeated"
+    output_help = "folder of results and report (default: that of the YAML, else runs/compare)"
+    config_help = "what to compare: a file, or the name of a comparison of the package"
+    add("--list", action="store_true", help="list the comparisons that come with the package")
+    add("config", nargs="?", metavar="YAML", help=config_help)
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help=set_help)
+    add("--output_dir", type=Path, default=argparse.SUPPRESS, metavar="FOLDER", help=output_help)
+    add("--report_only", action="store_true", help="train nothing; report on --output_dir")
+    add("--retry_failed", action="store_true", help="train runs again that ended with an exception")
+    devices_help = "processes, each with a device and runs of its own"
+    add("--devices", type=at_least_one, default=1, metavar="N", help=devices_help)
+    device_help = "where (default: cuda if there is one)"
+    add("--device", choices=("cpu", "cuda"), default=argparse.SUPPRESS, help=device_help)
+    add("--json", action="store_true", help="print the summary as JSON")
     parser.set_defaults(run=_compare, way_on="Give the same command again: it trains the runs that are still to do.")
 
 
 def _compare(arguments: argparse.Namespace) -> int:
+    folder = folder_of("configs") / "compare"
+    shipped = {path.name: path for path in sorted(folder.glob("*.yaml"))}
     if arguments.list:
-        print(described(_shipped()))
+        print(described(shipped))
         return 0
     require_packages("lorapro compare", "rich", "matplotlib", "jinja2", extra="demo")
     output_dir: Path | None = getattr(arguments, "output_dir", None)
     if arguments.report_only:
         if output_dir is None or arguments.config is not None or arguments.set:
-            raise UsageError(
-                "--report_only reports on what --output_dir has: name that folder, and leave YAML and --set out."
-            )
+            raise UsageError("--report_only reads --output_dir: name that folder, and leave YAML and --set out.")
         return _report(output_dir, arguments.json)
     if arguments.config is None:
         raise UsageError("Name a YAML that says what to compare; --list shows those that come with the package.")
-    arguments.config = find(arguments.config, _folder(), _shipped(), "lorapro compare --list")
+    arguments.config = find(arguments.config, folder, shipped, "lorapro compare --list")
     worker = Worker.of_environment()
     if arguments.devices > 1 and worker.count > 1:
         raise UsageError("--devices starts the processes itself; leave it out under accelerate launch.")
@@ -93,14 +81,6 @@ def _compare(arguments: argparse.Namespace) -> int:
     from lorapro_hf.commands.compare import settings  # takes seconds: after the arguments have been checked
 
     return _run(arguments, settings.read_settings(arguments.config, arguments.set, output_dir), worker)
-
-
-def _folder() -> Path:
-    return folder_of("configs") / "compare"
-
-
-def _shipped() -> dict[str, Path]:
-    return {path.name: path for path in sorted(_folder().glob("*.yaml"))}
 
 
 def _run(arguments: argparse.Namespace, settings: Any, worker: Worker) -> int:
@@ -116,25 +96,21 @@ def _run(arguments: argparse.Namespace, settings: Any, worker: Worker) -> int:
     if kind == "cuda" and arguments.devices > torch.cuda.device_count():
         raise UsageError(f"--devices {arguments.devices} is more than the {torch.cuda.device_count()} there are.")
     sweep = Sweep(settings, worker, torch.device(kind), Console(stderr=True), arguments.retry_failed)
+    again = [str(arguments.config), "--output_dir", str(settings.output_dir), "--device", kind]
+    again += [part for override in arguments.set for part in ("--set", override)]
+    again += ["--retry_failed"] if arguments.retry_failed else []
     try:
         if arguments.devices == 1:
             sweep.run()
-        elif code := launch(arguments.devices, kind, _again(arguments, settings, kind)):
+        elif code := launch(arguments.devices, kind, again):
             return code
     except KeyboardInterrupt:
         if worker.count > 1:  # the process that has started the others speaks
             return 128 + signal.SIGINT
-        with suppress(UsageError):  # nothing may be there yet
+        with suppress(UsageError):  # there may be no results yet
             _report(settings.output_dir, arguments.json)
         raise
     return 0 if worker.count > 1 else _report(settings.output_dir, arguments.json)
-
-
-def _again(arguments: argparse.Namespace, settings: Any, kind: str) -> list[str]:
-    """The arguments of each of several processes."""
-    again = [str(arguments.config), "--output_dir", str(settings.output_dir), "--device", kind]
-    again += [part for override in arguments.set for part in ("--set", override)]
-    return again + (["--retry_failed"] if arguments.retry_failed else [])
 
 
 def _report(folder: Path, as_json: bool) -> int:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from lorapro_hf.commands.common.plots import as_png, smooth
+from lorapro_hf.commands.common.plots import as_png, new_figure, smooth
 from lorapro_hf.commands.compare.store import FINISHED
 from lorapro_hf.commands.compare.summary import MISSING, Summary, TaskSummary
 
@@ -37,8 +36,7 @@ def draw(summary: Summary, ours: Sequence[str]) -> dict[str, bytes]:
 def _figure(summary: Summary, ours: Sequence[str], title: str, panel: Panel) -> bytes | None:
     """A picture with the panels one below the other; `None` if all are empty."""
     count = len(summary.comparisons)
-    figure = Figure(figsize=(10, 4.2 * count), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(10, 4.2 * count)
     for axes, comparison in zip(figure.subplots(count, squeeze=False)[:, 0], summary.comparisons, strict=True):
         axes.set_title(f"{comparison.task}, rank {comparison.rank}: {title}", fontsize="medium", parse_math=False)
         axes.grid(which="both", alpha=0.2)
@@ -46,28 +44,23 @@ def _figure(summary: Summary, ours: Sequence[str], title: str, panel: Panel) -> 
         if axes.has_data():
             legend = axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
             for text in legend.get_texts():
-                text.set_parse_math(False)  # a title is a title, with dollars too
-    if not any(axes.has_data() for axes in figure.axes):
-        return None
-    return as_png(figure, dpi=80)
+                text.set_parse_math(False)  # a title may have dollars
+    return as_png(figure, dpi=80) if any(axes.has_data() for axes in figure.axes) else None
 
 
 def _styles(comparison: TaskSummary, settings: dict[str, Any], ours: Sequence[str]) -> dict[str, Style]:
     """Color, marker and line of each method: strong colors for LoRA-Pro, black for the baseline, blue for the goal."""
-    ends = {settings["baseline"]: ("black", "-"), settings["reference"]: ("#0072B2", "--")}
     looks = {True: [(color, "-") for color in _OURS], False: [(color, ":") for color in _THEIRS]}
-    counts = {True: 0, False: 0}
+    ends = {settings["baseline"]: ("black", "-"), settings["reference"]: ("#0072B2", "--")}
+    used = Counter[bool]()
     styles: dict[str, Style] = {}
     for place, method in enumerate(comparison.methods):
-        is_ours = method.method in ours
-        look = ends.get(method.method)
-        if look is None:
-            look = looks[is_ours][counts[is_ours] % len(_OURS)]
-            counts[is_ours] += 1
+        name, is_ours = method.method, method.method in ours
+        color, line = ends.get(name, looks[is_ours][used[is_ours] % len(_OURS)])
+        used[is_ours] += name not in ends
         rate = "" if method.learning_rate is None else f", lr {method.learning_rate:g}"
-        marker = _MARKERS[place % len(_MARKERS)]
-        label = method.title + rate
-        styles[method.method] = {"color": look[0], "linestyle": look[1], "marker": marker, "label": label}
+        styles[name] = {"color": color, "linestyle": line, "label": method.title + rate}
+        styles[name]["marker"] = _MARKERS[place % len(_MARKERS)]
     return styles
 
 
@@ -75,9 +68,8 @@ def _curves(axes: Any, comparison: TaskSummary, styles: dict[str, Style]) -> Non
     for method in comparison.methods:
         curve = method.loss_curve
         if curve:
-            reach = max(2, len(curve) // 30)
-            style = {**styles[method.method], "marker": None}
-            axes.plot(range(1, len(curve) + 1), smooth(curve, reach), linewidth=1.6, **style)
+            style = {**styles[method.method], "marker": None, "linewidth": 1.6}
+            axes.plot(range(1, len(curve) + 1), smooth(curve, max(2, len(curve) // 30)), **style)
     axes.set(xlabel="step", ylabel="training loss (log scale)", yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _plain_numbers(axes.yaxis)
@@ -85,28 +77,24 @@ def _curves(axes: Any, comparison: TaskSummary, styles: dict[str, Style]) -> Non
 
 def _by_rate(axes: Any, comparison: TaskSummary, styles: dict[str, Style]) -> None:
     axes.set(xlabel="learning rate (log scale)", ylabel="test loss (log scale)", xscale="log", yscale="log")
-    marked: dict[float, int] = {}
+    crosses: Counter[float] = Counter()
     for method in comparison.methods:
         style = styles[method.method]
-        whole = {rate.learning_rate: list(rate.test["loss"].values()) for rate in method.rates if rate.whole}
-        means = {rate: statistics.fmean(losses) for rate, losses in whole.items()}
-        if whole:
-            low = [means[rate] - min(losses) for rate, losses in whole.items()]
-            high = [max(losses) - means[rate] for rate, losses in whole.items()]
-            axes.errorbar(list(means), list(means.values()), yerr=[low, high], markersize=5, capsize=2, **style)
+        whole = {rate.learning_rate: rate.test["loss"] for rate in method.rates if rate.validation_loss is not None}
+        means = _errorbar(axes, {rate: list(losses.values()) for rate, losses in whole.items()}, style, markersize=5)
         if method.learning_rate is not None:
             ring = {"markersize": 11, "markerfacecolor": "none", "linestyle": "none", "marker": "o"}
             axes.plot(method.learning_rate, means[method.learning_rate], markeredgecolor=style["color"], **ring)
         for rate in method.rates:
-            bad = sum(status not in (FINISHED, MISSING) for status in rate.status.values())
+            value, bad = rate.learning_rate, sum(status not in (FINISHED, MISSING) for status in rate.status.values())
             if bad:
                 # a cross at the upper edge, side by side where several methods have one
-                height = 0.98 - 0.035 * marked.get(rate.learning_rate, 0)
-                marked[rate.learning_rate] = marked.get(rate.learning_rate, 0) + 1
-                label = f"{method.title}: {bad} of {len(rate.status)} diverged or failed at {rate.learning_rate:g}"
+                label = f"{method.title}: {bad} of {len(rate.status)} diverged or failed at {value:g}"
                 cross = {"marker": "x", "markersize": 8, "linestyle": "none", "color": style["color"], "label": label}
-                axes.plot(rate.learning_rate, height, transform=axes.get_xaxis_transform(), clip_on=False, **cross)
-    if any(rate.whole for method in comparison.methods for rate in method.rates):
+                height = 0.98 - 0.035 * crosses[value]
+                axes.plot(value, height, transform=axes.get_xaxis_transform(), clip_on=False, **cross)
+                crosses[value] += 1
+    if any(rate.validation_loss is not None for method in comparison.methods for rate in method.rates):
         _plain_numbers(axes.yaxis)
 
 
@@ -115,10 +103,17 @@ def _by_time(axes: Any, comparison: TaskSummary, styles: dict[str, Style]) -> No
     for method in comparison.methods:
         seconds, best = method.cost.get("train_s"), method.best
         if seconds and best is not None:
-            losses = list(best.test["loss"].values())
-            mean = statistics.fmean(losses)
-            style = {**styles[method.method], "linestyle": "none"}
-            axes.errorbar(seconds, mean, yerr=[[mean - min(losses)], [max(losses) - mean]], capsize=2, **style)
+            _errorbar(axes, {seconds: list(best.test["loss"].values())}, styles[method.method], linestyle="none")
+
+
+def _errorbar(axes: Any, losses: dict[float, list[float]], style: Style, **more: Any) -> dict[float, float]:
+    """Draw the mean and the range of losses by place, and return the means."""
+    means = {place: statistics.fmean(values) for place, values in losses.items()}
+    if means:
+        low = [means[place] - min(values) for place, values in losses.items()]
+        high = [max(values) - means[place] for place, values in losses.items()]
+        axes.errorbar(list(means), list(means.values()), yerr=[low, high], capsize=2, **{**style, **more})
+    return means
 
 
 def _plain_numbers(axis: Any) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from peft import LoraConfig
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
+from lorapro_hf.commands.common.optimizers import build
 from lorapro_hf.commands.compare.values import require_mapping, require_name, typed
 from lorapro_hf.config import MODES, UPDATES, LoRAProConfig
 from lorapro_hf.optim.rules import rule_of
-from lorapro_hf.options import UsageError
+from lorapro_hf.options import UsageError, require_packages
 
 _LORA_RATES = (3e-4, 1e-3, 3e-3)
+_LOW_RATES = (1e-4, 3e-4, 1e-3)
 _WEIGHT_RATES = (3e-5, 1e-4, 3e-4)  # each element of a weight moves by about one rate a step
 _LIMITED_RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # a limit on the first steps permits higher ones
 _SET_BY_US = {"r", "lora_alpha", "target_modules", "task_type"}
@@ -28,15 +31,12 @@ class ComparedMethod:
 
     name: str  # in YAML and JSON
     title: str  # in tables
-    optimizer: str  # a key of `optimizers.BUILDERS`
+    optimizer: str  # a key of `common.optimizers.BUILDERS`
     learning_rates: tuple[float, ...]  # the grid where the YAML gives none
     settings: Mapping[str, Any] = field(default_factory=dict)  # keywords of the optimizer, or of `LoRAProConfig`
-    adapter: Mapping[str, Any] | None = field(
-        default_factory=dict
-    )  # of `LoraConfig`; None trains the weights themselves
+    adapter: Mapping[str, Any] | None = field(default_factory=dict)  # of `LoraConfig`; None trains the weights
     clips: bool = True  # whether `max_grad_norm` applies: clipping raw gradients would defeat some methods
-    package: str | None = None  # a module beyond this package's dependencies
-    install: str | None = None  # the requirement that installs it
+    package: str | None = None  # a module of the extra `bench`
 
     @property
     def is_lora_pro(self) -> bool:
@@ -55,36 +55,34 @@ class ComparedMethod:
 
 def _lora_pro() -> list[ComparedMethod]:
     """Every mode with every update that it knows, and the paper's own step, whose length has no limit."""
-    found = []
-    for mode in MODES:
-        for update in UPDATES:
-            try:
-                rule = rule_of(LoRAProConfig(mode=mode, update=update))
-            except ValueError:  # a combination that has no meaning
-                continue
-            rates = _LORA_RATES if rule.takes_lora_rates else _LIMITED_RATES
-            settings = {"mode": mode, "update": update}
-            title = f"LoRA-Pro {mode}, {update}"
-            found.append(ComparedMethod(f"pro_{mode}_{update}", title, "lorapro", rates, settings))
+    methods = []
+    for mode, update in ((mode, update) for mode in MODES for update in UPDATES):
+        settings = {"mode": mode, "update": update}
+        try:
+            rule = rule_of(LoRAProConfig(mode=mode, update=update))
+        except ValueError:  # a combination that has no meaning
+            continue
+        rates = _LORA_RATES if rule.takes_lora_rates else _LIMITED_RATES
+        title = f"LoRA-Pro {mode}, {update}"
+        methods.append(ComparedMethod(f"pro_{mode}_{update}", title, "lorapro", rates, settings))
     paper = {"mode": "full", "update": "linear", "trust_region": 0}
     title = "LoRA-Pro full, as in the paper"
-    return [*found, ComparedMethod("pro_full_paper", title, "lorapro", _WEIGHT_RATES, paper)]
+    return [*methods, ComparedMethod("pro_full_paper", title, "lorapro", _WEIGHT_RATES, paper)]
 
 
 _PISSA, _LORA_GA = ({"init_lora_weights": name} for name in ("pissa_niter_16", "lora_ga"))
-_RITE: dict[str, Any] = {"clips": False, "package": "pytorch_optimizer", "install": "pytorch_optimizer>=4.1"}
 METHODS: Mapping[str, ComparedMethod] = {
     method.name: method
     for method in (
         ComparedMethod(LORA, "LoRA (AdamW)", "adamw", _LORA_RATES),
         ComparedMethod("rslora", "rsLoRA", "adamw", _LORA_RATES, adapter={"use_rslora": True}),
-        ComparedMethod("loraplus", "LoRA+", "loraplus", (1e-4, 3e-4, 1e-3), {"loraplus_lr_ratio": 16.0}),
+        ComparedMethod("loraplus", "LoRA+", "loraplus", _LOW_RATES, {"loraplus_lr_ratio": 16.0}),
         ComparedMethod("dora", "DoRA", "adamw", _LORA_RATES, adapter={"use_dora": True}),
-        ComparedMethod("pissa", "PiSSA", "adamw", (1e-4, 3e-4, 1e-3), adapter=_PISSA),
-        ComparedMethod("loraga", "LoRA-GA", "adamw", (1e-4, 3e-4, 1e-3), adapter=_LORA_GA),
+        ComparedMethod("pissa", "PiSSA", "adamw", _LOW_RATES, adapter=_PISSA),
+        ComparedMethod("loraga", "LoRA-GA", "adamw", _LOW_RATES, adapter=_LORA_GA),
         ComparedMethod("lorafa", "LoRA-FA", "lorafa", _LORA_RATES),
         ComparedMethod("riemannian", "Riemannian", "riemannian", _LORA_RATES),
-        ComparedMethod("lorarite", "LoRA-RITE", "lorarite", _LORA_RATES, **_RITE),
+        ComparedMethod("lorarite", "LoRA-RITE", "lorarite", _LORA_RATES, clips=False, package="pytorch_optimizer"),
         *_lora_pro(),
         ComparedMethod(FULL, "full fine-tuning", "adamw", _WEIGHT_RATES, adapter=None),
     )
@@ -92,17 +90,11 @@ METHODS: Mapping[str, ComparedMethod] = {
 
 
 def method_of(name: str, entry: Any) -> ComparedMethod:
-    """The method that an entry under `methods` of the YAML means.
+    """The method of an entry under `methods` of the YAML; raises `UsageError`.
 
-    Args:
-        name: Its key. Without `like` it is one of `METHODS`.
-        entry: Nothing, for the method as it is; a list of learning rates; or a mapping with any of `like` (the method
-            it is a variant of), `title`, `learning_rates`, `optimizer` and `adapter`: keywords that are added to those
-            of the method for its optimizer (LoRA-Pro: settings of `LoRAProConfig`) and for `LoraConfig`.
-
-    Raises:
-        UsageError: for an unknown method, key or keyword, a value of the wrong type, or a rate that is not a positive
-            number.
+    The entry is nothing, for one of `METHODS` as it is; a list of learning rates; or a mapping with any of `like` (the
+    method it is a variant of), `title`, `learning_rates`, `optimizer` and `adapter`. The last two hold keywords that
+    are added to those of the method for its optimizer (LoRA-Pro: settings of `LoRAProConfig`) and for `LoraConfig`.
     """
     require_name("method", name)
     if entry is None or isinstance(entry, list):
@@ -115,36 +107,24 @@ def method_of(name: str, entry: Any) -> ComparedMethod:
     like = entry.get("like", name)
     base = METHODS.get(like) if isinstance(like, str) else None
     if base is None:
-        raise UsageError(
-            f"Method {like!r} is unknown; choose from {', '.join(METHODS)}, or say with `like` "
-            "which of them it is a variant of."
-        )
+        known = ", ".join(METHODS)
+        raise UsageError(f"Method {like!r} is unknown; choose from {known}, or name one of them with `like`.")
     title = entry.get("title", base.title if name == base.name else name)
     typed(f"Method {name}: ", {"title": title}, {"title": str})
     for key in ("optimizer", "adapter"):
         require_mapping(f"Method {name}", key, entry.get(key))
     if entry.get("adapter") and base.adapter is None:
         raise UsageError(f"Method {name}: {base.title} has no adapter; leave `adapter` out.")
-    method = replace(
-        base,
-        name=name,
-        title=title,
-        learning_rates=learning_rates(name, entry.get("learning_rates", base.learning_rates)),
-        settings={**base.settings, **(entry.get("optimizer") or {})},
-        adapter=None if base.adapter is None else {**base.adapter, **(entry.get("adapter") or {})},
-    )
-    _require_adapter(name, method.adapter or {})
-    if method.is_lora_pro:
-        _require_lora_pro(name, method.settings)
-    return method
+    settings = {**base.settings, **(entry.get("optimizer") or {})}
+    if base.is_lora_pro:
+        _require_lora_pro(name, settings)
+    rates = learning_rates(name, entry.get("learning_rates", base.learning_rates))
+    adapter = None if base.adapter is None else {**base.adapter, **_adapter(name, entry.get("adapter") or {})}
+    return replace(base, name=name, title=title, learning_rates=rates, settings=settings, adapter=adapter)
 
 
 def learning_rates(name: str, values: Any) -> tuple[float, ...]:
-    """The grid of a method in ascending order.
-
-    Raises:
-        UsageError: the value is no list of different positive numbers.
-    """
+    """The grid of a method in ascending order; refuses all but a list of different positive numbers."""
     try:
         rates = sorted(typed("", {"rates": values}, {"rates": tuple[float, ...]})["rates"])
     except UsageError:
@@ -156,29 +136,34 @@ def learning_rates(name: str, values: Any) -> tuple[float, ...]:
 
 def _require_lora_pro(name: str, settings: Mapping[str, Any]) -> None:
     known = [each.name for each in fields(LoRAProConfig)]
-    unknown = sorted(set(settings) - set(known))
-    if unknown:
-        raise UsageError(
-            f"Method {name}: optimizer has {unknown}, unknown to LoRA-Pro, which knows {', '.join(known)}."
-        )
+    if unknown := sorted(set(settings) - set(known)):
+        knows = ", ".join(known)
+        raise UsageError(f"Method {name}: optimizer has {unknown}, unknown to LoRA-Pro, which knows {knows}.")
     try:
         rule_of(LoRAProConfig(**settings))
     except (TypeError, ValueError) as error:
         raise UsageError(f"Method {name}: {error}") from error
 
 
-def _require_adapter(name: str, adapter: Mapping[str, Any]) -> None:
-    """Refuse keywords that `LoraConfig` does not know or the comparison itself sets, and numbers or flags as text."""
-    known = {each.name: each.type for each in fields(LoraConfig)}
-    unknown = sorted(key for key in adapter if key not in known or key in _SET_BY_US)
-    if unknown:
-        raise UsageError(
-            f"Method {name}: adapter has {unknown}, which LoraConfig does not know or the comparison itself sets "
-            "(ranks, scaling, target_modules)."
-        )
-    for key, value in adapter.items():
-        if known[key] in ("bool", bool) and not isinstance(value, bool):
-            raise UsageError(f"Method {name}: adapter.{key}={value!r} must be true or false.")
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if (is_number and not math.isfinite(value)) or (known[key] in ("int", "float", int, float) and not is_number):
-            raise UsageError(f"Method {name}: adapter.{key}={value!r} must be a number, such as 0.1 or 1.0e-1.")
+def _adapter(name: str, adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords of `LoraConfig`, numbers and flags of the right type; refuses those that the comparison itself sets."""
+    known = {each.name: each.type for each in fields(LoraConfig) if each.name not in _SET_BY_US}
+    if unknown := sorted(set(adapter) - set(known)):
+        reason = "which LoraConfig does not know or the comparison itself sets (ranks, scaling, target_modules)"
+        raise UsageError(f"Method {name}: adapter has {unknown}, {reason}.")
+    hints = {key: plain for plain in (bool, int, float) for key in adapter if known[key] in (plain, plain.__name__)}
+    plain = {key: adapter[key] for key in hints}
+    return {**adapter, **typed(f"Method {name}: adapter.", plain, hints)}
+
+
+def require_usable(method: ComparedMethod, device: torch.device) -> None:
+    """Try the optimizer of a method on one tiny layer, before hours are spent on others; raises `UsageError`."""
+    if method.package is not None:
+        require_packages(f"Method {method.name}", method.package, extra="bench")
+    layer = nn.Sequential(nn.Linear(2, 2, bias=False, device=device))
+    try:
+        model = get_peft_model(layer, LoraConfig(r=1, target_modules=["0"]))
+        build(method.optimizer, model, 1e-3, method.settings)
+    except Exception as error:
+        message = f"its optimizer cannot be built with {dict(method.settings)}: {error}"
+        raise UsageError(f"Method {method.name}: {message} (YAML needs a point in numbers: 1.0e-8).") from error

@@ -27,57 +27,36 @@ class PlannedRun:
 
     @property
     def title(self) -> str:
-        """A line that says which it is."""
-        return f"{self.subject}, {self.setting}"
-
-    @property
-    def subject(self) -> str:
-        """Task, rank and method."""
+        """Task, rank, method, learning rate and seed in one line."""
         rank = "" if self.rank is None else f" r={self.rank}"
-        return f"{self.task.name}{rank}: {self.method.title}"
-
-    @property
-    def setting(self) -> str:
-        """Learning rate and seed."""
-        return f"lr {self.learning_rate:g}, seed {self.seed}"
+        return f"{self.task.name}{rank}: {self.method.title}, lr {self.learning_rate:g}, seed {self.seed}"
 
     def entry(self) -> dict[str, Any]:
         """The values that identify it in `sweep.json` and in its own line."""
-        return {
-            "key": self.key,
-            "task": self.task.name,
-            "rank": self.rank,
-            "method": self.method.name,
-            "learning_rate": self.learning_rate,
-            "seed": self.seed,
-        }
+        names = {"key": self.key, "task": self.task.name, "rank": self.rank, "method": self.method.name}
+        return {**names, "learning_rate": self.learning_rate, "seed": self.seed}
 
 
 def plan(settings: CompareSettings) -> list[PlannedRun]:
     """All runs, in the order in which they are trained.
 
     Within a task the seeds are outermost, so that the methods take turns: other work on the machine is less likely
-    to meet one of them alone, and a comparison that is stopped has whole seeds.
-
-    Methods that differ in name alone have runs of the same key, which need be trained once.
+    to meet one of them alone, and a comparison that is stopped has whole seeds. Methods that differ in name alone have
+    runs of the same key, which are trained once.
     """
-    versions = {method.name: code_versions(method) for method in settings.methods}
+    decisive = {
+        method.name: {"method": method.decides(), "versions": code_versions(method), **settings.decides()}
+        for method in settings.methods
+    }
     runs = []
     for task in settings.tasks:
         for seed in settings.seeds:
             for method in settings.methods:
                 for rank in task.ranks if method.adapter is not None else (None,):
                     for rate in task.learning_rates.get(method.name, method.learning_rates):
-                        decisive = {
-                            "task": task.decides(),
-                            "method": method.decides(),
-                            "rank": rank,
-                            "learning_rate": rate,
-                            "seed": seed,
-                            "versions": versions[method.name],
-                            **settings.decides(),
-                        }
-                        runs.append(PlannedRun(task, rank, method, rate, seed, digest(decisive)))
+                        own = {"task": task.decides(), "rank": rank, "learning_rate": rate, "seed": seed}
+                        key = digest({**decisive[method.name], **own})
+                        runs.append(PlannedRun(task, rank, method, rate, seed, key))
     return runs
 
 

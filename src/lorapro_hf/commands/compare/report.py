@@ -2,69 +2,50 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from lorapro_hf.commands.common.records import without_nan
+from lorapro_hf.commands.common.records import write_json
 from lorapro_hf.commands.compare.figures import draw
 from lorapro_hf.commands.compare.significance import has_scipy, smallest_p
 from lorapro_hf.commands.compare.store import Store
-from lorapro_hf.commands.compare.summary import UNEVEN, MethodSummary, Summary, TaskSummary, summarize
+from lorapro_hf.commands.compare.summary import UNEVEN, Summary, summarize
 from lorapro_hf.optim.memory import readable_bytes
 from lorapro_hf.utils.text_files import write_text
 
 FIGURES, MARKDOWN, SUMMARY = "figures", "report.md", "summary.json"
 _TEMPLATE = Path(__file__).with_name("report.md.j2")
 _NONE = "–"
-_MARKS = {"lowest": " ↓", "highest": " ↑"}
-_DATA = {
-    "questions": "arithmetic word problems",
-    "text": "modules of Python's standard library, whole packages held out",
-    "classification": "docstrings of packages of Python's standard library",
-}
 
 
 def write_report(folder: Path) -> Summary:
-    """Write `summary.json`, `report.md` and its figures from the results of a folder, and return the summary.
-
-    Raises:
-        UsageError: there is no comparison in the folder.
-    """
+    """Write `summary.json`, `report.md` and its figures from the results of a folder, and return the summary."""
     store = Store(folder)
     summary, sweep = summarize(store), store.sweep()
     (folder / FIGURES).mkdir(exist_ok=True)
     pictures = draw(summary, [name for name, method in sweep["methods"].items() if method["is_lora_pro"]])
     for name, picture in pictures.items():
         (folder / FIGURES / f"{name}.png").write_bytes(picture)
-    write_text(folder / MARKDOWN, render(summary, sweep, sorted(pictures)))
-    content = json.dumps(without_nan(asdict(summary)), indent=1, allow_nan=False)
-    write_text(folder / SUMMARY, content + "\n")
+    write_text(folder / MARKDOWN, _render(summary, sweep, sorted(pictures)))
+    write_json(folder / SUMMARY, asdict(summary))
     return summary
 
 
-def render(summary: Summary, sweep: dict[str, Any], pictures: list[str]) -> str:
+def _render(summary: Summary, sweep: dict[str, Any], pictures: list[str]) -> str:
     """The report in GitHub's Markdown, of a summary, the content of `sweep.json` and the names of the figures."""
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)
-    environment.filters |= {"cell": _cell, "value": _value, "size": _size}
-    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
-    tasks = {task["name"]: task for task in summary.settings["tasks"]}
-    return template.render(
+    environment.filters |= {"cell": _cell, "value": _value}
+    environment.filters["size"] = lambda value: _NONE if value is None else readable_bytes(value)
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         summary=summary,
         settings=summary.settings,
         methods=sweep["methods"],
-        tasks=tasks,
+        tasks={task["name"]: task for task in summary.settings["tasks"]},
         pictures=pictures,
         folder=FIGURES,
-        data=_DATA,
-        rate=_rate,
-        spread=_spread,
-        closed=partial(_closed, summary),
-        good=_good,
         smallest_p=smallest_p(len(summary.settings["seeds"])),
         has_scipy=has_scipy(),
         uneven=UNEVEN - 1,
@@ -72,45 +53,10 @@ def render(summary: Summary, sweep: dict[str, Any], pictures: list[str]) -> str:
 
 
 def _cell(text: object) -> str:
-    """Text that is nothing but text in Markdown, on one line."""
+    """Text on one line, without marks of Markdown."""
     plain = " ".join(str(text).split())
-    for mark in "\\`*_|<>[]":
-        plain = plain.replace(mark, f"\\{mark}")
-    return plain
+    return "".join(f"\\{letter}" if letter in "\\`*_|<>[]" else letter for letter in plain)
 
 
 def _value(value: float | None, form: str) -> str:
     return _NONE if value is None else format(value, form)
-
-
-def _size(value: float | None) -> str:
-    return _NONE if value is None else readable_bytes(value)
-
-
-def _rate(method: MethodSummary) -> str:
-    if method.learning_rate is None:
-        return _NONE if method.runs["missing"] else "none finished"
-    edge = _MARKS.get(method.at_edge or "", "")
-    return f"{method.learning_rate:g}{edge}" + "".join(f" ≈{rate:g}" for rate in method.ties)
-
-
-def _spread(method: MethodSummary, metric: str) -> str:
-    values = method.test.get(metric)
-    if values is None:
-        return _NONE
-    return " ± ".join(f"{value:.4f}" for value in values.values() if value is not None)
-
-
-def _closed(summary: Summary, comparison: TaskSummary, method: MethodSummary) -> str:
-    """How far a method is on the way from the baseline to the reference."""
-    if comparison.gap is None or comparison.gap <= 0 or method.learning_rate is None:
-        return _NONE
-    return "0%" if method.method == summary.settings["baseline"] else _value(method.gap_closed, ".0%")
-
-
-def _good(method: MethodSummary) -> str:
-    if method.good_range is None:
-        return _NONE
-    low, high = method.good_range
-    reach = f"{low:g}" if low == high else f"{low:g} to {high:g} (×{high / low:.3g})"
-    return reach + "".join(_MARKS[end] for end in method.good_at_edge)

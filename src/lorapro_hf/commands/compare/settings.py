@@ -7,9 +7,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import torch
-from transformers import SchedulerType, get_scheduler
-
 from lorapro_hf.commands.compare.methods import FULL, LORA, ComparedMethod, learning_rates, method_of
 from lorapro_hf.commands.compare.values import require_mapping, require_name, typed
 from lorapro_hf.options import UsageError
@@ -21,8 +18,14 @@ KINDS: Mapping[str, frozenset[str]] = {
     "text": frozenset({"text_column", "cut_vocabulary"}),
     "classification": frozenset({"classes", "text_column", "label_column", "head_learning_rate"}),
 }
-PRECISIONS = ("fp32", "bf16")
+_PRECISIONS = ("fp32", "bf16")
+# The schedules of `transformers.get_scheduler` that need no more than steps and warm-up.
+_SCHEDULES = (
+    *("linear", "cosine", "cosine_with_restarts", "polynomial"),
+    *("constant", "constant_with_warmup", "inverse_sqrt"),
+)
 _NEED_DATASET = {"text_column", "label_column", "dataset_config"}
+_COUNTS = ("steps", "batch_size", "max_length", "validation_size", "test_size", "classes", "layers", "train_size")
 
 
 @dataclass(frozen=True)
@@ -53,31 +56,20 @@ class TaskSettings:
     learning_rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # grids for this task alone
 
     def __post_init__(self) -> None:
-        for name in [
-            "steps",
-            "batch_size",
-            "max_length",
-            "validation_size",
-            "test_size",
-            "classes",
-            "layers",
-            "train_size",
-        ]:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"Task {self.name}: {name}={value!r} must be a whole number from 1 on.")
-        if not self.ranks or min(self.ranks) < 1 or len(set(self.ranks)) < len(self.ranks):
-            raise UsageError(f"Task {self.name}: ranks={list(self.ranks)} must be different whole numbers from 1 on.")
-        if not self.target_modules:
-            raise UsageError(f"Task {self.name}: target_modules=[] must be 'all-linear' or a list of ends of names.")
-        if self.head_learning_rate <= 0.0:
-            raise UsageError(f"Task {self.name}: head_learning_rate={self.head_learning_rate} must be positive.")
-        if not 0 <= self.generate <= self.test_size:
-            raise UsageError(f"Task {self.name}: generate={self.generate} must be from 0 to test_size.")
-        if self.generate and self.cut_vocabulary:
-            raise UsageError(
-                f"Task {self.name}: cut_vocabulary leaves no tokens to write answers with; set generate: 0."
-            )
+        refusals = [
+            (f"{name}={value!r} must be a whole number from 1 on", value is not None and value < 1)
+            for name, value in ((name, getattr(self, name)) for name in _COUNTS)
+        ]
+        ranks, rate = list(self.ranks), self.head_learning_rate
+        refusals += [
+            (f"{ranks=} must be different whole numbers from 1 on", not ranks or min(ranks) < 1 or _repeats(ranks)),
+            ("target_modules=[] must be 'all-linear' or a list of ends of names", not self.target_modules),
+            (f"head_learning_rate={rate} must be positive", rate <= 0.0),
+            (f"generate={self.generate} must be from 0 to test_size", not 0 <= self.generate <= self.test_size),
+        ]
+        mute = self.cut_vocabulary and self.generate > 0
+        refusals += [("cut_vocabulary leaves no tokens to write answers with; set generate: 0", mute)]
+        _refuse(f"Task {self.name}: ", refusals)
 
     @property
     def examples(self) -> int:
@@ -98,7 +90,7 @@ class CompareSettings:
     seeds: tuple[int, ...]  # each decides order and initial values
     output_dir: Path
     scaling: float = 2.0  # alpha over r, the same at all ranks (rsLoRA's is larger by √r)
-    schedule: str = "cosine"  # a name known to `transformers.get_scheduler`
+    schedule: str = "cosine"
     warmup: float = 0.1  # fraction of the steps in which the rate rises from 0
     max_grad_norm: float = 0.0  # 0 for no clipping
     precision: str = "fp32"  # or "bf16" for autocast
@@ -106,27 +98,26 @@ class CompareSettings:
     reference: str = FULL  # the other end of the gap
 
     def __post_init__(self) -> None:
-        for noun, names in (
-            ("task", [task.name for task in self.tasks]),
-            ("method", [method.name for method in self.methods]),
-            ("seed", list(self.seeds)),
-        ):
-            if not names or len(set(names)) < len(names):
-                raise UsageError(f"A comparison needs at least one {noun}, each named once; got {names}.")
-        for key, valid in (("precision", PRECISIONS), ("schedule", [each.value for each in SchedulerType])):
-            if getattr(self, key) not in valid:
-                raise UsageError(f"{key}={getattr(self, key)!r} is none of {', '.join(valid)}.")
-        if not 0.0 <= self.warmup < 1.0 or self.max_grad_norm < 0.0 or self.scaling <= 0.0:
-            raise UsageError(
-                f"warmup={self.warmup} must be in [0, 1), max_grad_norm={self.max_grad_norm} at least 0 and "
-                f"scaling={self.scaling} positive."
-            )
-        known = {method.name for method in self.methods}
+        names: dict[str, list[Any]] = {"task": [task.name for task in self.tasks], "seed": list(self.seeds)}
+        names["method"] = [method.name for method in self.methods]
+        refusals = [
+            (f"A comparison needs at least one {noun}, each named once; got {each}", not each or _repeats(each))
+            for noun, each in names.items()
+        ]
+        refusals += [
+            (f"{key}={getattr(self, key)!r} is none of {', '.join(known)}", getattr(self, key) not in known)
+            for key, known in (("precision", _PRECISIONS), ("schedule", _SCHEDULES))
+        ]
+        refusals += [
+            (f"warmup={self.warmup} must be from 0 to less than 1", not 0.0 <= self.warmup < 1.0),
+            (f"max_grad_norm={self.max_grad_norm} must be at least 0", self.max_grad_norm < 0.0),
+            (f"scaling={self.scaling} must be positive", self.scaling <= 0.0),
+        ]
         for task in self.tasks:
-            _require_schedule(self.schedule, self.warmup_steps(task), task.steps)
-            strangers = sorted(set(task.learning_rates) - known)
-            if strangers:
-                raise UsageError(f"Task {task.name} has learning rates for {strangers}, which are not under methods.")
+            strangers = sorted(set(task.learning_rates) - set(names["method"]))
+            message = f"Task {task.name} has learning rates for {strangers}, which are not under methods"
+            refusals.append((message, bool(strangers)))
+        _refuse("", refusals)
 
     def warmup_steps(self, task: TaskSettings) -> int:
         """The steps of a task in which the learning rate rises."""
@@ -142,11 +133,7 @@ class CompareSettings:
 
 
 def read_settings(path: Path, overrides: Sequence[str] = (), output_dir: Path | None = None) -> CompareSettings:
-    """The settings of a YAML file, changed by overrides such as `tasks.code.steps=20`.
-
-    Raises:
-        UsageError: there is no such file, or something in it is unknown or of no use.
-    """
+    """The settings of a YAML file, changed by overrides such as `tasks.code.steps=20`; raises `UsageError`."""
     content = read_yaml(path, "the comparison")
     if not isinstance(content, dict):
         raise UsageError(f"{str(path)!r} must hold a mapping with tasks, methods and seeds.")
@@ -156,22 +143,20 @@ def read_settings(path: Path, overrides: Sequence[str] = (), output_dir: Path | 
 
 
 def settings_of(content: Mapping[str, Any]) -> CompareSettings:
-    """`CompareSettings` from the content of a YAML file.
-
-    Raises:
-        UsageError: as `read_settings`.
-    """
-    known = {each.name for each in fields(CompareSettings)}
-    unknown, missing = sorted(map(str, set(content) - known)), sorted({"tasks", "methods", "seeds"} - set(content))
+    """`CompareSettings` from the content of a YAML file; raises `UsageError`."""
+    hints = {**get_type_hints(CompareSettings), "output_dir": str}
+    unknown, missing = sorted(map(str, set(content) - set(hints))), sorted({"tasks", "methods", "seeds"} - set(content))
     if unknown or missing:
-        raise UsageError(f"Unknown: {unknown}; missing: {missing}. A comparison says {', '.join(sorted(known))}.")
+        raise UsageError(f"Unknown: {unknown}; missing: {missing}. A comparison says {', '.join(sorted(hints))}.")
     tasks, methods = content["tasks"], content["methods"]
-    methods = _listed(methods) if isinstance(methods, list) else methods
+    if isinstance(methods, list):
+        for name in methods:
+            require_name("method", name)
+        _refuse("", [(f"methods={methods} must name each method once", _repeats(methods))])
+        methods = dict.fromkeys(methods)
     if not isinstance(tasks, Mapping) or not isinstance(methods, Mapping):
         raise UsageError("`tasks` must be a mapping from names, and `methods` a mapping or a list of names.")
-    hints = {**get_type_hints(CompareSettings), "output_dir": str}
-    plain = {key: value for key, value in content.items() if key not in ("tasks", "methods")}
-    values = typed("", plain, hints)
+    values = typed("", {key: value for key, value in content.items() if key not in ("tasks", "methods")}, hints)
     for key in ("baseline", "reference"):
         if key in content and content[key] not in methods:
             raise UsageError(f"{key}={content[key]!r} is not under methods.")
@@ -182,58 +167,46 @@ def settings_of(content: Mapping[str, Any]) -> CompareSettings:
     )
 
 
-def _listed(names: list[Any]) -> dict[str, None]:
-    """Methods without settings, as a mapping."""
-    for name in names:
-        require_name("method", name)
-    if len(set(names)) < len(names):
-        raise UsageError(f"methods={names} must name each method once.")
-    return dict.fromkeys(names)
-
-
 def _task(name: str, entry: Any) -> TaskSettings:
     require_name("task", name)
     kind = entry.get("kind") if isinstance(entry, Mapping) else None
-    if not isinstance(entry, Mapping) or not isinstance(kind, str) or kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise UsageError(f"Task {name} must be a mapping with a `kind` out of {', '.join(KINDS)}.")
     foreign = frozenset().union(*KINDS.values()) - KINDS[kind]
     known = {each.name for each in fields(TaskSettings)} - {"name"} - foreign
     unknown = sorted(map(str, set(entry) - known))
-    if unknown:
-        raise UsageError(f"Task {name}: {unknown} unknown to kind {kind}, which knows {sorted(known)}.")
-    useless = sorted(set(entry) & (_NEED_DATASET if entry.get("dataset") is None else {"classes"}))
-    if useless:
-        which = "without" if entry.get("dataset") is None else "with"
-        raise UsageError(f"Task {name}: {useless} have no use {which} a `dataset`; leave them out.")
+    built_in = entry.get("dataset") is None
+    useless = sorted(set(entry) & (_NEED_DATASET if built_in else {"classes"}))
+    which = "without" if built_in else "with"
+    refusals = [(f"{unknown} unknown to kind {kind}, which knows {sorted(known)}", bool(unknown))]
+    refusals += [(f"{useless} have no use {which} a `dataset`; leave them out", bool(useless))]
+    _refuse(f"Task {name}: ", refusals)
     grids = entry.get("learning_rates") or {}
     require_mapping(f"Task {name}", "learning_rates", grids)
-    plain = {key: value for key, value in entry.items() if key != "learning_rates"}
     rates = {method: learning_rates(f"{method} in task {name}", grid) for method, grid in grids.items()}
+    plain = {key: value for key, value in entry.items() if key != "learning_rates"}
     return TaskSettings(name, **typed(f"Task {name}: ", plain, get_type_hints(TaskSettings)), learning_rates=rates)
 
 
 def _override(content: dict[str, Any], override: str) -> None:
     path, sign, text = override.partition("=")
-    keys = path.split(".")
+    *keys, last = path.split(".")
     place: Any = content
-    for key in keys[:-1]:
+    for key in keys:
         if isinstance(place, dict) and place.get(key) is None:
             place[key] = {}
         place = place.get(key) if isinstance(place, dict) else None
     if not sign or not isinstance(place, dict):
         raise UsageError(f"--set {override!r} must read KEY=VALUE, such as tasks.code.steps=20 or seeds=[0].")
-    place[keys[-1]] = parse_yaml(text, f"--set {override!r}")
+    place[last] = parse_yaml(text, f"--set {override!r}")
 
 
-def _require_schedule(name: str, warmup: int, steps: int) -> None:
-    """Refuse a schedule that needs more than the number of steps, by trying it."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    try:
-        scheduler = get_scheduler(name, optimizer, warmup, steps)
-        optimizer.step()
-        scheduler.step()
-    except Exception as error:
-        raise UsageError(
-            f"schedule={name!r} cannot be used here, where a schedule knows steps and warm-up alone ({error}); choose "
-            "linear, cosine, constant or the like."
-        ) from error
+def _repeats(values: list[Any]) -> bool:
+    return len(set(values)) < len(values)
+
+
+def _refuse(owner: str, refusals: Sequence[tuple[str, bool]]) -> None:
+    """Raise the first message whose condition holds."""
+    for message, holds in refusals:
+        if holds:
+            raise UsageError(f"{owner}{message}.")

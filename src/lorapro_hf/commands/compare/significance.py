@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 _ROUNDING = 1e-9  # of the mean difference: spread below it is none
@@ -17,27 +18,24 @@ class PairedTest:
     seeds: int  # the number of pairs
     difference: float  # the mean of the one's losses less the other's
     better: int  # the number of seeds on which the one has the lower loss
-    t_test: float | None = None  # paired; it takes the differences for normal, which few seeds can not show
+    t_test: float | None = None  # paired; it takes the differences for normal, which few seeds cannot show
     wilcoxon: float | None = None  # Wilcoxon's signed-rank test, exact
     t_test_holm: float | None = None  # the t-test's, corrected for the number of methods
 
 
 def paired(own: Mapping[str, float], others: Mapping[str, float]) -> PairedTest | None:
     """Compare losses by seed; `None` if there are no common seeds."""
-    seeds = sorted(own.keys() & others.keys())
-    if not seeds:
+    differences = [own[seed] - others[seed] for seed in sorted(own.keys() & others.keys())]
+    if not differences:
         return None
-    values: list[Sequence[float]] = [[each[seed] for seed in seeds] for each in (own, others)]
-    differences = [one - other for one, other in zip(*values, strict=True)]
-    unequal = [difference for difference in differences if difference != 0]
     mean = statistics.fmean(differences)
-    result = PairedTest(len(seeds), mean, sum(difference < 0 for difference in unequal))
+    result = PairedTest(len(differences), mean, sum(difference < 0 for difference in differences))
     if has_scipy():
         from scipy import stats
 
-        if len(seeds) > 1 and statistics.pstdev(differences) > _ROUNDING * abs(mean):
-            result.t_test = float(stats.ttest_rel(*values).pvalue)
-        if unequal:
+        if len(differences) > 1 and statistics.pstdev(differences) > _ROUNDING * abs(mean):
+            result.t_test = float(stats.ttest_1samp(differences, 0.0).pvalue)
+        if unequal := [difference for difference in differences if difference != 0]:
             result.wilcoxon = float(stats.wilcoxon(unequal).pvalue)
     return result
 
@@ -49,12 +47,9 @@ def smallest_p(seeds: int) -> float:
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """P-values corrected for being the smallest among several, by Holm's method."""
-    corrected: dict[str, float] = {}
-    highest = 0.0
-    for place, name in enumerate(sorted(p_values, key=lambda each: p_values[each])):
-        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[name]))
-        corrected[name] = highest
-    return corrected
+    ranked = sorted(p_values, key=lambda each: p_values[each])
+    corrected = (min(1.0, (len(ranked) - place) * p_values[name]) for place, name in enumerate(ranked))
+    return dict(zip(ranked, itertools.accumulate(corrected, max), strict=True))
 
 
 def has_scipy() -> bool:

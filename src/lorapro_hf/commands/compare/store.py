@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lorapro_hf.commands.common.records import environment, without_nan
+from filelock import FileLock, Timeout
+
+from lorapro_hf.commands.common.records import as_json, environment, write_json
 from lorapro_hf.commands.compare.plan import PlannedRun
 from lorapro_hf.commands.compare.settings import CompareSettings
 from lorapro_hf.options import UsageError
-from lorapro_hf.utils.text_files import parse_json, write_text
+from lorapro_hf.utils.text_files import parse_json
 
 RECORDS, SWEEP = "runs.jsonl", "sweep.json"
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
@@ -41,9 +43,9 @@ class RunRecord:
     adapted_layers: int | None = None
     trainable: int | None = None  # trained parameters, without those of a head
     state_bytes: int | None = None  # of the optimizer
-    peak_bytes: int | None = None  # where the system tells it
-    step_ms: float | None = None  # the median, as of the next
-    optimizer_ms: float | None = None
+    peak_bytes: int | None = None  # of CUDA's allocator
+    step_ms: float | None = None  # the median
+    optimizer_ms: float | None = None  # the median
     setup_s: float | None = None
     train_s: float | None = None
     evaluation_s: float | None = None
@@ -52,101 +54,70 @@ class RunRecord:
     environment: dict[str, Any] = field(default_factory=dict)
 
 
-_FIELDS = {each.name for each in fields(RunRecord)}
-
-
 class Store:
-    """The folder of a comparison: `sweep.json` says which runs it has, `runs.jsonl` has a line for each that is done.
-
-    Args:
-        folder: The folder; it need not exist to be read.
-    """
+    """The folder of a comparison: `sweep.json` lists its runs, `runs.jsonl` has a line for each that is done."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder  # it need not exist to be read
 
     def append(self, record: RunRecord) -> None:
         """Add a line, on disk when this returns; other processes may do the same at the same time."""
-        line = f"{json.dumps(without_nan(asdict(record)), allow_nan=False)}\n".encode()
-        descriptor = os.open(self.folder / RECORDS, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            # A killed process may have left half a line: end it first. One write to a file that is open for appending
-            # is not torn apart by others.
-            size = os.fstat(descriptor).st_size
-            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+        line = f"{as_json(asdict(record))}\n".encode()
+        with (self.folder / RECORDS).open("ab+", buffering=0) as file:
+            # end the half line that a killed process may have left
+            size = file.seek(0, os.SEEK_END)
+            if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
                 line = b"\n" + line
-            while line:
-                line = line[os.write(descriptor, line) :]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            while line:  # others cannot tear a single write to a file that is open for appending
+                line = line[file.write(line) :]
+            os.fsync(file.fileno())
 
     def records(self) -> dict[str, RunRecord]:
-        """The records by key, the latest of each; half-written lines are left out."""
+        """The latest record of each key; half-written lines are left out."""
         path = self.folder / RECORDS
-        found = {}
+        known = {each.name for each in fields(RunRecord)}
+        records = {}
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
             try:
-                values = parse_json(line)
-                record = RunRecord(**{name: value for name, value in values.items() if name in _FIELDS})
+                record = RunRecord(**{name: value for name, value in parse_json(line).items() if name in known})
             except (json.JSONDecodeError, AttributeError, TypeError):
                 continue
-            found[record.key] = record
-        return found
+            records[record.key] = record
+        return records
 
     def write_sweep(
         self, settings: CompareSettings, runs: Sequence[PlannedRun], levels: Mapping[str, Any] | None = None
     ) -> None:
-        """Note settings, environment, all planned runs, and by task the reference losses that are known."""
+        """Write settings, environment, all planned runs, and by task the reference losses that are known."""
         methods = {m.name: {"title": m.title, "is_lora_pro": m.is_lora_pro, **m.decides()} for m in settings.methods}
-        content = {
-            "settings": settings.to_dict(),
-            "methods": methods,
-            "environment": environment(),
-            "levels": dict(levels or {}),
-            "runs": [run.entry() for run in runs],
-        }
-        write_text(self.folder / SWEEP, json.dumps(without_nan(content), indent=1, allow_nan=False) + "\n")
+        planned = {"settings": settings.to_dict(), "methods": methods, "runs": [run.entry() for run in runs]}
+        write_json(self.folder / SWEEP, {**planned, "environment": environment(), "levels": dict(levels or {})})
 
     def sweep(self) -> dict[str, Any]:
-        """The content that `write_sweep` wrote.
-
-        Raises:
-            UsageError: if there is none.
-        """
+        """The content that `write_sweep` wrote; raises `UsageError` if there is none."""
         try:
             content: dict[str, Any] = parse_json((self.folder / SWEEP).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UsageError(
-                f"There is no comparison to report on in {str(self.folder)!r}: {error}. Give the --output_dir of one."
-            ) from error
+            message = f"There is no comparison to report on in {str(self.folder)!r}: {error}."
+            raise UsageError(f"{message} Give the --output_dir of one.") from error
         return content
 
     @contextmanager
     def locked(self, index: int, warn: Callable[[str], None]) -> Iterator[None]:
-        """Keep a second comparison out of the folder; the system lifts the lock when the process ends.
+        """Keep a second comparison out of the folder; raises `UsageError` if another process has the lock.
 
-        Args:
-            index: The number of this process. Every comparison has a process 0, so that two always meet.
-            warn: Gets a line where the file system knows no locks.
-
-        Raises:
-            UsageError: another process has the lock.
+        Every comparison has a process 0, so that two always meet. `warn` gets a line where the file system knows no
+        locks.
         """
-        with (self.folder / f".lock-{index}").open("a+") as file:
-            try:
-                import fcntl  # there is none on Windows
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise UsageError(
-                    f"Another process ({file.read().strip() or 'number unknown'}) is training into "
-                    f"{str(self.folder)!r}. Wait for its end, or choose another --output_dir."
-                ) from None
-            except (OSError, ImportError) as error:
-                warn(f"{self.folder} cannot be locked ({error}): make sure that no other comparison writes there.")
-            file.truncate(0)
-            file.write(f"pid {os.getpid()}\n")
-            file.flush()
+        lock = FileLock(self.folder / f".lock-{index}")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            message = f"Another process is training into {str(self.folder)!r}."
+            raise UsageError(f"{message} Wait for its end, or choose another --output_dir.") from None
+        except (OSError, NotImplementedError) as error:
+            warn(f"{self.folder} cannot be locked ({error}): make sure that no other comparison writes there.")
+        try:
             yield
+        finally:
+            lock.release()

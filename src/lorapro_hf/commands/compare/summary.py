@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lorapro_hf.commands.compare.significance import PairedTest, holm, paired
 from lorapro_hf.commands.compare.store import DIVERGED, FAILED, FINISHED, RunRecord, Store
 
 MISSING = "missing"
-NEAR_BEST = 0.02  # rates whose loss is within this fraction of the best count as good
 LAST = 4  # the last of so many parts of a training says how it ended
 UNEVEN = 1.2  # slowest over fastest median step of a method's seeds at one rate: beyond it other work ran
 _COSTS = ("step_ms", "optimizer_ms", "train_s", "setup_s", "state_bytes", "peak_bytes", "trainable")
 _DIGITS = 5  # of the losses of a curve
+
+Runs = Sequence[RunRecord]
 
 
 @dataclass
@@ -25,16 +27,9 @@ class RateSummary:
     learning_rate: float
     validation_loss: float | None  # the mean over the seeds if all have finished: it decides
     status: dict[str, str]
-    no_better: list[
-        int
-    ]  # seeds whose training loss in the last quarter is in the mean not below that of the first step
+    no_better: list[int]  # seeds that finished with a mean loss of the last quarter not below the first loss
     keys: dict[str, str]  # of the runs
     test: dict[str, dict[str, float]]  # metrics, of the seeds that have finished
-
-    @property
-    def whole(self) -> bool:
-        """Whether all seeds have finished."""
-        return set(self.status.values()) == {FINISHED}
 
 
 @dataclass
@@ -49,12 +44,7 @@ class MethodSummary:
     title: str
     rates: list[RateSummary]  # in ascending order
     learning_rate: float | None = None  # the best
-    at_edge: str | None = (
-        None  # "lowest" or "highest" if that is an end of a grid of several: a better one may lie beyond
-    )
-    ties: list[float] = field(default_factory=list)  # rates that are worse by no more than the best's standard error
-    good_range: tuple[float, float] | None = None  # around the best, with a validation loss within 2 % of its own
-    good_at_edge: list[str] = field(default_factory=list)  # ends of that range that are ends of the grid
+    at_edge: str | None = None  # "lowest" or "highest": the end of a grid of several, beyond which may be a better one
     test: dict[str, dict[str, float | None]] = field(default_factory=dict)  # mean and std of each metric
     cost: dict[str, float | None] = field(default_factory=dict)  # medians over the seeds
     loss_curve: list[float] = field(default_factory=list)  # the mean training loss of each step
@@ -106,93 +96,81 @@ class Summary:
 
 
 def summarize(store: Store) -> Summary:
-    """The summary of a folder, of the runs that its `sweep.json` lists and no others.
-
-    Raises:
-        UsageError: there is no comparison in the folder.
-    """
+    """The summary of the runs that the `sweep.json` of a folder lists; raises `UsageError` if there is none."""
     sweep, records = store.sweep(), store.records()
-    keys = list(dict.fromkeys(run["key"] for run in sweep["runs"]))
-    used = [records[key].environment for key in keys if key in records] or [sweep["environment"]]
+    # runs of one key differ in the names of their methods
+    runs = [replace(records.get(run["key"], RunRecord(**run, status=MISSING)), **run) for run in sweep["runs"]]
+    environments = [run.environment for run in runs if run.status != MISSING] or [sweep["environment"]]
     return Summary(
         sweep["settings"],
-        {name: value for name, value in used[0].items() if all(each.get(name) == value for each in used)},
-        sum(key not in records for key in keys),
-        [_of_task(sweep, records, task, rank) for task in sweep["settings"]["tasks"] for rank in task["ranks"]],
+        {name: value for name, value in environments[0].items() if all(e.get(name) == value for e in environments)},
+        len({run.key for run in runs if run.status == MISSING}),
+        [_of_task(sweep, runs, task["name"], rank) for task in sweep["settings"]["tasks"] for rank in task["ranks"]],
         [
-            {**run, "status": records[run["key"]].status, "reason": _reason(records[run["key"]])}
-            for run in sweep["runs"]
-            if run["key"] in records and records[run["key"]].status in (DIVERGED, FAILED)
+            {**entry, "status": run.status, "reason": _reason(run)}
+            for entry, run in zip(sweep["runs"], runs, strict=True)
+            if run.status in (DIVERGED, FAILED)
         ],
     )
 
 
-def _reason(record: RunRecord) -> str:
-    step = record.diverged_at
-    return record.error or (f"loss not finite at step {step}" if step else "held-out loss not finite")
+def _reason(run: RunRecord) -> str:
+    step = run.diverged_at
+    return run.error or (f"loss not finite at step {step}" if step else "held-out loss not finite")
 
 
-def _of_task(
-    sweep: Mapping[str, Any], records: Mapping[str, RunRecord], task: Mapping[str, Any], rank: int
-) -> TaskSummary:
-    runs = [run for run in sweep["runs"] if run["task"] == task["name"] and run["rank"] in (rank, None)]
-    done = [records[run["key"]] for run in runs if run["key"] in records]
+def _of_task(sweep: Mapping[str, Any], runs: Runs, task: str, rank: int) -> TaskSummary:
+    runs = [run for run in runs if run.task == task and run.rank in (rank, None)]
     methods = [
-        _of_method(name, method["title"], [run for run in runs if run["method"] == name], records)
+        _of_method(name, method["title"], [run for run in runs if run.method == name])
         for name, method in sweep["methods"].items()
     ]
-    metrics = dict.fromkeys(["loss", *(name for each in methods for rate in each.rates for name in rate.test)])
     gap, gap_seeds = _relate(methods, sweep["settings"]["baseline"], sweep["settings"]["reference"])
     return TaskSummary(
-        task["name"],
+        task,
         rank,
         methods,
-        list(metrics),
-        sweep.get("levels", {}).get(task["name"]),
+        list(dict.fromkeys(["loss", *(name for each in methods for rate in each.rates for name in rate.test)])),
+        sweep.get("levels", {}).get(task),
         gap,
         gap_seeds,
-        _equal_data(done),
-        _step_spread(methods, records),
+        _equal_data(runs),
+        _step_spread(methods, runs),
     )
 
 
-def _of_method(
-    name: str, title: str, runs: Sequence[Mapping[str, Any]], records: Mapping[str, RunRecord]
-) -> MethodSummary:
-    rates = sorted({run["learning_rate"] for run in runs})
-    found = [_of_rate(rate, [run for run in runs if run["learning_rate"] == rate], records) for rate in rates]
-    summary = MethodSummary(name, title, found)
-    statuses = [status for rate in found for status in rate.status.values()]
-    summary.runs = {status: statuses.count(status) for status in (FINISHED, DIVERGED, FAILED, MISSING)}
-    summary.no_better = sum(len(rate.no_better) for rate in found)
-    _choose(summary, records)
-    best = [] if summary.best is None else [records[key] for key in summary.best.keys.values() if key in records]
+def _of_method(name: str, title: str, runs: Runs) -> MethodSummary:
+    rates = sorted({run.learning_rate for run in runs})
+    found = [_of_rate(rate, [run for run in runs if run.learning_rate == rate]) for rate in rates]
+    method = MethodSummary(name, title, found)
+    statuses = [run.status for run in runs]
+    method.runs = {status: statuses.count(status) for status in (FINISHED, DIVERGED, FAILED, MISSING)}
+    method.no_better = sum(len(rate.no_better) for rate in method.rates)
+    _choose(method)
+    best = [run for run in runs if run.learning_rate == method.learning_rate]
     for cost in _COSTS:
-        values = [getattr(record, cost) for record in best if getattr(record, cost) is not None]
-        summary.cost[cost] = statistics.median(values) if values else None
-    curves = zip(*(record.losses for record in best), strict=True)
-    summary.loss_curve = [float(f"{statistics.fmean(losses):.{_DIGITS}g}") for losses in curves]
-    for metric, by_seed in {} if summary.best is None else summary.best.test.items():
+        values = [getattr(run, cost) for run in best if getattr(run, cost) is not None]
+        method.cost[cost] = statistics.median(values) if values else None
+    curves = zip(*(run.losses for run in best), strict=True)
+    method.loss_curve = [float(f"{statistics.fmean(losses):.{_DIGITS}g}") for losses in curves]
+    for metric, by_seed in {} if method.best is None else method.best.test.items():
         values = list(by_seed.values())
-        summary.test[metric] = {
-            "mean": statistics.fmean(values),
-            "std": statistics.stdev(values) if len(values) > 1 else None,
-        }
-    return summary
+        std = statistics.stdev(values) if len(values) > 1 else None
+        method.test[metric] = {"mean": statistics.fmean(values), "std": std}
+    return method
 
 
-def _of_rate(value: float, runs: Sequence[Mapping[str, Any]], records: Mapping[str, RunRecord]) -> RateSummary:
-    done = {str(run["seed"]): records[run["key"]] for run in runs if run["key"] in records}
-    status = {str(run["seed"]): MISSING for run in runs} | {seed: record.status for seed, record in done.items()}
-    scores = {seed: record.scores for seed, record in done.items() if record.status == FINISHED and record.scores}
-    metrics = dict.fromkeys(name for each in scores.values() for name in each["test"])
+def _of_rate(value: float, runs: Runs) -> RateSummary:
+    finished = {str(run.seed): run for run in runs if run.status == FINISHED}
+    scores = {seed: run.scores for seed, run in finished.items() if run.scores is not None}
     validation = [each["validation"]["loss"] for each in scores.values()]
+    metrics = dict.fromkeys(name for each in scores.values() for name in each["test"])
     return RateSummary(
         value,
-        statistics.fmean(validation) if len(validation) == len(status) else None,
-        status,
-        [int(seed) for seed in scores if _blew_up(done[seed].losses)],
-        {str(run["seed"]): run["key"] for run in runs},
+        statistics.fmean(validation) if len(validation) == len(runs) else None,
+        {str(run.seed): run.status for run in runs},
+        [int(seed) for seed in scores if _blew_up(finished[seed].losses)],
+        {str(run.seed): run.key for run in runs},
         {name: {seed: each["test"][name] for seed, each in scores.items()} for name in metrics},
     )
 
@@ -201,38 +179,16 @@ def _blew_up(losses: Sequence[float]) -> bool:
     return len(losses) > 1 and statistics.fmean(losses[-max(1, len(losses) // LAST) :]) >= losses[0]
 
 
-def _choose(method: MethodSummary, records: Mapping[str, RunRecord]) -> None:
-    """Find the best rate of a method and say how sure that is."""
-    every = {rate.learning_rate: rate.validation_loss for rate in method.rates if rate.validation_loss is not None}
-    if not every:
+def _choose(method: MethodSummary) -> None:
+    """Find the best rate of a method, and whether it is an end of its grid."""
+    whole = [rate for rate in method.rates if rate.validation_loss is not None]
+    candidates = [rate for rate in whole if not rate.no_better] or whole
+    if not candidates:
         return
-    blew_up = {rate.learning_rate for rate in method.rates if rate.no_better}
-    losses = {rate: loss for rate, loss in every.items() if rate not in blew_up}
-    candidates = losses or every
-    best = method.learning_rate = min(candidates, key=lambda rate: candidates[rate])
-    grid = [rate.learning_rate for rate in method.rates]
-    place = grid.index(best)
-    if len(grid) > 1 and place in (0, len(grid) - 1):
-        method.at_edge = "lowest" if place == 0 else "highest"
-    scores = [records[key].scores or {} for key in method.rates[place].keys.values()]
-    values = [each["validation"]["loss"] for each in scores]
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    method.ties = [rate for rate, loss in candidates.items() if rate != best and loss - candidates[best] <= error]
-    if losses:
-        _find_good_range(method, losses, grid, place)
-
-
-def _find_good_range(method: MethodSummary, losses: Mapping[float, float], grid: Sequence[float], place: int) -> None:
-    """Walk from the best rate to both sides as long as the loss stays near its own."""
-    limit = losses[grid[place]] + NEAR_BEST * abs(losses[grid[place]])
-    low = high = place
-    while low > 0 and losses.get(grid[low - 1], limit + 1) <= limit:
-        low -= 1
-    while high < len(grid) - 1 and losses.get(grid[high + 1], limit + 1) <= limit:
-        high += 1
-    method.good_range = (grid[low], grid[high])
-    ends = {"lowest": low == 0, "highest": high == len(grid) - 1}
-    method.good_at_edge = [name for name, reached in ends.items() if reached and len(grid) > 1]
+    best = min(candidates, key=lambda rate: rate.validation_loss or 0.0)
+    method.learning_rate = best.learning_rate
+    if len(method.rates) > 1 and best in (method.rates[0], method.rates[-1]):
+        method.at_edge = "lowest" if best is method.rates[0] else "highest"
 
 
 def _relate(methods: Sequence[MethodSummary], baseline: str, reference: str) -> tuple[float | None, int]:
@@ -241,36 +197,39 @@ def _relate(methods: Sequence[MethodSummary], baseline: str, reference: str) -> 
     base, goal = losses.get(baseline), losses.get(reference)
     if base is None:
         return None, 0
-    gap = None if goal is None else statistics.fmean(base.values()) - statistics.fmean(goal.values())
+    start = statistics.fmean(base.values())
+    gap = None if goal is None else start - statistics.fmean(goal.values())
+    tests: dict[str, PairedTest] = {}
     for each in methods:
-        if each.method in losses and each.method != baseline:
-            own = losses[each.method]
-            each.against_baseline = paired(own, base)
-            if gap is not None and gap > 0:
-                each.gap_closed = (statistics.fmean(base.values()) - statistics.fmean(own.values())) / gap
-    tests = {each.method: each.against_baseline for each in methods if each.against_baseline is not None}
-    for name, value in holm({name: t.t_test for name, t in tests.items() if t.t_test is not None}).items():
+        own = losses.get(each.method)
+        if own is None or each.method == baseline:
+            continue
+        each.against_baseline = paired(own, base)
+        if each.against_baseline is not None and each.against_baseline.t_test is not None:
+            tests[each.method] = each.against_baseline
+        if gap is not None and gap > 0:
+            each.gap_closed = (start - statistics.fmean(own.values())) / gap
+    for name, value in holm({name: test.t_test or 0.0 for name, test in tests.items()}).items():
         tests[name].t_test_holm = value
     return gap, 0 if goal is None else sum(goal[seed] < base[seed] for seed in goal.keys() & base.keys())
 
 
-def _equal_data(records: Iterable[RunRecord]) -> bool:
-    seen: dict[int | None, set[str | None]] = {}
-    for record in records:
-        seen.setdefault(record.seed, set()).add(record.data)
-        seen.setdefault(None, set()).add(record.examples)  # of the task, whatever the seed
-    return all(len(hashes - {None}) <= 1 for hashes in seen.values())
+def _equal_data(runs: Runs) -> bool:
+    hashes: dict[int | str, set[str | None]] = defaultdict(set)
+    for run in runs:
+        hashes[run.seed].add(run.data)
+        hashes["all seeds"].add(run.examples)
+    return all(len(each - {None}) <= 1 for each in hashes.values())
 
 
-def _step_spread(methods: Sequence[MethodSummary], records: Mapping[str, RunRecord]) -> StepSpread | None:
-    ratios: dict[bool, list[float]] = {True: [], False: []}
-    for method in methods:
-        for rate in method.rates:
-            done = [records[key].step_ms for key in rate.keys.values() if key in records]
-            times = [time for time in done if time]
-            if len(times) > 1:
-                ratios[rate.learning_rate == method.learning_rate].append(max(times) / min(times))
-    every = ratios[True] + ratios[False]
-    if not every:
+def _step_spread(methods: Sequence[MethodSummary], runs: Runs) -> StepSpread | None:
+    times: dict[tuple[str, float | None], list[float]] = defaultdict(list)
+    for run in runs:
+        if run.step_ms:
+            times[run.method, run.learning_rate].append(run.step_ms)
+    ratios = {place: max(each) / min(each) for place, each in times.items() if len(each) > 1}
+    if not ratios:
         return None
-    return StepSpread(len(every), sum(x > UNEVEN for x in every), max(every), max(ratios[True], default=None))
+    best = [ratios[m.method, m.learning_rate] for m in methods if (m.method, m.learning_rate) in ratios]
+    uneven = sum(ratio > UNEVEN for ratio in ratios.values())
+    return StepSpread(len(ratios), uneven, max(ratios.values()), max(best, default=None))

@@ -6,28 +6,24 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from transformers.utils import logging as transformers_logging
 
-from lorapro_hf.commands.common.console import prepare_output
-from lorapro_hf.commands.common.progress import progress_bars
-from lorapro_hf.commands.compare.optimizers import require_usable
+from lorapro_hf.commands.common.console import prepare_output, progress_bars
+from lorapro_hf.commands.compare.methods import require_usable
 from lorapro_hf.commands.compare.plan import PlannedRun, plan
 from lorapro_hf.commands.compare.references import reference_losses, references_key
 from lorapro_hf.commands.compare.settings import CompareSettings, TaskSettings
 from lorapro_hf.commands.compare.store import FAILED, FINISHED, RunRecord, Store
-from lorapro_hf.commands.compare.tasks import load_task
 from lorapro_hf.commands.compare.tasks.base import LoadedTask
+from lorapro_hf.commands.compare.tasks.kinds import load_task
 from lorapro_hf.commands.compare.training import train_run
 from lorapro_hf.commands.compare.workers import Worker
 from lorapro_hf.options import UsageError
 
 
 class Sweep:
-    """The runs of one process; with `retry_failed` those that ended with an exception are trained again.
-
-    Raises:
-        UsageError: a method cannot run here, or the folder of the results cannot be written to.
-    """
+    """The runs of one process; with `retry_failed` those that ended with an exception are trained again."""
 
     def __init__(
         self,
@@ -46,33 +42,48 @@ class Sweep:
         self.store = Store(settings.output_dir)
         self.planned = plan(settings)
         # a run that several methods share goes by the name of the first
-        self.runs = list({run.key: run for run in reversed(self.planned)}.values())[::-1]
-        self.own = self.runs[worker.index :: worker.count]
-        self.pending = self._still_to_do()
-        self.levels: dict[str, Any] = {}
+        runs = list({run.key: run for run in reversed(self.planned)}.values())[::-1]
+        self.own = runs[worker.index :: worker.count]
         self._task: LoadedTask | None = None
 
     def run(self) -> None:
         """Train the runs that are still to do, and store each when it is done.
 
-        Raises:
-            UsageError: a model or data set is not there, told before any run begins; or another process trains into
-                the same folder.
+        A model or data set that is missing raises `UsageError` before any run begins.
         """
         with self.store.locked(self.worker.index, self._say):
+            levels = self._known_levels()
             if self.worker.index == 0:
-                self.levels = self._known_levels()
-                self.store.write_sweep(self.settings, self.planned, self.levels)
-            self.pending = self._still_to_do()
-            self._say_what_is_to_do()
-            self._try_tasks()
+                self.store.write_sweep(self.settings, self.planned, levels)
+            pending = self.pending()
+            # the last tasks first, the first one stays loaded: a task that cannot be loaded is noticed at once
+            for task in {run.task.name: run.task for run in reversed(pending)}.values():
+                loaded = self._load(task)
+                if self.worker.index == 0 and task.name not in levels:
+                    losses = reference_losses(loaded, self.settings.seeds[0], self.device)
+                    levels[task.name] = {**losses, "key": references_key(self.settings, task)}
+                    self.store.write_sweep(self.settings, self.planned, levels)
             with progress_bars(self.console) as progress:
-                self._train(progress)
+                self._train(pending, progress)
 
-    def _train(self, progress: Any) -> None:
-        whole = progress.add_task("Runs", total=len(self.pending), note="")
-        for place, run in enumerate(self.pending):
-            bar = progress.add_task(run.subject, total=run.task.steps, note=run.setting)
+    def pending(self) -> list[PlannedRun]:
+        """The runs of this process that are still to do, which it announces."""
+        done = self.store.records()
+        failed = {key for key, record in done.items() if record.status == FAILED}
+        again = failed if self.retry_failed else set()
+        pending = [run for run in self.own if run.key not in done or run.key in again]
+        before = len(self.own) - len(pending)
+        process = f" (process {self.worker.index} of {self.worker.count})" if self.worker.count > 1 else ""
+        self._say(f"{len(pending)} runs to do, {before} done before{process}, on {self.device}.")
+        count = sum(run.key in failed - again for run in self.own)
+        if count:
+            self._say(f"{count} of those done before have failed; --retry_failed trains them again.")
+        return pending
+
+    def _train(self, pending: list[PlannedRun], progress: Progress) -> None:
+        whole = progress.add_task("Runs", total=len(pending), note="")
+        for place, run in enumerate(pending):
+            bar = progress.add_task(run.title, total=run.task.steps, note="")
 
             def advance(bar: Any = bar) -> None:
                 progress.advance(bar)
@@ -81,45 +92,19 @@ class Sweep:
             self.store.append(record)
             progress.remove_task(bar)
             progress.advance(whole)
-            self._say(f"[{place + 1}/{len(self.pending)}] {run.title}: {outcome(record)}")
-
-    def _still_to_do(self) -> list[PlannedRun]:
-        done = self.store.records()
-        again = {key for key, record in done.items() if self.retry_failed and record.status == FAILED}
-        return [run for run in self.own if run.key not in done or run.key in again]
-
-    def _say_what_is_to_do(self) -> None:
-        before = len(self.own) - len(self.pending)
-        process = f" (process {self.worker.index} of {self.worker.count})" if self.worker.count > 1 else ""
-        self._say(f"{len(self.pending)} runs to do, {before} done before{process}, on {self.device}.")
-        done = self.store.records()
-        failed = sum(run.key in done and done[run.key].status == FAILED for run in self.own)
-        if failed and not self.retry_failed:
-            self._say(f"{failed} of those done before have failed; --retry_failed trains them again.")
+            self._say(f"[{place + 1}/{len(pending)}] {run.title}: {outcome(record)}")
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def _try_tasks(self) -> None:
-        """Load the last tasks before the first: one that cannot be loaded is noticed at once, not hours later.
-
-        Process 0 notes the reference losses that are missing.
-        """
-        for task in {run.task.name: run.task for run in reversed(self.pending)}.values():
-            loaded = self._load(task)
-            if self.worker.index == 0 and task.name not in self.levels:
-                levels = reference_losses(loaded, self.settings.seeds[0], self.device)
-                self.levels[task.name] = {**levels, "key": references_key(self.settings, task)}
-                self.store.write_sweep(self.settings, self.planned, self.levels)
-
     def _known_levels(self) -> dict[str, Any]:
-        """The reference losses that an earlier start has noted of the same tasks."""
+        """The reference losses of the same tasks that an earlier start has stored."""
         try:
-            noted = self.store.sweep().get("levels", {})
+            stored = self.store.sweep().get("levels", {})
         except UsageError:  # this is the first start
             return {}
         keys = {task.name: references_key(self.settings, task) for task in self.settings.tasks}
-        return {name: noted[name] for name, key in keys.items() if noted.get(name, {}).get("key") == key}
+        return {name: stored[name] for name, key in keys.items() if stored.get(name, {}).get("key") == key}
 
     def _load(self, settings: TaskSettings) -> LoadedTask:
         if self._task is None or self._task.settings != settings:

@@ -16,20 +16,20 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import get_scheduler
+from transformers import TrainerCallback, get_scheduler
 from transformers.trainer_callback import PrinterCallback
 
+from lorapro_hf.commands.common.meters import state_bytes
+from lorapro_hf.commands.common.optimizers import build
 from lorapro_hf.commands.common.records import environment
 from lorapro_hf.commands.compare.adapters import layers_to_adapt, make_trainable
-from lorapro_hf.commands.compare.meters import PeakMemory, StepTimes, state_bytes
-from lorapro_hf.commands.compare.optimizers import build_optimizer
 from lorapro_hf.commands.compare.plan import PlannedRun, digest
 from lorapro_hf.commands.compare.settings import CompareSettings
 from lorapro_hf.commands.compare.store import DIVERGED, FINISHED, RunRecord
@@ -47,15 +47,43 @@ class _DivergedError(Exception):
     """The loss is NaN or infinite."""
 
 
+class _StepTimes(TrainerCallback):
+    """Times the steps of a `Trainer` and the optimizer's part in them, in ms, and calls `on_step` after each."""
+
+    def __init__(self, device: torch.device, on_step: Callable[[], None]) -> None:
+        self.device, self.on_step = device, on_step
+        self.begun: dict[str, float] = {}
+        self.times: dict[str, list[float]] = {"step_ms": [], "optimizer_ms": []}
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.begun["step_ms"] = self._now()
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.begun["optimizer_ms"] = self._now()
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._end("optimizer_ms")
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self._end("step_ms")
+        self.on_step()
+
+    def medians(self) -> dict[str, float | None]:
+        return {name: statistics.median(times) if times else None for name, times in self.times.items()}
+
+    def _end(self, name: str) -> None:
+        self.times[name].append((self._now() - self.begun[name]) * 1e3)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
 class RunTrainer(LoRAProTrainer):
     """A `LoRAProTrainer` that takes the batches of a run in their order and leaves the head to an optimizer of its own.
 
-    Args:
-        task: Gives examples and loss.
-        run: Its seed decides the order and the dropout masks.
-        head: The module that every method trains in full.
-        max_head_norm: The head's gradient is clipped to this norm; 0 for no clipping.
-        **kwargs: Of `LoRAProTrainer`.
+    The gradient of the head is clipped to `max_head_norm`; 0 for no clipping.
     """
 
     def __init__(
@@ -77,7 +105,7 @@ class RunTrainer(LoRAProTrainer):
         return DataLoader(dataset, batch_size=self.args.train_batch_size, collate_fn=self.data_collator)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss of the task, which is noted."""
+        """The loss of the task, which is also stored."""
         loss, _ = self.task.loss_of(model, inputs)
         self.losses.append(float(loss.detach()))
         if not math.isfinite(self.losses[-1]):
@@ -92,16 +120,12 @@ class RunTrainer(LoRAProTrainer):
             self.head.requires_grad_(True)  # only now: the method's optimizer is built and does not hold the head
         loss: Tensor = super().training_step(*args, **kwargs)
         if self.head is not None:
-            self._step_head(self.head)
+            if self.max_head_norm > 0.0:  # apart, so that the step does not depend on what else a method trains
+                nn.utils.clip_grad_norm_(self.head.parameters(), self.max_head_norm)
+            self.head_optimizer.step()
+            self.head_scheduler.step()
+            self.head.zero_grad(set_to_none=True)  # LoRA-FA steps all parameters that have a gradient
         return loss
-
-    def _step_head(self, head: nn.Module) -> None:
-        """Step the head, clipped apart, so that its step does not depend on what else a method trains."""
-        if self.max_head_norm > 0.0:
-            nn.utils.clip_grad_norm_(head.parameters(), self.max_head_norm)
-        self.head_optimizer.step()
-        self.head_scheduler.step()
-        head.zero_grad(set_to_none=True)  # LoRA-FA steps all parameters that have a gradient
 
 
 def train_run(
@@ -116,7 +140,7 @@ def train_run(
     record = RunRecord(**run.entry())
     gc.freeze()  # objects that are there now need not be searched for garbage of this run
     try:
-        record = _train_and_score(record, task, run, settings, StepTimes(device, on_step))
+        _train_and_score(record, task, run, settings, _StepTimes(device, on_step))
     except Exception as error:
         record.error = f"{type(error).__name__}: {error}"[:2000]
         record.traceback = traceback.format_exc()[-4000:]
@@ -125,13 +149,16 @@ def train_run(
     if device.type == "cuda":
         torch.cuda.empty_cache()
     record.finished_at = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return replace(record, wall_s=time.perf_counter() - started, environment=environment())
+    record.wall_s, record.environment = time.perf_counter() - started, environment()
+    return record
 
 
 def _train_and_score(
-    record: RunRecord, task: LoadedTask, run: PlannedRun, settings: CompareSettings, times: StepTimes
-) -> RunRecord:
-    memory = PeakMemory(times.device)
+    record: RunRecord, task: LoadedTask, run: PlannedRun, settings: CompareSettings, times: _StepTimes
+) -> None:
+    on_cuda = times.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(times.device)
     begun = time.perf_counter()
     trainer = _trainer(record, task, run, settings, times)
     ready = time.perf_counter()
@@ -145,57 +172,57 @@ def _train_and_score(
     of_head = set() if trainer.head is None else set(trainer.head.parameters())
     # after the training: LoRA-FA's optimizer freezes A
     record.trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad and p not in of_head)
+    status = DIVERGED
     if record.diverged_at is None:
         # without the wrapper for mixed precision
         record.scores = task.score(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False))
-    scores = record.scores or {}
-    finite = [math.isfinite(value) for metrics in scores.values() for value in metrics.values()]
-    record.status = FINISHED if record.diverged_at is None and all(finite) else DIVERGED
+        if all(math.isfinite(value) for metrics in record.scores.values() for value in metrics.values()):
+            status = FINISHED
+    record.status = status
     record.setup_s, record.train_s = ready - begun, trained - ready
     record.evaluation_s = time.perf_counter() - trained
-    record.peak_bytes = memory.read()
-    record.step_ms, record.optimizer_ms = _median(times.step_ms), _median(times.optimizer_ms)
-    return record
+    record.peak_bytes = torch.cuda.max_memory_allocated(times.device) if on_cuda else None
+    medians = times.medians()
+    record.step_ms, record.optimizer_ms = medians["step_ms"], medians["optimizer_ms"]
 
 
 def _trainer(
-    record: RunRecord, task: LoadedTask, run: PlannedRun, settings: CompareSettings, times: StepTimes
+    record: RunRecord, task: LoadedTask, run: PlannedRun, settings: CompareSettings, times: _StepTimes
 ) -> RunTrainer:
     """The trainer of a run; the record gets the data and the number of layers."""
-    order = task.order(run.seed)
+    batches = [[task.sets["train"][index] for index in step] for step in task.order(run.seed)]
     model = copy.deepcopy(task.model).to(times.device)
     head = task.start_head(model, run.seed)
     layers = layers_to_adapt(model, task.settings.target_modules, head)
 
     def take_gradients() -> None:
-        for indices in order[:GRADIENT_BATCHES]:
-            batch = task.collate([task.sets["train"][index] for index in indices])
-            loss, _ = task.loss_of(model, to_device(batch, model))
+        for batch in batches[:GRADIENT_BATCHES]:
+            loss, _ = task.loss_of(model, to_device(task.collate(batch), model))
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Full backward hook")  # PEFT's, on a model whose inputs need no grads
                 loss.backward()
 
     adapted = make_trainable(model, run, layers, settings.scaling, take_gradients)
     record.examples = task.digest
-    record.data = digest([[list(task.sets["train"][index]["input_ids"]) for index in step] for step in order])
+    record.data = digest([[list(example["input_ids"]) for example in batch] for batch in batches])
     record.adapted_layers = len(layers)
-    ours = run.method.is_lora_pro
+    method = run.method
+    optimizer = None if method.is_lora_pro else build(method.optimizer, adapted, run.learning_rate, method.settings)
     trainer = RunTrainer(
         task,
         run,
         head,
         settings.max_grad_norm,
         model=adapted,
-        args=training_arguments(run, settings, times.device),
+        args=_training_arguments(run, settings, times.device),
         callbacks=[times],
-        optimizers=(None if ours else build_optimizer(run.method, adapted, run.learning_rate), None),
+        optimizers=(optimizer, None),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def training_arguments(run: PlannedRun, settings: CompareSettings, device: torch.device) -> LoRAProTrainingArguments:
-    """The arguments of a run."""
+def _training_arguments(run: PlannedRun, settings: CompareSettings, device: torch.device) -> LoRAProTrainingArguments:
     pro = asdict(LoRAProConfig(**run.method.settings)) if run.method.is_lora_pro else {}
     return LoRAProTrainingArguments(
         output_dir=str(settings.output_dir),
@@ -216,7 +243,3 @@ def training_arguments(run: PlannedRun, settings: CompareSettings, device: torch
         disable_tqdm=True,
         log_level="error",
     )
-
-
-def _median(values: list[float]) -> float | None:
-    return statistics.median(values) if values else None

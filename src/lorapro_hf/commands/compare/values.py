@@ -10,14 +10,13 @@ from typing import Any, get_args, get_origin
 
 from lorapro_hf.options import UsageError
 
-_NAME = re.compile(r"[\w.-]+")
 _NOUNS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number", type(None): "null"}
 _NOUNS |= {tuple[str, ...]: "a list of texts", tuple[int, ...]: "a list of whole numbers"}
 
 
 def require_name(noun: str, name: Any) -> None:
-    """Refuse a name that is of no use in files and on the command line."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    """Refuse a name that cannot stand in files and on the command line."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
         raise UsageError(f"The {noun} {name!r} must be named with letters, digits, '_', '-' and '.'.")
 
 
@@ -28,39 +27,27 @@ def require_mapping(owner: str, key: str, value: Any) -> None:
 
 
 def typed(owner: str, values: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
-    """The values as the types that their keys want: `1e-3`, which YAML reads as text, as a number, lists as tuples.
+    """The entries of a YAML as the types of `hints`; others raise `UsageError`, whose message begins with `owner`.
 
-    Args:
-        owner: Begins the message.
-        values: Entries of a YAML.
-        hints: Types by key: plain ones, tuples of them, and unions.
-
-    Raises:
-        UsageError: a value is of another type.
+    A list becomes a tuple, and `1e-3`, which YAML reads as text, a number. Hints are plain types, tuples and unions.
     """
-    found = {}
+    converted = {}
     for key, value in values.items():
+        options = get_args(hints[key]) if isinstance(hints[key], types.UnionType) else (hints[key],)
         try:
-            found[key] = _fitted(value, hints[key])
+            converted[key] = _converted(value, options)
         except (TypeError, ValueError):
-            raise UsageError(f"{owner}{key}={value!r} must be {_described(hints[key])}.") from None
-    return found
+            nouns = " or ".join(_NOUNS.get(option, "a list of numbers") for option in options)
+            raise UsageError(f"{owner}{key}={value!r} must be {nouns}.") from None
+    return converted
 
 
-def _options(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-
-
-def _fitted(value: Any, hint: Any) -> Any:
-    for option in _options(hint):
+def _converted(value: Any, options: tuple[Any, ...]) -> Any:
+    for option in options:
         if get_origin(option) is tuple and isinstance(value, list | tuple):
-            return tuple(_fitted(each, get_args(option)[0]) for each in value)
+            return tuple(_converted(each, get_args(option)[:1]) for each in value)
         if option is float and not isinstance(value, bool) and math.isfinite(float(value)):
             return float(value)
         if type(value) is option and option is not float:
             return value
     raise ValueError
-
-
-def _described(hint: Any) -> str:
-    return " or ".join(_NOUNS.get(option, "a list of numbers") for option in _options(hint))

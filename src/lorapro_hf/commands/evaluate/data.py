@@ -1,4 +1,4 @@
-"""Where do problems come from that lie in a file?"""
+"""How are problems read from a file?"""
 
 from __future__ import annotations
 
@@ -22,12 +22,7 @@ COLUMNS = {
 
 
 def load_rows(file: str, columns: Collection[str], label: str = "--dataset") -> Dataset:
-    """The rows of a data file, with `columns` alone, as texts.
-
-    Args:
-        file: JSON, JSON lines, CSV or Parquet, gzipped or not.
-        columns: what each row must have.
-        label: the option that named the file, with which messages begin.
+    """The rows of a JSON, JSON lines, CSV or Parquet file with `columns` alone, as texts; `label` names the option.
 
     Raises:
         UsageError: the file is missing, empty or broken, lacks a column or is blank in a cell.
@@ -42,12 +37,9 @@ def load_rows(file: str, columns: Collection[str], label: str = "--dataset") -> 
 
 
 def local_rows(task: str, file: str | None, examples: str | None) -> dict[str, Dataset] | None:
-    """The problems of a file as the split `test` and the solved examples of another as `train`.
+    """The problems of a file (`--dataset`) as the split `test`, and solved examples (`--fewshot_dataset`) as `train`.
 
-    Args:
-        task: which task's columns they need.
-        file: of `--dataset`, or `None`, for which there are no local rows.
-        examples: of `--fewshot_dataset`.
+    Without a file there are no local rows. If no examples are named, the problems themselves are `train`.
 
     Raises:
         UsageError: the task takes no file, or the rows of a file cannot be used.

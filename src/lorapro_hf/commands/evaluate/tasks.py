@@ -22,7 +22,7 @@ _UNSAFE = (
 
 
 def load_tasks(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The tasks of a name, as `lm_eval.evaluator.evaluate` takes them, set as the command line says.
+    """The tasks of a name as `lm_eval.evaluator.evaluate` takes them, with the settings of the command line.
 
     Raises:
         UsageError: no such task, data or example, or a setting that the task does not take.
@@ -106,5 +106,8 @@ def _require_examples(wanted: int, have: int, arguments: argparse.Namespace) -> 
 
 def _remedy(name: str) -> str:
     if name.startswith("humaneval"):
-        return "HumanEval needs the metric code_eval of the Hub, also where --dataset names the problems."
+        return (
+            "HumanEval is marked by the metric code_eval, which is downloaded from the Hub, also where --dataset names "
+            "the problems. Without a network, evaluate it once on a machine with one, and copy its HF_HOME."
+        )
     return "Without a network there are word_problems, and gsm8k with a file as --dataset."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +17,9 @@ from lorapro_hf.utils.private_names import private
 def base_on_meta(
     name: str, task: str | None, *, trust_remote_code: bool = False, revision: str | None = None
 ) -> tuple[PreTrainedModel, str]:
-    """The model of a configuration, on the meta device, and its task.
+    """The model of a folder's or repository's configuration, on the meta device, and its task, a key of `TASKS`.
 
-    Args:
-        name: a folder with a `config.json`, or a name on the Hub.
-        task: a key of `TASKS`; `None` for the task of the class that the configuration names.
-        trust_remote_code: run code that comes with the model.
-        revision: branch, tag or commit on the Hub.
+    By default the task is that of the class which the configuration names.
 
     Raises:
         UsageError: there is no such configuration, or no such model for the task.
@@ -30,21 +27,16 @@ def base_on_meta(
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise UsageError(f"cannot read the configuration of {name}: {error}") from error
+        nowhere = "" if Path(name).exists() else "there is no folder of that name here, and from the Hub: "
+        raise UsageError(f"cannot read the configuration of {name}: {nowhere}{error}") from error
     task = task or _task_of(config, name)
-    dtype = getattr(config, "dtype", None)
     auto_class = getattr(transformers, TASKS[task].auto_class)
+    dtype = getattr(config, "dtype", None)
     try:
         with torch.device("meta"):
-            model = auto_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            return auto_class.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code), task
     except (ValueError, ImportError, RuntimeError, AttributeError) as error:
         raise UsageError(f"cannot build {name} for the task {task}: {error}") from error
-    return model, task
-
-
-def head_of(model: PreTrainedModel, task: str) -> list[str]:
-    """The layers of a task that are trained whole and that PEFT does not know of."""
-    return ["classifier"] if task == "image-classification" and hasattr(model, "classifier") else []
 
 
 def _task_of(config: PretrainedConfig, name: str) -> str:
@@ -56,8 +48,7 @@ def _task_of(config: PretrainedConfig, name: str) -> str:
         classes = classes if isinstance(classes, tuple | list) else (classes,)
         if any(each.__name__ in named for each in classes):
             return task
-    listed = ", ".join(TASKS)
     raise UsageError(
         f"{name}: its config.json names {named or 'no architecture'}, which does not tell the task. Add --task, one of "
-        f"{listed}."
+        f"{', '.join(TASKS)}."
     )

@@ -26,42 +26,42 @@ def read_checkpoints(folders: Sequence[Path]) -> list[Checkpoint]:
 
 def read_checkpoint(folder: Path, checksums: bool = True) -> Checkpoint:
     """Read the content of a `Trainer`'s checkpoint, and its flaw if it is incomplete or mixes two saves."""
-    by_engine = not {ONE_PROCESS, DDP}.issuperset(written_by(folder))
-    known: dict[str, Any] = {"folder": str(folder), "flaw": find_flaw(folder, checksums)}
+    content: dict[str, Any] = {}
     with suppress(OSError, ValueError, TypeError, KeyError):
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        known |= {"step": state["global_step"], "max_steps": state.get("max_steps"), "epoch": state.get("epoch")}
-    known["has_manifest"] = (folder / MANIFEST).is_file()
-    states = len(list(folder.glob("rng_state*.pth")))
-    known["processes"] = states or None
-    if by_engine:
-        known["optimizer"] = ENGINE
+        content |= {"step": state["global_step"], "max_steps": state.get("max_steps"), "epoch": state.get("epoch")}
+    if not {ONE_PROCESS, DDP}.issuperset(written_by(folder)):
+        content["optimizer"] = ENGINE
     with suppress(OSError, ValueError):  # there is none, or the flaw names it
-        known |= _optimizer(folder / OPTIMIZER)
-    return Checkpoint(**known)
+        content |= _optimizer(folder / OPTIMIZER)
+    return Checkpoint(
+        folder=str(folder),
+        flaw=find_flaw(folder, checksums),
+        processes=len(list(folder.glob("rng_state*.pth"))) or None,
+        has_manifest=(folder / MANIFEST).is_file(),
+        **content,
+    )
 
 
 def compared(checkpoint: Checkpoint, model: Any) -> Checkpoint:
     """The checkpoint, with a flaw if resuming would refuse its adapters for this model."""
-    if checkpoint.flaw is not None or checkpoint.optimizer == ENGINE:
-        return checkpoint
-    try:
-        require_same_training(Path(checkpoint.folder), None, model)
-    except ValueError as error:
-        return replace(checkpoint, flaw=str(error).removeprefix("cannot resume from "))
+    if checkpoint.flaw is None and checkpoint.optimizer != ENGINE:
+        try:
+            require_same_training(Path(checkpoint.folder), None, model)
+        except ValueError as error:
+            return replace(checkpoint, flaw=str(error).removeprefix("cannot resume from "))
     return checkpoint
 
 
-def advice(checkpoint: Checkpoint) -> list[str]:
+def ways_on(checkpoint: Checkpoint) -> list[str]:
     """The ways on from a checkpoint that cannot be resumed; none for a complete one."""
     if checkpoint.flaw is None:
         return []
     folder = Path(checkpoint.folder).resolve()
-    beside = checkpoints_in(folder.parent)
-    other = next((each for each in beside if each != folder and find_flaw(each) is None), None)
-    if other is None or folder not in beside:
+    others = (each for each in checkpoints_in(folder.parent) if each != folder and find_flaw(each) is None)
+    if (newest := next(others, None)) is None:
         return ["There is no complete checkpoint beside it to resume from."]
-    return [f"The newest complete checkpoint beside it is {other}: resume from that one."]
+    return [f"The newest complete checkpoint beside it is {newest}: resume from that one."]
 
 
 def _optimizer(file: Path) -> dict[str, Any]:
@@ -76,8 +76,4 @@ def _optimizer(file: Path) -> dict[str, Any]:
             "moments_dtype": group.get("moments_dtype", "float32"),
             "master_factors": bool(group.get("master_factors")),
         }
-    return {
-        "optimizer": kind,
-        "settings": settings,
-        "stepped_tensors": len(state["state"]),
-    }
+    return {"optimizer": kind, "settings": settings, "stepped_tensors": len(state["state"])}

@@ -58,32 +58,30 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_inspect)
 
 
+_NAMES: dict[str, Any] = {"nargs": "+", "metavar": "NAME"}
 # The names are those of lorapro_hf.recipes.model.AdapterArguments. Without a default, an option that is not given is
 # absent: a saved adapter takes none of them.
 _LORA: dict[str, dict[str, Any]] = {
     "lora_r": {"type": at_least_one, "metavar": "R", "help": "rank (default: 8)"},
     "lora_alpha": {"type": rate, "metavar": "ALPHA", "help": "scaled by alpha / r (default: 16)"},
     "lora_target_modules": {
-        "nargs": "+",
-        "metavar": "NAME",
-        "help": "layers to adapt, or one regular expression (default: all-linear, all but the head)",
+        **_NAMES, "help": "layers to adapt, or one regular expression (default: all-linear, all but the head)"
     },
     "lora_target_parameters": {
-        "nargs": "+",
-        "metavar": "NAME",
-        "help": "parameters to adapt that are no layer of their own, such as packed experts",
+        **_NAMES, "help": "parameters to adapt that are no layer of their own, such as packed experts"
     },
-    "lora_modules_to_save": {"nargs": "+", "metavar": "NAME", "help": "layers to train whole"},
+    "lora_modules_to_save": {**_NAMES, "help": "layers to train whole"},
     "use_rslora": {"action": "store_true", "help": "scale by alpha / sqrt(r)"},
     "use_dora": {"action": "store_true", "help": "weight-decomposed adapter"},
-}
+}  # fmt: skip
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from transformers.utils import logging as transformers_logging  # takes seconds: the arguments have been checked
 
-    from lorapro_hf.commands.inspect.show import show
-    from lorapro_hf.commands.inspect.sources import Request, inspect_source
+    from lorapro_hf.commands.inspect.report import Request
+    from lorapro_hf.commands.inspect.show import text
+    from lorapro_hf.commands.inspect.sources import inspect_source
 
     transformers_logging.set_verbosity_error()
     given = vars(arguments)
@@ -96,8 +94,5 @@ def _inspect(arguments: argparse.Namespace) -> int:
             trust_remote_code=arguments.trust_remote_code,
         )
     )
-    if arguments.json:
-        print(json.dumps(report.to_dict(), allow_nan=False))
-    else:
-        show(report, arguments.pairs)
+    print(json.dumps(report.to_dict(), allow_nan=False) if arguments.json else text(report, arguments.pairs))
     return 0 if report.is_trainable else 1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,16 +15,15 @@ from torch import Tensor, nn
 
 from lorapro_hf.checkpoints.adapters import PREFIX, active_adapters
 from lorapro_hf.commands.inspect.costs import mode_costs
-from lorapro_hf.commands.inspect.report import Adapter, Base, Ordinary, PairGroup, Report, Unsupported
+from lorapro_hf.commands.inspect.report import Adapter, Base, ModeCost, Ordinary, PairGroup, Report, Unsupported
 from lorapro_hf.factors.pairs import LoRAPair, Refusal, survey_lora_pairs
 from lorapro_hf.hub.describe import describe_quantization
 from lorapro_hf.hub.usage import base_of
-from lorapro_hf.optim.state import dense_shape
 
 _OPTIONS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters")
 
 
-def inspect_model(model: nn.Module, *, ranks: int = 1, source: str | None = None, base: Base | None = None) -> Report:
+def inspect_model(model: nn.Module, *, ranks: int = 1, source: str | None = None) -> Report:
     """Report the pairs of a model, other trainable parameters, refused layers, and costs by mode.
 
     Nothing is changed or allocated; the model may be on the meta device.
@@ -32,7 +32,6 @@ def inspect_model(model: nn.Module, *, ranks: int = 1, source: str | None = None
         model: a `PeftModel`, or any module that holds PEFT layers.
         ranks: number of processes that would share the pairs out.
         source: the report's name for it; by default its class.
-        base: facts about the base model, if this model only has layers of its sizes.
 
     Raises:
         TypeError: `model` is no module.
@@ -41,52 +40,52 @@ def inspect_model(model: nn.Module, *, ranks: int = 1, source: str | None = None
     if ranks < 1:
         raise ValueError(f"ranks={ranks} must be at least 1.")
     pairs, refusals = survey_lora_pairs(model)
-    base = base or _base(model)
+    base = _base(model)
     ordinary = _ordinary(model, pairs, refusals) if pairs else []
+    others = [parameter for _, parameter in ordinary]
     factors = [factor for pair in pairs for factor in (pair.A, pair.B)]
     loaded = any(parameter.device.type != "meta" for parameter in model.parameters())
-    report: dict[str, Any] = {}
+    costs: list[ModeCost] = []
+    memory: dict[str, int | None] = {}
     if pairs:
-        own = [*factors, *(parameter for _, parameter in ordinary)]
-        weights = 0 if loaded else None if base.bytes is None else base.bytes + _bytes(own)
-        adapted = sum(torch.Size(dense_shape(pair)).numel() for pair in pairs)
-        report["costs"], report["memory"] = mode_costs(
-            pairs, [p for _, p in ordinary], parameters=base.parameters or adapted, weights=weights, ranks=ranks
-        )
+        weights = 0 if loaded else None if base.bytes is None else base.bytes + _bytes([*factors, *others])
+        costs, memory = mode_costs(pairs, others, parameters=base.parameters, weights=weights, ranks=ranks)
     return Report(
         source=source or type(model).__name__,
         base=base,
-        adapters=adapters_of(model),
+        adapters=_adapters(model),
         pairs=_grouped(pairs),
         pair_parameters=sum(factor.numel() for factor in factors),
         ordinary=_by_kind(ordinary),
         unsupported=_reasons(refusals),
+        costs=costs,
         ranks=ranks,
+        memory=memory,
         loaded=loaded,
         notes=_notes(pairs),
-        **report,
     )
 
 
 def _base(model: nn.Module) -> Base:
     inner = base_of(model)
     config = getattr(inner, "config", None)
-    of_adapters = {id(parameter) for _, parameter in _adapter_parameters(model)}
-    own = [parameter for parameter in model.parameters() if id(parameter) not in of_adapters]
+    containers = _containers(model)
+    own = [parameter for name, parameter in model.named_parameters() if _adapter_of(name, containers) is None]
     quantization = getattr(config, "quantization_config", None)
     is_packed = quantization is not None or any(hasattr(parameter, "quant_state") for parameter in own)
     on_meta = any(parameter.device.type == "meta" for parameter in own)
     sizes: Counter[torch.dtype] = Counter()
     for parameter in own:
-        sizes[parameter.dtype] += parameter.numel() * parameter.dtype.is_floating_point
-    dtype = sizes.most_common(1)[0][0] if sizes else None
+        if parameter.is_floating_point():
+            sizes[parameter.dtype] += parameter.numel()
+    described = "4 bits (bitsandbytes)" if quantization is None else describe_quantization(quantization)
     return Base(
         model_class=type(inner).__name__,
         name=getattr(config, "name_or_path", None) or getattr(inner, "name_or_path", None) or None,
         parameters=sum(map(_elements, own)),
-        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+        dtype=str(sizes.most_common(1)[0][0]).removeprefix("torch.") if sizes else None,
         bytes=None if is_packed and on_meta else _bytes(own),
-        quantization=_quantization(quantization) if is_packed else None,
+        quantization=described if is_packed else None,
     )
 
 
@@ -97,48 +96,35 @@ def _elements(parameter: Tensor) -> int:
     return parameter.numel() if shape is None else torch.Size(shape).numel()
 
 
-def _quantization(settings: Any) -> str:
-    return "4 bits (bitsandbytes)" if settings is None else describe_quantization(settings)
-
-
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _tuner_layers(model: nn.Module) -> list[tuple[str, BaseTunerLayer]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+def _tuner_layers(model: nn.Module) -> list[BaseTunerLayer]:
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def _of_adapter(layer: BaseTunerLayer) -> list[tuple[str, Any]]:
-    """Each adapter's name and its modules or parameters in a layer."""
-    holders = [getattr(layer, name, None) for name in (*layer.adapter_layer_names, "lora_magnitude_vector")]
-    return [
-        (str(name), held) for holder in holders if holder is not None and hasattr(holder, "keys")
-        for name, held in holder.items()
-    ]  # fmt: skip
+def _containers(model: nn.Module) -> set[str]:
+    """The attributes in which PEFT keeps the parts of adapters by name, such as `lora_A`."""
+    of_layers = {kind for layer in _tuner_layers(model) for kind in layer.adapter_layer_names}
+    return {*of_layers, "lora_magnitude_vector", "modules_to_save"}
 
 
-def _adapter_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """All parameters of adapters, with the adapter's name."""
-    found = []
-    for _, layer in _tuner_layers(model):
-        for name, held in _of_adapter(layer):
-            found += [(name, p) for p in (held.parameters() if isinstance(held, nn.Module) else [held])]
-    for module in model.modules():
-        copies = getattr(module, "modules_to_save", None)
-        if isinstance(copies, nn.ModuleDict):
-            found += [(name, p) for name, copy in copies.items() for p in copy.parameters()]
-    return [(name, p) for name, p in found if isinstance(p, nn.Parameter)]
+def _adapter_of(parameter: str, containers: Collection[str]) -> str | None:
+    """The adapter that a parameter belongs to: the part of its name that follows a container."""
+    parts = parameter.split(".")
+    return next((name for kind, name in pairwise(parts) if kind in containers), None)
 
 
-def adapters_of(model: nn.Module) -> list[Adapter]:
-    """All adapters of a model."""
+def _adapters(model: nn.Module) -> list[Adapter]:
     layers: dict[str, list[BaseTunerLayer]] = {name: [] for name in getattr(model, "peft_config", None) or {}}
-    for _, layer in _tuner_layers(model):
-        for name in dict.fromkeys(name for name, _ in _of_adapter(layer)):
+    for layer in _tuner_layers(model):
+        held: list[Any] = [getattr(layer, kind, None) for kind in layer.adapter_layer_names]
+        for name in dict.fromkeys(name for each in held if hasattr(each, "keys") for name in each.keys()):  # noqa: SIM118
             layers.setdefault(name, []).append(layer)
-    trainable = {name for name, parameter in _adapter_parameters(model) if parameter.requires_grad}
-    return [_adapter(name, own, name in trainable, model) for name, own in layers.items()]
+    containers = _containers(model)
+    trained = {_adapter_of(name, containers) for name, each in model.named_parameters() if each.requires_grad}
+    return [_adapter(name, own, name in trained, model) for name, own in layers.items()]
 
 
 def _adapter(name: str, layers: list[BaseTunerLayer], trainable: bool, model: nn.Module) -> Adapter:

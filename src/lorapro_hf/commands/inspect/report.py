@@ -1,7 +1,8 @@
-"""What does a report on a model, an adapter or a checkpoint hold? Plain values, ready for JSON."""
+"""What is asked of `lorapro inspect`, and what does its report hold? Plain values, ready for JSON."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,15 +10,30 @@ import lorapro_hf
 
 
 @dataclass(frozen=True)
+class Request:
+    """A folder or a name on the Hub, and how to inspect it.
+
+    `lora` holds the given options of a new adapter by the names of `AdapterArguments`. Without a `task`, a key of
+    `TASKS`, the model's configuration or the adapter tells it.
+    """
+
+    name: str
+    lora: Mapping[str, Any] = field(default_factory=dict)
+    task: str | None = None
+    ranks: int = 1
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
 class Base:
-    """The model without its adapters; `None` marks what is not known.
+    """The model without its adapters.
 
     `bytes` is the memory of the weights, `None` for a quantized model that is not loaded.
     """
 
-    model_class: str | None
+    model_class: str
     name: str | None
-    parameters: int | None
+    parameters: int
     dtype: str | None
     bytes: int | None
     quantization: str | None
@@ -80,8 +96,8 @@ class Unsupported:
 class ModeCost:
     """Memory that a mode needs on the busiest process, and the range of learning rates to try.
 
-    `scratch_bytes` is what a step may need beside the state. `total_bytes` adds gradients, and weights that are not
-    loaded; it is `None` if their size is not known, as is `fits`, whether the free memory suffices.
+    `scratch_bytes` is the memory that a step may need beside the state. `total_bytes` adds gradients, and weights that
+    are not loaded. `total_bytes` and `fits`, whether the free memory suffices, are `None` if they are not known.
     """
 
     mode: str
@@ -98,18 +114,15 @@ ENGINE = "FSDP or DeepSpeed (not read)"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder of a `Trainer`.
+    """A checkpoint folder of a `Trainer`; a value that its files do not tell is `None`.
 
     Args:
-        folder: where it lies.
         flaw: why a training cannot go on from it, `None` if it can.
-        step, max_steps, epoch: of the training; `None` if the file with them is missing.
-        processes: the number of processes that wrote it, `None` if it does not tell.
+        processes: the number of processes that wrote it.
         optimizer: owner of the state: `"LoRA-Pro"`, `"another optimizer"`, `ENGINE` or `"none"`.
         settings: mode, dtype of the moments and master factors of LoRA-Pro, and the learning rate.
-        stepped_tensors: number of parameters that have a state.
         has_manifest: whether the sizes and checksums of its files are known.
-        usable_weights: whether a new training could start from its adapter; not in the JSON.
+        usable_weights: whether a new training could start from the adapter of an incomplete checkpoint.
     """
 
     folder: str
@@ -129,22 +142,9 @@ class Checkpoint:
 class Report:
     """A report on a model, an adapter, a checkpoint or an output folder.
 
-    Args:
-        source: the name that was given.
-        base: the model without its adapters, `None` if none was found.
-        adapters: all adapters.
-        pairs: grouped by shape.
-        pair_parameters: number of trainable elements in pairs.
-        ordinary: other trainable parameters.
-        unsupported: layers that LoRA-Pro refuses.
-        costs: by mode.
-        ranks: number of processes that share the pairs out.
-        memory: free bytes by device, `None` if not known.
-        loaded: whether the weights are in memory already.
-        settings: `lorapro_config.json` beside the adapter.
-        checkpoint: the folder itself, if it is a checkpoint.
-        checkpoints: those in an output folder, the newest first.
-        notes: sentences for the reader.
+    `memory` holds the free bytes by device, `settings` the content of `lorapro_config.json` beside the adapter, and
+    `notes` sentences for the reader. `checkpoint` is the folder itself, `checkpoints` are those in an output folder,
+    the newest first.
     """
 
     source: str
@@ -173,16 +173,20 @@ class Report:
         in_files_of_engine = self.base is None and newest is not None and newest.optimizer == ENGINE
         return bool(self.pairs) or in_files_of_engine
 
+    @property
+    def pair_count(self) -> int:
+        """The number of pairs."""
+        return sum(group.count for group in self.pairs)
+
+    @property
+    def ordinary_parameters(self) -> int:
+        """The number of trainable elements outside the pairs."""
+        return sum(each.parameters for each in self.ordinary)
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, with counts and sums; the keys are the same in each version."""
         content = asdict(self)
-        for checkpoint in (content["checkpoint"], *content["checkpoints"]):
-            if checkpoint is not None:
-                del checkpoint["usable_weights"]
         for group, own in zip(content["pairs"], self.pairs, strict=True):
             group["count"] = own.count
-        content["pair_count"] = sum(group.count for group in self.pairs)
-        content["ordinary_parameters"] = sum(each.parameters for each in self.ordinary)
-        content["is_trainable"] = self.is_trainable
-        content["lorapro_hf"] = lorapro_hf.__version__
-        return content
+        sums = {name: getattr(self, name) for name in ("pair_count", "ordinary_parameters", "is_trainable")}
+        return {**content, **sums, "lorapro_hf": lorapro_hf.__version__}

@@ -1,4 +1,4 @@
-"""What can a model be for, which class of transformers is that, and what does PEFT call it?"""
+"""Which tasks can a base model be for?"""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Task(NamedTuple):
-    """The name of the class that loads such models, and PEFT's name of the task, `None` if it has none."""
+    """The class of transformers that loads such models, and PEFT's name of the task, `None` if it has none."""
 
     auto_class: str
     peft_name: str | None

@@ -10,23 +10,12 @@ from lorapro_hf.optim.rules.full import Full, Full8Bit
 from lorapro_hf.optim.rules.rite import Rite
 from lorapro_hf.optim.rules.spectral import Spectral
 
-RULES: dict[str, type[UpdateRule]] = {
-    "full": Full,
-    "full_8bit": Full8Bit,
-    "factored": Factored,
-    "spectral": Spectral,
-    "rite": Rite,
-    "efficient": Efficient,
-}
+RULES: dict[str, type[UpdateRule]] = {rule.name: rule for rule in (Full, Full8Bit, Factored, Spectral, Rite, Efficient)}
 """The rule of each mode, in the order of `lorapro_hf.config.MODES`."""
 
 
 def rule_of(config: LoRAProConfig) -> UpdateRule:
-    """The rule that settings select.
-
-    Raises:
-        ValueError: a setting has no meaning for this rule.
-    """
+    """The rule that settings select; a `ValueError` if one of them has no meaning for this rule."""
     return RULES[config.mode](config)
 
 

@@ -1,23 +1,26 @@
-"""What must an update rule say and do? One rule is one way of stepping a stack of pairs."""
+"""What does an update rule keep of each pair, and how does it step? One rule is one way of stepping a stack of pairs.
+
+The state of a stack is batched tensors. `optimizer.state` of each parameter holds views of them, so that `state_dict`
+and everything built on it sees ordinary per-parameter tensors.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import fields
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from lorapro_hf.config import TRUST_REGION, LoRAProConfig
 from lorapro_hf.factors.pairs import LoRAPair
-from lorapro_hf.factors.stacks import Rows, StackGradient
-from lorapro_hf.functional.bases import Bases, RowBasis, row_bases, row_basis
-from lorapro_hf.functional.projection import Coordinates, compute_dtype, outside_
-from lorapro_hf.functional.step_options import Group, Rates, StepOptions
-from lorapro_hf.optim.state import MASTER, StackState, StateSpec
+from lorapro_hf.factors.stacks import Rows, Stack, StackGradient, stacked
+from lorapro_hf.functional.bases import Bases, compute_dtype, row_bases
+from lorapro_hf.functional.step_options import FactorDtypes, Group, Rates, StepOptions
 
+MASTER = "master"  # the name of a factor's master copy in the state
 # A step batches factors and gradients, shape by shape, and works on about so many copies of that size.
 _WORKING_COPIES = 12
 _MASTER_COPIES = 4  # more with master copies of the factors, which have bases of their own
@@ -26,15 +29,146 @@ RowsOf = Callable[[slice], Tensor]  # gives some rows of a matrix `(m, n)`
 PairState = tuple[Mapping[str, Tensor], Mapping[str, Tensor]]  # the optimizer's state of A and of B
 
 
+class StateSpec(NamedTuple):
+    """One tensor that an update rule keeps of each pair, beside the step counter.
+
+    The layout decides how the tensors of a stack are batched:
+
+    * `"parameter"`: `(pairs, *shape)`, for shapes like that of the parameter.
+    * `"entry"`: `(K, ...)`. The shape begins with the number of packed entries where pairs pack several.
+    * `"rows"`: as `"entry"`, with the last two dimensions swapped: B in rows layout.
+    """
+
+    name: str
+    side: str  # "A" or "B", the factor under which `optimizer.state` keeps it
+    shape: tuple[int, ...]  # as `optimizer.state` shows it
+    dtype: torch.dtype
+    layout: Literal["parameter", "entry", "rows"] = "entry"
+
+    @property
+    def nbytes(self) -> int:
+        """The size of one tensor in bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class StackState:
+    """The state of one stack: a batched tensor for each `StateSpec`, which `state[side, name]` returns.
+
+    Attributes:
+        steps: how often each pair has been stepped, `(pairs,)` float32.
+        uniform: whether all pairs are known to have been stepped equally often.
+
+    Raises:
+        ValueError: the specs ask for master copies, but the engine keeps some itself.
+    """
+
+    def __init__(self, stack: Stack, specs: Sequence[StateSpec]) -> None:
+        self.stack = stack
+        self.steps = torch.zeros(len(stack.pairs), dtype=torch.float32, device=stack.device)
+        self.uniform = True
+        self.tensors: dict[tuple[str, str], Tensor] = {}
+        self._views: dict[tuple[str, str], list[Tensor]] = {}
+        self._shown: dict[Tensor, dict[str, Tensor]] = {}
+        for spec in specs:
+            self._add(spec)
+        pair = stack.pairs[0]
+        if self.masters != (None, None) and (pair.A.dtype, pair.B.dtype) != stack.stored_dtypes:
+            raise ValueError(
+                f"{pair.name}: the engine keeps float32 masters of its factors itself, so that master_factors=True "
+                "would keep them twice. Leave master_factors out."
+            )
+
+    def _add(self, spec: StateSpec) -> None:
+        stack, shape = self.stack, spec.shape
+        if spec.layout == "parameter":
+            values = torch.zeros((len(stack.pairs), *shape), dtype=spec.dtype, device=stack.device)
+            views = list(values)
+        else:
+            shape = shape if stack.pairs[0].layout == "matrix" else shape[1:]
+            shape = (*shape[:-2], shape[-1], shape[-2]) if spec.layout == "rows" else shape
+            values = torch.zeros((len(stack.pairs) * stack.packed, *shape), dtype=spec.dtype, device=stack.device)
+            views = [view.mT if spec.layout == "rows" else view for view in stack.per_layer(values)]
+        self.tensors[spec.side, spec.name], self._views[spec.side, spec.name] = values, views
+
+    def __getitem__(self, key: tuple[str, str]) -> Tensor:
+        """The batched tensor of a side and a name."""
+        return self.tensors[key]
+
+    @property
+    def masters(self) -> tuple[Tensor | None, Tensor | None]:
+        """The master copies of A and of B `(pairs, *shape)`; `None` where the parameters themselves are stepped."""
+        return self.tensors.get(("A", MASTER)), self.tensors.get(("B", MASTER))
+
+    @property
+    def factor_dtypes(self) -> FactorDtypes:
+        """The dtypes that new factors are rounded to before they are stored; `None` for a master copy."""
+        of_A, of_B = self.stack.stored_dtypes
+        master_A, master_B = self.masters
+        return of_A if master_A is None else None, of_B if master_B is None else None
+
+    def refresh_masters(self) -> None:
+        """Update master copies whose parameters were written since the last step, for instance by loading an adapter.
+
+        A copy that rounds to its parameter stays as it is.
+        """
+        for master, parameters in zip(self.masters, zip(*self.stack.factors, strict=True), strict=True):
+            if master is not None:
+                current = stacked(parameters, parameters[0].dtype)
+                is_rounding = master.to(current.dtype) == current
+                master.copy_(torch.where(is_rounding, master, current.to(master.dtype)))
+
+    def factors(self, read: Rows) -> Rows:
+        """The factors to step, in rows layout: master copies where they exist, else the parameters `read`."""
+        master_A, master_B = self.masters
+        if master_A is None and master_B is None:
+            return read
+        return self.stack.rows(
+            self.stack.layers_A(read.A) if master_A is None else master_A,
+            self.stack.layers_B(read.B) if master_B is None else master_B,
+        )
+
+    def adopt(self, state: MutableMapping[Tensor, dict[str, Any]]) -> None:
+        """Copy the values in `state`, and replace them by views of the batched tensors."""
+        parameters = [(pair.A, pair.B) for pair in self.stack.pairs]
+        self._shown = {parameter: {} for factors in parameters for parameter in factors}
+        for (side, name), views in self._views.items():
+            for factors, view in zip(parameters, views, strict=True):
+                parameter = factors["AB".index(side)]
+                if name in state[parameter]:
+                    view.copy_(state[parameter][name])
+                self._shown[parameter][name] = view
+        counts = [float(state[A].get("step", 0)) for A, _ in parameters]
+        self.steps.copy_(torch.tensor(counts, device="cpu"))
+        self.uniform = len(set(counts)) == 1
+        for pair, factors, step in zip(self.stack.pairs, parameters, self.steps.unbind(), strict=True):
+            # Distributed checkpoints need an entry for each parameter.
+            for parameter in (*factors, *pair.tied_parameters):
+                self._shown.setdefault(parameter, {})["step"] = step
+        for shown, views_of in self._shown.items():
+            state[shown].update(views_of)
+
+    def is_shown_by(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether `state` still holds these tensors: loading a checkpoint or moving the state replaces them."""
+        return all(
+            state.get(parameter, {}).get(name) is view
+            for parameter, views in self._shown.items()
+            for name, view in views.items()
+        )
+
+    def count_step(self, pair_ids: list[int] | None, found_inf: Tensor) -> Tensor:
+        """Count a step of some pairs, `None` for all, unless `found_inf` is 1; returns the active pairs, `(pairs,)`."""
+        active = self.stack.active(pair_ids, found_inf)
+        self.uniform = self.uniform and pair_ids is None
+        self.steps += active
+        return active
+
+
 class UpdateRule(ABC):
     """One way of stepping pairs: their state, and the factors after a step.
 
     A subclass implements `state_spec` and `step`, sets `name`, and overrides the facts below that differ. With a line
     in `lorapro_hf.optim.rules.RULES` and its name in `lorapro_hf.config.MODES` it is a mode of `LoRAProConfig`;
     memory, checkpoints, sharding, diagnostics and the commands ask the rule for everything else.
-
-    Args:
-        config: the settings.
 
     Raises:
         ValueError: a setting has no meaning for this rule.
@@ -50,12 +184,17 @@ class UpdateRule(ABC):
     """Whether `trust_region` limits its steps."""
     takes_lora_rates: ClassVar[bool] = False
     """Whether learning rates of LoRA suit it, instead of those of full fine-tuning and upwards."""
+    takes_clipped_gradients: ClassVar[bool] = True
+    """Whether the raw gradients of the factors may be clipped together, as by `max_grad_norm`."""
     projects_gradients: ClassVar[bool] = False
     """Whether its linear step is AdamW along the projected gradients, so that a callback can serve any optimizer."""
 
     def __init__(self, config: LoRAProConfig) -> None:
         self.config = config
+        self._is_sequential = config.is_sequential
         self.check()
+
+    # ---- a rule must implement these ----
 
     @abstractmethod
     def state_spec(self, pair: LoRAPair) -> list[StateSpec]:
@@ -69,6 +208,8 @@ class UpdateRule(ABC):
         may wait for the device. Where `options.active` is False factors and state must stay as they are to the bit;
         `linear_step`, `spend_direction` and `select` see to that.
         """
+
+    # ---- a rule may override these ----
 
     def check(self) -> None:
         """Raise a `ValueError` if a setting has no meaning for this rule."""
@@ -89,12 +230,7 @@ class UpdateRule(ABC):
         raise ValueError(f"mode {self.name!r} {reason}, so {setting}={value!r} has no meaning. {remedy}")
 
     def check_device(self, device: torch.device) -> None:  # noqa: B027 (most rules need nothing)
-        """Raise if the rule cannot step factors on a device.
-
-        Raises:
-            ImportError: a package is missing.
-            RuntimeError: the backend of the settings cannot serve the device.
-        """
+        """Raise an `ImportError` or `RuntimeError` if the rule cannot step factors on a device."""
 
     def check_group(self, group: Group) -> None:
         """Raise a `ValueError` if hyperparameters that AdamW accepts do not suit the rule."""
@@ -113,31 +249,9 @@ class UpdateRule(ABC):
             )
 
     @property
-    def trust_region(self) -> float | None:
-        """The trust region in force: a positive number, or `None` for no limit."""
-        if not self.has_trust_region:
-            return None
-        return TRUST_REGION if self.config.trust_region is None else self.config.trust_region or None
-
-    @property
     def described_update(self) -> str:
         """The update, and the choice of X where it matters, for people to read."""
-        return "sequential" if self.config.is_sequential else f"linear ({self.config.x_mode})"
-
-    @property
-    def description(self) -> str:
-        """Mode, update and trust region on one line."""
-        limit = f", trust_region={self.trust_region or 0:g}" if self.has_trust_region else ""
-        return f"mode={self.name}, update={self.described_update}{limit}"
-
-    def specs(self, pair: LoRAPair) -> list[StateSpec]:
-        """`state_spec`, and the master copies of the factors where the settings ask for them."""
-        specs, exact = self.state_spec(pair), compute_dtype(pair.A, pair.B)
-        if self.config.master_factors and pair.A.dtype != exact:
-            specs.append(StateSpec(MASTER, "A", tuple(pair.shape_A), exact, "parameter"))
-        if self.config.master_factors and pair.B.dtype != exact:
-            specs.append(StateSpec(MASTER, "B", tuple(pair.shape_B), exact, "parameter"))
-        return specs
+        return "sequential" if self._is_sequential else f"linear ({self.config.x_mode})"
 
     def scratch_bytes(self, pairs: Sequence[LoRAPair], device: torch.device) -> int:
         """Bytes that a step of pairs may need on a device beside the state: an allowance, not a count."""
@@ -152,12 +266,7 @@ class UpdateRule(ABC):
         return torch.finfo(dtype).max ** 0.5
 
     def more_norms(self, read: Sequence[StackGradient], norm: Tensor) -> list[Tensor]:
-        """Further 0-dim norms to hold against `largest_norm`.
-
-        Args:
-            read: the stacks of this rank.
-            norm: of their equivalent gradients.
-        """
+        """Further 0-dim norms to compare with `largest_norm`, beside the `norm` of the equivalent gradients."""
         return []
 
     def shared_norm(self, read: Sequence[StackGradient]) -> Tensor | None:
@@ -175,21 +284,36 @@ class UpdateRule(ABC):
     def intended_direction(
         self, gradient: RowsOf, A: Tensor, B: Tensor, state: PairState, group: Group
     ) -> RowsOf | None:
-        """The direction of the weight along which the next step is meant to go, for diagnostics.
+        """The direction of the weight `(m, n)` that the next step is meant to take, or `None` if the rule has none.
 
-        It must not share code with `step`, so that it shows the errors of its kernels.
-
-        Args:
-            gradient: rows of the equivalent gradient.
-            A: `(r, n)`.
-            B: `(m, r)`.
-            state: before the step; empty before the first.
-            group: betas and eps.
-
-        Returns:
-            Rows of the direction `(m, n)`, or `None` for a rule that has no direction of the weight.
+        Diagnostics compare the step with it, so it must not share code with `step`. `gradient` gives rows of the
+        equivalent gradient of a pair A `(r, n)`, B `(m, r)`; `state` is that before the step, empty before the first.
         """
         return None
+
+    # ---- the optimizer and the commands call these ----
+
+    @property
+    def trust_region(self) -> float | None:
+        """The trust region in force: a positive number, or `None` for no limit."""
+        if not self.has_trust_region:
+            return None
+        return TRUST_REGION if self.config.trust_region is None else self.config.trust_region or None
+
+    @property
+    def description(self) -> str:
+        """Mode, update and trust region on one line."""
+        limit = f", trust_region={self.trust_region or 0:g}" if self.has_trust_region else ""
+        return f"mode={self.name}, update={self.described_update}{limit}"
+
+    def specs(self, pair: LoRAPair) -> list[StateSpec]:
+        """`state_spec`, and the master copies of the factors where the settings ask for them."""
+        specs, exact = self.state_spec(pair), compute_dtype(pair.A, pair.B)
+        if self.config.master_factors and pair.A.dtype != exact:
+            specs.append(StateSpec(MASTER, "A", tuple(pair.shape_A), exact, "parameter"))
+        if self.config.master_factors and pair.B.dtype != exact:
+            specs.append(StateSpec(MASTER, "B", tuple(pair.shape_B), exact, "parameter"))
+        return specs
 
     def take_step(
         self,
@@ -199,15 +323,7 @@ class UpdateRule(ABC):
         found_inf: Tensor,
         shared_norm: Tensor,
     ) -> None:
-        """Step a stack: count the step, compute the new factors and store them.
-
-        Args:
-            read: the stack and its gradients.
-            state: of the stack.
-            groups: the param groups of A and of B.
-            found_inf: 0-dim float32 on the stack's device; where it is 1 nothing changes.
-            shared_norm: that of `shared_norm` over all ranks, 0 if the rule has none.
-        """
+        """Step a stack: count the step, compute the new factors and store them; change nothing if `found_inf` is 1."""
         config = self.config
         active = read.stack.per_entry(state.count_step(read.pair_ids, found_inf))
         state.refresh_masters()
@@ -215,7 +331,7 @@ class UpdateRule(ABC):
             self.rates(groups),
             groups[0]["betas"],
             groups[0]["eps"],
-            sequential=config.is_sequential,
+            sequential=self._is_sequential,
             x_mode=config.x_mode,
             rtol=config.rtol,
             active=active,
@@ -239,23 +355,13 @@ def stepped_factors(read: StackGradient, state: StackState, rtol: float | None) 
     return factors, Bases(*row_bases(list(factors), rtol))
 
 
-def stepped_coordinates(read: StackGradient, state: StackState, rtol: float | None) -> tuple[Rows, Bases, Coordinates]:
-    """The factors that a step moves, their bases, and the equivalent gradient in these bases."""
-    factors, bases = stepped_factors(read, state, rtol)
-    if bases is read.bases:
-        return factors, bases, read.coordinates
-    left, right = read.products()
-    a = (bases.B.rows @ left.mT) @ right
-    return factors, bases, Coordinates(a, outside_((bases.A.rows @ right.mT) @ left, bases.B))
+def matrix_shapes(pair: LoRAPair) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes `(..., r, n)` of A and `(..., m, r)` of B as matrices."""
+    A, B = torch.empty(pair.shape_A, device="meta"), torch.empty(pair.shape_B, device="meta")
+    return tuple(pair.matrix_A(A).shape), tuple(pair.matrix_B(B).shape)
 
 
-def first_moment(A: Tensor, B: Tensor, state: PairState, rtol: float | None) -> tuple[Tensor, Tensor]:
-    """A first moment in the tangent space as a product `left @ right`: `M = B̂ M_a + M_b Â` with polar factors B̂, Â."""
-    of_A = row_basis(state[0].get(MASTER, A).to(A.dtype), rtol)
-    of_B = row_basis(state[1].get(MASTER, B).to(A.dtype).mT.contiguous(), rtol)
-    left = torch.cat([_polar(of_B).mT, state[1]["exp_avg"]], dim=1)
-    return left, torch.cat([state[0]["exp_avg"], _polar(of_A)])
-
-
-def _polar(basis: RowBasis) -> Tensor:
-    return basis.vectors @ basis.rows
+def dense_shape(pair: LoRAPair) -> tuple[int, ...]:
+    """The shape `(..., m, n)` of the weight of a pair."""
+    A, B = matrix_shapes(pair)
+    return (*B[:-1], A[-1])

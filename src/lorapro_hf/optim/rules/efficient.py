@@ -9,13 +9,11 @@ from torch import Tensor
 
 from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.factors.stacks import Rows, StackGradient
-from lorapro_hf.functional.bases import row_basis
+from lorapro_hf.functional.bases import compute_dtype, row_basis
 from lorapro_hf.functional.factor_steps import change_through, select
-from lorapro_hf.functional.projection import compute_dtype
 from lorapro_hf.functional.step_options import Group, Rates, StepOptions
-from lorapro_hf.optim.adamw import fused_adamw
-from lorapro_hf.optim.rules.base import UpdateRule
-from lorapro_hf.optim.state import StackState, StateSpec
+from lorapro_hf.kernels.dense import fused_adamw
+from lorapro_hf.optim.rules.base import StackState, StateSpec, UpdateRule
 
 
 class Efficient(UpdateRule):

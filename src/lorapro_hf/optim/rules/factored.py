@@ -7,11 +7,11 @@ from torch import Tensor
 
 from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.factors.stacks import Rows, StackGradient
+from lorapro_hf.functional.bases import compute_dtype
 from lorapro_hf.functional.factored import FactoredState, factored_step
-from lorapro_hf.functional.projection import compute_dtype
 from lorapro_hf.functional.step_options import Group, StepOptions
-from lorapro_hf.optim.rules.base import PairState, RowsOf, UpdateRule, first_moment, stepped_coordinates
-from lorapro_hf.optim.state import StackState, StateSpec, matrix_shapes
+from lorapro_hf.optim.rules.base import PairState, RowsOf, StackState, StateSpec, UpdateRule, matrix_shapes
+from lorapro_hf.optim.rules.tangent import first_moment, stepped_coordinates
 
 _LARGEST = 1e15  # the mode sums squares of gradients; beyond this norm the sums overflow in float32
 _BLOCK_ELEMENTS = 2**20  # of a matrix of the size of a weight that diagnostics form at a time

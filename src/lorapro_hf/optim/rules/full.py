@@ -11,16 +11,28 @@ from torch import Tensor
 from lorapro_hf.config import MOMENTS_DTYPES
 from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.factors.stacks import Rows, StackGradient
-from lorapro_hf.functional.bases import ALL_DIRECTIONS, Bases, row_basis
+from lorapro_hf.functional.bases import (
+    ALL_DIRECTIONS,
+    Bases,
+    Coordinates,
+    compute_dtype,
+    factor_gradients_,
+    outside_,
+    row_basis,
+)
 from lorapro_hf.functional.factor_steps import linear_step, sequential_step
-from lorapro_hf.functional.projection import Coordinates, compute_dtype, factor_gradients_, outside_
 from lorapro_hf.functional.step_options import Group, StepOptions
-from lorapro_hf.kernels.dense import dense_update, require_backend
-from lorapro_hf.kernels.dynamic_map import tables_on
-from lorapro_hf.kernels.storage import BLOCK, Moments, moment_tensors
-from lorapro_hf.kernels.torch_dense import tile_elements
-from lorapro_hf.optim.rules.base import PairState, RowsOf, UpdateRule, stepped_factors
-from lorapro_hf.optim.state import StackState, StateSpec, dense_shape
+from lorapro_hf.kernels.dense import dense_update, require_backend, tile_elements
+from lorapro_hf.kernels.storage import BLOCK, Moments, moment_tensors, tables_on
+from lorapro_hf.optim.rules.base import (
+    PairState,
+    RowsOf,
+    StackState,
+    StateSpec,
+    UpdateRule,
+    dense_shape,
+    stepped_factors,
+)
 
 # Arrays of a tile: gradient, direction, and the moments and codes in transit where they are not stored as computed.
 _TILE_ARRAYS = 10
@@ -54,13 +66,13 @@ class Full(UpdateRule):
 
     def step(self, read: StackGradient, state: StackState, options: StepOptions) -> Rows:
         """A step along Adam's direction, of which only the products with the bases of the factors are formed."""
-        stack, moments = read.stack, state.of_side("A")
+        stack = read.stack
         factors, bases = stepped_factors(read, state, options.rtol)
         if options.sequential:
             bases = Bases(bases.A, row_basis(factors.B, ALL_DIRECTIONS))
         assert options.found_inf is not None
         products = dense_update(
-            Moments(*(moments.get(name) for name in Moments._fields)),  # type: ignore[arg-type]
+            Moments(*(state.tensors.get(("A", name)) for name in Moments._fields)),  # type: ignore[arg-type]
             *read.products(),
             bases.A.rows,
             bases.B.rows,

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.factors.stacks import Rows, StackGradient
-from lorapro_hf.functional.projection import compute_dtype
+from lorapro_hf.functional.bases import compute_dtype
 from lorapro_hf.functional.rite import RiteGuards, RiteState, rite_step, unmagnified_norms
 from lorapro_hf.functional.step_options import StepOptions
-from lorapro_hf.optim.rules.base import UpdateRule, stepped_coordinates
-from lorapro_hf.optim.state import StackState, StateSpec, matrix_shapes
+from lorapro_hf.optim.rules.base import StackState, StateSpec, UpdateRule, matrix_shapes
+from lorapro_hf.optim.rules.tangent import stepped_coordinates
 
 
 class Rite(UpdateRule):
@@ -22,6 +22,7 @@ class Rite(UpdateRule):
     name = "rite"
     has_trust_region = False
     takes_lora_rates = True
+    takes_clipped_gradients = False
 
     def check(self) -> None:
         """Refuse `update` and `x_mode` too: the direction of each factor is the rule's own."""

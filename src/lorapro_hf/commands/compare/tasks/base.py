@@ -29,13 +29,17 @@ class LoadedTask:
     sets: Mapping[str, Sequence[Features]]  # "train", "validation" and "test"
     collate: Callable[[list[Features]], Batch]
     loss_of: Callable[[Any, Batch], tuple[Tensor, int]]  # of a model on a batch: the mean, and of how many targets
-    measure: Callable[[Any], Mapping[str, float]]  # metrics of a model on the test set beside the loss
+    measure: Callable[[Any], Mapping[str, float]] = lambda model: {}  # metrics on the test set beside the loss
 
     @cached_property
     def digest(self) -> str:
         """A hash of all examples of all sets, targets included: equal for runs on the same data."""
+
+        def plain(labels: Any) -> Any:
+            return list(labels) if isinstance(labels, Sequence) else labels
+
         content = {
-            name: [[list(example["input_ids"]), _plain(example.get("labels"))] for example in examples]
+            name: [[list(example["input_ids"]), plain(example.get("labels"))] for example in examples]
             for name, examples in self.sets.items()
         }
         return digest(content)
@@ -63,12 +67,11 @@ class LoadedTask:
             count += targets
         return total / count
 
+    @torch.no_grad()
     def score(self, model: Any) -> dict[str, dict[str, float]]:
         """The loss on the validation set, and all metrics on the test set; `model` is left in evaluation mode."""
         model.eval()
-        test = {"loss": self.loss(model, "test")}
-        with torch.no_grad():
-            test.update(self.measure(model))
+        test = {"loss": self.loss(model, "test"), **self.measure(model)}
         return {"validation": {"loss": self.loss(model, "validation")}, "test": test}
 
     def batches(self, which: str) -> Iterator[Batch]:
@@ -86,10 +89,6 @@ class LoadedTask:
         while len(indices) < wanted:
             indices += torch.randperm(len(self.sets["train"]), generator=generator).tolist()
         return [indices[start : start + size] for start in range(0, wanted, size)]
-
-
-def _plain(labels: Any) -> Any:
-    return list(labels) if isinstance(labels, Sequence) else labels
 
 
 def to_device(batch: Batch, model: Any) -> Batch:

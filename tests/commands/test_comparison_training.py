@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import peft
 import pytest
 import torch
+from peft import optimizers
 from transformers import get_scheduler
 
 from comparison_helpers import CLASSES, CPU, SIZES, TINY, content, only, settings
@@ -43,12 +45,14 @@ def task() -> LoadedTask:
 
 
 def test_every_method_trains_on_the_same_data(task: LoadedTask, tmp_path: Path) -> None:
-    chosen = settings(tmp_path, methods={name: [1e-2] for name in METHODS})
+    old = {"riemannian": "create_riemannian_optimizer", "loraga": "LoraGAConfig"}  # which the oldest PEFT lacks
+    names = [name for name in METHODS if name not in old or hasattr(peft, old[name]) or hasattr(optimizers, old[name])]
+    chosen = settings(tmp_path, methods={name: [1e-2] for name in names})
     records = {run.method.name: training.train_run(task, run, chosen, CPU) for run in plan(chosen)}
-    assert {name: record.error for name, record in records.items()} == dict.fromkeys(METHODS)
+    assert {name: record.error for name, record in records.items()} == dict.fromkeys(names)
     assert len({record.data for record in records.values()}) == 1
     # the same model before the first step, whatever has been done to its weights
-    torch.testing.assert_close([r.losses[0] for r in records.values()], [records["lora"].losses[0]] * len(METHODS))
+    torch.testing.assert_close([r.losses[0] for r in records.values()], [records["lora"].losses[0]] * len(names))
     before = float(task.loss(task.model.eval(), "test"))
     after = {name: record.scores["test"]["loss"] for name, record in records.items() if record.scores}
     assert all(loss < before - 1e-4 for loss in after.values()), (before, after)

@@ -29,9 +29,9 @@ def _lorafa(model: Any, lr: float, **settings: Any) -> Any:
 
 
 def _riemannian(model: Any, lr: float, **settings: Any) -> Any:
-    from peft.optimizers import create_riemannian_optimizer  # only newer versions have it
-
-    return create_riemannian_optimizer(model, AdamW, lr=lr, **settings)
+    if not hasattr(peft_optimizers, "create_riemannian_optimizer"):
+        raise UsageError("the optimizer riemannian needs a newer peft: pip install -U peft.")
+    return peft_optimizers.create_riemannian_optimizer(model, AdamW, lr=lr, **settings)
 
 
 def _lorarite(model: nn.Module, lr: float, **settings: Any) -> Any:

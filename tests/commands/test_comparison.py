@@ -63,7 +63,15 @@ def test_shipped_comparisons_are_valid_and_open_with_their_launch_line() -> None
 
 def test_every_mode_and_update_of_lora_pro_is_there() -> None:
     ours = {(m.settings["mode"], m.settings["update"]) for m in METHODS.values() if m.is_lora_pro}
-    assert ours == {(mode, update) for mode in MODES for update in UPDATES}
+    assert ours == {(mode, update) for mode in MODES for update in UPDATES} - {("rite", "sequential")}
+    assert [m.name for m in METHODS.values() if m.is_lora_pro and not m.clips] == ["pro_rite_linear"]
+
+
+def test_settings_of_other_modes_decide_nothing() -> None:
+    decided = {mode: METHODS[f"pro_{mode}_linear"].decides()["settings"] for mode in ("full", "rite", "spectral")}
+    own = {mode: {name for name in found if name.startswith(("rite", "spectral"))} for mode, found in decided.items()}
+    assert own["full"] == set() and own["spectral"] == {"spectral_iterations"}
+    assert own["rite"] == {"rite_clip", "rite_skip", "rite_escape"}
 
 
 def test_a_variant_adds_to_its_method() -> None:

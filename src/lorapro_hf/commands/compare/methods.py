@@ -48,7 +48,9 @@ class ComparedMethod:
         settings = dict(self.settings)
         if self.is_lora_pro:  # spelled out: a default may change
             config = LoRAProConfig(**settings)
-            settings = {**asdict(config), "trust_region": rule_of(config).trust_region}
+            of_mode = {each.name for each in fields(config) if each.metadata.get("mode", config.mode) == config.mode}
+            settings = {name: value for name, value in asdict(config).items() if name in of_mode}
+            settings["trust_region"] = rule_of(config).trust_region
         adapter = None if self.adapter is None else dict(self.adapter)
         return {"optimizer": self.optimizer, "settings": settings, "adapter": adapter, "clips": self.clips}
 
@@ -64,7 +66,8 @@ def _lora_pro() -> list[ComparedMethod]:
             continue
         rates = _LORA_RATES if rule.takes_lora_rates else _LIMITED_RATES
         title = f"LoRA-Pro {mode}, {update}"
-        methods.append(ComparedMethod(f"pro_{mode}_{update}", title, "lorapro", rates, settings))
+        clips = rule.takes_clipped_gradients
+        methods.append(ComparedMethod(f"pro_{mode}_{update}", title, "lorapro", rates, settings, clips=clips))
     paper = {"mode": "full", "update": "linear", "trust_region": 0}
     title = "LoRA-Pro full, as in the paper"
     return [*methods, ComparedMethod("pro_full_paper", title, "lorapro", _WEIGHT_RATES, paper)]

@@ -44,7 +44,9 @@ class LoRAProConfig:
             the adapted weights, in float32. `"full_8bit"` keeps the same in 8 bits an element (needs bitsandbytes, or
             Triton on CUDA). `"factored"` keeps the same in the memory of the factors. For these three start at the
             learning rate of full fine-tuning (2e-5 for a 7B model) and go up: with a trust region the best may be as
-            high as that of LoRA. `"efficient"` keeps moments of the two factors and uses learning rates of LoRA.
+            high as that of LoRA. The others use learning rates of LoRA: `"spectral"` steps along the orthogonalised
+            momentum and keeps half of AdamW's state, `"rite"` is LoRA-RITE, whose step does not divide by the scaling,
+            and `"efficient"` keeps AdamW's moments of the two factors.
         x_mode: Which of the equivalent factor gradients to take: `"sylvester"` (closest to LoRA's own gradients, the
             paper's choice), `"zero"` or `"symmetric"` (both factors contribute alike). A sequential update has this
             freedom in mode `"efficient"` only.
@@ -58,7 +60,7 @@ class LoRAProConfig:
             of a linear step, the part of A of a sequential one. The limit acts mostly for 30 to 100 steps, as a warm-up
             for each layer, and allows higher learning rates; a larger limit acts for a shorter time. From 1 on the
             product may undo the first-order change, so such limits are refused. `None` is 0.03, and 0 is no limit, the
-            paper's step. Mode `"efficient"` has no limit: there AdamW decides how far the factors move.
+            paper's step. Modes `"efficient"` and `"rite"` have no limit: their moments decide how far the factors move.
         moments_dtype: `"bfloat16"` halves the memory of mode `"full"`, its only user. The second moment is then rounded
             stochastically: rounding to the nearest would freeze it.
         backend: The kernels that update moments of the size of the weight (modes `"full"` and `"full_8bit"`). `"auto"`
@@ -79,15 +81,16 @@ class LoRAProConfig:
         rite_escape: Whether mode `"rite"` adds to its second moments as much as changes of their bases have lost.
 
     Raises:
-        ValueError: for an unknown choice, an `rtol` outside `[0, 1)`, or a `trust_region` outside `[0, 1)`. Settings
-            that have no meaning in a mode are refused where an optimizer, arguments or a callback is made of them.
+        ValueError: for an unknown choice or a number out of range. Settings that have no meaning in a mode are refused
+            where an optimizer, arguments or a callback is made of them.
     """
 
     mode: str = _setting(
         "full",
         "The mode: 'full' and 'full_8bit' keep Adam's moments of the adapted weights and need memory of their size; "
         "'factored' needs memory of the size of the factors. Learning rates of these three are those of full "
-        "fine-tuning, and upwards. 'efficient' keeps moments of the factors and uses learning rates of LoRA.",
+        "fine-tuning, and upwards. 'spectral' (orthogonalised steps), 'rite' (LoRA-RITE) and 'efficient' (AdamW on "
+        "projected gradients) need memory of the size of the factors and use learning rates of LoRA.",
         MODES,
     )
     x_mode: str = _setting(
@@ -111,7 +114,7 @@ class LoRAProConfig:
         None,
         "How large the product of the changes of both factors may be, as a fraction (below 1) of the first-order "
         f"change: longer steps are shortened. 0 for no limit, as in the paper. By default {TRUST_REGION:g}, and no "
-        "limit in mode 'efficient'.",
+        "limit in modes 'efficient' and 'rite'.",
     )
     moments_dtype: str = _setting("float32", "'bfloat16' halves the optimizer state of mode 'full'.", MOMENTS_DTYPES)
     backend: str = _setting(

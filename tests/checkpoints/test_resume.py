@@ -27,11 +27,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "full": {"lora_pro_mode": "full"},
     "full_8bit": {"lora_pro_mode": "full_8bit"},
     "factored": {"lora_pro_mode": "factored"},
+    "spectral": {"lora_pro_mode": "spectral"},
+    "rite": {"lora_pro_mode": "rite", "max_grad_norm": 0.0, "lora_pro_rite_clip": 0.1, "lora_pro_rite_escape": True},
     "efficient": {"lora_pro_mode": "efficient"},
     "bfloat16": {"lora_pro_mode": "full", "lora_pro_moments_dtype": "bfloat16"},
     "masters": {"lora_pro_mode": "full", "lora_pro_master_factors": True},  # of factors in bfloat16
 }
-DEFAULT = {1: ("factored",), 2: ("full",)}
+DEFAULT = {1: ("factored", "rite"), 2: ("full",)}
 RANKS = pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 distributed = pytest.mark.distributed
 FILES = ["optimizer.pt", "adapter_model.safetensors", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
@@ -94,6 +96,8 @@ def files_written_by(ranks: int) -> dict[str, tuple[str, int]]:
         "full": ("optimizer.pt", 0),
         "full_8bit": ("adapter_model.safetensors", 0),
         "factored": ("trainer_state.json", 0),
+        "spectral": ("optimizer.pt", 0),
+        "rite": ("optimizer.pt", 0),
         "efficient": ("scheduler.pt", 0),
         "masters": ("optimizer.pt", 0),
         "bfloat16": (f"rng_state_{last}.pth" if last else "rng_state.pth", last),

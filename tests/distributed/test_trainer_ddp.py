@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import trainer_script
+from lorapro_hf.config import MODES
 from trainer_script import TRAININGS, result, train
 from training import assert_close, assert_differ
 
@@ -68,7 +69,7 @@ def test_trainings_differ(found: list[dict[str, Any]]):
     assert_close(of["accumulated"], of["full"], 1e-4)
 
 
-@pytest.mark.parametrize("name", ["full", "full_8bit", "factored", "efficient"])
+@pytest.mark.parametrize("name", MODES)
 def test_each_rank_keeps_its_share_of_the_state(found: list[dict[str, Any]], single: dict[str, Any], name: str):
     shares = [of_rank[name]["own"] / single[name]["own"] for of_rank in found]
     assert sum(shares) == pytest.approx(1)

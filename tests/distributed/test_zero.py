@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from training import STEPS, assert_close, assert_differ, batches, build, loss_of, make_optimizer, share
+from training import STEPS, assert_close, assert_differ, batches, build, config_of, loss_of, make_optimizer, share
 from training import result as result_of
 from training import train as train_alone
 from zero_helpers import configuration, launch, lorapro, message_of, result, run, train, trained
@@ -38,6 +38,9 @@ VARIANTS = {
     **{f"clipped {stage}": ({"mode": "full"}, {"stage": stage, "clip": 0.05}) for stage in STAGES},
     "factored 1": ({"mode": "factored"}, {"stage": 1}),
     "full_8bit 2": ({"mode": "full_8bit"}, {"stage": 2}),
+    "spectral 2": ({"mode": "spectral"}, {"stage": 2}),
+    "rite 2": (config_of("rite"), {"stage": 2}),
+    "rite 2, repeated": (config_of("rite", shard_states=False), {"stage": 2}),
     "repeated 2": ({"mode": "full", "shard_states": False}, {"stage": 2}),
     "adamw 3": ("adamw", {"stage": 3}),
     "overlapping 1": ({"mode": "full"}, {"stage": 1, "zero_optimization": {"contiguous_gradients": False}}),

@@ -100,12 +100,12 @@ def test_a_stated_value_stays_the_users() -> None:
 
 @pytest.mark.parametrize("stated", [plugin(0.5), plugin("auto", 0.5), plugin(None, 0.5)])
 def test_two_values_of_clipping_are_refused(stated: Any) -> None:
-    says = "gradient_clipping=0.5, and max_grad_norm is 0.3. Write .gradient_clipping.: .auto. .* set max_grad_norm=0.5"
+    says = "gradient_clipping=0.5, and max_grad_norm is 0.3. Write .gradient_clipping.: .auto. .* both the same"
     with pytest.raises(ValueError, match=says):
         settle_clipping(stated, 0.3)
 
 
-def trainer_with(folder: str, max_grad_norm: float, deepspeed: Any = None, **zero: Any) -> Any:
+def trainer_with(folder: str, max_grad_norm: float, deepspeed: Any = None, mode: str = "full", **zero: Any) -> Any:
     from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
     from trainer_helpers import arguments
     from trainer_helpers import build as build_trainer
@@ -117,9 +117,8 @@ def trainer_with(folder: str, max_grad_norm: float, deepspeed: Any = None, **zer
             "zero_optimization": {"stage": 2, **sizes, **zero},
             **deepspeed,
         }
-    args = arguments(
-        Path(folder), LoRAProTrainingArguments, max_steps=1, max_grad_norm=max_grad_norm, deepspeed=deepspeed
-    )
+    settings = {"max_steps": 1, "max_grad_norm": max_grad_norm, "deepspeed": deepspeed, "lora_pro_mode": mode}
+    args = arguments(Path(folder), LoRAProTrainingArguments, **settings)
     return build_trainer(LoRAProTrainer, args)
 
 
@@ -135,6 +134,8 @@ def trainers(rank: int, ranks: int, folder: str) -> dict[str, Any]:
         "file": clipped_at(trainer_with(folder, 0.05, {})),
         "off": clipped_at(trainer_with(folder, 0.0, {})),
         "other": message_of(trainer_with, folder, 0.05, {"gradient_clipping": 0.5}),
+        "rite, auto": clipped_at(trainer_with(folder, 1.0, {"gradient_clipping": "auto"}, "rite")),
+        "rite, other": message_of(trainer_with, folder, 1.0, {"gradient_clipping": 0.5}, "rite"),
     }
     import deepspeed
 
@@ -155,6 +156,7 @@ def loops(rank: int, ranks: int, folder: str) -> dict[str, Any]:
     from lorapro_hf.deepspeed.engine import attach_deepspeed
 
     found: dict[str, Any] = {}
+    found["rite"] = message_of(launch, {"mode": "rite"}, stage=2, clip=0.5)
     for name, clip in (("saved", 0.5), ("loaded", 0.05)):
         engine = launch({"mode": "full"}, stage=2, clip=clip)
         if name == "saved":
@@ -190,7 +192,8 @@ class TestEngines:
     @pytest.mark.slow
     def test_trainers(self, tmp_path: Path) -> None:
         found = run(trainers, 1, tmp_path, str(tmp_path))[0]
-        assert found["file"] == 0.05 and found["off"] == 0 and found["accelerate"] == 0
+        assert found["file"] == 0.05 and found["off"] == found["rite, auto"] == found["accelerate"] == 0
+        assert "gradient_clipping=0.5, and max_grad_norm is 0" in found["rite, other"]
         assert (
             "ValueError: DeepSpeed's configuration has gradient_clipping=0.5, and max_grad_norm is 0.05"
             in found["other"]
@@ -202,6 +205,8 @@ class TestEngines:
     def test_loops(self, tmp_path: Path) -> None:
         found = run(loops, 1, tmp_path, str(tmp_path))[0]
         assert found["checkpoint"] == 0.05
+        assert "gradient_clipping=0.5 clips the raw gradients" in found["rite"]
+        assert "mode 'rite' depends on how B A is split. Set \"gradient_clipping\": 0" in found["rite"]
         assert "has no DeepSpeedZeroOptimizer.dp_process_group, on which LoRA-Pro relies" in found["private"]
         assert "RuntimeError: DeepSpeed would train" in found["offload"] and "offloaded" in found["offload"]
         assert "gradient_clipping=0 was handed to accelerate, which has left it out" in found["left out"]

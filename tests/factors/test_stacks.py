@@ -20,14 +20,15 @@ LAYOUTS = ["linear", "Conv2d", "Conv2d with groups", "experts (in, out)", "exper
 SCALINGS = (2.0, 0.5, 1.25)
 LR, DECAY = 0.02, 0.5
 CONFIGS = [
-    *({"mode": mode} for mode in MODES),
+    *({"mode": mode} for mode in MODES if mode != "rite"),
+    {"mode": "rite", "rite_clip": 0.0, "rite_skip": 0.0},  # a limit would tie the pairs together
     {"mode": "full", "update": "sequential"},
     {"mode": "full_8bit", "update": "sequential"},
     {"mode": "factored", "update": "linear"},
     {"mode": "full", "moments_dtype": "bfloat16"},
     {"mode": "efficient", "update": "sequential"},
 ]
-each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: "-".join(config.values()))
+each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: "-".join(map(str, config.values())))
 
 
 @pytest.fixture(autouse=True)
@@ -154,9 +155,11 @@ class Oracles:
             self.each = [torch.optim.AdamW(factors, fused=True, **hyper) for factors in self.factors]
         elif mode == "full":
             self.each = [reference.DenseFullAdamW(p.A, p.B, p.scaling, **hyper) for p in pairs]
+        elif mode == "rite":
+            self.each = [reference.DenseRite(p.A, p.B, p.scaling, clip=0, skip=0, **hyper) for p in pairs]
         else:
-            update = update or "linear"
-            self.each = [reference.DenseFactoredAdamW(p.A, p.B, p.scaling, update=update, **hyper) for p in pairs]
+            kind = reference.DenseSpectral if mode == "spectral" else reference.DenseFactoredAdamW
+            self.each = [kind(p.A, p.B, p.scaling, update=update or "linear", **hyper) for p in pairs]
 
     def step(self, index, g):
         if self.mode != "efficient":
@@ -178,6 +181,8 @@ class Oracles:
 
 WITH_ORACLE = [
     {"mode": "full"},
+    {"mode": "spectral"},
+    {"mode": "rite", "rite_clip": 0.0, "rite_skip": 0.0},
     {"mode": "factored"},
     {"mode": "factored", "update": "linear"},
     {"mode": "efficient"},
@@ -187,7 +192,7 @@ WITH_ORACLE = [
 TURNS = [(1, 2), (2,), (0, 2), (0, 1, 2), (0, 1), (0, 1, 2)]
 
 
-@pytest.mark.parametrize("config", WITH_ORACLE, ids=lambda config: "-".join(config.values()))
+@pytest.mark.parametrize("config", WITH_ORACLE, ids=lambda config: "-".join(map(str, config.values())))
 def test_pairs_step_when_they_have_a_gradient_as_if_alone(config):
     pairs = several()
     optimizer, oracles = optimizer_of(pairs, **config), Oracles(pairs, **config)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dense_gradients import assert_near, full_gradients, normal, pairs
+from lorapro_hf.functional import reference
 from lorapro_hf.functional.bases import Bases, gradient_coordinates, row_bases
 from lorapro_hf.functional.rite import RiteGuards, RiteState, rite_step, unmagnified_norms
 from lorapro_hf.functional.step_options import Rates, StepOptions
@@ -52,6 +53,19 @@ def train_peer(A, Bt, gradients, clip=1.0, skip=1.0, escape=False):
     return torch.stack(weights)
 
 
+def train_oracle(A, Bt, gradients, **guards):
+    settings = {"lr": LR, "betas": BETAS, "eps": EPS, **guards}
+    each = [reference.DenseRite(A[k], Bt[k].T, float(s), **settings) for k, s in enumerate(SCALINGS)]
+    weights = []
+    for g in gradients:
+        unmagnified = [part for one, one_g in zip(each, g, strict=True) for part in one.unmagnified(one_g)]
+        norm = sum(float(part.square().sum()) for part in unmagnified) ** 0.5
+        for one, one_g in zip(each, g, strict=True):
+            one.step(one_g, norm)
+        weights.append(torch.stack([one.scaling * one.B @ one.A for one in each]))
+    return torch.stack(weights)
+
+
 GUARDS = [{}, {"clip": 0.0, "skip": 0.0}, {"clip": 0.3, "skip": 0.4}, {"escape": True}]
 
 
@@ -63,6 +77,31 @@ def test_takes_the_steps_of_its_peer(m, n, r, start, guards):
     gradients = full_gradients(m, n, 30)
     weights, expected = train(A, Bt, gradients, **guards)[0], train_peer(A, Bt, gradients, **guards)
     torch.testing.assert_close(weights, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("guards", GUARDS, ids=["default", "none", "tight", "escape"])
+@pytest.mark.parametrize("start", ["zero", "random"])
+@pytest.mark.parametrize(("m", "n", "r"), [(24, 33, 4), (6, 9, 8)])
+def test_follows_the_dense_oracle_which_takes_the_steps_of_the_peer(m, n, r, start, guards):
+    """A rank above one side of the weight included, for which the peer has no inverse."""
+    A, Bt = pairs(m, n, r, start)
+    gradients = full_gradients(m, n, 30)
+    expected = train_oracle(A, Bt, gradients, **guards)
+    weights = train(A, Bt, gradients, **guards)[0]
+    if r <= min(m, n):
+        torch.testing.assert_close(weights, expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(train_peer(A, Bt, gradients, **guards), expected, rtol=1e-9, atol=1e-12)
+    else:  # the roots of Gram matrices know absent directions to the root of the precision
+        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+
+
+def test_a_pair_alone_is_clipped_at_its_own_norm():
+    A, Bt = (factor[:1] for factor in pairs(24, 33, 4))
+    gradients = full_gradients(24, 33, 5)[:, :1]
+    oracle = reference.DenseRite(A[0], Bt[0].T, 2.0, clip=0.3, lr=LR, betas=BETAS, eps=EPS)
+    for g in gradients[:, 0]:
+        oracle.step(g)
+    assert_near(train(A, Bt, gradients, clip=0.3)[0][-1], (2.0 * oracle.B @ oracle.A)[None], 1e-8)
 
 
 def test_both_guards_act_in_the_tight_case():

@@ -19,6 +19,7 @@ BATCH = 4
 SETTINGS = {"lr_scheduler_type": "linear", "warmup_steps": 2, "weight_decay": 0.1, "max_grad_norm": 100.0}
 TRAININGS: dict[str, dict[str, Any]] = {
     **{mode: {"lora_pro_mode": mode} for mode in MODES},
+    "rite": {"lora_pro_mode": "rite", "lora_pro_rite_clip": 0.1, "max_grad_norm": 0.0},
     "off": {"lora_pro": False},
     "accumulated": {"gradient_accumulation_steps": 2},
     "clipped": {"max_grad_norm": 0.05},

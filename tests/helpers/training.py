@@ -12,6 +12,11 @@ STEPS = 10
 BATCH = 12  # is divided by 1, 2 and 3 ranks
 
 
+def config_of(mode, **settings):
+    """Settings of a mode; the limit of mode rite is one that acts on this training."""
+    return {"mode": mode, **({"rite_clip": 0.05} if mode == "rite" else {}), **settings}
+
+
 def slow(cases):
     """Cases of a grid that `make test` leaves out."""
     return [pytest.param(case, marks=pytest.mark.slow) for case in cases]
@@ -101,7 +106,7 @@ def every_mode(trained, rank, ranks, shared, dtypes, model_settings):
         f"{mode} {shard_states} {dtype}": trained(
             rank,
             ranks,
-            {"mode": mode, "shard_states": shard_states},
+            config_of(mode, shard_states=shard_states),
             getattr(torch, dtype),
             model_settings=model_settings,
         )
@@ -116,8 +121,10 @@ def assert_every_mode_equals_one_process(found, shared, tolerances, model_settin
     for dtype, tolerance in tolerances.items():
         plain = single("adamw", getattr(torch, dtype), model_settings)
         for mode in MODES:
-            expected = single({"mode": mode}, getattr(torch, dtype), model_settings)
+            expected = single(config_of(mode), getattr(torch, dtype), model_settings)
             assert_differ(expected, plain)
+            if mode == "rite":
+                assert_differ(expected, single(config_of(mode, rite_clip=0.0), getattr(torch, dtype), model_settings))
             # 8-bit codes turn differences of rounding into differences of a code
             allowed = max(tolerance, 1e-3) if mode == "full_8bit" else tolerance
             for of_rank in found:

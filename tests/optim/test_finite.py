@@ -23,6 +23,8 @@ CONFIGS = [
     {"mode": "full_8bit"},
     {"mode": "factored"},
     {"mode": "factored", "update": "linear"},
+    {"mode": "spectral"},
+    {"mode": "rite", "rite_escape": True},
     {"mode": "efficient"},
     {"mode": "efficient", "update": "sequential"},
     {"mode": "full", "master_factors": True},

@@ -29,13 +29,14 @@ from optimizer_helpers import reloaded
 BY_NAME = {row.name: row for row in ROWS}
 LR, DECAY, STEPS = 1e-4, 0.5, 40
 CONFIGS = [
-    *({"mode": mode} for mode in MODES),
+    *({"mode": mode} for mode in MODES if mode != "rite"),
+    {"mode": "rite", "rite_clip": 0.0, "rite_skip": 0.0},  # a limit would tie the pairs together
     {"mode": "full", "update": "sequential"},
     {"mode": "factored", "update": "linear"},
     {"mode": "full", "moments_dtype": "bfloat16"},
     {"mode": "efficient", "update": "sequential"},
 ]
-each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: "-".join(config.values()))
+each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: "-".join(map(str, config.values())))
 # Every third pair has no gradient now and then.
 TURNS = [(1, 2), (2,), (0, 1, 2), (0, 1), (0, 1, 2)]
 
@@ -83,12 +84,16 @@ def assert_same(one, other):
 class Oracle:
     """In float64: the gradient is projected at the rounded factors, and its step is taken by the exact ones."""
 
-    def __init__(self, pair, mode, update=None):
+    def __init__(self, pair, mode, update=None, **_):
         self.scaling, self.mode, self.update, self.t = pair.scaling, mode, update, 0
         self.A, self.B = pair.A.detach().double(), pair.B.detach().double()
         self.M = self.V = torch.zeros(len(self.B), self.A.shape[1], dtype=torch.float64)
         options = {"lr": LR, "weight_decay": DECAY}
-        self.factored = reference.DenseFactoredAdamW(self.A, self.B, self.scaling, update=update or "linear", **options)
+        if mode == "rite":
+            self.dense = reference.DenseRite(self.A, self.B, self.scaling, clip=0, skip=0, **options)
+        else:
+            kind = reference.DenseSpectral if mode == "spectral" else reference.DenseFactoredAdamW
+            self.dense = kind(self.A, self.B, self.scaling, update=update or "linear", **options)
         self.parameters = [self.A.clone().requires_grad_(), self.B.clone().requires_grad_()]
         self.adamw = torch.optim.AdamW(self.parameters, **options)
 
@@ -107,9 +112,9 @@ class Oracle:
                 self.parameters[0].data = self.A.clone()
             return
         projected = reference.projected_gradient(g, A, B)
-        if self.mode == "factored":
-            self.factored.step(projected)
-            self.A, self.B = self.factored.A, self.factored.B
+        if self.mode in ("factored", "spectral", "rite"):
+            self.dense.step(projected)
+            self.A, self.B = self.dense.A, self.dense.B
             return
         self.t += 1
         self.M, self.V = 0.9 * self.M + 0.1 * projected, 0.999 * self.V + 0.001 * projected**2
@@ -130,10 +135,12 @@ class Oracle:
         {"mode": "full", "update": "sequential"},
         {"mode": "factored"},
         {"mode": "factored", "update": "linear"},
+        {"mode": "spectral"},
+        {"mode": "rite", "rite_clip": 0.0, "rite_skip": 0.0},
         {"mode": "efficient"},
         {"mode": "efficient", "update": "sequential"},
     ],
-    ids=lambda config: "-".join(config.values()),
+    ids=lambda config: "-".join(map(str, config.values())),
 )
 def test_small_steps_add_up_as_in_float64(config, dtype):
     pairs = several(dtype=dtype)
@@ -304,12 +311,12 @@ def test_refusals(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda device: 1)
     message = r"mode='full' with master_factors=True, with a step's working memory, needs.*No mode fits; the smallest, "
     with pytest.raises(
-        StateTooLargeError, match=message + r"'factored' with master_factors=True.*leave out master_fac"
+        StateTooLargeError, match=message + r"'spectral' with master_factors=True.*leave out master_fac"
     ):
         require_state_fits(pairs, LoRAProConfig(master_factors=True))
 
 
-@pytest.mark.parametrize("mode", ["full", "factored", "efficient"])
+@pytest.mark.parametrize("mode", ["full", "factored", "spectral", "rite", "efficient"])
 def test_working_memory_is_allowed_for(mode):
     layers = nn.ModuleDict({f"layer{i}": nn.Linear(300, 260, bias=False) for i in range(6)})
     settings = LoraConfig(r=4, target_modules=list(layers), init_lora_weights=False)

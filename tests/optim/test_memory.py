@@ -69,6 +69,10 @@ def allocated(pair, mode: str, moments_dtype: str) -> int:
         kept = [weight.to(torch.uint8), scales.float()] * 2
     elif mode == "factored":
         kept = [A.to(exact), weight.to(exact).sum(-2), B.to(exact), weight.to(exact).sum(-1)]
+    elif mode == "spectral":
+        kept = [A.to(exact), B.to(exact)]
+    elif mode == "rite":
+        kept = [A.to(exact), B.to(exact), *[(A @ A.mT).double()] * 2]
     else:
         assert mode == "efficient"
         kept = [A.to(exact), B.to(exact)] * 2
@@ -116,11 +120,13 @@ def test_bytes_are_those_of_a_stepped_optimizer(build, mode: str, moments_dtype:
     assert estimate(optimizer.pairs, optimizer.config, others_of(model)) == {CPU: measured}
 
 
-def test_eight_bit_moments_take_at_most_2_1_bytes_per_element_of_a_7b_block():
+def test_small_states_of_a_7b_block():
     with META:
         layers = {"q": (4096, 4096), "gate": (4096, 11008), "down": (11008, 4096)}
         body = nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in layers.items()})
         pairs = find_lora_pairs(get_peft_model(body, LoraConfig(r=8, target_modules=list(layers))))
+    factors = 8 * (2 * 4096 + 2 * (4096 + 11008))
+    assert estimate(pairs, LoRAProConfig(mode="spectral"))[META] <= 0.52 * (8 * factors)  # AdamW's moments of LoRA
     elements = 4096 * 4096 + 2 * 4096 * 11008
     assert estimate(pairs, LoRAProConfig(mode="full")) == {META: 8 * elements}
     assert 2 * elements < estimate(pairs, LoRAProConfig(mode="full_8bit"))[META] <= 2.1 * elements
@@ -153,7 +159,8 @@ def set_free(monkeypatch: pytest.MonkeyPatch, **free: int | None) -> None:
             {"mode": "full"},
             "The optimizer state of mode='full', with a step's working memory, needs 4.1 MiB on cpu, where 2.9 MiB are "
             "free. Modes that fit: 'full' with moments_dtype='bfloat16' (2.1 MiB), 'full_8bit' (1.1 MiB), 'factored' "
-            "(126.0 KiB), 'efficient' (144.0 KiB, with learning rates of LoRA). Choose one with "
+            "(126.0 KiB), 'spectral' (120.0 KiB, with learning rates of LoRA), 'rite' (120.2 KiB, with learning rates "
+            "of LoRA), 'efficient' (144.0 KiB, with learning rates of LoRA). Choose one with "
             "LoRAProConfig(mode=...) or --lora_pro_mode, adapt fewer layers (target_modules), or turn this check off "
             "with check_memory=False (in the arguments lora_pro_check_memory=False).",
         ),
@@ -161,15 +168,19 @@ def set_free(monkeypatch: pytest.MonkeyPatch, **free: int | None) -> None:
             1200 * KIB,
             {"mode": "full", "moments_dtype": "bfloat16"},
             "mode='full' with moments_dtype='bfloat16', with a step's working memory, needs 2.1 MiB on cpu, where "
-            "1.2 MiB are free. Modes that fit: 'full_8bit' (1.1 MiB), 'factored' (126.0 KiB), 'efficient' (144.0 KiB, "
-            "with learning rates of LoRA). Choose",
+            "1.2 MiB are free. Modes that fit: 'full_8bit' (1.1 MiB), 'factored' (126.0 KiB), 'spectral' (120.0 KiB, ",
         ),
-        (130 * KIB, {"mode": "efficient"}, "Modes that fit: 'factored' (126.0 KiB). Choose"),
+        (
+            130 * KIB,
+            {"mode": "efficient"},
+            "Modes that fit: 'factored' (126.0 KiB), 'spectral' (120.0 KiB, with learning rates of LoRA), 'rite' "
+            "(120.2 KiB, with learning rates of LoRA). Choose",
+        ),
         (
             100 * KIB,
             {"mode": "factored"},
-            "needs 126.0 KiB on cpu, where 100.0 KiB are free. No mode fits; the smallest, 'factored', needs "
-            "126.0 KiB. Adapt fewer layers (target_modules), choose a smaller r, free memory on it, or turn this "
+            "needs 126.0 KiB on cpu, where 100.0 KiB are free. No mode fits; the smallest, 'spectral', needs "
+            "120.0 KiB. Adapt fewer layers (target_modules), choose a smaller r, free memory on it, or turn this "
             "check off with check_memory=False (in the arguments lora_pro_check_memory=False).",
         ),
     ],
@@ -206,7 +217,8 @@ def test_refusal_names_every_device_that_is_short(monkeypatch):
     assert "needs 22.0 KiB on cpu, where 10.0 KiB are free, and 42.0 KiB on meta, where 20.0 KiB are" in str(
         caught.value
     )
-    assert "Modes that fit (all devices together): 'factored' (21.0 KiB), 'efficient' (24.0 KiB" in str(caught.value)
+    others = "'factored' (21.0 KiB), 'spectral' (20.0 KiB, with learning rates of LoRA), 'rite' (20.5 KiB"
+    assert f"Modes that fit (all devices together): {others}" in str(caught.value)
 
 
 def test_a_mode_fits_only_if_it_fits_on_every_device(monkeypatch):

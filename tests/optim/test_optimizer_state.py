@@ -12,7 +12,17 @@ from lorapro_hf import (
 from optimizer_helpers import assert_same, backward, both_modes, reloaded, small_model, snapshot, take, trained
 
 
-@pytest.mark.parametrize("mode", ["full", "factored", "efficient"])
+def test_states_with_and_without_escape_are_told_apart():
+    states = {escape: trained(mode="rite", rite_escape=escape)[1].state_dict() for escape in (True, False)}
+    for escape, saved in states.items():
+        _, optimizer = trained(mode="rite", rite_escape=not escape)
+        before = snapshot(optimizer)
+        with pytest.raises(ValueError, match=r"is of LoRA-Pro mode 'rite'.*, but this optimizer has LoRA-Pro mode 'ri"):
+            optimizer.load_state_dict(saved)
+        assert_same(before, snapshot(optimizer))
+
+
+@pytest.mark.parametrize("mode", ["full", "factored", "spectral", "efficient"])
 def test_moments_of_bf16_factors_are_fp32_and_stay_so(mode):
     model, optimizer = trained(dtype=torch.bfloat16, mode=mode)
     saved = copy.deepcopy(optimizer.state_dict())
@@ -150,6 +160,10 @@ def damaged_state():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (
+            lambda: trained_state(config={"mode": "rite", "rite_escape": True}),
+            "of LoRA-Pro mode 'rite' with escape, but this optimizer has LoRA-Pro mode 'full'",
+        ),
         (
             lambda: trained_state(config={"mode": "efficient"}),
             "of LoRA-Pro mode 'efficient'.* has LoRA-Pro mode 'full'",

@@ -28,8 +28,9 @@ from lorapro_hf.config import MODES
 from optimizer_helpers import backward, small_model
 from trainer_helpers import VOCABULARY, arguments, assert_same, build, factors, logged, run, sequences, tiny_lora
 
-each_mode = pytest.mark.parametrize("mode", ["full", "factored", "efficient"])
-mostly_full = pytest.mark.parametrize("mode", rest_slow(["full", "factored", "efficient"]))
+FLOAT_MODES = ["full", "factored", "spectral", "rite", "efficient"]
+each_mode = pytest.mark.parametrize("mode", FLOAT_MODES)
+mostly_full = pytest.mark.parametrize("mode", rest_slow(FLOAT_MODES))
 LR = 1e-2
 
 

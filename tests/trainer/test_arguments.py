@@ -9,6 +9,7 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from lorapro_hf import LoRAProConfig, LoRAProTrainingArguments
+from trainer_helpers import PlainArgsTrainer, arguments, build
 
 
 def parse(*words: str, cls: type = LoRAProTrainingArguments) -> LoRAProTrainingArguments:
@@ -78,7 +79,7 @@ def test_json_round_trip(tmp_path):
     [
         (
             {"lora_pro_mode": "fast"},
-            "lora_pro_mode='fast' is unknown; valid values are 'full', 'full_8bit', 'factored', 'efficient'",
+            "lora_pro_mode='fast' is unknown; valid values are 'full', 'full_8bit', 'factored', 'spectral', 'rite', ",
         ),
         (
             {"lora_pro_x_mode": "one"},
@@ -91,6 +92,10 @@ def test_json_round_trip(tmp_path):
         ({"lora_pro_rtol": 1.5}, r"rtol=1.5 must be a number in \[0, 1\)"),
         ({"lora_pro_rtol": "small"}, r"lora_pro_rtol='small' must be a number"),
         ({"lora_pro_trust_region": 3}, "trust_region=3.0 must be a fraction below 1"),
+        ({"lora_pro_rite_clip": "much"}, "lora_pro_rite_clip='much' must be a number, or be left out"),
+        ({"lora_pro_rite_skip": 2.0}, "mode 'full' does not know it, so rite_skip=2.0 has no meaning.*mode 'rite'"),
+        ({"lora_pro_rite_escape": "no"}, "lora_pro_rite_escape='no' must be true or false"),
+        ({"lora_pro_spectral_iterations": 3}, "mode 'full' does not know it, so spectral_iterations=3"),
         ({"lora_pro": "false"}, "lora_pro=.false. must be true or false"),
         ({"lora_pro_mode": "fast", "lora_pro": False}, "lora_pro_mode='fast' is unknown"),
     ],
@@ -98,6 +103,45 @@ def test_json_round_trip(tmp_path):
 def test_bad_values(settings: dict, message: str):
     with pytest.raises(ValueError, match=message):
         LoRAProTrainingArguments(output_dir="unused", **settings)
+
+
+def test_settings_of_the_modes_from_the_command_line():
+    words = ("--output_dir", "unused", "--lora_pro_mode")
+    rite = parse(*words, "rite", "--lora_pro_rite_clip", "0.5", "--lora_pro_rite_skip", "0", "--lora_pro_rite_escape")
+    assert rite.lora_pro_config == LoRAProConfig(mode="rite", rite_clip=0.5, rite_skip=0.0, rite_escape=True)
+    spectral = parse(*words, "spectral", "--lora_pro_spectral_iterations", "3")
+    assert spectral.lora_pro_config == LoRAProConfig(mode="spectral", spectral_iterations=3)
+
+
+# ---- max_grad_norm, which mode rite cannot take ----
+
+
+def warnings_of(caplog):
+    return [record.getMessage() for record in caplog.records if "max_grad_norm" in record.getMessage()]
+
+
+def test_the_default_of_max_grad_norm_is_settled_with_one_warning(caplog):
+    args = LoRAProTrainingArguments(output_dir="unused", lora_pro_mode="rite")
+    assert args.max_grad_norm == 0
+    assert warnings_of(caplog) == [
+        "max_grad_norm is 0 instead of its default 1, since mode 'rite' has limits of its own."
+    ]
+    caplog.clear()
+    silent = [{"lora_pro_mode": "rite", "max_grad_norm": 0.0}, {"lora_pro_mode": "rite", "lora_pro": False}, {}]
+    found = [LoRAProTrainingArguments(output_dir="unused", **settings).max_grad_norm for settings in silent]
+    assert found == [0.0, 1.0, 1.0] and not warnings_of(caplog)
+
+
+def test_another_max_grad_norm_is_refused():
+    with pytest.raises(ValueError, match=r"max_grad_norm=0\.5 clips the raw gradients.*'rite'.*Set max_grad_norm=0"):
+        LoRAProTrainingArguments(output_dir="unused", lora_pro_mode="rite", max_grad_norm=0.5)
+
+
+def test_arguments_of_transformers_are_settled_by_the_trainer(tmp_path, caplog):
+    trainer = build(PlainArgsTrainer, arguments(tmp_path), lora_pro_config={"mode": "rite"})
+    assert trainer.args.max_grad_norm == 0 and len(warnings_of(caplog)) == 1
+    with pytest.raises(ValueError, match=r"max_grad_norm=0\.5 clips the raw gradients"):
+        build(PlainArgsTrainer, arguments(tmp_path, max_grad_norm=0.5), lora_pro_config={"mode": "rite"})
 
 
 @dataclass
@@ -121,6 +165,7 @@ def test_each_setting_of_the_config_is_said_once():
     stated = {setting.name: setting for setting in fields(LoRAProConfig)}
     own = {setting.name: setting for setting in fields(LoRAProTrainingArguments)}
     for name, setting in stated.items():
-        assert setting.metadata["help"] and own[f"lora_pro_{name}"].metadata == setting.metadata
+        told = {key: value for key, value in setting.metadata.items() if key != "mode"}
+        assert setting.metadata["help"] and own[f"lora_pro_{name}"].metadata == told
         assert own[f"lora_pro_{name}"].default == setting.default
         assert LoRAProTrainingArguments.__annotations__[f"lora_pro_{name}"] == LoRAProConfig.__annotations__[name]

@@ -23,7 +23,7 @@ def require_supported(engine: Any, optimizer: Any) -> None:
     reason = (  # each relies on the checks before it
         _other_optimizer(engine, optimizer)
         or _layout(engine)
-        or _clipping(engine)
+        or _clipping(engine, optimizer)
         or _groups(optimizer)
         or _factors(engine, optimizer)
     )
@@ -68,8 +68,14 @@ def _layout(engine: Any) -> str | None:
     return PARALLEL if has_experts or pipeline or mpu is not None else None
 
 
-def _clipping(engine: Any) -> str | None:
+def _clipping(engine: Any, optimizer: LoRAProAdamW) -> str | None:
     plugin, used = plugin_in_use("deepspeed_plugin"), private(engine.optimizer, "clip_grad") or 0.0
+    if used and not optimizer.rule.takes_clipped_gradients:
+        return (
+            f"gradient_clipping={used:g} clips the raw gradients of the factors, after which a step of mode "
+            f'{optimizer.rule.name!r} depends on how B A is split. Set "gradient_clipping": 0 in the configuration: '
+            "the mode has limits of its own."
+        )
     stated = None if plugin is None else stated_clipping(plugin)
     if stated is None or stated == used:
         return None

@@ -167,7 +167,7 @@ def settle_clipping(plugin: Any, max_grad_norm: float | None) -> None:
     elif stated != clipping:
         raise ValueError(
             f"DeepSpeed's configuration has gradient_clipping={stated:g}, and max_grad_norm is {clipping:g}. Write "
-            f'"gradient_clipping": "auto" there, so that max_grad_norm counts, or set max_grad_norm={stated:g}.'
+            f'"gradient_clipping": "auto" there, so that max_grad_norm counts, or give both the same value.'
         )
     plugin.deepspeed_config["gradient_clipping"] = clipping
 

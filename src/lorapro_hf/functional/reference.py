@@ -204,6 +204,77 @@ class DenseSpectral(DenseFactoredAdamW):
         return 0.2 * max(g.shape) ** 0.5 * u
 
 
+class DenseRite(Hyperparameters):
+    """Mode rite on one pair, in float64, with QR decompositions of both factors as in the paper.
+
+    Args:
+        clip, skip, escape: the settings `rite_clip`, `rite_skip` and `rite_escape`.
+        hyperparameters: as for `DenseFullAdamW`; the step is linear, without `x_mode` and trust region.
+    """
+
+    def __init__(
+        self,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        *,
+        clip: float = 1.0,
+        skip: float = 1.0,
+        escape: bool = False,
+        **hyperparameters: Any,
+    ) -> None:
+        super().__init__(**hyperparameters)
+        self.A, self.B, self.scaling = A.detach().double().clone(), B.detach().double().clone(), scaling
+        self.clip, self.skip, self.escape, self.t = clip, skip, escape, 0
+        r = len(A)
+        self.M = [torch.zeros(rows, r, dtype=torch.float64) for rows in (A.shape[-1], len(B))]
+        self.V = [torch.zeros(r, r, dtype=torch.float64) for _ in range(2)]
+        self.rho = [0.0, 0.0]
+
+    def unmagnified(self, g: Tensor) -> list[Tensor]:
+        """ḡ of A `(n, r)` and ḡ of B `(m, r)` for the full gradient `g` `(m, n)`; zeros where they are skipped."""
+        (_, of_A), (_, of_B) = _orthonormal(self.A.T), _orthonormal(self.B)
+        found = [self.scaling * g.double().T @ self.B @ of_B, self.scaling * g.double() @ self.A.T @ of_A]
+        return [each * (not self.skip or each.square().mean().sqrt() <= self.skip) for each in found]
+
+    def step(self, g: Tensor, norm: float | None = None) -> None:
+        """One step for the full gradient `g` `(m, n)`; `norm` is that of ḡ of all pairs, by default of this pair."""
+        unmagnified = self.unmagnified(g)
+        norm = float(torch.cat(unmagnified).norm()) if norm is None else norm
+        clipped = min(1.0, self.clip / norm) if self.clip and norm else 1.0
+        (old_A, inverse_A), (old_B, inverse_B) = _orthonormal(self.A.T), _orthonormal(self.B)
+        self.t += 1
+        beta1, beta2 = (beta * (1 - beta ** (self.t - 1)) / (1 - beta**self.t) for beta in self.betas)
+        for side, each in enumerate(clipped * found for found in unmagnified):
+            self.V[side] = beta2 * self.V[side] + (1 - beta2) * each.T @ each / len(each)
+            self.rho[side] *= beta2
+            values, vectors = torch.linalg.eigh(self.V[side])
+            root = (values.clamp_min(0) + self.eps**2 + self.rho[side]).sqrt() + self.eps
+            self.M[side] = beta1 * self.M[side] + (1 - beta1) * each @ (vectors / root) @ vectors.T
+        keep = (1 - self.lr * self.weight_decay) ** 0.5
+        self.A = keep * self.A - self.lr * inverse_B @ self.M[0].T
+        self.B = keep * self.B - self.lr * self.M[1] @ inverse_A.T
+        for side, (old, factor) in enumerate(((old_B, self.B), (old_A, self.A.T))):
+            P = _orthonormal(factor)[0].T @ old
+            carried = P @ self.V[side] @ P.T
+            if self.escape:
+                self.rho[side] += _second_moment_lost(self.V[side], carried)
+            self.M[side], self.V[side] = self.M[side] @ P.T, carried
+
+
+def _orthonormal(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """The basis `Q R R⁺` of the columns and `R⁺`."""
+    r = columns.shape[1]
+    square = torch.cat([columns, columns.new_zeros(r, r)])  # R is r x r even for fewer rows
+    inverse = torch.linalg.pinv(torch.linalg.qr(square).R, rtol=RTOL)
+    return columns @ inverse, inverse
+
+
+def _second_moment_lost(old: Tensor, new: Tensor) -> float:
+    eigenvalue = (torch.linalg.eigvalsh(old) - torch.linalg.eigvalsh(new)).max()
+    return max(0.0, min(float(eigenvalue), float(old.trace() - new.trace())))
+
+
 def polar_factor(matrix: Tensor) -> Tensor:
     """`U Vᵀ` of the singular value decomposition, without the directions that are absent."""
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)

@@ -88,6 +88,7 @@ def _kind(group: dict[str, Any]) -> str | None:
     if mode is None:
         return None
     name = f"'full' in {shown(moments_dtype)}" if moments_dtype != "float32" else shown(mode)
+    name += " with escape" if group.get("rite_escape") else ""
     return f"{name} with master factors" if group.get("master_factors") else name
 
 

@@ -82,6 +82,8 @@ class HeldPairs(torch.optim.Optimizer):
         group["lora_pro_mode"] = self.config.mode
         group["moments_dtype"] = self.config.moments_dtype
         group["master_factors"] = self.config.master_factors
+        if self.config.rite_escape:  # it adds to the state
+            group["rite_escape"] = True
         group["param_shapes"] = [list(parameter.shape) for parameter in group["params"]]
 
     def estimated_state_bytes(self) -> int:

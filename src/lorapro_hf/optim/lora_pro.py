@@ -37,6 +37,9 @@ class LoRAProAdamW(SavedPairs):
       adapted weight, 4 with `moments_dtype="bfloat16"`.
     * `mode="full_8bit"`: the same with moments in 8 bits, about 2 bytes for each element.
     * `mode="factored"`: the same with moments that are products of factor-size tensors; about half of AdamW's state.
+    * `mode="spectral"`: along the orthogonalised first moment of the equivalent gradient, the only moment it keeps.
+      Learning rates are those of LoRA.
+    * `mode="rite"`: LoRA-RITE, with moments of the size of the factors and of r x r. Learning rates are those of LoRA.
     * `mode="efficient"`: AdamW on the factors, along `h_A`, `h_B`. Learning rates are those of LoRA.
 
     Parameters of no pair (biases, `modules_to_save`, DoRA magnitudes) get the steps of `torch.optim.AdamW(fused=True)`,

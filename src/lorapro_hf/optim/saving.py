@@ -158,7 +158,7 @@ class SavedPairs(FiniteChecks):
 
     def _load_state_dict_of_engine(self, state_dict: dict[str, Any]) -> None:
         """The inverse of `_state_dict_of_engine`; the pairs are left without state."""
-        keys = ("lora_pro_mode", "moments_dtype", "param_shapes")
+        keys = ("lora_pro_mode", "moments_dtype", "rite_escape", "param_shapes")
         saved, expected = (
             [[group.get(key) for key in keys] for group in groups]
             for groups in (state_dict["param_groups"], self.param_groups)

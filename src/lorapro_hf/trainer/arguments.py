@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 def _setting(name: str) -> Any:
     """A field with the default, help and choices that `LoRAProConfig` states."""
     stated = _SETTINGS[name]
-    return field(default=stated.default, metadata=dict(stated.metadata))
+    told = {key: value for key, value in stated.metadata.items() if key in ("help", "choices")}  # argparse knows these
+    return field(default=stated.default, metadata=told)
 
 
 @dataclass

@@ -31,6 +31,10 @@ from trainer_helpers import VOCABULARY, arguments, assert_same, build, factors, 
 FLOAT_MODES = ["full", "factored", "spectral", "rite", "efficient"]
 each_mode = pytest.mark.parametrize("mode", FLOAT_MODES)
 mostly_full = pytest.mark.parametrize("mode", rest_slow(FLOAT_MODES))
+# Second moments of r x r are inverted, and so exact.
+WIDER = {"rite": {torch.float64}}
+# An element moves by about a fifth of the rate.
+RATES = {"spectral": 5.0}
 LR = 1e-2
 
 
@@ -82,7 +86,8 @@ def test_bf16_autocast_steps_float32_adapters_in_float32(tmp_path: Path, mode: s
     mixed = run(tmp_path / "b", build_with={"callbacks": [watch]}, bf16=True, **settings)
     assert watch.seen == [{torch.float32}] * 6
     assert {tensor.dtype for tensor in factors(mixed).values()} == {torch.float32}
-    assert {moment.dtype for moment in moments(mixed.optimizer)} <= {torch.float32, torch.uint8}
+    allowed = {torch.float32, torch.uint8} | WIDER.get(mode, set())
+    assert {moment.dtype for moment in moments(mixed.optimizer)} <= allowed
     assert logged(mixed, "loss") != logged(exact, "loss")  # autocast was in force
     # bfloat16 keeps 8 bits of each product
     assert (moved(mixed) - moved(exact)).norm() < 0.1 * moved(exact).norm()
@@ -111,13 +116,14 @@ def test_a_step_under_autocast_is_the_same_to_the_bit(mode: str):
 @pytest.mark.parametrize("masters", rest_slow([True, False]))
 @mostly_full
 def test_narrow_adapters(tmp_path: Path, mode: str, masters: bool):
-    settings = {"lora_pro_mode": mode, "adam_epsilon": 1e-4, "learning_rate": 1e-3, "max_steps": 8}
+    rate = 1e-3 * RATES.get(mode, 1.0)
+    settings = {"lora_pro_mode": mode, "adam_epsilon": 1e-4, "learning_rate": rate, "max_steps": 8}
     exact, watch = run(tmp_path / "a", **settings), Watch(dtypes_of_gradients)
     build_with = {"model": tiny_lora().bfloat16(), "callbacks": [watch]}
     narrow = run(tmp_path / "b", build_with=build_with, lora_pro_master_factors=masters, **settings)
     assert watch.seen == [{torch.bfloat16}] * 8
     assert {tensor.dtype for tensor in factors(narrow).values()} == {torch.bfloat16}
-    assert {moment.dtype for moment in moments(narrow.optimizer)} == {torch.float32}
+    assert {moment.dtype for moment in moments(narrow.optimizer)} == {torch.float32} | WIDER.get(mode, set())
     assert logged(narrow, "loss")[-1] < logged(narrow, "loss")[0]
     assert (moved(narrow) - moved(exact)).norm() < 0.3 * moved(exact).norm()
 
@@ -274,7 +280,10 @@ def test_quantized_bases_train(tmp_path: Path, bits: int, mode: str):
         model = quantized_lora(tmp_path / f"base {name}", bits, **settings)
         frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
         assert any(p.dtype in (torch.uint8, torch.int8) for p in frozen.values())
-        trainer = run(tmp_path / name, build_with={"model": model}, lora_pro_mode=mode, max_steps=8)
+        rate = 1e-2 * RATES.get(mode, 1.0)
+        trainer = run(
+            tmp_path / name, build_with={"model": model}, lora_pro_mode=mode, learning_rate=rate, max_steps=12
+        )
         assert_same(frozen, {n: p for n, p in trainer.model.named_parameters() if not p.requires_grad})
         return trainer
 
@@ -372,7 +381,7 @@ def test_clipping_means_the_same_on_every_path(tmp_path: Path, max_grad_norm: fl
     assert len(norms) == len(logged(trainer, "lora_pro_grad_norm")) == 6 and min(norms) > 0.05
 
 
-@mostly_full
+@pytest.mark.parametrize("mode", rest_slow(mode for mode in FLOAT_MODES if mode != "rite"))  # which refuses the limit
 def test_the_equivalent_gradient_scales_with_the_clipped_one(tmp_path: Path, mode: str):
     free, clipped = (
         run(tmp_path / str(norm), max_grad_norm=norm, max_steps=1, lora_pro_mode=mode) for norm in (1e9, 0.05)

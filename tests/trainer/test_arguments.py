@@ -120,7 +120,12 @@ def warnings_of(caplog):
     return [record.getMessage() for record in caplog.records if "max_grad_norm" in record.getMessage()]
 
 
-def test_the_default_of_max_grad_norm_is_settled_with_one_warning(caplog):
+@dataclass
+class OtherDefault(LoRAProTrainingArguments):
+    max_grad_norm: float = field(default=0.3)
+
+
+def test_the_default_of_max_grad_norm_is_settled_with_one_warning(caplog, monkeypatch):
     args = LoRAProTrainingArguments(output_dir="unused", lora_pro_mode="rite")
     assert args.max_grad_norm == 0
     assert warnings_of(caplog) == [
@@ -130,6 +135,8 @@ def test_the_default_of_max_grad_norm_is_settled_with_one_warning(caplog):
     silent = [{"lora_pro_mode": "rite", "max_grad_norm": 0.0}, {"lora_pro_mode": "rite", "lora_pro": False}, {}]
     found = [LoRAProTrainingArguments(output_dir="unused", **settings).max_grad_norm for settings in silent]
     assert found == [0.0, 1.0, 1.0] and not warnings_of(caplog)
+    monkeypatch.setenv("RANK", "1")  # rank 0 tells
+    assert OtherDefault(output_dir="unused", lora_pro_mode="rite").max_grad_norm == 0 and not warnings_of(caplog)
 
 
 def test_another_max_grad_norm_is_refused():

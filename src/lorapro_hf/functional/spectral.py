@@ -127,6 +127,6 @@ def spectral_direction(
     for _ in range(iterations):
         polar = row_basis(N, rtol)
         N = polar.vectors @ polar.rows
-        N[..., r:, r:] = 0
+        N[..., r:, r:].zero_()
     N = N * (LENGTH * max(a.shape[-1], b.shape[-1]) ** 0.5)
     return SpectralDirection(N[..., :r, :r], N[..., :r, r:] @ of_a.rows, N[..., r:, :r].mT @ of_b.rows, bases)

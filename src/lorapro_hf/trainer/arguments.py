@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -151,16 +152,17 @@ def settle_max_grad_norm(args: TrainingArguments, config: LoRAProConfig) -> None
     """
     if rule_of(config).takes_clipped_gradients or not args.max_grad_norm:
         return
-    if args.max_grad_norm != TrainingArguments.max_grad_norm:
+    if args.max_grad_norm != type(args).max_grad_norm:  # not the default of its class
         raise ValueError(
             f"max_grad_norm={args.max_grad_norm:g} clips the raw gradients of the factors, after which a step of mode "
             f"{config.mode!r} depends on how B A is split. Set max_grad_norm=0: the mode has limits of its own."
         )
-    logger.warning(
-        "max_grad_norm is 0 instead of its default %g, since mode %r has limits of its own.",
-        args.max_grad_norm,
-        config.mode,
-    )
+    if os.environ.get("RANK", "0") == "0":  # one of several processes tells
+        logger.warning(
+            "max_grad_norm is 0 instead of its default %g, since mode %r has limits of its own.",
+            args.max_grad_norm,
+            config.mode,
+        )
     args.max_grad_norm = 0.0
 
 

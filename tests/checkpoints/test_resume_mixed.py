@@ -179,13 +179,15 @@ def test_an_older_checkpoint_is_accepted_and_that_is_said_once(
     ]
 
 
-def test_a_training_that_started_from_weights_alone_goes_on(copy: Path) -> None:
+def test_a_training_that_started_from_weights_alone_goes_on(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in (OPTIMIZER, SCHEDULER, RNG):
         (copy / "checkpoint-4" / name).unlink()
     fresh(copy, lr_scheduler_type="constant").train(resume_from_checkpoint=str(older(copy / "checkpoint-4")))
     again = fresh(copy, max_steps=8)
+    caplog.clear()
     again.train(resume_from_checkpoint=str(older(copy / "checkpoint-6")))
     assert again.state.global_step == 8
+    assert "its optimizer and schedule count 2 of 6 steps, as after a start from weights alone." in caplog.text
 
 
 def skip(content: dict[str, Any], steps: int) -> None:

@@ -132,7 +132,8 @@ def _find_mixture(folder: Path, checksums: bool) -> str | None:
 
 def _find_new_name(folder: Path, step: int) -> str | None:
     """Whether a checkpoint was renamed; the name decides which is the newest, and which `Trainer` deletes."""
-    if re.fullmatch(NAME, folder.name) is None or folder.name == f"checkpoint-{step}":
+    named = re.fullmatch(NAME, folder.name)
+    if named is None or int(named[1]) == step:
         return None
     return f"it is of step {step}, although the folder is named {folder.name}: rename it to checkpoint-{step}"
 

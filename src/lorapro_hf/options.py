@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib.util
+import os
 import re
+import sys
+from pathlib import Path
 
 from lorapro_hf.utils.extras import install_command
 
+STOPPED = 130  # the exit code after Ctrl-C: 128 and the number of SIGINT, as in a shell
 _FULL_NUMBERS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # the messages of safetensors and torch for a full disk
 _FULL_WORDS = re.compile(
@@ -36,6 +40,13 @@ def is_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in _FULL_NUMBERS:
         return True
     return _FULL_WORDS.search(str(error)) is not None
+
+
+def say_stopped(way_on: str = "") -> None:
+    """Print that Ctrl-C stopped the program, on the first of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        way_on = way_on or "Nothing has been trained yet: the same command starts anew."
+        print(f"{Path(sys.argv[0]).name}: stopped by Ctrl-C. {way_on}", file=sys.stderr)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from engine_checkpoints import DATA, ENGINES, META, STATES, STEP, ZERO2, ZERO3, plant, train, written
 from grids import rest_slow
 from lorapro_hf import create_lorapro_optimizer
+from lorapro_hf.checkpoints.adapters import saving_error
 from lorapro_hf.checkpoints.engines import (
     DDP,
     FULL,
@@ -216,6 +217,13 @@ def test_the_number_of_a_rank_may_be_anything(made: Made):
     folder = made(SHARDED)
     shutil.copy(folder / DATA, folder / "optimizer_0" / "__999999999999_0.distcp")
     assert find_flaw(folder) == "rng_state_2.pth is missing"
+
+
+def test_a_damaged_save_is_named_with_the_remedy(made: Made):
+    folder = made(SHARDED)
+    (folder / "pytorch_model_fsdp_0" / ".metadata").write_bytes(b"\x80\x04cut")
+    message = str(saving_error(folder, tiny_lora()))
+    assert "pytorch_model_fsdp_0/.metadata cannot be read" in message and "save again" in message
 
 
 @pytest.mark.parametrize(

@@ -179,13 +179,15 @@ def test_an_older_checkpoint_is_accepted_and_that_is_said_once(
     ]
 
 
-def test_a_training_that_started_from_weights_alone_goes_on(copy: Path) -> None:
+def test_a_training_that_started_from_weights_alone_goes_on(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in (OPTIMIZER, SCHEDULER, RNG):
         (copy / "checkpoint-4" / name).unlink()
     fresh(copy, lr_scheduler_type="constant").train(resume_from_checkpoint=str(older(copy / "checkpoint-4")))
     again = fresh(copy, max_steps=8)
+    caplog.clear()
     again.train(resume_from_checkpoint=str(older(copy / "checkpoint-6")))
     assert again.state.global_step == 8
+    assert "its optimizer and schedule count 2 of 6 steps, as after a start from weights alone." in caplog.text
 
 
 def skip(content: dict[str, Any], steps: int) -> None:
@@ -338,16 +340,27 @@ def test_a_complete_one_of_another_training_is_not_passed_over(copy: Path) -> No
         fresh(copy, lora_pro_mode="full").train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("is_cut", [False, True])
 def test_after_an_end_in_the_first_save_the_training_starts_anew(
-    complete: tuple[Path, dict[str, torch.Tensor]], copy: Path, caplog: pytest.LogCaptureFixture
+    complete: tuple[Path, dict[str, torch.Tensor]], copy: Path, caplog: pytest.LogCaptureFixture, is_cut: bool
 ) -> None:
     for folder in copy.glob("checkpoint-*"):
         (folder / STATE).unlink()
+        if is_cut:  # in the last file before the manifest
+            (folder / STATE).write_text('{"best_global_step": nu')
+            (folder / MANIFEST).unlink()
     trainer = fresh(copy)
     trainer.train(resume_from_checkpoint=True)
     assert_same(factors(trainer), complete[1])
     said = [each.getMessage() for each in caplog.records if "passed over" in each.getMessage()]
     assert len(said) == 3 and all(line.endswith(". The training starts anew.") for line in said)
+
+
+def test_damage_after_a_save_is_no_end_in_it(copy: Path) -> None:
+    for folder in copy.glob("checkpoint-*"):
+        (folder / STATE).write_text("")
+    with pytest.raises(ValueError, match=rf"none of its checkpoints is complete.*{STATE} is cut off or damaged"):
+        fresh(copy).train(resume_from_checkpoint=True)
 
 
 def test_without_a_complete_one_it_is_said_what_to_do(copy: Path, tmp_path: Path) -> None:

@@ -379,7 +379,7 @@ def test_a_worker_is_that_of_accelerate_and_trainer_sees_one_process(monkeypatch
 def test_processes_share_the_runs_out(tmp_path: Path) -> None:
     chosen = settings(tmp_path, seeds=[0, 1, 2], methods={"lora": [1e-3, 1e-2], "dora": [1e-2]})
     sweeps = [Sweep(chosen, Worker(index, 2), CPU, Console(quiet=True)) for index in range(2)]
-    keys = [{run.key for run in sweep.pending()} for sweep in sweeps]
+    keys = [{run.key for run in sweep.announced()} for sweep in sweeps]
     assert not keys[0] & keys[1] and len(keys[0] | keys[1]) == 9
 
 

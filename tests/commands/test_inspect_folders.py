@@ -256,6 +256,7 @@ OUTPUTS: dict[str, tuple[str, Callable[[Path], None], str]] = {
         PASSES_OVER,
     ),
     "none complete": ("plain", lambda f: remove(f, *SAVED_AT_END, "*/optimizer.pt"), REFUSED),
+    "none complete, trained to the end": ("plain", lambda f: remove(f, "*/optimizer.pt"), REFUSED),
     "none finished": ("plain", lambda f: remove(f, *SAVED_AT_END, f"*/{STATE}"), STARTS_ANEW),
 }
 

@@ -17,6 +17,7 @@ from accelerate import DistributedType, PartialState
 from accelerate.commands import launch
 from packaging.version import Version
 from peft import get_peft_model_state_dict
+from torch.distributed.fsdp import StateDictType
 from transformers import Trainer
 
 from lorapro_hf import LoRAProCallback, LoRAProOptimizerFactory, LoRAProTrainer, LoRAProTrainingArguments
@@ -52,6 +53,8 @@ def train(folder: Path, ranks: int = 1, resume: Path | None = None, **settings: 
     trainer = build(LoRAProTrainer, args, model=tiny_lora(modules_to_save=["lm_head"]))
     trainer.train(resume_from_checkpoint=resume and str(resume))
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and not args.lora_pro:  # the parent saves no whole model while checkpoints are sharded
+        plugin.state_dict_type = StateDictType.FULL_STATE_DICT
     trainer.save_model()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {

@@ -213,6 +213,14 @@ def test_splits_of_a_saved_data_set_are_chosen_by_name() -> None:
         load_splits(DataArguments(dataset_name="saved", train_split="train[:1]"), training)
 
 
+def test_a_saved_data_set_that_was_cut_off_is_named() -> None:
+    Dataset.from_list([{"text": "one" * 100}] * 500).save_to_disk("saved")
+    (file,) = Path("saved").glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:-2000])
+    with pytest.raises(UsageError, match="--dataset_name saved: "):
+        load_splits(DataArguments(dataset_name="saved"), TrainingArguments("out", do_train=True, use_cpu=True))
+
+
 @pytest.mark.parametrize(("name", "value"), [("max_train_samples", 0), ("preprocessing_num_workers", -3)])
 def test_counts_that_are_not_positive_are_refused(name: str, value: int) -> None:
     with pytest.raises(UsageError, match=f"--{name} {value} must be positive"):

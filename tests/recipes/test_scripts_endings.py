@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import re
 import runpy
 import shutil
@@ -164,7 +165,7 @@ def test_ctrl_c_says_how_to_go_on_and_so_it_does(
         code, line = ending(capsys)
     said = "To go on from out/checkpoint-2, give the same command with --resume_from_checkpoint true."
     assert (code, line) == (130, f"run_clm.py: stopped by Ctrl-C. {said}")
-    script("run_clm.py").main([*SETTINGS, "--output_dir", "out", "--resume_from_checkpoint", "out/checkpoint-2"])
+    script("run_clm.py").main([*SETTINGS, "--output_dir", "out", "--resume_from_checkpoint", "true"])
     for name, values in factors(whole).items():
         assert values.equal(factors(folder / "out")[name]), name
 
@@ -200,6 +201,20 @@ def test_ctrl_c_before_the_training_is_said_by_one_process(
         raise KeyboardInterrupt
     assert end.value.code == 130
     assert capsys.readouterr().err.count("Nothing has been trained yet") == said
+
+
+@pytest.mark.parametrize(
+    ("rank", "said"), [("0", "run.py: stopped by Ctrl-C. Nothing has been trained yet"), ("1", "")]
+)
+def test_ctrl_c_while_libraries_are_imported_is_one_line(rank: str, said: str, tmp_path: Path) -> None:
+    library = "import os, signal\nsignal.signal(2, signal.default_int_handler)\nos.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / "library.py").write_text(library + "signal.pause()")
+    (tmp_path / "run.py").write_text("import lorapro_hf.recipes.quiet\nimport library")
+    environment = {**os.environ, "RANK": rank}
+    command = [sys.executable, "run.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
 
 
 # A full disk

@@ -194,7 +194,12 @@ def _files(folder: Path, model: nn.Module, place: str) -> Iterator[_File]:
         shapes = {name.removeprefix(place): shape for name, shape in tensor_shapes(whole).items()}
         yield _File(whole, shapes, active, ())
     if shards.is_dir():
-        entries = read_metadata(shards / ".metadata").state_dict_metadata.items()
+        try:
+            entries = read_metadata(shards / ".metadata").state_dict_metadata.items()
+        except ValueError as error:
+            raise ValueError(
+                f"{shards / '.metadata'} cannot be read ({error}). Look at the disk, and save again."
+            ) from error
         sizes = {name.removeprefix("model."): list(entry.size) for name, entry in entries if hasattr(entry, "size")}
         shapes = {name.removeprefix(place): size for name, size in sizes.items()}
         yield _File(shards, shapes, active, {str(model.active_adapter)} if is_peft_model(model) else ())

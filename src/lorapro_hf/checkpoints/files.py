@@ -142,6 +142,15 @@ def find_disagreement(folder: Path) -> str | None:
     return None
 
 
+def steps_behind(folder: Path) -> str | None:
+    """How far optimizer or schedule are behind the training; `None` if they are not, or may be, see above."""
+    step, scheduled = read_global_step(folder), _scheduled(folder)
+    counted = min(_optimized(folder)[1], math.inf if scheduled is None else scheduled)
+    if counted >= step or (folder / SCALER).is_file():
+        return None
+    return f"optimizer and schedule count {counted:g} of {step} steps, as after a start from weights alone"
+
+
 def _scheduled(folder: Path) -> int | None:
     """The steps of one of torch's schedules; `None` for a schedule that may count something else, such as losses."""
     state = _read_scheduler_state(folder / SCHEDULER) if (folder / SCHEDULER).is_file() else {}

@@ -20,6 +20,7 @@ from lorapro_hf.checkpoints.files import (
     STATE,
     find_damage,
     find_disagreement,
+    read_global_step,
 )
 from lorapro_hf.checkpoints.loading import require_adapters
 from lorapro_hf.checkpoints.manifest import MANIFEST, find_change, read_manifest
@@ -94,7 +95,7 @@ def find_flaw(folder: Path, checksums: bool = True) -> str | None:
     """
     if not folder.is_dir():
         return "there is no such folder"
-    if not _is_finished(folder):
+    if not (folder / STATE).is_file():
         return f"{STATE} is missing, which is written last, so that the checkpoint was not finished"
     try:
         flaw = find_damage(folder) or engine_flaw(folder) or _find_mixture(folder, checksums)
@@ -114,7 +115,14 @@ def _with_remedy(folder: Path, flaw: str | None) -> str | None:
 
 
 def _is_finished(folder: Path) -> bool:
-    return (folder / STATE).is_file()
+    """Whether a save came to its end: the state is written last but for the manifest, and a kill may cut it off."""
+    try:
+        read_global_step(folder)
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return (folder / MANIFEST).is_file()
+    return True
 
 
 def _find_mixture(folder: Path, checksums: bool) -> str | None:
@@ -132,7 +140,8 @@ def _find_mixture(folder: Path, checksums: bool) -> str | None:
 
 def _find_new_name(folder: Path, step: int) -> str | None:
     """Whether a checkpoint was renamed; the name decides which is the newest, and which `Trainer` deletes."""
-    if re.fullmatch(NAME, folder.name) is None or folder.name == f"checkpoint-{step}":
+    named = re.fullmatch(NAME, folder.name)
+    if named is None or int(named[1]) == step:
         return None
     return f"it is of step {step}, although the folder is named {folder.name}: rename it to checkpoint-{step}"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from weakref import ReferenceType, ref
 
@@ -146,14 +146,17 @@ class PairOwnership:
         """Store the new factors of all pairs on all ranks, at the end of a step."""
         self._progress = _NOT_BEGUN
         if self.group is not None:
+            new = dict(zip(self._owned_ids, self.factors, strict=True))
             for indices, owners in zip(self.alike, self.owners, strict=True):
-                self._publish_alike(self.group, indices, owners)
+                self._publish_alike(self.group, indices, owners, new)
         elif not self.access.in_place:
             parameters = [factor for pair in self.owned for factor in (pair.A, pair.B)]
             self.access.store(parameters, [value for factors in self.factors for value in factors])
 
-    def _publish_alike(self, group: dist.ProcessGroup, indices: list[int], owners: list[int]) -> None:
-        first, new = self.pairs[indices[0]], dict(zip(self._owned_ids, self.factors, strict=True))
+    def _publish_alike(
+        self, group: dist.ProcessGroup, indices: list[int], owners: list[int], new: Mapping[int, tuple[Tensor, Tensor]]
+    ) -> None:
+        first = self.pairs[indices[0]]
         sizes = first.shape_A.numel(), first.shape_B.numel()
         of_rank = [[i for i, owner in zip(indices, owners, strict=True) if owner == rank] for rank in range(self.size)]
         dtype = torch.promote_types(self.access.dtype(first.A), self.access.dtype(first.B))

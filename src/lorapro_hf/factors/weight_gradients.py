@@ -114,7 +114,7 @@ def _gradients(
             if group is None:
                 raise
             failure = error
-        if group is not None and (errors := errors_of_ranks(failure, group)):
+        if group is not None and (errors := errors_of_ranks(failure, group, layers[0].pairs[0].A.device)):
             raise failure or RuntimeError(f"no gradient was computed: {errors}")
         _average(recordings, count, group)
         for layer in layers:

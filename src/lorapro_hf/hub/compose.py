@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -166,5 +167,6 @@ def _picture(log_history: Sequence[Mapping[str, Any]], file: Path, reported: set
 
 def _versions(with_trl: bool) -> dict[str, str]:
     """Return versions by name; PEFT writes its own line in the same form, so that it does not add another."""
+    with_trl = with_trl and find_spec("trl") is not None  # another library's name of a trainer may look like TRL's
     packages = {name: package for name, package in _VERSIONS.items() if with_trl or name != "TRL"}
     return {**{name: version(package) for name, package in packages.items()}, "lorapro_hf": __version__}

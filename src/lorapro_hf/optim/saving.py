@@ -36,7 +36,7 @@ class SavedPairs(FiniteChecks):
         Until the next step `state_dict()` on that rank is then whole and needs no other rank.
 
         Raises:
-            RuntimeError: another rank has ended, or does not call this within the limit of the process group.
+            RuntimeError: another rank does not call this within the limit of the process group.
             ValueError: a parameter or its state holds NaN or Inf.
         """
         ownership = self._current_ownership()
@@ -55,7 +55,7 @@ class SavedPairs(FiniteChecks):
         `pair_state()` instead.
 
         Raises:
-            RuntimeError: another rank has ended, or does not call this within the limit of the process group.
+            RuntimeError: another rank does not call this within the limit of the process group.
             ValueError: a parameter or its state holds NaN or Inf.
         """
         self._settle_skipped()

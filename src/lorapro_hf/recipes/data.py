@@ -13,8 +13,8 @@ from datasets.exceptions import DatasetsError
 from transformers import TrainingArguments
 from transformers.hf_argparser import HfArg
 
-from lorapro_hf.options import UsageError
-from lorapro_hf.recipes.endings import sought
+from lorapro_hf.options import UsageError, is_disk_full
+from lorapro_hf.recipes.endings import NotFetchedError, sought
 from lorapro_hf.recipes.files import fault_in, read_file, read_named
 
 _SPLITS = ("train", "validation", "test")
@@ -94,9 +94,11 @@ class DataArguments:
         try:
             with sought("the data set", name):
                 return read_named(name, self.dataset_config_name, wanted, cache_dir)
-        except UsageError:
+        except (UsageError, NotFetchedError):
             raise
-        except (DatasetsError, FileNotFoundError, ValueError, StopIteration) as error:
+        except (DatasetsError, OSError, ValueError, StopIteration) as error:
+            if is_disk_full(error):
+                raise
             if not (isinstance(error, ValueError) and _NO_SPLIT.search(str(error))):
                 raise UsageError(f"--dataset_name {name}: {fault_in(name, error)}") from error
             if wanted != split:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from lorapro_hf.checkpoints.resume import checkpoints_in, find_flaw
-from lorapro_hf.options import UsageError, is_disk_full
+from lorapro_hf.options import STOPPED, UsageError, is_disk_full, say_stopped
 from lorapro_hf.utils.extras import MissingExtraError
 
 _CANNOT_RESUME = "cannot resume from "  # how every refusal of `lorapro_hf.checkpoints.resume` begins
@@ -49,10 +48,8 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        if os.environ.get("RANK", "0") == "0":
-            way_on = str(error) or "Nothing has been trained yet: the same command starts anew."
-            print(f"{program}: stopped by Ctrl-C. {way_on}", file=sys.stderr)
-        raise SystemExit(130) from error
+        say_stopped(str(error))
+        raise SystemExit(STOPPED) from error
     except Exception as error:
         ending = _ending(error)
         if ending is None:
@@ -86,8 +83,10 @@ def way_on(arguments: TrainingArguments) -> str:
     checkpoints = checkpoints_in(output)
     complete = next((each for each in checkpoints if find_flaw(each, checksums=False) is None), None)
     if complete is not None:
-        return f"To go on from {complete}, give the same command with --resume_from_checkpoint true."
-    delete = "delete its checkpoints and " if checkpoints else ""
+        # without LoRA-Pro the newest folder is taken, complete or not
+        named = "true" if getattr(arguments, "lora_pro", True) or complete == checkpoints[0] else complete
+        return f"To go on from {complete}, give the same command with --resume_from_checkpoint {named}."
+    delete = f"delete {', '.join(each.name for each in checkpoints)} there and " if checkpoints else ""
     without = " without --resume_from_checkpoint" if arguments.resume_from_checkpoint else ""
     return f"{output} has no complete checkpoint: {delete}give the same command{without} to start anew."
 

@@ -16,7 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from lorapro_hf.checkpoints.adapters import require_pairs_in_checkpoint, saving_error
 from lorapro_hf.checkpoints.agreement import check_together, first_of_ranks, raise_on_all_ranks
 from lorapro_hf.checkpoints.engines import describe_engine, require_same_engine
-from lorapro_hf.checkpoints.files import OPTIMIZER, SCHEDULER
+from lorapro_hf.checkpoints.files import OPTIMIZER, SCHEDULER, steps_behind
 from lorapro_hf.checkpoints.manifest import MANIFEST, clear, write_manifest
 from lorapro_hf.checkpoints.resume import (
     checkpoints_in,
@@ -98,9 +98,10 @@ class CheckpointMixin(MethodsMixin, LoadingMixin):
             logger.warning(
                 "%s has no %s, which ends a save and lists its files: a plain Trainer or an earlier version has "
                 "written it, or the save was cut short just before. Only the kinds of the files and counts of steps "
-                "were compared.",
+                "were compared%s.",
                 folder,
                 MANIFEST,
+                f"; its {behind}" if (behind := steps_behind(folder)) else "",
             )
 
     def _has_fitting_state(self, folder: Path) -> bool:

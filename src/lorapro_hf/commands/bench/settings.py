@@ -136,7 +136,7 @@ class BenchSettings:
     rounds: int = option(5, "turns of each method", _HOW, type=at_least_one, metavar="N")
     repeats: int = option(3, "timed steps a turn", _HOW, type=at_least_one, metavar="N")
     seconds: float = option(3.0, "time for a method in each workload", _HOW, type=rate, metavar="S")
-    minutes: float = option(45.0, "begin nothing new after this", _HOW, type=rate, metavar="M")
+    minutes: float = option(45.0, "begin no new workload after this", _HOW, type=rate, metavar="M")
     autocast: bool | None = option(
         None,
         "training step under bf16 autocast (default: if the device has bf16 instructions)",

@@ -39,7 +39,7 @@ def _lorarite(model: nn.Module, lr: float, **settings: Any) -> Any:
 
     unknown = sorted(set(settings) - set(inspect.signature(LoRARite.__init__).parameters))
     if unknown:  # it would ignore them
-        raise UsageError(f"LoRARite does not know {unknown}")
+        raise UsageError(f"LoRARite does not know the settings {unknown}: leave them out.")
     # it takes the factors in the order A, B, A, B
     return LoRARite([factor for pair in find_lora_pairs(model) for factor in (pair.A, pair.B)], lr=lr, **settings)
 

@@ -106,15 +106,15 @@ class Store:
     def locked(self, index: int, warn: Callable[[str], None]) -> Iterator[None]:
         """Keep a second comparison out of the folder; raises `UsageError` if another process has the lock.
 
-        Every comparison has a process 0, so that two always meet. `warn` gets a line where the file system knows no
-        locks.
+        Every comparison has a process 0, so that two always meet. `warn` gets a line where the lock cannot be made.
         """
         lock = FileLock(self.folder / f".lock-{index}")
         try:
             lock.acquire(timeout=0)
         except Timeout:
             message = f"Another process is training into {str(self.folder)!r}."
-            raise UsageError(f"{message} Wait for its end, or choose another --output_dir.") from None
+            remedy = f"Wait for its end, choose another --output_dir, or delete {lock.lock_file} if none is running."
+            raise UsageError(f"{message} {remedy}") from None
         except (OSError, NotImplementedError) as error:
             warn(f"{self.folder} cannot be locked ({error}): make sure that no other comparison writes there.")
         try:

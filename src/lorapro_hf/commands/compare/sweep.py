@@ -55,7 +55,7 @@ class Sweep:
             levels = self._known_levels()
             if self.worker.index == 0:
                 self.store.write_sweep(self.settings, self.planned, levels)
-            pending = self.pending()
+            pending = self.announced()
             # the last tasks first, the first one stays loaded: a task that cannot be loaded is noticed at once
             for task in {run.task.name: run.task for run in reversed(pending)}.values():
                 loaded = self._load(task)
@@ -66,8 +66,8 @@ class Sweep:
             with progress_bars(self.console) as progress:
                 self._train(pending, progress)
 
-    def pending(self) -> list[PlannedRun]:
-        """The runs of this process that are still to do, which it announces."""
+    def announced(self) -> list[PlannedRun]:
+        """Say how many runs of this process are still to do, and return them."""
         done = self.store.records()
         failed = {key for key, record in done.items() if record.status == FAILED}
         again = failed if self.retry_failed else set()

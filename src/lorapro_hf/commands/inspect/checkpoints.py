@@ -58,8 +58,9 @@ def ways_on(checkpoint: Checkpoint) -> list[str]:
     if checkpoint.flaw is None:
         return []
     folder = Path(checkpoint.folder).resolve()
-    others = (each for each in checkpoints_in(folder.parent) if each != folder and find_flaw(each) is None)
-    if (newest := next(others, None)) is None:
+    beside = checkpoints_in(folder.parent)
+    others = (each for each in beside if each != folder and find_flaw(each) is None)
+    if folder not in beside or (newest := next(others, None)) is None:
         return ["There is no complete checkpoint beside it to resume from."]
     return [f"The newest complete checkpoint beside it is {newest}: resume from that one."]
 

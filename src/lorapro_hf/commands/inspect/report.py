@@ -122,7 +122,7 @@ class Checkpoint:
         optimizer: owner of the state: `"LoRA-Pro"`, `"another optimizer"`, `ENGINE` or `"none"`.
         settings: mode, dtype of the moments and master factors of LoRA-Pro, and the learning rate.
         has_manifest: whether the sizes and checksums of its files are known.
-        usable_weights: whether a new training could start from the adapter of an incomplete checkpoint.
+        usable_weights: whether a new training could start from its adapter although it is incomplete; not in the JSON.
     """
 
     folder: str
@@ -186,6 +186,9 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values, with counts and sums; the keys are the same in each version."""
         content = asdict(self)
+        for checkpoint in (content["checkpoint"], *content["checkpoints"]):
+            if checkpoint is not None:
+                del checkpoint["usable_weights"]
         for group, own in zip(content["pairs"], self.pairs, strict=True):
             group["count"] = own.count
         sums = {name: getattr(self, name) for name in ("pair_count", "ordinary_parameters", "is_trainable")}

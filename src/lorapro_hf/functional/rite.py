@@ -33,6 +33,7 @@ class RiteState(NamedTuple):
     M_B: Tensor  # (K, r, m)
     V_A: Tensor  # (K, r, r), float64 where the device has it: its square root is inverted
     V_B: Tensor  # (K, r, r)
+    steps: Tensor  # (K,)
     escape_A: Tensor | None = None  # (K,), in the dtype of V; `None` without an escape
     escape_B: Tensor | None = None
 
@@ -80,7 +81,6 @@ def rite_step(
     bases: Bases,
     gradient: Coordinates,
     scaling: Tensor,
-    steps: Tensor,
     state: RiteState,
     guards: RiteGuards,
     options: StepOptions,
@@ -95,8 +95,7 @@ def rite_step(
         bases: of both factors, `Bases(*row_bases([A, Bt], rtol))`.
         gradient: the equivalent gradient, from `gradient_coordinates`.
         scaling: s of each pair, `(K,)`.
-        steps: the steps of each pair, this one included, `(K,)`.
-        state: the moments.
+        state: the moments, and the steps of each pair with this one counted in.
         guards: against large gradients.
         options: see `StepOptions`; the step is linear.
     """
@@ -114,7 +113,7 @@ def rite_step(
         _Side(state.M_A, state.V_A, state.escape_A, bases.B),
         _Side(state.M_B, state.V_B, state.escape_B, bases.A),
     )
-    moved = [side.updated(g, steps, options) for side, g in zip(sides, (g_A, g_B), strict=True)]
+    moved = [side.updated(g, state.steps, options) for side, g in zip(sides, (g_A, g_B), strict=True)]
     h_A, h_Bt = (side.magnified(new.M) for side, new in zip(sides, moved, strict=True))
     new_A, new_Bt = linear_step(A, Bt, h_A, h_Bt, options)
     after = Bases(*row_bases([new_A, new_Bt], options.rtol))

@@ -63,7 +63,6 @@ class Rite(UpdateRule):
         factors, bases, coordinates = stepped_coordinates(read, state, options.rtol)
         escapes = (state["A", "escape"][:, 0], state["B", "escape"][:, 0]) if config.rite_escape else (None, None)
         kept = [state[side, name] for name in ("exp_avg", "exp_avg_sq") for side in "AB"]
-        moments = RiteState(*kept, *escapes)
+        moments = RiteState(*kept, read.stack.per_entry(state.steps), *escapes)
         guards = RiteGuards(config.rite_clip, config.rite_skip, options.shared_norm)
-        steps = read.stack.per_entry(state.steps)
-        return Rows(*rite_step(*factors, bases, coordinates, read.scaling, steps, moments, guards, options))
+        return Rows(*rite_step(*factors, bases, coordinates, read.scaling, moments, guards, options))

@@ -61,8 +61,15 @@ class Rite(UpdateRule):
         """The step of `rite_step`."""
         config = self.config
         factors, bases, coordinates = stepped_coordinates(read, state, options.rtol)
-        escapes = (state["A", "escape"][:, 0], state["B", "escape"][:, 0]) if config.rite_escape else (None, None)
-        kept = [state[side, name] for name in ("exp_avg", "exp_avg_sq") for side in "AB"]
-        moments = RiteState(*kept, read.stack.per_entry(state.steps), *escapes)
+        has_escape = config.rite_escape
+        moments = RiteState(
+            state["A", "exp_avg"],
+            state["B", "exp_avg"],
+            state["A", "exp_avg_sq"],
+            state["B", "exp_avg_sq"],
+            read.stack.per_entry(state.steps),
+            state["A", "escape"][:, 0] if has_escape else None,
+            state["B", "escape"][:, 0] if has_escape else None,
+        )
         guards = RiteGuards(config.rite_clip, config.rite_skip, options.shared_norm)
         return Rows(*rite_step(*factors, bases, coordinates, read.scaling, moments, guards, options))

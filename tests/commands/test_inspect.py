@@ -17,7 +17,7 @@ from lorapro_hf import LoRAProConfig, cli, create_lorapro_optimizer, find_lora_p
 from lorapro_hf.commands.inspect import costs, inspect_model
 from lorapro_hf.commands.inspect.costs import learning_rates, shares_of
 from lorapro_hf.commands.inspect.report import Request
-from lorapro_hf.commands.inspect.show import text
+from lorapro_hf.commands.inspect.show import _aligned, text
 from lorapro_hf.commands.inspect.sources import inspect_source
 from lorapro_hf.commands.inspect.tasks import TASKS
 from lorapro_hf.factors.pairs import survey_lora_pairs
@@ -411,3 +411,7 @@ def test_seventy_billion_parameters_need_no_weights(tmp_path: Path):
     report = inspect_source(Request(str(tmp_path), {"lora_r": 16}))
     assert report.base is not None and report.base.parameters == 70_553_706_496
     assert report.pair_parameters == 207_093_760
+
+
+def test_a_name_that_holds_the_separator_of_cells_stays_whole():
+    assert _aligned("base model | a | b\nparameters | 1\n") == "  base model  a | b\n  parameters  1\n"

@@ -40,7 +40,7 @@ def text(report: Report, every_pair: bool = False) -> str:
 
 def _aligned(table: str) -> str:
     """Rows of cells, separated by ` | `, as columns; those whose heading ends in `>` are numbers."""
-    columns = table.partition("\n")[0].count(" | ")
+    columns = min(line.count(" | ") for line in table.splitlines())  # a name in the last cell may hold the separator
     rows = [line.split(" | ", columns) for line in table.splitlines()]
     is_number = [cell.endswith(">") for cell in rows[0]]
     rows[0] = [cell.removesuffix(">") for cell in rows[0]]

@@ -1,0 +1,99 @@
+"""How are the C++ kernels for the CPU built, found and called?
+
+The sources lie beside this file. A C++ compiler builds them on first use, once for each machine type and version, into
+a folder of the user's cache. Without a compiler the same computations run in torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+# The order of sums is that of the source: the compiler may fuse a product and a sum, and nothing else.
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast")
+# By the instructions that torch uses on this machine.
+_INSTRUCTIONS = {
+    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
+    "AVX512": ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"),
+}
+_SECONDS = 300.0  # after which a compiler that hangs is given up
+
+
+@cache
+def native_kernels() -> ctypes.CDLL | None:
+    """The library of `*.cpp` of this folder, or `None` where it cannot be built or `LORAPRO_HF_NO_NATIVE=1` is set.
+
+    Built on Linux alone, where torch and compiler share one OpenMP library. The reason for `None` is logged once.
+    """
+    if os.environ.get("LORAPRO_HF_NO_NATIVE", "0") not in ("", "0") or not sys.platform.startswith("linux"):
+        return None
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
+    if compiler is None:
+        return _without("no C++ compiler was found")
+    try:
+        return ctypes.CDLL(str(_library(compiler)))
+    except subprocess.CalledProcessError as error:
+        return _without(f"{compiler} failed: {(error.stderr.strip().splitlines() or ['no message'])[0]}")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return _without(str(error))
+
+
+def address(tensor: Tensor | None) -> ctypes.c_void_p:
+    """Where the elements of a contiguous tensor begin; null for `None`."""
+    assert tensor is None or tensor.is_contiguous()
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _without(reason: str) -> None:
+    logger.warning(
+        "steps on this CPU run in torch, more slowly than in compiled kernels: %s. Install g++ or set CXX; "
+        "LORAPRO_HF_NO_NATIVE=1 hides this line.",
+        reason,
+    )
+
+
+def _library(compiler: str) -> Path:
+    sources = sorted(Path(__file__).parent.glob("*.cpp"))
+    command = [*compiler.split(), *_FLAGS, *_INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())]
+    version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True, check=True).stdout
+    of_all = hashlib.sha256(repr((command, version, torch.__version__)).encode())
+    for source in sources:
+        of_all.update(source.read_bytes())
+    folder = _folder()
+    library = folder / f"kernels-{of_all.hexdigest()[:16]}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built = Path(scratch) / library.name
+            subprocess.run(
+                [*command, *map(str, sources), "-o", str(built)],
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=_SECONDS,
+            )
+            built.replace(library)  # at once: other processes may build it too
+    return library
+
+
+def _folder() -> Path:
+    """The folder of the user's cache, or one of this process if that cannot be written."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorapro_hf"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="lorapro_hf-"))
+    return folder

@@ -41,28 +41,26 @@ def native_kernels() -> ctypes.CDLL | None:
     if os.environ.get("LORAPRO_HF_NO_NATIVE", "0") not in ("", "0") or not sys.platform.startswith("linux"):
         return None
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
-    if compiler is None:
-        return _without("no C++ compiler was found")
-    try:
-        return ctypes.CDLL(str(_library(compiler)))
-    except subprocess.CalledProcessError as error:
-        return _without(f"{compiler} failed: {(error.stderr.strip().splitlines() or ['no message'])[0]}")
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return _without(str(error))
+    reason = "no C++ compiler was found"
+    if compiler is not None:
+        try:
+            return ctypes.CDLL(str(_library(compiler)))
+        except subprocess.CalledProcessError as error:
+            reason = f"{compiler} failed: {(error.stderr.strip().splitlines() or ['no message'])[0]}"
+        except (OSError, subprocess.TimeoutExpired) as error:
+            reason = str(error)
+    logger.warning(
+        "steps on this CPU run in torch, more slowly than in compiled kernels: %s. Install g++ or set CXX; "
+        "LORAPRO_HF_NO_NATIVE=1 hides this line.",
+        reason,
+    )
+    return None
 
 
 def address(tensor: Tensor | None) -> ctypes.c_void_p:
     """Where the elements of a contiguous tensor begin; null for `None`."""
     assert tensor is None or tensor.is_contiguous()
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def _without(reason: str) -> None:
-    logger.warning(
-        "steps on this CPU run in torch, more slowly than in compiled kernels: %s. Install g++ or set CXX; "
-        "LORAPRO_HF_NO_NATIVE=1 hides this line.",
-        reason,
-    )
 
 
 def _library(compiler: str) -> Path:

@@ -20,10 +20,12 @@ from lorapro_hf.functional.bases import (
     Bases,
     Coordinates,
     compute_dtype,
+    coordinate_norms,
     factor_gradients_,
     gradient_coordinates,
     row_bases,
 )
+from lorapro_hf.kernels.native_steps import NativePairs, serves
 
 
 class Rows(NamedTuple):
@@ -55,6 +57,9 @@ class Stack:
         self.dtype, self.device = compute_dtype(A, B), A.device
         self.stored_dtypes = A.dtype, B.dtype
         self.packed = self.pairs[0].batch  # the entries of each pair
+        first = self.pairs[0]
+        (*_, r, n), (*_, m, _) = first.matrix_A(A).shape, first.matrix_B(B).shape
+        self.matrix_shape = r, m, n
         self._scalings: list[float] = []
         self._scaling = torch.empty(0)
 
@@ -95,17 +100,21 @@ class Stack:
         """Copies of the factors."""
         return self._read(self.factors)
 
-    def read_gradients(self) -> tuple[Rows, list[int] | None] | None:
-        """The gradients and the pairs that have some, `None` for all; `None` instead of both if no pair has any."""
-        gradients = [pair.gradients(*factors) for pair, factors in zip(self.pairs, self.factors, strict=True)]
-        pair_ids = [index for index, of_pair in enumerate(gradients) if of_pair is not None]
-        if not pair_ids:
-            return None
+    def gradients(self) -> list[tuple[Tensor, Tensor] | None]:
+        """The gradients of A and B of each pair, `None` for pairs without."""
+        return [pair.gradients(*factors) for pair, factors in zip(self.pairs, self.factors, strict=True)]
+
+    def read_gradients(self, gradients: Sequence[tuple[Tensor, Tensor] | None]) -> Rows:
+        """Copies of gradients; 0 for pairs without."""
         filled = [
             (torch.zeros_like(factors[0]), torch.zeros_like(factors[1])) if of_pair is None else of_pair
             for of_pair, factors in zip(gradients, self.factors, strict=True)
         ]
-        return self._read(filled), None if len(pair_ids) == len(self.pairs) else pair_ids
+        return self._read(filled)
+
+    def is_native(self) -> bool:
+        """Whether the compiled kernels of the CPU can step the pairs where they lie."""
+        return self.pairs[0].layout == "matrix" and all(serves(*factors) for factors in self.factors)
 
     def _read(self, tensors: Sequence[tuple[Tensor, Tensor]]) -> Rows:
         A, B = zip(*tensors, strict=True)
@@ -147,6 +156,25 @@ class Stack:
         return Rows(matrices_A, matrices_B.mT)
 
 
+class NativeGradient(NamedTuple):
+    """The input of a step in the compiled kernels, which read factors and gradients where they lie."""
+
+    stack: Stack
+    pair_ids: list[int] | None  # the pairs that have gradients, `None` for all
+    scaling: Tensor  # (K,)
+    native: NativePairs
+
+    def norms(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The norms of both coordinates and of their core, `(K,)` each."""
+        of_a, of_b, of_core = self.native.norms.to(self.stack.dtype).unbind(1)
+        return of_a, of_b, of_core
+
+    def largest_inverses(self) -> Tensor:
+        """The largest inverse of a singular value of A or of B, `(K,)`."""
+        singular = self.native.bases[:, :, -1].flatten(1)
+        return torch.where(singular != 0, 1 / singular, 0).amax(-1).to(self.stack.dtype)
+
+
 class StackGradient(NamedTuple):
     """The input of a step: a stack's factors, their bases and the equivalent gradient."""
 
@@ -156,6 +184,14 @@ class StackGradient(NamedTuple):
     factors: Rows
     bases: Bases
     coordinates: Coordinates
+
+    def norms(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The norms of both coordinates and of their core, `(K,)` each."""
+        return coordinate_norms(self.bases, self.coordinates)
+
+    def largest_inverses(self) -> Tensor:
+        """The largest inverse of a singular value of A or of B, `(K,)`."""
+        return torch.maximum(self.bases.A.inverse.amax(-1), self.bases.B.inverse.amax(-1))
 
     def products(self) -> tuple[Tensor, Tensor]:
         """`left` `(K, 2r, m)` and `right` `(K, 2r, n)` whose product `leftᵀ right` is the equivalent gradient."""
@@ -167,6 +203,9 @@ class StackGradient(NamedTuple):
         return Rows(*factor_gradients_(*self.bases, self.coordinates, self.scaling[:, None, None], x_mode))
 
 
+Gradient = StackGradient | NativeGradient
+
+
 @torch.no_grad()
 def read_stacks(stacks: Iterable[Stack], config: LoRAProConfig) -> list[StackGradient]:
     """The equivalent gradients of all stacks that have gradients.
@@ -175,16 +214,44 @@ def read_stacks(stacks: Iterable[Stack], config: LoRAProConfig) -> list[StackGra
         ValueError: a scaling is 0 or not finite.
         RuntimeError: a gradient is missing for one factor of a pair, or sparse.
     """
-    reached = [(stack, *has) for stack in stacks if (has := stack.read_gradients()) is not None]
+    reached = []
+    for stack in stacks:
+        gradients, pair_ids = _reached(stack)
+        if pair_ids != []:
+            reached.append((stack, stack.read_gradients(gradients), pair_ids))
     factors = [stack.read() for stack, _, _ in reached]
     bases = row_bases([rows for of_stack in factors for rows in of_stack], config.rtol)
     read = []
     both = map(Bases, bases[::2], bases[1::2])
-    for (stack, gradients, pair_ids), of_stack, own_bases in zip(reached, factors, both, strict=True):
+    for (stack, of_gradients, pair_ids), of_stack, own_bases in zip(reached, factors, both, strict=True):
         scaling = stack.scaling()
-        coordinates = gradient_coordinates(*own_bases, gradients.A, gradients.B, scaling[:, None, None])
+        coordinates = gradient_coordinates(*own_bases, of_gradients.A, of_gradients.B, scaling[:, None, None])
         read.append(StackGradient(stack, pair_ids, scaling, of_stack, own_bases, coordinates))
     return read
+
+
+@torch.no_grad()
+def read_natively(stacks: Iterable[Stack], config: LoRAProConfig) -> list[Gradient]:
+    """The same, with stacks that the compiled kernels serve left where they are."""
+    read: list[Gradient] = []
+    others = []
+    for stack in stacks:
+        if not stack.is_native():
+            others.append(stack)
+            continue
+        gradients, pair_ids = _reached(stack)
+        if pair_ids != []:
+            scaling = stack.scaling()
+            pairs = NativePairs(stack.factors, gradients, scaling, config.rtol)
+            read.append(NativeGradient(stack, pair_ids, scaling, pairs))
+    return [*read, *read_stacks(others, config)]
+
+
+def _reached(stack: Stack) -> tuple[list[tuple[Tensor, Tensor] | None], list[int] | None]:
+    """The gradients of all pairs, and the pairs that have some, `None` for all."""
+    gradients = stack.gradients()
+    pair_ids = [index for index, of_pair in enumerate(gradients) if of_pair is not None]
+    return gradients, None if len(pair_ids) == len(gradients) else pair_ids
 
 
 @contextmanager
@@ -202,11 +269,12 @@ def exact_arithmetic(stacks: Iterable[Stack | Tensor]) -> Iterator[None]:
         yield
 
 
-def global_norm(read: Sequence[StackGradient]) -> Tensor:
+def global_norm(read: Sequence[Gradient]) -> Tensor:
     """The 2-norm of all equivalent gradients together, a float32 or float64 scalar left on its device."""
     if not read:
         return torch.zeros(())
-    return torch.nn.utils.get_total_norm([x for each in read for x in each.coordinates])
+    parts = [each.coordinates if isinstance(each, StackGradient) else each.norms()[:2] for each in read]
+    return torch.nn.utils.get_total_norm([part for both in parts for part in both])
 
 
 def stacks_of(

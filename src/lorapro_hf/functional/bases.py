@@ -122,6 +122,13 @@ def gradient_coordinates(
     return Coordinates(a, outside_(b, basis_B))
 
 
+def coordinate_norms(bases: Bases, coordinates: Coordinates) -> tuple[Tensor, Tensor, Tensor]:
+    """The norms of both coordinates and of their common core `a Âᵀ`, `(K,)` each."""
+    a, b = coordinates
+    of_a, of_b, of_core = (torch.linalg.vector_norm(x, dim=(-2, -1)) for x in (a, b, a @ bases.A.rows.mT))
+    return of_a, of_b, of_core
+
+
 def outside_(rows: Tensor, basis: RowBasis) -> Tensor:
     """The part of `rows` `(K, r, k)` that is orthogonal to a basis; overwrites them."""
     return rows.baddbmm_(rows @ basis.rows.mT, basis.rows, alpha=-1)

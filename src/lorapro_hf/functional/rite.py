@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorapro_hf.functional.bases import Bases, Coordinates, RowBasis, row_bases, symmetric_eigh
+from lorapro_hf.functional.bases import Bases, Coordinates, RowBasis, coordinate_norms, row_bases, symmetric_eigh
 from lorapro_hf.functional.factor_steps import linear_step, select
 from lorapro_hf.functional.step_options import StepOptions
 
@@ -53,25 +53,23 @@ class RiteGuards:
     norm: Tensor | None = None
 
 
-def unmagnified_norms(bases: Bases, gradient: Coordinates, scaling: Tensor, skip: float = 0.0) -> tuple[Tensor, Tensor]:
+def unmagnified_norms(
+    norms: tuple[Tensor, Tensor, Tensor], scaling: Tensor, shape: tuple[int, int, int], skip: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """The norms `(K,)` of ḡ_A and of ḡ_B, 0 for those that are skipped.
 
     Args:
-        bases: of the factors.
-        gradient: the equivalent gradient, from `gradient_coordinates`.
+        norms: those of the coordinates of the equivalent gradient and of their core, `(K,)` each.
         scaling: s of each pair, `(K,)`.
+        shape: r, m and n.
         skip: as in `RiteGuards`.
     """
-    (a, b), s = gradient, scaling.abs()
-    core = a @ bases.A.rows.mT
-    norm_A = s * torch.linalg.vector_norm(a, dim=(-2, -1))
-    norm_B = s * torch.hypot(*(torch.linalg.vector_norm(part, dim=(-2, -1)) for part in (b, core)))
-    return _unskipped(norm_A, a, skip), _unskipped(norm_B, b, skip)
+    (of_a, of_b, of_core), s, (r, m, n) = norms, scaling.abs(), shape
+    return _unskipped(s * of_a, r * n, skip), _unskipped(s * torch.hypot(of_b, of_core), r * m, skip)
 
 
-def _unskipped(norm: Tensor, like: Tensor, skip: float) -> Tensor:
-    largest = skip * (like.shape[-2] * like.shape[-1]) ** 0.5
-    return torch.where(norm > largest, 0, norm) if skip else norm
+def _unskipped(norm: Tensor, count: int, skip: float) -> Tensor:
+    return torch.where(norm > skip * count**0.5, 0, norm) if skip else norm
 
 
 @torch.no_grad()
@@ -100,7 +98,8 @@ def rite_step(
         options: see `StepOptions`; the step is linear.
     """
     a, b = gradient
-    norms = unmagnified_norms(bases, gradient, scaling, guards.skip)
+    shape = (a.shape[-2], b.shape[-1], a.shape[-1])
+    norms = unmagnified_norms(coordinate_norms(bases, gradient), scaling, shape, guards.skip)
     clipped = torch.ones_like(scaling)
     if guards.clip:
         assert guards.norm is not None

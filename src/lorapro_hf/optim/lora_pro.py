@@ -14,7 +14,7 @@ from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.distributed.access import Access, local
 from lorapro_hf.distributed.ownership import PairOwnership
 from lorapro_hf.factors.pairs import LoRAPair
-from lorapro_hf.factors.stacks import StackGradient, exact_arithmetic, global_norm, read_stacks
+from lorapro_hf.factors.stacks import Gradient, exact_arithmetic, global_norm, read_natively, read_stacks
 from lorapro_hf.kernels.dense import fused_adamw
 from lorapro_hf.optim.rules import rule_of
 from lorapro_hf.optim.saving import SavedPairs
@@ -207,7 +207,7 @@ class LoRAProAdamW(SavedPairs):
         require_finite_rates(self._whole_groups)
         self._consolidated = None
         with exact_arithmetic(self._stacks):
-            self._step_all(ownership, read_stacks(self._stacks, self.config), others)
+            self._step_all(ownership, self._read(), others)
         ownership.publish()
         if ownership.size > 1:  # distributed checkpoints take an optimizer that has no state for one that has not begun
             for pair in self.pairs:
@@ -217,7 +217,10 @@ class LoRAProAdamW(SavedPairs):
         if is_time and not self._is_being_captured():
             self.first_steps.warn(self.checked_skipped_steps())
 
-    def _step_all(self, ownership: PairOwnership, read: list[StackGradient], others: Others) -> None:
+    def _read(self) -> list[Gradient]:
+        return list((read_natively if self.rule.steps_natively else read_stacks)(self._stacks, self.config))
+
+    def _step_all(self, ownership: PairOwnership, read: list[Gradient], others: Others) -> None:
         others = [(group, [p for p in own if p.grad is not None]) for group, own in others]
         gradients = [local(p.grad) for _, parameters in others for p in parameters if p.grad is not None]
         if any(gradient.is_sparse for gradient in gradients):
@@ -244,7 +247,7 @@ class LoRAProAdamW(SavedPairs):
             groups = (self._whole_groups[each.stack.groups[0]], self._whole_groups[each.stack.groups[1]])
             rule.take_step(each, state, groups, found_inf.to(each.stack.device), shared_norm)
 
-    def _measure(self, read: list[StackGradient], gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _measure(self, read: Sequence[Gradient], gradients: list[Tensor]) -> tuple[Tensor, Tensor]:
         """The norms to share with other ranks `(2,)`, and 1 if this rank must skip the step, else 0, 0-dim float32.
 
         The norms are those of the equivalent gradients and of `UpdateRule.shared_norm`. All three lie on the device of

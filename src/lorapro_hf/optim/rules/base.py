@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorapro_hf.config import TRUST_REGION, LoRAProConfig
 from lorapro_hf.factors.pairs import LoRAPair
-from lorapro_hf.factors.stacks import Rows, Stack, StackGradient, stacked
+from lorapro_hf.factors.stacks import Gradient, NativeGradient, Rows, Stack, StackGradient, stacked
 from lorapro_hf.functional.bases import Bases, compute_dtype, row_bases
 from lorapro_hf.functional.step_options import FactorDtypes, Group, Rates, StepOptions
 
@@ -186,6 +186,8 @@ class UpdateRule(ABC):
     """Whether learning rates of LoRA suit it, instead of those of full fine-tuning and upwards."""
     takes_clipped_gradients: ClassVar[bool] = True
     """Whether the raw gradients of the factors may be clipped together, as by `max_grad_norm`."""
+    steps_natively: ClassVar[bool] = False
+    """Whether `native_step` steps pairs that the compiled kernels of the CPU serve, in the place of `step`."""
     projects_gradients: ClassVar[bool] = False
     """Whether its linear step is AdamW along the projected gradients, so that a callback can serve any optimizer."""
 
@@ -210,6 +212,10 @@ class UpdateRule(ABC):
         """
 
     # ---- a rule may override these ----
+
+    def native_step(self, read: NativeGradient, state: StackState, options: StepOptions) -> None:
+        """Step the factors and the state of a stack in place, in compiled kernels; otherwise as `step`."""
+        raise NotImplementedError
 
     def check(self) -> None:
         """Raise a `ValueError` if a setting has no meaning for this rule."""
@@ -265,11 +271,11 @@ class UpdateRule(ABC):
         """The norm of gradients in a dtype beyond which second moments overflow and the step is left out."""
         return torch.finfo(dtype).max ** 0.5
 
-    def more_norms(self, read: Sequence[StackGradient], norm: Tensor) -> list[Tensor]:
+    def more_norms(self, read: Sequence[Gradient], norm: Tensor) -> list[Tensor]:
         """Further 0-dim norms to compare with `largest_norm`, beside the `norm` of the equivalent gradients."""
         return []
 
-    def shared_norm(self, read: Sequence[StackGradient]) -> Tensor | None:
+    def shared_norm(self, read: Sequence[Gradient]) -> Tensor | None:
         """A 0-dim norm over the stacks of this rank, if `step` needs that over all ranks as `options.shared_norm`."""
         return None
 
@@ -317,7 +323,7 @@ class UpdateRule(ABC):
 
     def take_step(
         self,
-        read: StackGradient,
+        read: Gradient,
         state: StackState,
         groups: tuple[Group, Group],
         found_inf: Tensor,
@@ -340,7 +346,10 @@ class UpdateRule(ABC):
             found_inf=found_inf,
             shared_norm=shared_norm,
         )
-        read.stack.write(self.step(read, state, options), read.pair_ids, state.masters)
+        if isinstance(read, NativeGradient):
+            self.native_step(read, state, options)
+        else:
+            read.stack.write(self.step(read, state, options), read.pair_ids, state.masters)
 
 
 def stepped_factors(read: StackGradient, state: StackState, rtol: float | None) -> tuple[Rows, Bases]:

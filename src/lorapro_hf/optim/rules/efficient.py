@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lorapro_hf.factors.pairs import LoRAPair
-from lorapro_hf.factors.stacks import Rows, StackGradient
+from lorapro_hf.factors.stacks import Gradient, NativeGradient, Rows, StackGradient
 from lorapro_hf.functional.bases import compute_dtype, row_basis
 from lorapro_hf.functional.factor_steps import change_through, select
 from lorapro_hf.functional.step_options import Group, Rates, StepOptions
 from lorapro_hf.kernels.dense import fused_adamw
 from lorapro_hf.optim.rules.base import StackState, StateSpec, UpdateRule
+from lorapro_hf.optim.rules.native import native_options, step_natively
 
 
 class Efficient(UpdateRule):
@@ -23,6 +23,7 @@ class Efficient(UpdateRule):
     has_trust_region = False
     takes_lora_rates = True
     projects_gradients = True
+    steps_natively = True
 
     def state_spec(self, pair: LoRAPair) -> list[StateSpec]:
         """Both moments of each factor."""
@@ -46,14 +47,16 @@ class Efficient(UpdateRule):
         keep_A, keep_B = (1 - group["lr"] * group["weight_decay"] for group in groups)
         return Rates(groups[0]["lr"], groups[1]["lr"], keep_A, keep_B)
 
-    def more_norms(self, read: Sequence[StackGradient], norm: Tensor) -> list[Tensor]:
+    def more_norms(self, read: Sequence[Gradient], norm: Tensor) -> list[Tensor]:
         """Bounds on the projected gradients; infinite where they may overflow."""
-        bounds = []
-        for each in read:
-            inverses = each.bases.A.inverse.amax(-1), each.bases.B.inverse.amax(-1)
-            stretch = torch.maximum(*inverses) / each.scaling.abs()
-            bounds.append(stretch.amax() * norm.to(stretch))
-        return bounds
+        stretches = [(each.largest_inverses() / each.scaling.abs()).amax() for each in read]
+        return [stretch * norm.to(stretch) for stretch in stretches]
+
+    def native_step(self, read: NativeGradient, state: StackState, options: StepOptions) -> None:
+        """AdamW in place along the projected gradients."""
+        step_natively(
+            self.name, read, state, options.active, *(native_options(options, group) for group in options.groups)
+        )
 
     def step(self, read: StackGradient, state: StackState, options: StepOptions) -> Rows:
         """AdamW in place, in the dtype of the moments and the layout of the parameters."""

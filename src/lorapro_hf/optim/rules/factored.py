@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from lorapro_hf.factors.pairs import LoRAPair
-from lorapro_hf.factors.stacks import Rows, StackGradient
+from lorapro_hf.factors.stacks import NativeGradient, Rows, StackGradient
 from lorapro_hf.functional.bases import compute_dtype
 from lorapro_hf.functional.factored import FactoredState, factored_step
 from lorapro_hf.functional.step_options import Group, StepOptions
 from lorapro_hf.optim.rules.base import PairState, RowsOf, StackState, StateSpec, UpdateRule, matrix_shapes
+from lorapro_hf.optim.rules.native import native_options, step_natively
 from lorapro_hf.optim.rules.tangent import first_moment, stepped_coordinates
 
 _LARGEST = 1e15  # the mode sums squares of gradients; beyond this norm the sums overflow in float32
@@ -21,6 +22,7 @@ class Factored(UpdateRule):
     """The factors step along Adam's direction of the weight, a product of rank 2r."""
 
     name = "factored"
+    steps_natively = True
 
     def state_spec(self, pair: LoRAPair) -> list[StateSpec]:
         """The first moment in the tangent space of the factors, and the column and row means of the second."""
@@ -51,6 +53,10 @@ class Factored(UpdateRule):
         )
         new = factored_step(*factors, bases, coordinates, read.scaling, moments, options)
         return Rows(new.A, new.Bt)
+
+    def native_step(self, read: NativeGradient, state: StackState, options: StepOptions) -> None:
+        """The same in place."""
+        step_natively(self.name, read, state, options.active, native_options(options))
 
     def intended_direction(self, gradient: RowsOf, A: Tensor, B: Tensor, state: PairState, group: Group) -> RowsOf:
         """Adam's direction from the stored moments."""

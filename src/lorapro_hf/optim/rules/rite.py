@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from lorapro_hf.factors.pairs import LoRAPair
-from lorapro_hf.factors.stacks import Rows, StackGradient
+from lorapro_hf.factors.stacks import Gradient, NativeGradient, Rows, StackGradient
 from lorapro_hf.functional.bases import compute_dtype
 from lorapro_hf.functional.rite import RiteGuards, RiteState, rite_step, unmagnified_norms
 from lorapro_hf.functional.step_options import StepOptions
 from lorapro_hf.optim.rules.base import StackState, StateSpec, UpdateRule, matrix_shapes
+from lorapro_hf.optim.rules.native import native_options, step_natively
 from lorapro_hf.optim.rules.tangent import stepped_coordinates
 
 
@@ -23,6 +24,7 @@ class Rite(UpdateRule):
     has_trust_region = False
     takes_lora_rates = True
     takes_clipped_gradients = False
+    steps_natively = True
 
     def check(self) -> None:
         """Refuse `update` and `x_mode` too: the direction of each factor is the rule's own."""
@@ -49,12 +51,12 @@ class Rite(UpdateRule):
                 specs.append(StateSpec("escape", side, (*A[:-2], 1), exact))
         return specs
 
-    def shared_norm(self, read: Sequence[StackGradient]) -> Tensor | None:
+    def shared_norm(self, read: Sequence[Gradient]) -> Tensor | None:
         """The norm of all gradients without the magnitude of the other factor, those left out that are skipped."""
         if not self.config.rite_clip or not read:
             return None
         skip = self.config.rite_skip
-        norms = [unmagnified_norms(each.bases, each.coordinates, each.scaling, skip) for each in read]
+        norms = [unmagnified_norms(each.norms(), each.scaling, each.stack.matrix_shape, skip) for each in read]
         return torch.nn.utils.get_total_norm([norm for both in norms for norm in both])
 
     def step(self, read: StackGradient, state: StackState, options: StepOptions) -> Rows:
@@ -73,3 +75,13 @@ class Rite(UpdateRule):
         )
         guards = RiteGuards(config.rite_clip, config.rite_skip, options.shared_norm)
         return Rows(*rite_step(*factors, bases, coordinates, read.scaling, moments, guards, options))
+
+    def native_step(self, read: NativeGradient, state: StackState, options: StepOptions) -> None:
+        """The same in place."""
+        config, clipped = self.config, 1.0
+        if config.rite_clip:
+            assert options.shared_norm is not None
+            clipped = min(1.0, config.rite_clip / float(options.shared_norm)) if options.shared_norm else 1.0
+        step_natively(
+            self.name, read, state, options.active, native_options(options, clipped=clipped, skip=config.rite_skip)
+        )

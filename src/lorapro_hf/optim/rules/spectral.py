@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from lorapro_hf.factors.pairs import LoRAPair
-from lorapro_hf.factors.stacks import Rows, StackGradient
+from lorapro_hf.factors.stacks import NativeGradient, Rows, StackGradient
 from lorapro_hf.functional.bases import compute_dtype
 from lorapro_hf.functional.spectral import LENGTH, SpectralState, spectral_step
 from lorapro_hf.functional.step_options import Group, StepOptions
 from lorapro_hf.optim.rules.base import PairState, RowsOf, StackState, StateSpec, UpdateRule, matrix_shapes
+from lorapro_hf.optim.rules.native import native_options, step_natively
 from lorapro_hf.optim.rules.tangent import first_moment, stepped_coordinates
 
 _BLOCK_ELEMENTS = 2**20  # of a matrix of the size of a weight that diagnostics form at a time
@@ -21,6 +22,7 @@ class Spectral(UpdateRule):
 
     name = "spectral"
     takes_lora_rates = True
+    steps_natively = True
 
     def state_spec(self, pair: LoRAPair) -> list[StateSpec]:
         """The first moment in the tangent space of the factors."""
@@ -36,6 +38,12 @@ class Spectral(UpdateRule):
         moments = SpectralState(state["A", "exp_avg"], state["B", "exp_avg"])
         iterations = self.config.spectral_iterations
         return Rows(*spectral_step(*factors, bases, coordinates, read.scaling, moments, options, iterations))
+
+    def native_step(self, read: NativeGradient, state: StackState, options: StepOptions) -> None:
+        """The same in place."""
+        step_natively(
+            self.name, read, state, options.active, native_options(options, iterations=self.config.spectral_iterations)
+        )
 
     def intended_direction(self, gradient: RowsOf, A: Tensor, B: Tensor, state: PairState, group: Group) -> RowsOf:
         """The projected polar factor, from QR decompositions and a singular value decomposition."""

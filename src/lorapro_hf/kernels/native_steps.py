@@ -1,0 +1,119 @@
+"""How do pairs step in the C++ kernels of `steps.cpp`, in place and one after the other?
+
+The kernels serve whole float32 and float64 factors on a CPU. Their formulas are those of `lorapro_hf.functional`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorapro_hf.kernels.native import address, native_kernels
+
+# LAPACK decomposes larger matrices faster than the plain loops here.
+MAX_RANK = 64
+
+
+class _Stack(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("entries", "r", "m", "n", "threads")),
+        *((name, ctypes.c_void_p) for name in ("A", "B", "grad_A", "grad_B", "scaling")),
+        ("rtol", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("bases", "norms")),
+    ]
+
+
+class _Options(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_double) for name in ("lr_A", "lr_B", "keep_A", "keep_B", "trust_region")),
+        *((name, ctypes.c_double) for name in ("beta1", "beta2", "eps")),
+        *((name, ctypes.c_int64) for name in ("sequential", "x_mode", "iterations")),
+        *((name, ctypes.c_double) for name in ("clipped", "skip")),
+    ]
+
+
+class _State(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in ("first_A", "first_B", "second_A", "second_B", "escape_A", "escape_B", "steps", "active")
+    ]
+
+
+class NativePairs:
+    """K pairs of one shape, whose factors the kernels read and write where they lie.
+
+    Args:
+        factors: A `(r, n)` and B `(m, r)` of each pair, contiguous, all float32 or all float64.
+        gradients: shaped like the factors; `None` for pairs without.
+        scaling: `(K,)`.
+        rtol: as in `row_bases`.
+
+    Attributes:
+        bases: eigenvectors and singular values of A and of B, `(K, 2, r + 1, r)` float64; 0 without gradients.
+        norms: of both coordinates of the equivalent gradient and of their common core, `(K, 3)` float64.
+    """
+
+    def __init__(
+        self,
+        factors: Sequence[tuple[Tensor, Tensor]],
+        gradients: Sequence[tuple[Tensor, Tensor] | None],
+        scaling: Tensor,
+        rtol: float | None,
+    ) -> None:
+        (A, B), K = factors[0], len(factors)
+        r, n, m = A.shape[0], A[0].numel(), B.shape[0]
+        self.bases = torch.zeros(K, 2, r + 1, r, dtype=torch.float64)
+        self.norms = torch.zeros(K, 3, dtype=torch.float64)
+        self._scaling, self._suffix = scaling.double(), str(A.dtype).removeprefix("torch.")
+        self._factors = [factor for pair in factors for factor in pair]
+        # Kept as long as their addresses are in use: gradients of convolutions may lie in another order.
+        self._gradients = [
+            None if of_pair is None else tuple(grad.contiguous().to(A.dtype) for grad in of_pair)
+            for of_pair in gradients
+        ]
+        addresses = [
+            [A.data_ptr() for A, _ in factors],
+            [B.data_ptr() for _, B in factors],
+            *([0 if both is None else both[side].data_ptr() for both in self._gradients] for side in range(2)),
+        ]
+        self._addresses = torch.tensor(addresses)
+        self._stack = _Stack(
+            K, r, m, n, torch.get_num_threads(), *map(address, self._addresses), address(self._scaling),
+            -1.0 if rtol is None else rtol, address(self.bases), address(self.norms),
+        )  # fmt: skip
+        self._call("measure")
+
+    def step(self, rule: str, state: Mapping[str, Tensor | None], groups: Sequence[Mapping[str, Any]]) -> None:
+        """Step the active pairs in place.
+
+        Args:
+            rule: the mode.
+            state: the tensors of the state by the names of `LoraproState`; `steps` and `active` are `(K,)`.
+            groups: the options of the step by the names of `LoraproOptions`; in mode efficient a second entry for B.
+        """
+        options = (_Options * len(groups))(*(_Options(**group) for group in groups))
+        self._call(rule, ctypes.byref(_State(**{name: address(tensor) for name, tensor in state.items()})), options)
+        torch.autograd.graph.increment_version(self._factors)
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        library = native_kernels()
+        assert library is not None
+        getattr(library, f"lorapro_{name}_{self._suffix}")(ctypes.byref(self._stack), *arguments)
+
+
+def serves(A: Tensor, B: Tensor) -> bool:
+    """Whether the kernels can step a pair."""
+    return (
+        A.device.type == "cpu"
+        and A.dtype == B.dtype
+        and A.dtype in (torch.float32, torch.float64)
+        and 0 < A.shape[0] <= MAX_RANK
+        and min(A.numel(), B.numel()) > 0
+        and A.is_contiguous()
+        and B.is_contiguous()
+        and native_kernels() is not None
+    )

@@ -1,0 +1,636 @@
+// The steps of the rules whose state has the size of the factors, one pair after the other, each in the caches of its
+// thread. The formulas are those of `lorapro_hf.functional`, where they are derived; the names are the same.
+#include "rows.hpp"
+
+extern "C" {
+
+// Pairs of one shape; `native_steps.py` has the same fields in the same order.
+struct LoraproStack {
+    Index entries, r, m, n, threads;
+    const Index *A, *B, *grad_A, *grad_B;  // addresses of each pair's matrices (r, n) and (m, r); 0 without gradients
+    const double* scaling;
+    double rtol;    // negative for the default
+    double* bases;  // (entries, 2, r + 1, r): eigenvectors and singular values of A and of B
+    double* norms;  // (entries, 3): of a, of b, and of the core of the equivalent gradient
+};
+
+struct LoraproOptions {
+    double lr_A, lr_B, keep_A, keep_B, trust_region;  // 0 for no trust region
+    double beta1, beta2, eps;
+    Index sequential, x_mode, iterations;
+    double clipped, skip;
+};
+
+// The state of all pairs of a stack, and which of them step.
+struct LoraproState {
+    void *first_A, *first_B, *second_A, *second_B, *escape_A, *escape_B;
+    const float* steps;  // this step included
+    const bool* active;
+};
+
+}  // extern "C"
+
+namespace {
+
+constexpr double FRESH_START = 0.03;  // as in `functional.factor_steps`
+constexpr double LENGTH = 0.2;        // as in `functional.spectral`
+enum XMode : Index { ZERO, SYMMETRIC, SYLVESTER };
+
+using Stack = LoraproStack;
+using Options = LoraproOptions;
+
+// ---- one pair ----
+
+template <class T> struct Pair {
+    Arena& arena;
+    const Stack& stack;
+    const Index r, m, n;
+    const double s;
+    T *A, *B;          // as they are stored, (r, n) and (m, r)
+    T* Bt;             // (r, m)
+    Basis of_A, of_B;
+    T *left, *right;   // (2r, m) and (2r, n): [B^; b] and [a; A^], whose product is the equivalent gradient
+    T *rows_A, *rows_B, *a, *b;
+
+    Pair(Arena& arena, const Stack& stack, Index entry)
+        : arena(arena), stack(stack), r(stack.r), m(stack.m), n(stack.n), s(stack.scaling[entry]),
+          A(reinterpret_cast<T*>(stack.A[entry])), B(reinterpret_cast<T*>(stack.B[entry])), Bt(arena.take<T>(r * m)),
+          of_A(arena, r), of_B(arena, r), left(arena.take<T>(2 * r * m)), right(arena.take<T>(2 * r * n)),
+          rows_A(right + r * n), rows_B(left), a(right), b(left + r * m) {
+        transpose(Bt, B, m, r);
+    }
+
+    void find_bases() {
+        of_A = basis_of(arena, A, r, n, stack.rtol);
+        of_B = basis_of(arena, Bt, r, m, stack.rtol);
+    }
+
+    void load_bases(const double* kept) {
+        for (Basis* basis : {&of_A, &of_B}) {
+            std::copy_n(kept, r * r, basis->vectors.data);
+            std::copy_n(kept + r * r, r, basis->singular);
+            basis->fill();
+            kept += (r + 1) * r;
+        }
+    }
+
+    // The equivalent gradient in the bases of the factors; see `gradient_coordinates`.
+    void find_coordinates(Index entry) {
+        combine(arena, rows_A, transposed(arena, of_A.whitening), A, n);
+        combine(arena, rows_B, transposed(arena, of_B.whitening), Bt, m);
+        const T* grad_A = reinterpret_cast<const T*>(stack.grad_A[entry]);
+        T* grad_Bt = arena.take<T>(r * m);
+        transpose(grad_Bt, reinterpret_cast<const T*>(stack.grad_B[entry]), m, r);
+        combine(arena, a, scaled(arena, transposed(arena, of_B.whitening), 1 / s), grad_A, n);
+        combine(arena, b, scaled(arena, transposed(arena, of_A.whitening), 1 / s), grad_Bt, m);
+        leave_columns_of_B(b);
+    }
+
+    // Removes the part of rows (r, m) that lies in the column space of B.
+    void leave_columns_of_B(T* rows) {
+        combine(arena, rows, scaled(arena, cross(arena, rows, r, rows_B, r, m), -1), rows_B, m, true);
+    }
+
+    Matrix core() { return cross(arena, a, r, rows_A, r, n); }
+};
+
+// Runs `work` on each pair that has gradients and, if given, is active; threads take pairs as they come.
+template <class T, class Work> void for_each_pair(const Stack& stack, const bool* active, Work work) {
+#pragma omp parallel num_threads(int(stack.threads))
+    {
+        Arena arena;
+#pragma omp for schedule(dynamic, 1)
+        for (Index entry = 0; entry < stack.entries; ++entry) {
+            if (stack.grad_A[entry] == 0 || (active != nullptr && !active[entry])) continue;
+            arena.reset();
+            Pair<T> pair(arena, stack, entry);
+            work(pair, entry);
+        }
+    }
+}
+
+template <class T> void measure(const Stack& stack) {
+    const Index r = stack.r;
+    for_each_pair<T>(stack, nullptr, [&](Pair<T>& pair, Index entry) {
+        pair.find_bases();
+        double* kept = stack.bases + entry * 2 * (r + 1) * r;
+        for (const Basis* basis : {&pair.of_A, &pair.of_B}) {
+            kept = std::copy_n(basis->vectors.data, r * r, kept);
+            kept = std::copy_n(basis->singular, r, kept);
+        }
+        pair.find_coordinates(entry);
+        const Matrix core = pair.core();
+        double* norms = stack.norms + 3 * entry;
+        norms[0] = std::sqrt(square_sum(pair.a, r * stack.n));
+        norms[1] = std::sqrt(square_sum(pair.b, r * stack.m));
+        norms[2] = std::sqrt(inner(core, core));
+    });
+}
+
+// ---- from a direction to new factors ----
+
+template <class T> struct Factors {
+    T *A, *Bt;
+};
+
+// Directions of the factors whose coordinates are a and b, which are overwritten; see `factor_gradients_`.
+template <class T> Factors<T> factor_gradients(Pair<T>& pair, T* a, T* b, Index x_mode) {
+    Arena& arena = pair.arena;
+    Matrix core = cross(arena, a, pair.r, pair.rows_A, pair.r, pair.n);
+    for (Index i = 0; i < pair.r; ++i)
+        for (Index j = 0; j < pair.r; ++j) {
+            const double tau = pair.of_A.singular[j], length = std::hypot(tau, pair.of_B.singular[i]);
+            const double ratio = length > 0 ? tau / length : length * 0;
+            core(i, j) *= x_mode == ZERO ? 0 : x_mode == SYMMETRIC ? 0.5 : ratio * ratio;
+        }
+    combine(arena, a, scaled(arena, core, -1), pair.rows_A, pair.n, true);
+    combine(arena, b, transposed(arena, core), pair.rows_B, pair.m, true);
+    return {combined(arena, scaled(arena, pair.of_B.whitening, 1 / pair.s), a, pair.n),
+            combined(arena, scaled(arena, pair.of_A.whitening, 1 / pair.s), b, pair.m)};
+}
+
+template <class T> void scale(T* values, Index count, double factor) {
+    for (Index i = 0; i < count; ++i) values[i] *= T(factor);
+}
+
+// `step += keep * factor`.
+template <class T> void settle(T* step, const T* factor, double keep, Index count) {
+    for (Index i = 0; i < count; ++i) step[i] += T(keep) * factor[i];
+}
+
+double kept_fraction(double asked, double allowed) { return asked > allowed ? std::sqrt(allowed / asked) : 1; }
+
+// New factors after a step along h, which they overwrite; see `linear_step`.
+template <class T> Factors<T> linear_step(Pair<T>& pair, Factors<T> h, const Options& o) {
+    const Index r = pair.r, m = pair.m, n = pair.n;
+    Arena& arena = pair.arena;
+    scale(h.A, r * n, -o.lr_A), scale(h.Bt, r * m, -o.lr_B);
+    if (o.trust_region > 0) {
+        const Matrix square_A = gram(arena, h.A, r, n), square_B = gram(arena, h.Bt, r, m);
+        const Matrix across_A = exact_cross(arena, h.A, r, pair.A, r, n);
+        const Matrix across_B = exact_cross(arena, h.Bt, r, pair.Bt, r, m);
+        double first_order = o.keep_A * o.keep_A * inner(square_B, gram(arena, pair.A, r, n));
+        first_order += o.keep_B * o.keep_B * inner(gram(arena, pair.Bt, r, m), square_A);
+        first_order += 2 * o.keep_A * o.keep_B * inner(across_B, transposed(arena, across_A));
+        const double allowed = o.trust_region * o.trust_region * std::max(first_order, 0.0);
+        const double kept = kept_fraction(inner(square_B, square_A), allowed);
+        const bool is_fresh = kept < FRESH_START * o.trust_region;
+        scale(h.A, r * n, is_fresh ? 0 : kept), scale(h.Bt, r * m, is_fresh ? 1 : kept);
+    }
+    settle(h.A, pair.A, o.keep_A, r * n), settle(h.Bt, pair.Bt, o.keep_B, r * m);
+    return h;
+}
+
+// The same after a sequential step; see `spend_direction`. `through_A(W)` gives rows (r, m), and
+// `rest_through_B(W, rows)` rows (r, n) for rows (r, m) of the basis of the new B.
+template <class T, class ThroughA, class RestThroughB>
+Factors<T> spend_direction(Pair<T>& pair, ThroughA through_A, RestThroughB rest_through_B, const Options& o) {
+    const Index r = pair.r, m = pair.m, n = pair.n;
+    Arena& arena = pair.arena;
+    const double kept_s = pair.s * o.keep_A, moved = kept_s != 0 ? o.lr_B / kept_s : 0;
+    T* new_Bt = through_A(scaled(arena, pair.of_A.whitening, -moved));
+    const Matrix square_B = gram(arena, new_Bt, r, m);
+    settle(new_Bt, pair.Bt, o.keep_B, r * m);
+    const Basis basis = basis_of(arena, new_Bt, r, m, pair.stack.rtol);
+    const T* rows = combined(arena, transposed(arena, basis.whitening), new_Bt, m);
+    T* new_A = rest_through_B(scaled(arena, basis.whitening, -o.lr_A / pair.s), rows);
+    if (o.trust_region > 0) {
+        const Matrix square_A = gram(arena, new_A, r, n);
+        const double of_A = o.trust_region * o.keep_A, of_B = o.trust_region * o.keep_B;
+        const double asked = inner(square_B, square_A) - of_B * of_B * inner(gram(arena, pair.Bt, r, m), square_A);
+        scale(new_A, r * n, kept_fraction(asked, of_A * of_A * inner(square_B, gram(arena, pair.A, r, n))));
+    }
+    settle(new_A, pair.A, o.keep_A, r * n);
+    return {new_A, new_Bt};
+}
+
+// The bases of new factors, with their rows.
+template <class T> struct NewBases {
+    Basis of_A, of_B;
+    T *rows_A, *rows_B;
+
+    NewBases(Pair<T>& pair, Factors<T> factors)
+        : of_A(basis_of(pair.arena, factors.A, pair.r, pair.n, pair.stack.rtol)),
+          of_B(basis_of(pair.arena, factors.Bt, pair.r, pair.m, pair.stack.rtol)),
+          rows_A(combined(pair.arena, transposed(pair.arena, of_A.whitening), factors.A, pair.n)),
+          rows_B(combined(pair.arena, transposed(pair.arena, of_B.whitening), factors.Bt, pair.m)) {}
+};
+
+template <class T> void store(Pair<T>& pair, Factors<T> factors) {
+    std::copy_n(factors.A, pair.r * pair.n, pair.A);
+    transpose(pair.B, factors.Bt, pair.r, pair.m);
+}
+
+// ---- mode efficient ----
+
+template <class T> struct Adam {
+    double lr, keep;
+    T *first, *second;
+};
+
+template <class T> void adam(T* values, const T* gradients, Index count, Adam<T> of, double step, const Options& o) {
+    const T beta1 = o.beta1, beta2 = o.beta2, rest1 = 1 - o.beta1, rest2 = 1 - o.beta2, eps = o.eps, keep = of.keep;
+    const T rate = of.lr / (1 - std::pow(o.beta1, step)), root = 1 / std::sqrt(1 - std::pow(o.beta2, step));
+    T *first = of.first, *second = of.second;
+#pragma omp simd
+    for (Index i = 0; i < count; ++i) {
+        const T g = gradients[i];
+        first[i] = beta1 * first[i] + rest1 * g;
+        second[i] = beta2 * second[i] + rest2 * g * g;
+        values[i] = keep * values[i] - rate * first[i] / (std::sqrt(second[i]) * root + eps);
+    }
+}
+
+// The new A, whose change acts through the new B as AdamW's change acts through the old one; see `change_through`.
+template <class T> void act_through_new_B(Pair<T>& pair, const T* old_A, const Options& o) {
+    const Index r = pair.r, m = pair.m, n = pair.n;
+    Arena& arena = pair.arena;
+    T* new_Bt = arena.take<T>(r * m);
+    transpose(new_Bt, pair.B, m, r);
+    const Basis basis = basis_of(arena, new_Bt, r, m, pair.stack.rtol);
+    const T* rows = combined(arena, transposed(arena, basis.whitening), new_Bt, m);
+    const Matrix seen = scaled(arena, cross(arena, rows, r, pair.Bt, r, m), o.keep_B);
+    T *change = arena.take<T>(r * n), *kept = pair.A;
+    for (Index i = 0; i < r * n; ++i) {
+        const T decayed = T(o.keep_A) * old_A[i];
+        change[i] = kept[i] - decayed;
+        kept[i] = decayed;
+    }
+    combine(arena, kept, product(arena, basis.whitening, seen), change, n, true);
+}
+
+// `options` points to the options of A and those of B.
+template <class T> void efficient(const Stack& stack, const LoraproState& state, const Options* options) {
+    const Options &o = options[0], &of_B = options[1];
+    const Index r = stack.r, m = stack.m, n = stack.n;
+    for_each_pair<T>(stack, state.active, [&](Pair<T>& pair, Index entry) {
+        pair.load_bases(stack.bases + entry * 2 * (r + 1) * r);
+        pair.find_coordinates(entry);
+        Factors<T> h = factor_gradients(pair, pair.a, pair.b, o.x_mode);
+        T *h_B = pair.arena.template take<T>(m * r), *old_A = nullptr;
+        transpose(h_B, h.Bt, r, m);
+        if (o.sequential) old_A = copy_of(pair.arena, pair.A, r * n);
+        const auto moments = [&](void* all, Index size) { return static_cast<T*>(all) + entry * size; };
+        const Adam<T> A{o.lr_A, o.keep_A, moments(state.first_A, r * n), moments(state.second_A, r * n)};
+        const Adam<T> B{o.lr_B, o.keep_B, moments(state.first_B, r * m), moments(state.second_B, r * m)};
+        adam(pair.A, h.A, r * n, A, state.steps[entry], o);
+        adam(pair.B, h_B, r * m, B, state.steps[entry], of_B);
+        if (o.sequential) act_through_new_B(pair, old_A, o);
+    });
+}
+
+// ---- first moments in the tangent space: modes factored and spectral ----
+
+// `out = rest * rows + beta * V^T M` with the moment M in polar coordinates.
+template <class T> void blend(Arena& arena, T* rows, const Basis& basis, const T* moment, double beta, Index k) {
+    const Index r = basis.vectors.rows;
+    scale(rows, r * k, 1 - beta);
+    combine(arena, rows, scaled(arena, transposed(arena, basis.vectors), beta), moment, k, true);
+}
+
+// Writes the first moment `left^T right` of a pair in the polar coordinates of new bases; see `transport`.
+template <class T> void transport(Pair<T>& pair, const NewBases<T>& bases, T* M_a, T* M_b) {
+    const Index r = pair.r, m = pair.m, n = pair.n;
+    Arena& arena = pair.arena;
+    const Matrix through_B = cross(arena, bases.rows_B, r, pair.left, 2 * r, m);
+    const Matrix through_A =
+        product(arena, bases.of_A.vectors, cross(arena, bases.rows_A, r, pair.right, 2 * r, n));
+    combine(arena, M_b, through_A, pair.left, m);
+    const Matrix inside = product(arena, through_A, transposed(arena, through_B));
+    combine(arena, M_b, scaled(arena, inside, -1), bases.rows_B, m, true);
+    combine(arena, M_a, product(arena, bases.of_B.vectors, through_B), pair.right, n);
+}
+
+// ---- mode factored ----
+
+// `sums[j] += sum_i X[i, j] Y[i, j]`.
+template <class T> void add_column_products(T* sums, const T* X, const T* Y, Index r, Index k) {
+    for (Index i = 0; i < r; ++i)
+        for (Index j = 0; j < k; ++j) sums[j] += X[i * k + j] * Y[i * k + j];
+}
+
+// Counts the means of the squares of the equivalent gradient, by columns and by rows, into the second moments; see
+// `mean_squares`.
+template <class T> void update_second_moments(Pair<T>& pair, T* column, T* row, double beta2) {
+    const Index r = pair.r, m = pair.m, n = pair.n;
+    Arena& arena = pair.arena;
+    T *of_column = arena.take<T>(n), *of_row = arena.take<T>(m);
+    std::fill_n(of_column, n, T(0)), std::fill_n(of_row, m, T(0));
+    add_column_products(of_column, pair.a, pair.a, r, n);
+    const Matrix square_b = cross(arena, pair.b, r, pair.b, r, m);
+    add_column_products(of_column, combined(arena, square_b, pair.rows_A, n), pair.rows_A, r, n);
+    const Matrix core = pair.core();
+    T* through_A = copy_of(arena, pair.b, r * m);
+    combine(arena, through_A, transposed(arena, core), pair.rows_B, m, true);
+    add_column_products(of_row, through_A, through_A, r, m);
+    Matrix outside = cross(arena, pair.a, r, pair.a, r, n);
+    const Matrix inside = product(arena, core, transposed(arena, core));
+    for (Index i = 0; i < r * r; ++i) outside.data[i] -= inside.data[i];
+    add_column_products(of_row, combined(arena, outside, pair.rows_B, m), pair.rows_B, r, m);
+    for (Index j = 0; j < n; ++j) column[j] += T(1 - beta2) * (std::max(of_column[j], T(0)) / T(m) - column[j]);
+    for (Index i = 0; i < m; ++i) row[i] += T(1 - beta2) * (std::max(of_row[i], T(0)) / T(n) - row[i]);
+}
+
+double bias_correction(double beta, double steps) { return -std::expm1(std::max(steps, 1.0) * std::log(beta)); }
+
+// Adam's direction `u = diag(by_row) left^T right diag(by_column)`; see `adam_direction`.
+template <class T> struct AdamDirection {
+    Pair<T>& pair;
+    T *by_row, *by_column;
+    Matrix inner;  // (r, 2r)
+
+    AdamDirection(Pair<T>& pair, const T* column, const T* row, double steps, const Options& o)
+        : pair(pair), by_row(pair.arena.template take<T>(pair.m)), by_column(pair.arena.template take<T>(pair.n)),
+          inner(pair.arena, pair.r, 2 * pair.r) {
+        const Index r = pair.r, m = pair.m, n = pair.n;
+        const double grown_1 = bias_correction(o.beta1, steps), grown_2 = bias_correction(o.beta2, steps);
+        const T grown = T(grown_2), eps = T(o.eps);
+        double mean = 0;
+        for (Index j = 0; j < n; ++j) mean += double(column[j] / grown);
+        const T overall = T((std::sqrt(mean / n) + o.eps) / grown_1);
+        for (Index j = 0; j < n; ++j) {
+            const T root = std::sqrt(column[j] / grown) + eps;
+            by_column[j] = root > 0 ? overall / root : T(0);
+        }
+        for (Index i = 0; i < m; ++i) {
+            const T root = std::sqrt(row[i] / grown) + eps;
+            by_row[i] = root > 0 ? 1 / root : T(0);
+        }
+        T* weighted = copy_of(pair.arena, pair.rows_A, r * n);
+        times(weighted, by_column, n);
+        inner = cross(pair.arena, weighted, r, pair.right, 2 * r, n);
+    }
+
+    T* through_A(const Matrix& weights) {
+        T* rows = combined(pair.arena, product(pair.arena, weights, inner), pair.left, pair.m);
+        times(rows, by_row, pair.m);
+        return rows;
+    }
+
+    T* rest_through_B(const Matrix& weights, const T* rows_B) {
+        const Matrix through = product(pair.arena, weights, through_B(rows_B));
+        T* rows = combined(pair.arena, through, pair.right, pair.n);
+        times(rows, by_column, pair.n);
+        const Matrix inside = product(pair.arena, through, transposed(pair.arena, inner));
+        combine(pair.arena, rows, scaled(pair.arena, inside, -1), pair.rows_A, pair.n, true);
+        return rows;
+    }
+
+    Factors<T> coordinates() {
+        T* a = combined(pair.arena, through_B(pair.rows_B), pair.right, pair.n);
+        times(a, by_column, pair.n);
+        T* b = combined(pair.arena, inner, pair.left, pair.m);
+        times(b, by_row, pair.m);
+        pair.leave_columns_of_B(b);
+        return {a, b};
+    }
+
+  private:
+    Matrix through_B(const T* rows_B) {
+        T* weighted = copy_of(pair.arena, rows_B, pair.r * pair.m);
+        times(weighted, by_row, pair.m);
+        return cross(pair.arena, weighted, pair.r, pair.left, 2 * pair.r, pair.m);
+    }
+
+    void times(T* rows, const T* factors, Index k) {
+        for (Index i = 0; i < pair.r; ++i)
+            for (Index j = 0; j < k; ++j) rows[i * k + j] *= factors[j];
+    }
+};
+
+template <class T> void factored(const Stack& stack, const LoraproState& state, const Options& o) {
+    const Index r = stack.r, m = stack.m, n = stack.n;
+    for_each_pair<T>(stack, state.active, [&](Pair<T>& pair, Index entry) {
+        T *M_a = static_cast<T*>(state.first_A) + entry * r * n, *M_b = static_cast<T*>(state.first_B) + entry * r * m;
+        T *column = static_cast<T*>(state.second_A) + entry * n, *row = static_cast<T*>(state.second_B) + entry * m;
+        pair.load_bases(stack.bases + entry * 2 * (r + 1) * r);
+        pair.find_coordinates(entry);
+        update_second_moments(pair, column, row, o.beta2);
+        blend(pair.arena, pair.a, pair.of_B, M_a, o.beta1, n);
+        blend(pair.arena, pair.b, pair.of_A, M_b, o.beta1, m);
+        AdamDirection<T> u(pair, column, row, state.steps[entry], o);
+        Factors<T> after{};
+        if (o.sequential) {
+            after = spend_direction(
+                pair, [&](const Matrix& weights) { return u.through_A(weights); },
+                [&](const Matrix& weights, const T* rows) { return u.rest_through_B(weights, rows); }, o);
+        } else {
+            const Factors<T> of_u = u.coordinates();
+            after = linear_step(pair, factor_gradients(pair, of_u.A, of_u.Bt, o.x_mode), o);
+        }
+        transport(pair, NewBases<T>(pair, after), M_a, M_b);
+        store(pair, after);
+    });
+}
+
+// ---- mode spectral ----
+
+// `u = B^ (X A^ + Y) + b A^`; see `SpectralDirection`.
+template <class T> struct SpectralDirection {
+    Matrix X;
+    T *Y, *b;
+};
+
+template <class T> SpectralDirection<T> spectral_direction(Pair<T>& pair, T* a, const T* b, const Options& o) {
+    const Index r = pair.r, m = pair.m, n = pair.n;
+    Arena& arena = pair.arena;
+    double rtol = pair.stack.rtol;
+    if (rtol < 0)
+        rtol = std::max(std::pow(2 * r * double(std::numeric_limits<T>::epsilon()), 2),
+                        2 * r * std::numeric_limits<double>::epsilon());
+    const Matrix core = cross(arena, a, r, pair.rows_A, r, n);
+    combine(arena, a, scaled(arena, core, -1), pair.rows_A, n, true);
+    const Basis of_a = basis_of(arena, a, r, n, rtol), of_b = basis_of(arena, b, r, m, rtol);
+    Matrix N(arena, 2 * r, 2 * r);
+    for (Index i = 0; i < r; ++i)
+        for (Index j = 0; j < r; ++j) {
+            N(i, j) = core(i, j), N(r + i, r + j) = 0;
+            N(i, r + j) = of_a.vectors(i, j) * of_a.singular[j], N(r + i, j) = of_b.vectors(j, i) * of_b.singular[i];
+        }
+    for (Index turn = 0; turn < o.iterations; ++turn) {
+        const Matrix square = product(arena, N, transposed(arena, N));
+        const Basis polar = basis_of_gram<T>(arena, square, 2 * r, rtol);
+        const Matrix inverse_root = product(arena, polar.vectors, transposed(arena, polar.whitening));
+        N = product(arena, inverse_root, N);
+        for (Index i = 0; i < r; ++i) std::fill_n(&N(r + i, r), r, 0.0);
+    }
+    const double length = LENGTH * std::sqrt(double(std::max(m, n)));
+    Matrix X(arena, r, r), of_Y(arena, r, r), of_new_b(arena, r, r);
+    for (Index i = 0; i < r; ++i)
+        for (Index j = 0; j < r; ++j) {
+            X(i, j) = length * N(i, j), of_Y(i, j) = length * N(i, r + j), of_new_b(i, j) = length * N(r + j, i);
+        }
+    // Both bases are whitened rows.
+    return {X, combined(arena, product(arena, of_Y, transposed(arena, of_a.whitening)), a, n),
+            combined(arena, product(arena, of_new_b, transposed(arena, of_b.whitening)), b, m)};
+}
+
+// Nesterov's momentum `gradient + beta * (moment - gradient)`.
+template <class T> T* lerp(Arena& arena, const T* gradient, const T* moment, double beta, Index count) {
+    T* out = arena.take<T>(count);
+    for (Index i = 0; i < count; ++i) out[i] = gradient[i] + T(beta) * (moment[i] - gradient[i]);
+    return out;
+}
+
+template <class T> void spectral(const Stack& stack, const LoraproState& state, const Options& o) {
+    const Index r = stack.r, m = stack.m, n = stack.n;
+    for_each_pair<T>(stack, state.active, [&](Pair<T>& pair, Index entry) {
+        Arena& arena = pair.arena;
+        T *M_a = static_cast<T*>(state.first_A) + entry * r * n, *M_b = static_cast<T*>(state.first_B) + entry * r * m;
+        pair.load_bases(stack.bases + entry * 2 * (r + 1) * r);
+        pair.find_coordinates(entry);
+        const T* of_A = copy_of(arena, pair.a, r * n);
+        const T* of_B = copy_of(arena, pair.b, r * m);
+        blend(arena, pair.a, pair.of_B, M_a, o.beta1, n);
+        blend(arena, pair.b, pair.of_A, M_b, o.beta1, m);
+        T *ahead_a = lerp(arena, of_A, pair.a, o.beta1, r * n), *ahead_b = lerp(arena, of_B, pair.b, o.beta1, r * m);
+        const SpectralDirection<T> u = spectral_direction(pair, ahead_a, ahead_b, o);
+        Factors<T> after{};
+        if (o.sequential) {
+            const auto through_A = [&](const Matrix& weights) {
+                T* rows = combined(arena, weights, u.b, m);
+                combine(arena, rows, product(arena, weights, transposed(arena, u.X)), pair.rows_B, m, true);
+                return rows;
+            };
+            const auto rest_through_B = [&](const Matrix& weights, const T* rows) {
+                return combined(arena, product(arena, weights, cross(arena, rows, r, pair.rows_B, r, m)), u.Y, n);
+            };
+            after = spend_direction(pair, through_A, rest_through_B, o);
+        } else {
+            combine(arena, u.Y, u.X, pair.rows_A, n, true);
+            after = linear_step(pair, factor_gradients(pair, u.Y, u.b, o.x_mode), o);
+        }
+        transport(pair, NewBases<T>(pair, after), M_a, M_b);
+        store(pair, after);
+    });
+}
+
+// ---- mode rite ----
+
+double bias_corrected(double beta, double t) {
+    const double rate = std::log(beta);
+    return beta > 0 && t > 1 ? beta * std::expm1((t - 1) * rate) / std::expm1(t * rate) : 0;
+}
+
+Matrix symmetric(Arena& arena, const Matrix& matrix) {
+    Matrix out(arena, matrix.rows, matrix.rows);
+    for (Index i = 0; i < out.rows; ++i)
+        for (Index j = 0; j < out.rows; ++j) out(i, j) = (matrix(i, j) + matrix(j, i)) / 2;
+    return out;
+}
+
+// `(V + rho)^(-1/2)` with the guards of the reference; see `_inverse_root`.
+Matrix inverse_root(Arena& arena, const Matrix& V, double escape, double eps) {
+    const Index r = V.rows;
+    Matrix rows(arena, r, r);
+    double* values = arena.take<double>(r);
+    eigen(arena, symmetric(arena, V), values, rows);
+    const Matrix vectors = transposed(arena, rows);
+    for (Index i = 0; i < r; ++i) values[i] = 1 / (std::sqrt(std::max(values[i], 0.0) + eps * eps + escape) + eps);
+    return product(arena, columns_times(arena, vectors, values), rows);
+}
+
+double* sorted_eigenvalues(Arena& arena, const Matrix& V) {
+    Matrix rows(arena, V.rows, V.rows);
+    double* values = arena.take<double>(V.rows);
+    eigen(arena, symmetric(arena, V), values, rows);
+    std::sort(values, values + V.rows);
+    return values;
+}
+
+// The second moment that a change of the bases has lost; see `_lost`.
+double lost(Arena& arena, const Matrix& before, const Matrix& after) {
+    const double *of_before = sorted_eigenvalues(arena, before), *of_after = sorted_eigenvalues(arena, after);
+    double of_eigenvalue = 0, of_trace = 0;
+    for (Index i = 0; i < before.rows; ++i) {
+        of_eigenvalue = std::max(of_eigenvalue, of_before[i] - of_after[i]);
+        of_trace += before(i, i) - after(i, i);
+    }
+    return std::min(of_eigenvalue, std::max(of_trace, 0.0));
+}
+
+// The moments of one factor in the polar coordinates of the basis of the other.
+template <class T> struct Side {
+    Arena& arena;
+    Index r, k;
+    T* M;        // (r, k)
+    double *V, *escape;  // null without an escape
+    Matrix new_V;
+
+    // Counts a gradient without magnitude in.
+    void update(const T* g, double steps, const Options& o) {
+        const double beta1 = bias_corrected(o.beta1, steps), beta2 = bias_corrected(o.beta2, steps);
+        const Matrix square = gram(arena, g, r, k);
+        for (Index i = 0; i < r * r; ++i) new_V.data[i] = square.data[i] / k + beta2 * (V[i] - square.data[i] / k);
+        if (escape != nullptr) *escape *= beta2;
+        scale(M, r * k, beta1);
+        const Matrix root = inverse_root(arena, new_V, escape != nullptr ? *escape : 0, o.eps);
+        combine(arena, M, scaled(arena, root, 1 - beta1), g, k, true);
+    }
+
+    T* magnified(const Basis& basis) {
+        return combined(arena, product(arena, basis.whitening, transposed(arena, basis.vectors)), M, k);
+    }
+
+    // Carries the moments to a new basis; `seen` holds the products of its rows with those of the old one.
+    void carry(const Basis& old, const Basis& now, const Matrix& seen) {
+        const Matrix P = product(arena, product(arena, now.vectors, seen), transposed(arena, old.vectors));
+        const Matrix moved = product(arena, product(arena, P, new_V), transposed(arena, P));
+        if (escape != nullptr) *escape += lost(arena, new_V, moved);
+        std::copy_n(moved.data, r * r, V);
+        const T* before = copy_of(arena, M, r * k);
+        combine(arena, M, P, before, k);
+    }
+};
+
+template <class T> void rite(const Stack& stack, const LoraproState& state, const Options& o) {
+    const Index r = stack.r, m = stack.m, n = stack.n;
+    for_each_pair<T>(stack, state.active, [&](Pair<T>& pair, Index entry) {
+        Arena& arena = pair.arena;
+        pair.load_bases(stack.bases + entry * 2 * (r + 1) * r);
+        pair.find_coordinates(entry);
+        const double *norms = stack.norms + 3 * entry, s = std::abs(pair.s);
+        const auto weight = [&](double norm, Index k) {
+            const bool skipped = o.skip > 0 && norm > o.skip * std::sqrt(double(r * k));
+            return norm > 0 && !skipped ? pair.s * o.clipped : 0;
+        };
+        const double weight_A = weight(s * norms[0], n), weight_B = weight(s * std::hypot(norms[1], norms[2]), m);
+        combine(arena, pair.b, transposed(arena, pair.core()), pair.rows_B, m, true);
+        const T* g_A = combined(arena, scaled(arena, pair.of_B.vectors, weight_A), pair.a, n);
+        const T* g_B = combined(arena, scaled(arena, pair.of_A.vectors, weight_B), pair.b, m);
+        const auto escape = [&](void* all) { return all == nullptr ? nullptr : static_cast<double*>(all) + entry; };
+        const auto second = [&](void* all) { return static_cast<double*>(all) + entry * r * r; };
+        Side<T> A{arena, r, n, static_cast<T*>(state.first_A) + entry * r * n, second(state.second_A),
+                  escape(state.escape_A), Matrix(arena, r, r)};
+        Side<T> B{arena, r, m, static_cast<T*>(state.first_B) + entry * r * m, second(state.second_B),
+                  escape(state.escape_B), Matrix(arena, r, r)};
+        A.update(g_A, state.steps[entry], o), B.update(g_B, state.steps[entry], o);
+        const Factors<T> after = linear_step(pair, Factors<T>{A.magnified(pair.of_B), B.magnified(pair.of_A)}, o);
+        const NewBases<T> bases(pair, after);
+        A.carry(pair.of_B, bases.of_B, cross(arena, bases.rows_B, r, pair.rows_B, r, m));
+        B.carry(pair.of_A, bases.of_A, cross(arena, bases.rows_A, r, pair.rows_A, r, n));
+        store(pair, after);
+    });
+}
+
+}  // namespace
+
+#define LORAPRO_EXPORT(suffix, T)                                                                                      \
+    void lorapro_measure_##suffix(const LoraproStack* stack) { measure<T>(*stack); }                                  \
+    void lorapro_efficient_##suffix(const LoraproStack* stack, const LoraproState* state, const LoraproOptions* o) {  \
+        efficient<T>(*stack, *state, o);                                                                              \
+    }                                                                                                                  \
+    void lorapro_factored_##suffix(const LoraproStack* stack, const LoraproState* state, const LoraproOptions* o) {   \
+        factored<T>(*stack, *state, *o);                                                                              \
+    }                                                                                                                  \
+    void lorapro_spectral_##suffix(const LoraproStack* stack, const LoraproState* state, const LoraproOptions* o) {   \
+        spectral<T>(*stack, *state, *o);                                                                              \
+    }                                                                                                                  \
+    void lorapro_rite_##suffix(const LoraproStack* stack, const LoraproState* state, const LoraproOptions* o) {       \
+        rite<T>(*stack, *state, *o);                                                                                  \
+    }
+
+extern "C" {
+LORAPRO_EXPORT(float32, float)
+LORAPRO_EXPORT(float64, double)
+}

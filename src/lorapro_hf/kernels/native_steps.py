@@ -72,13 +72,13 @@ class NativePairs:
         self._factors = [factor for pair in factors for factor in pair]
         # Kept as long as their addresses are in use: gradients of convolutions may lie in another order.
         self._gradients = [
-            None if of_pair is None else tuple(grad.contiguous().to(A.dtype) for grad in of_pair)
-            for of_pair in gradients
+            None if both is None else (_plain(both[0], A.dtype), _plain(both[1], A.dtype)) for both in gradients
         ]
         addresses = [
             [A.data_ptr() for A, _ in factors],
             [B.data_ptr() for _, B in factors],
-            *([0 if both is None else both[side].data_ptr() for both in self._gradients] for side in range(2)),
+            [0 if both is None else both[0].data_ptr() for both in self._gradients],
+            [0 if both is None else both[1].data_ptr() for both in self._gradients],
         ]
         self._addresses = torch.tensor(addresses)
         self._stack = _Stack(
@@ -117,3 +117,8 @@ def serves(A: Tensor, B: Tensor) -> bool:
         and B.is_contiguous()
         and native_kernels() is not None
     )
+
+
+def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor as it is, or a contiguous copy in another dtype."""
+    return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()

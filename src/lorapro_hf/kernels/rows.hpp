@@ -353,9 +353,10 @@ template <class T> double square_sum(const T* values, Index count) {
 
 // The transpose of a matrix (rows, columns).
 template <class T> void transpose(T* out, const T* source, Index rows, Index columns) {
-    for (Index block = 0; block < rows; block += 64)
+    const Index height = columns < 64 ? 1 : 64;  // narrow matrices are read in order, others block by block
+    for (Index block = 0; block < rows; block += height)
         for (Index j = 0; j < columns; ++j)
-            for (Index i = block; i < std::min(block + 64, rows); ++i) out[j * rows + i] = source[i * columns + j];
+            for (Index i = block; i < std::min(block + height, rows); ++i) out[j * rows + i] = source[i * columns + j];
 }
 
 // ---- bases ----
@@ -377,6 +378,14 @@ struct Basis {
             for (Index j = 0; j < r; ++j) whitening(i, j) = vectors(i, j) * inverse[j];
     }
 };
+
+// `F F^T` of the rows of a basis, without absent directions.
+Matrix gram_of(Arena& arena, const Basis& basis) {
+    const Index r = basis.vectors.rows;
+    double* squares = arena.take<double>(r);
+    for (Index i = 0; i < r; ++i) squares[i] = basis.singular[i] * basis.singular[i];
+    return product(arena, columns_times(arena, basis.vectors, squares), transposed(arena, basis.vectors));
+}
 
 // The basis of rows whose Gram matrix is given; `rtol` as in `lorapro_hf.functional.bases`, negative for the default.
 template <class T> Basis basis_of_gram(Arena& arena, const Matrix& gram, Index k, double rtol) {

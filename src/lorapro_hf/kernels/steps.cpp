@@ -169,8 +169,8 @@ template <class T> Factors<T> linear_step(Pair<T>& pair, Factors<T> h, const Opt
         const Matrix square_A = gram(arena, h.A, r, n), square_B = gram(arena, h.Bt, r, m);
         const Matrix across_A = exact_cross(arena, h.A, r, pair.A, r, n);
         const Matrix across_B = exact_cross(arena, h.Bt, r, pair.Bt, r, m);
-        double first_order = o.keep_A * o.keep_A * inner(square_B, gram(arena, pair.A, r, n));
-        first_order += o.keep_B * o.keep_B * inner(gram(arena, pair.Bt, r, m), square_A);
+        double first_order = o.keep_A * o.keep_A * inner(square_B, gram_of(arena, pair.of_A));
+        first_order += o.keep_B * o.keep_B * inner(gram_of(arena, pair.of_B), square_A);
         first_order += 2 * o.keep_A * o.keep_B * inner(across_B, transposed(arena, across_A));
         const double allowed = o.trust_region * o.trust_region * std::max(first_order, 0.0);
         const double kept = kept_fraction(inner(square_B, square_A), allowed);
@@ -197,8 +197,8 @@ Factors<T> spend_direction(Pair<T>& pair, ThroughA through_A, RestThroughB rest_
     if (o.trust_region > 0) {
         const Matrix square_A = gram(arena, new_A, r, n);
         const double of_A = o.trust_region * o.keep_A, of_B = o.trust_region * o.keep_B;
-        const double asked = inner(square_B, square_A) - of_B * of_B * inner(gram(arena, pair.Bt, r, m), square_A);
-        scale(new_A, r * n, kept_fraction(asked, of_A * of_A * inner(square_B, gram(arena, pair.A, r, n))));
+        const double asked = inner(square_B, square_A) - of_B * of_B * inner(gram_of(arena, pair.of_B), square_A);
+        scale(new_A, r * n, kept_fraction(asked, of_A * of_A * inner(square_B, gram_of(arena, pair.of_A))));
     }
     settle(new_A, pair.A, o.keep_A, r * n);
     return {new_A, new_Bt};

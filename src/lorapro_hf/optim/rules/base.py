@@ -149,11 +149,12 @@ class StackState:
 
     def is_shown_by(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Whether `state` still holds these tensors: loading a checkpoint or moving the state replaces them."""
-        return all(
-            state.get(parameter, {}).get(name) is view
-            for parameter, views in self._shown.items()
-            for name, view in views.items()
-        )
+        for parameter, views in self._shown.items():
+            held = state.get(parameter, {})
+            for name, view in views.items():
+                if held.get(name) is not view:
+                    return False
+        return True
 
     def count_step(self, pair_ids: list[int] | None, found_inf: Tensor) -> Tensor:
         """Count a step of some pairs, `None` for all, unless `found_inf` is 1; returns the active pairs, `(pairs,)`."""

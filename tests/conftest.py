@@ -24,6 +24,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
+from lorapro_hf.kernels import native  # noqa: E402
+
 # The tests' tensors are so small that handing them to a second thread costs more than it saves.
 torch.set_num_threads(1)
 
@@ -40,6 +42,12 @@ settings.load_profile("lorapro")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def torch_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps run in torch, as on other devices than the CPU and without a C++ compiler."""
+    monkeypatch.setattr(native, "native_kernels", lambda: None)
 
 
 @pytest.fixture(autouse=True)

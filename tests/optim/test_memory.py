@@ -356,6 +356,7 @@ def test_no_cgroups_no_limit(tmp_path: Path):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.usefixtures("torch_steps")
 def test_allowance_covers_what_a_step_takes(mode):
     """Peak of live tensors in a third step beyond what lives before it, on a model of one shape."""
     torch.manual_seed(0)

@@ -67,8 +67,13 @@ def test_parameters_of_no_pair_get_torch_adamw_to_the_bit(mode):
         assert all(torch.equal(p, twin) for p, twin in zip(others, mirror, strict=True))
 
 
+@pytest.mark.usefixtures("torch_steps")
 def test_efficient_mode_without_projection_is_torch_adamw_to_the_bit(monkeypatch):
-    monkeypatch.setattr(StackGradient, "projected_gradients_", lambda read, x_mode: read.stack.read_gradients()[0])
+    monkeypatch.setattr(
+        StackGradient,
+        "projected_gradients_",
+        lambda read, x_mode: read.stack.read_gradients(read.stack.gradients()),
+    )
     model = small_model()
     mirror = copy.deepcopy(model)
     optimizer = create_lorapro_optimizer(model, lr=1e-2, weight_decay=0.1, config={"mode": "efficient"})

@@ -15,6 +15,9 @@ from lorapro_hf.functional import reference
 from lorapro_hf.kernels import dense
 from lorapro_hf.optim import lora_pro
 
+# The operators of torch tell what a step costs on CUDA; the C++ kernels are no operators.
+pytestmark = pytest.mark.usefixtures("torch_steps")
+
 # Sizes that no other quantity has; the weight is larger than the factors and the tiles.
 M, N, R = 96, 200, 4
 TILE = 2**12

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorapro_hf.kernels.native import address, native_kernels
+from lorapro_hf.kernels import native
+from lorapro_hf.kernels.native import address
 
 # LAPACK decomposes larger matrices faster than the plain loops here.
 MAX_RANK = 64
@@ -100,7 +101,7 @@ class NativePairs:
         torch.autograd.graph.increment_version(self._factors)
 
     def _call(self, name: str, *arguments: Any) -> None:
-        library = native_kernels()
+        library = native.native_kernels()
         assert library is not None
         getattr(library, f"lorapro_{name}_{self._suffix}")(ctypes.byref(self._stack), *arguments)
 
@@ -115,7 +116,7 @@ def serves(A: Tensor, B: Tensor) -> bool:
         and min(A.numel(), B.numel()) > 0
         and A.is_contiguous()
         and B.is_contiguous()
-        and native_kernels() is not None
+        and native.native_kernels() is not None
     )
 
 

@@ -75,7 +75,9 @@ class LoRAPair:
     @property
     def has_gradient(self) -> bool:
         """Whether a backward pass has reached any of the factors."""
-        return any(factor.grad is not None for factor in (self.A, self.B, *self.tied_parameters))
+        if self.A.grad is not None or self.B.grad is not None:
+            return True
+        return any(factor.grad is not None for factor in self.tied_parameters)
 
     def matrix_A(self, tensor: Tensor) -> Tensor:
         """A tensor shaped `(..., *A.shape)` as `(..., r, n)`, or `(..., batch, r, n)` where pairs are packed."""

@@ -114,7 +114,7 @@ class Stack:
 
     def is_native(self) -> bool:
         """Whether the compiled kernels of the CPU can step the pairs where they lie."""
-        return self.pairs[0].layout == "matrix" and all(serves(*factors) for factors in self.factors)
+        return self.pairs[0].layout == "matrix" and serves(self.factors)
 
     def _read(self, tensors: Sequence[tuple[Tensor, Tensor]]) -> Rows:
         A, B = zip(*tensors, strict=True)

@@ -106,17 +106,16 @@ class NativePairs:
         getattr(library, f"lorapro_{name}_{self._suffix}")(ctypes.byref(self._stack), *arguments)
 
 
-def serves(A: Tensor, B: Tensor) -> bool:
-    """Whether the kernels can step a pair."""
+def serves(factors: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Whether the kernels can step pairs of one shape."""
+    A, B = factors[0]
     return (
         A.device.type == "cpu"
-        and A.dtype == B.dtype
         and A.dtype in (torch.float32, torch.float64)
         and 0 < A.shape[0] <= MAX_RANK
         and min(A.numel(), B.numel()) > 0
-        and A.is_contiguous()
-        and B.is_contiguous()
         and native.native_kernels() is not None
+        and all(A.dtype == each.dtype and each.is_contiguous() for pair in factors for each in pair)
     )
 
 

@@ -24,7 +24,7 @@ class _Stack(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("entries", "r", "m", "n", "threads")),
         *((name, ctypes.c_void_p) for name in ("A", "B", "grad_A", "grad_B", "scaling")),
         ("rtol", ctypes.c_double),
-        *((name, ctypes.c_void_p) for name in ("bases", "norms")),
+        *((name, ctypes.c_void_p) for name in ("bases", "across", "norms")),
     ]
 
 
@@ -68,6 +68,7 @@ class NativePairs:
         (A, B), K = factors[0], len(factors)
         r, n, m = A.shape[0], A[0].numel(), B.shape[0]
         self.bases = torch.zeros(K, 2, r + 1, r, dtype=torch.float64)
+        self._across = torch.zeros(K, 2, r, r, dtype=torch.float64)
         self.norms = torch.zeros(K, 3, dtype=torch.float64)
         self._scaling, self._suffix = scaling.double(), str(A.dtype).removeprefix("torch.")
         self._factors = [factor for pair in factors for factor in pair]
@@ -84,7 +85,7 @@ class NativePairs:
         self._addresses = torch.tensor(addresses)
         self._stack = _Stack(
             K, r, m, n, torch.get_num_threads(), *map(address, self._addresses), address(self._scaling),
-            -1.0 if rtol is None else rtol, address(self.bases), address(self.norms),
+            -1.0 if rtol is None else rtol, address(self.bases), address(self._across), address(self.norms),
         )  # fmt: skip
         self._call("measure")
 

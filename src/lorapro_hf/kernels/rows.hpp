@@ -79,6 +79,12 @@ Matrix scaled(Arena& arena, const Matrix& matrix, double factor) {
     return out;
 }
 
+Matrix difference(Arena& arena, const Matrix& left, const Matrix& right) {
+    Matrix out(arena, left.rows, left.columns);
+    for (Index i = 0; i < out.size(); ++i) out.data[i] = left.data[i] - right.data[i];
+    return out;
+}
+
 // Each column times a number.
 Matrix columns_times(Arena& arena, const Matrix& matrix, const double* factors) {
     Matrix out(arena, matrix.rows, matrix.columns);
@@ -343,12 +349,6 @@ template <class T> T* copy_of(Arena& arena, const T* values, Index count) {
     T* out = arena.take<T>(count);
     std::copy_n(values, count, out);
     return out;
-}
-
-template <class T> double square_sum(const T* values, Index count) {
-    double sum = 0;
-    block_of_products<T, true, 1, 1>(values, values, count, &sum, 1);
-    return sum;
 }
 
 // The transpose of a matrix (rows, columns).

@@ -10,8 +10,9 @@ struct LoraproStack {
     const Index *A, *B, *grad_A, *grad_B;  // addresses of each pair's matrices (r, n) and (m, r); 0 without gradients
     const double* scaling;
     double rtol;    // negative for the default
-    double* bases;  // (entries, 2, r + 1, r): eigenvectors and singular values of A and of B
-    double* norms;  // (entries, 3): of a, of b, and of the core of the equivalent gradient
+    double* bases;   // (entries, 2, r + 1, r): eigenvectors and singular values of A and of B
+    double* across;  // (entries, 2, r, r): the products of the gradients with the factors
+    double* norms;   // (entries, 3): of a, of b, and of the core of the equivalent gradient
 };
 
 struct LoraproOptions {
@@ -41,6 +42,15 @@ using Options = LoraproOptions;
 
 // ---- one pair ----
 
+Basis kept_basis(Arena& arena, const Stack& stack, Index entry, Index side) {
+    const Index r = stack.r;
+    const double* kept = stack.bases + (2 * entry + side) * (r + 1) * r;
+    Basis basis(arena, r);
+    std::copy_n(kept, r * r, basis.vectors.data), std::copy_n(kept + r * r, r, basis.singular);
+    basis.fill();
+    return basis;
+}
+
 template <class T> struct Pair {
     Arena& arena;
     const Stack& stack;
@@ -55,23 +65,9 @@ template <class T> struct Pair {
     Pair(Arena& arena, const Stack& stack, Index entry)
         : arena(arena), stack(stack), r(stack.r), m(stack.m), n(stack.n), s(stack.scaling[entry]),
           A(reinterpret_cast<T*>(stack.A[entry])), B(reinterpret_cast<T*>(stack.B[entry])), Bt(arena.take<T>(r * m)),
-          of_A(arena, r), of_B(arena, r), left(arena.take<T>(2 * r * m)), right(arena.take<T>(2 * r * n)),
+          of_A(kept_basis(arena, stack, entry, 0)), of_B(kept_basis(arena, stack, entry, 1)), left(arena.take<T>(2 * r * m)), right(arena.take<T>(2 * r * n)),
           rows_A(right + r * n), rows_B(left), a(right), b(left + r * m) {
         transpose(Bt, B, m, r);
-    }
-
-    void find_bases() {
-        of_A = basis_of(arena, A, r, n, stack.rtol);
-        of_B = basis_of(arena, Bt, r, m, stack.rtol);
-    }
-
-    void load_bases(const double* kept) {
-        for (Basis* basis : {&of_A, &of_B}) {
-            std::copy_n(kept, r * r, basis->vectors.data);
-            std::copy_n(kept + r * r, r, basis->singular);
-            basis->fill();
-            kept += (r + 1) * r;
-        }
     }
 
     // The equivalent gradient in the bases of the factors; see `gradient_coordinates`.
@@ -95,7 +91,7 @@ template <class T> struct Pair {
 };
 
 // Runs `work` on each pair that has gradients and, if given, is active; threads take pairs as they come.
-template <class T, class Work> void for_each_pair(const Stack& stack, const bool* active, Work work) {
+template <class Work> void for_each_entry(const Stack& stack, const bool* active, Work work) {
 #pragma omp parallel num_threads(int(stack.threads))
     {
         Arena arena;
@@ -103,27 +99,93 @@ template <class T, class Work> void for_each_pair(const Stack& stack, const bool
         for (Index entry = 0; entry < stack.entries; ++entry) {
             if (stack.grad_A[entry] == 0 || (active != nullptr && !active[entry])) continue;
             arena.reset();
-            Pair<T> pair(arena, stack, entry);
-            work(pair, entry);
+            work(arena, entry);
         }
     }
 }
 
+template <class T, class Work> void for_each_pair(const Stack& stack, const bool* active, Work work) {
+    for_each_entry(stack, active, [&](Arena& arena, Index entry) {
+        Pair<T> pair(arena, stack, entry);
+        pair.find_coordinates(entry);
+        work(pair, entry);
+    });
+}
+
+// ---- before the step: bases and norms ----
+
+constexpr Index CHUNK = 512;  // columns of rows in one pass: all quantities of a chunk stay in the first cache
+
+// One factor and its gradient, as they are stored: A by rows, B by columns.
+template <class T> struct Stored {
+    T* factor;
+    const T* gradient;
+    Index r, k;
+    bool by_columns;
+
+    // Columns `start` to `start + width` of stored rows, as rows (r, width).
+    void take(T* out, const T* stored, Index start, Index width) const {
+        if (by_columns) return transpose(out, stored + start * r, width, r);
+        for (Index i = 0; i < r; ++i) std::copy_n(stored + i * k + start, width, out + i * width);
+    }
+};
+
+template <class T> Stored<T> stored_A(const Stack& stack, Index entry) {
+    return {reinterpret_cast<T*>(stack.A[entry]), reinterpret_cast<const T*>(stack.grad_A[entry]), stack.r, stack.n, false};
+}
+
+template <class T> Stored<T> stored_B(const Stack& stack, Index entry) {
+    return {reinterpret_cast<T*>(stack.B[entry]), reinterpret_cast<const T*>(stack.grad_B[entry]), stack.r, stack.m, true};
+}
+
+// `F F^T`, `G F^T` and `G G^T` of a factor F and its gradient G.
+struct Products {
+    Matrix square, across, of_gradient;
+};
+
+template <class T> Products products_of(Arena& arena, const Stored<T>& stored) {
+    const Index r = stored.r;
+    Products sums{Matrix(arena, r, r), Matrix(arena, r, r), Matrix(arena, r, r)};
+    for (Matrix* sum : {&sums.square, &sums.across, &sums.of_gradient}) std::fill_n(sum->data, r * r, 0.0);
+    T *F = arena.take<T>(r * CHUNK), *G = arena.take<T>(r * CHUNK);
+    const auto add = [](const Matrix& sum, const Matrix& part) {
+        for (Index i = 0; i < sum.size(); ++i) sum.data[i] += part.data[i];
+    };
+    for (Index start = 0; start < stored.k; start += CHUNK) {
+        const Index width = std::min(CHUNK, stored.k - start);
+        stored.take(F, stored.factor, start, width), stored.take(G, stored.gradient, start, width);
+        add(sums.square, gram(arena, F, r, width));
+        add(sums.across, cross(arena, G, r, F, r, width));
+        add(sums.of_gradient, gram(arena, G, r, width));
+    }
+    return sums;
+}
+
+double squared_norm(const Matrix& matrix) { return inner(matrix, matrix); }
+
+// The coordinates of the equivalent gradient are `a = P G_A` and `b = Q G_B - (Q G_B B^T) B^`.
 template <class T> void measure(const Stack& stack) {
     const Index r = stack.r;
-    for_each_pair<T>(stack, nullptr, [&](Pair<T>& pair, Index entry) {
-        pair.find_bases();
-        double* kept = stack.bases + entry * 2 * (r + 1) * r;
-        for (const Basis* basis : {&pair.of_A, &pair.of_B}) {
+    for_each_entry(stack, nullptr, [&](Arena& arena, Index entry) {
+        const Products A = products_of(arena, stored_A<T>(stack, entry)), B = products_of(arena, stored_B<T>(stack, entry));
+        const Basis of_A = basis_of_gram<T>(arena, A.square, stack.n, stack.rtol);
+        const Basis of_B = basis_of_gram<T>(arena, B.square, stack.m, stack.rtol);
+        double *kept = stack.bases + entry * 2 * (r + 1) * r, *across = stack.across + entry * 2 * r * r;
+        for (const Basis* basis : {&of_A, &of_B}) {
             kept = std::copy_n(basis->vectors.data, r * r, kept);
             kept = std::copy_n(basis->singular, r, kept);
         }
-        pair.find_coordinates(entry);
-        const Matrix core = pair.core();
+        std::copy_n(A.across.data, r * r, across), std::copy_n(B.across.data, r * r, across + r * r);
+        const double s = stack.scaling[entry];
+        const Matrix P = scaled(arena, transposed(arena, of_B.whitening), 1 / s);
+        const Matrix Q = scaled(arena, transposed(arena, of_A.whitening), 1 / s);
+        const Matrix core = product(arena, product(arena, P, A.across), of_A.whitening);
+        const Matrix inside = product(arena, product(arena, Q, B.across), of_B.whitening);
+        const double of_b = inner(product(arena, Q, B.of_gradient), Q) - squared_norm(inside);
         double* norms = stack.norms + 3 * entry;
-        norms[0] = std::sqrt(square_sum(pair.a, r * stack.n));
-        norms[1] = std::sqrt(square_sum(pair.b, r * stack.m));
-        norms[2] = std::sqrt(inner(core, core));
+        norms[0] = std::sqrt(std::abs(inner(product(arena, P, A.of_gradient), P)));
+        norms[1] = of_b < 0 ? 0 : std::sqrt(of_b);
+        norms[2] = std::sqrt(squared_norm(core));
     });
 }
 
@@ -133,16 +195,21 @@ template <class T> struct Factors {
     T *A, *Bt;
 };
 
-// Directions of the factors whose coordinates are a and b, which are overwritten; see `factor_gradients_`.
-template <class T> Factors<T> factor_gradients(Pair<T>& pair, T* a, T* b, Index x_mode) {
-    Arena& arena = pair.arena;
-    Matrix core = cross(arena, a, pair.r, pair.rows_A, pair.r, pair.n);
-    for (Index i = 0; i < pair.r; ++i)
-        for (Index j = 0; j < pair.r; ++j) {
-            const double tau = pair.of_A.singular[j], length = std::hypot(tau, pair.of_B.singular[i]);
+// Leaves of the core of a direction the fraction that B moves; A moves the rest.
+void take_fraction_of_B(const Matrix& core, const Basis& of_A, const Basis& of_B, Index x_mode) {
+    for (Index i = 0; i < core.rows; ++i)
+        for (Index j = 0; j < core.columns; ++j) {
+            const double tau = of_A.singular[j], length = std::hypot(tau, of_B.singular[i]);
             const double ratio = length > 0 ? tau / length : length * 0;
             core(i, j) *= x_mode == ZERO ? 0 : x_mode == SYMMETRIC ? 0.5 : ratio * ratio;
         }
+}
+
+// Directions of the factors whose coordinates are a and b, which are overwritten; see `factor_gradients_`.
+template <class T> Factors<T> factor_gradients(Pair<T>& pair, T* a, T* b, Index x_mode) {
+    Arena& arena = pair.arena;
+    const Matrix core = cross(arena, a, pair.r, pair.rows_A, pair.r, pair.n);
+    take_fraction_of_B(core, pair.of_A, pair.of_B, x_mode);
     combine(arena, a, scaled(arena, core, -1), pair.rows_A, pair.n, true);
     combine(arena, b, transposed(arena, core), pair.rows_B, pair.m, true);
     return {combined(arena, scaled(arena, pair.of_B.whitening, 1 / pair.s), a, pair.n),
@@ -223,59 +290,94 @@ template <class T> void store(Pair<T>& pair, Factors<T> factors) {
 
 // ---- mode efficient ----
 
+// AdamW of one factor; both moments lie as the factor does.
 template <class T> struct Adam {
-    double lr, keep;
     T *first, *second;
+    T beta1, beta2, eps, keep, rate, root;
+
+    Adam(void* first, void* second, Index offset, double lr, double keep, double step, const Options& o)
+        : first(static_cast<T*>(first) + offset), second(static_cast<T*>(second) + offset), beta1(T(o.beta1)),
+          beta2(T(o.beta2)), eps(T(o.eps)), keep(T(keep)), rate(T(lr / (1 - std::pow(o.beta1, step)))),
+          root(T(1 / std::sqrt(1 - std::pow(o.beta2, step)))) {}
+
+    void step(T* values, const T* gradients, Index start, Index count) const {
+        T *of_values = values + start, *M = first + start, *V = second + start;
+#pragma omp simd
+        for (Index i = 0; i < count; ++i) {
+            const T g = gradients[i];
+            M[i] = beta1 * M[i] + (1 - beta1) * g;
+            V[i] = beta2 * V[i] + (1 - beta2) * g * g;
+            of_values[i] = keep * of_values[i] - rate * M[i] / (std::sqrt(V[i]) * root + eps);
+        }
+    }
 };
 
-template <class T> void adam(T* values, const T* gradients, Index count, Adam<T> of, double step, const Options& o) {
-    const T beta1 = o.beta1, beta2 = o.beta2, rest1 = 1 - o.beta1, rest2 = 1 - o.beta2, eps = o.eps, keep = of.keep;
-    const T rate = of.lr / (1 - std::pow(o.beta1, step)), root = 1 / std::sqrt(1 - std::pow(o.beta2, step));
-    T *first = of.first, *second = of.second;
-#pragma omp simd
-    for (Index i = 0; i < count; ++i) {
-        const T g = gradients[i];
-        first[i] = beta1 * first[i] + rest1 * g;
-        second[i] = beta2 * second[i] + rest2 * g * g;
-        values[i] = keep * values[i] - rate * first[i] / (std::sqrt(second[i]) * root + eps);
+// Steps a factor F along the direction `on_gradient G + on_factor F`.
+template <class T>
+void step_factor(Arena& arena, const Stored<T>& stored, const Matrix& on_gradient, const Matrix& on_factor, Adam<T> adam) {
+    const Index r = stored.r;
+    T *rows = arena.take<T>(r * CHUNK), *h = arena.take<T>(r * CHUNK), *back = arena.take<T>(r * CHUNK);
+    for (Index start = 0; start < stored.k; start += CHUNK) {
+        const Index width = std::min(CHUNK, stored.k - start);
+        stored.take(rows, stored.gradient, start, width);
+        combine(arena, h, on_gradient, rows, width);
+        stored.take(rows, stored.factor, start, width);
+        combine(arena, h, on_factor, rows, width, true);
+        if (stored.by_columns) {
+            transpose(back, h, r, width);
+            adam.step(stored.factor, back, start * r, width * r);
+        } else {
+            for (Index i = 0; i < r; ++i) adam.step(stored.factor, h + i * width, i * stored.k + start, width);
+        }
     }
 }
 
 // The new A, whose change acts through the new B as AdamW's change acts through the old one; see `change_through`.
-template <class T> void act_through_new_B(Pair<T>& pair, const T* old_A, const Options& o) {
-    const Index r = pair.r, m = pair.m, n = pair.n;
-    Arena& arena = pair.arena;
-    T* new_Bt = arena.take<T>(r * m);
-    transpose(new_Bt, pair.B, m, r);
-    const Basis basis = basis_of(arena, new_Bt, r, m, pair.stack.rtol);
+template <class T>
+void act_through_new_B(Arena& arena, const Stack& stack, Index entry, const T* old_A, const T* old_Bt, const Options& o) {
+    const Index r = stack.r, m = stack.m, n = stack.n;
+    T *new_Bt = arena.take<T>(r * m), *change = arena.take<T>(r * n), *A = stored_A<T>(stack, entry).factor;
+    transpose(new_Bt, stored_B<T>(stack, entry).factor, m, r);
+    const Basis basis = basis_of(arena, new_Bt, r, m, stack.rtol);
     const T* rows = combined(arena, transposed(arena, basis.whitening), new_Bt, m);
-    const Matrix seen = scaled(arena, cross(arena, rows, r, pair.Bt, r, m), o.keep_B);
-    T *change = arena.take<T>(r * n), *kept = pair.A;
+    const Matrix seen = scaled(arena, cross(arena, rows, r, old_Bt, r, m), o.keep_B);
     for (Index i = 0; i < r * n; ++i) {
         const T decayed = T(o.keep_A) * old_A[i];
-        change[i] = kept[i] - decayed;
-        kept[i] = decayed;
+        change[i] = A[i] - decayed;
+        A[i] = decayed;
     }
-    combine(arena, kept, product(arena, basis.whitening, seen), change, n, true);
+    combine(arena, A, product(arena, basis.whitening, seen), change, n, true);
 }
 
-// `options` points to the options of A and those of B.
 template <class T> void efficient(const Stack& stack, const LoraproState& state, const Options* options) {
     const Options &o = options[0], &of_B = options[1];
     const Index r = stack.r, m = stack.m, n = stack.n;
-    for_each_pair<T>(stack, state.active, [&](Pair<T>& pair, Index entry) {
-        pair.load_bases(stack.bases + entry * 2 * (r + 1) * r);
-        pair.find_coordinates(entry);
-        Factors<T> h = factor_gradients(pair, pair.a, pair.b, o.x_mode);
-        T *h_B = pair.arena.template take<T>(m * r), *old_A = nullptr;
-        transpose(h_B, h.Bt, r, m);
-        if (o.sequential) old_A = copy_of(pair.arena, pair.A, r * n);
-        const auto moments = [&](void* all, Index size) { return static_cast<T*>(all) + entry * size; };
-        const Adam<T> A{o.lr_A, o.keep_A, moments(state.first_A, r * n), moments(state.second_A, r * n)};
-        const Adam<T> B{o.lr_B, o.keep_B, moments(state.first_B, r * m), moments(state.second_B, r * m)};
-        adam(pair.A, h.A, r * n, A, state.steps[entry], o);
-        adam(pair.B, h_B, r * m, B, state.steps[entry], of_B);
-        if (o.sequential) act_through_new_B(pair, old_A, o);
+    for_each_entry(stack, state.active, [&](Arena& arena, Index entry) {
+        const Basis A = kept_basis(arena, stack, entry, 0), B = kept_basis(arena, stack, entry, 1);
+        Matrix across_A(arena, r, r), across_B(arena, r, r);
+        const double *across = stack.across + entry * 2 * r * r, s = stack.scaling[entry];
+        std::copy_n(across, r * r, across_A.data), std::copy_n(across + r * r, r * r, across_B.data);
+        const Matrix of_A = scaled(arena, A.whitening, 1 / s), of_Bt = scaled(arena, B.whitening, 1 / s);
+        const Matrix P = transposed(arena, of_Bt), Q = transposed(arena, of_A);
+        const Matrix core = product(arena, product(arena, P, across_A), A.whitening);
+        take_fraction_of_B(core, A, B, o.x_mode);
+        // h_A = of_Bt (a - core A^) and h_B = of_A (b + core^T B^), with the coordinates of `measure`
+        const Matrix on_A = product(arena, product(arena, of_Bt, core), transposed(arena, A.whitening));
+        const Matrix inside = product(arena, product(arena, Q, across_B), B.whitening);
+        const Matrix rest = difference(arena, transposed(arena, core), inside);
+        const Matrix on_B = product(arena, product(arena, of_A, rest), transposed(arena, B.whitening));
+        const double step = state.steps[entry];
+        const Adam<T> adam_A(state.first_A, state.second_A, entry * r * n, o.lr_A, o.keep_A, step, o);
+        const Adam<T> adam_B(state.first_B, state.second_B, entry * r * m, o.lr_B, o.keep_B, step, of_B);
+        const Stored<T> stored = stored_A<T>(stack, entry);
+        T *old_A = nullptr, *old_Bt = nullptr;
+        if (o.sequential) {
+            old_A = copy_of(arena, stored.factor, r * n), old_Bt = arena.take<T>(r * m);
+            transpose(old_Bt, stored_B<T>(stack, entry).factor, m, r);
+        }
+        step_factor(arena, stored, product(arena, of_Bt, P), scaled(arena, on_A, -1), adam_A);
+        step_factor(arena, stored_B<T>(stack, entry), product(arena, of_A, Q), on_B, adam_B);
+        if (o.sequential) act_through_new_B(arena, stack, entry, old_A, old_Bt, o);
     });
 }
 
@@ -403,8 +505,6 @@ template <class T> void factored(const Stack& stack, const LoraproState& state, 
     for_each_pair<T>(stack, state.active, [&](Pair<T>& pair, Index entry) {
         T *M_a = static_cast<T*>(state.first_A) + entry * r * n, *M_b = static_cast<T*>(state.first_B) + entry * r * m;
         T *column = static_cast<T*>(state.second_A) + entry * n, *row = static_cast<T*>(state.second_B) + entry * m;
-        pair.load_bases(stack.bases + entry * 2 * (r + 1) * r);
-        pair.find_coordinates(entry);
         update_second_moments(pair, column, row, o.beta2);
         blend(pair.arena, pair.a, pair.of_B, M_a, o.beta1, n);
         blend(pair.arena, pair.b, pair.of_A, M_b, o.beta1, m);
@@ -477,8 +577,6 @@ template <class T> void spectral(const Stack& stack, const LoraproState& state, 
     for_each_pair<T>(stack, state.active, [&](Pair<T>& pair, Index entry) {
         Arena& arena = pair.arena;
         T *M_a = static_cast<T*>(state.first_A) + entry * r * n, *M_b = static_cast<T*>(state.first_B) + entry * r * m;
-        pair.load_bases(stack.bases + entry * 2 * (r + 1) * r);
-        pair.find_coordinates(entry);
         const T* of_A = copy_of(arena, pair.a, r * n);
         const T* of_B = copy_of(arena, pair.b, r * m);
         blend(arena, pair.a, pair.of_B, M_a, o.beta1, n);
@@ -587,8 +685,6 @@ template <class T> void rite(const Stack& stack, const LoraproState& state, cons
     const Index r = stack.r, m = stack.m, n = stack.n;
     for_each_pair<T>(stack, state.active, [&](Pair<T>& pair, Index entry) {
         Arena& arena = pair.arena;
-        pair.load_bases(stack.bases + entry * 2 * (r + 1) * r);
-        pair.find_coordinates(entry);
         const double *norms = stack.norms + 3 * entry, s = std::abs(pair.s);
         const auto weight = [&](double norm, Index k) {
             const bool skipped = o.skip > 0 && norm > o.skip * std::sqrt(double(r * k));

@@ -5,7 +5,7 @@ import torch
 
 from dense_gradients import assert_near, full_gradients, normal, pairs
 from lorapro_hf.functional import reference
-from lorapro_hf.functional.bases import Bases, gradient_coordinates, row_bases
+from lorapro_hf.functional.bases import Bases, coordinate_norms, gradient_coordinates, row_bases
 from lorapro_hf.functional.rite import RiteGuards, RiteState, rite_step, unmagnified_norms
 from lorapro_hf.functional.step_options import Rates, StepOptions
 
@@ -31,7 +31,8 @@ def train(A, Bt, gradients, state=None, clip=1.0, skip=1.0, escape=False, active
     for step, g in enumerate(gradients.to(A.dtype), first_step):
         bases = Bases(*row_bases([A, Bt]))
         gradient = gradient_coordinates(*bases, scale * Bt @ g, scale * A @ g.mT, scale)
-        norm = torch.cat(unmagnified_norms(bases, gradient, s, skip)).norm()
+        shape = (A.shape[1], Bt.shape[2], A.shape[2])
+        norm = torch.cat(unmagnified_norms(coordinate_norms(bases, gradient), s, shape, skip)).norm()
         state.steps.fill_(step)
         A, Bt = rite_step(A, Bt, bases, gradient, s, state, RiteGuards(clip, skip, norm), options)
         weights.append(scale * Bt.mT @ A)

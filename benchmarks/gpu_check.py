@@ -131,11 +131,8 @@ def run_beside(part: str, options: Options, until: float) -> Running:
     arguments += ["--parts", part, *(["--tiny"] if options.tiny else [])]
     paths = [str(ROOT.parent / "src"), os.environ.get("PYTHONPATH", "")]
     threads = str(max(1, (os.cpu_count() or 1) // 12))
-    chosen = {
-        "OMP_NUM_THREADS": threads,
-        "CUDA_VISIBLE_DEVICES": "0",
-        "HF_HUB_OFFLINE": "1",
-    }  # on several, Trainer splits
+    chosen = {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1", "LORAPRO_HF_NO_NATIVE": "1"}  # nothing is built
+    chosen["CUDA_VISIBLE_DEVICES"] = "0"  # Trainer would spread a batch over several
     surroundings = {**chosen, **os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with file_of(part, options).with_suffix(".log").open("wb") as log:
         process = subprocess.Popen(

@@ -145,7 +145,7 @@ class Run:
 
     def __init__(self, rank: int, dtype: str, config: dict[str, Any], device: torch.device, is_tiny: bool) -> None:
         block = BLOCKS[:1] if rank > SMALL_RANK else BLOCKS
-        if is_tiny:
+        if is_tiny and rank <= SMALL_RANK:
             block = tuple((name, m // 4, n // 4) for name, m, n in block)
         self.model = SyntheticModel(Workload("check", block, 2, rank, dtype), device)
         self.pairs = find_lora_pairs(self.model.model)

@@ -25,7 +25,7 @@ export PIP_QUIET := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench test test-all test-distributed test-oldest test-newest support-table smoke chaos docs scaling lint format clean distclean
+.PHONY: help install demo bench gpu-check test test-all test-distributed test-oldest test-newest support-table smoke chaos docs scaling lint format clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-25s %s\n", $$1, $$2 }'
@@ -40,6 +40,10 @@ demo: $(STAMP) ## fine-tune a small language model with LoRA and LoRA-Pro and co
 
 bench: $(STAMP) ## measure the optimizer steps beside those of other optimizers for LoRA
 	$(BIN)/lorapro bench $(ARGS)
+
+# Installs nothing: PYTHON may be any interpreter that has torch for CUDA, transformers and peft.
+gpu-check: ## check numbers, waits, training and step times on a GPU, in eight minutes
+	PYTHONPATH=src $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py $(ARGS)
 
 test: $(STAMP) ## run the tests, without the slow ones
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(ARGS)

@@ -61,6 +61,16 @@ def full_gradients(count, pairs=3, m=5, n=6):
     return torch.randn(count, pairs, m, n, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
 
+def test_the_mask_of_active_pairs_is_made_once_for_the_same_pairs():
+    (stack,) = stacks_of(several())
+    go, skip = torch.zeros(()), torch.ones(())
+    assert stack.active([0, 2], go).tolist() == [True, False, True]
+    mask = stack._mask
+    assert not stack.active([0, 2], skip).any() and stack._mask is mask
+    assert stack.active([1], go).tolist() == [False, True, False]
+    assert stack.active(None, go).all()
+
+
 @pytest.mark.parametrize("row", PLAIN, ids=lambda row: row.name)
 def test_writing_what_was_read_restores_every_bit(row):
     models = [(row.build().to(dtype), dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)]

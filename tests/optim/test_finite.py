@@ -133,6 +133,18 @@ def test_steps_left_out_for_gradients_alone_are_only_counted(unread):
     assert optimizer.checked_skipped_steps() == 1 == optimizer.state_dict()["param_groups"][0]["skipped_steps"]
 
 
+def test_the_count_that_a_cuda_graph_adds_to_stays_where_it_is():
+    model = small_model()
+    optimizer = create_lorapro_optimizer(model, lr=1e-2, mode="efficient")
+    counts = set()
+    for step in range(2):
+        backward(model, step)
+        optimizer.step()
+        counts.add(optimizer._skipped.data_ptr())
+        optimizer.state_dict()  # settles the count
+    assert len(counts) == 1
+
+
 def test_a_training_that_no_step_reaches_is_looked_at():
     """As under the gradient scaler of fp16, or DeepSpeed, which leave out steps themselves."""
     optimizer = build({"mode": "full"}, r=1, steps=2)

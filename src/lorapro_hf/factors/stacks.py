@@ -62,6 +62,8 @@ class Stack:
         self.matrix_shape = r, m, n
         self._scalings: list[float] = []
         self._scaling = torch.empty(0)
+        self._chosen: list[int] = []
+        self._mask = torch.empty(0)
 
     def scaling(self) -> Tensor:
         """The present scalings, `(K,)`; raises a `ValueError` if one is 0 or not finite."""
@@ -89,11 +91,12 @@ class Stack:
         taken = found_inf == 0
         if pair_ids is None:
             return taken.expand(len(self.pairs))
-        chosen = set(pair_ids)
-        mask = torch.tensor([index in chosen for index in range(len(self.pairs))], device="cpu")
-        if self.device.type == "cuda":
-            mask = mask.pin_memory()
-        return taken & mask.to(self.device, non_blocking=True)
+        if pair_ids != self._chosen:  # kept on the device, since a CUDA graph would copy freed memory of the host
+            mask = torch.tensor([index in set(pair_ids) for index in range(len(self.pairs))], device="cpu")
+            if self.device.type == "cuda":
+                mask = mask.pin_memory()
+            self._chosen, self._mask = pair_ids, mask.to(self.device, non_blocking=True)
+        return taken & self._mask
 
     @torch.no_grad()
     def read(self) -> Rows:

@@ -45,6 +45,7 @@ def symmetric_eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
             BLOCK=block,
             MOST=MAX_SWEEPS,
             num_warps={2: 1, 4: 1, 8: 1, 16: 4, 32: 8}.get(block, 8),
+            enable_fp_fusion=False,  # as in the interpreter; defaults differ between releases of Triton
         )
     return values.to(matrices.dtype), vectors.to(matrices.dtype)
 

@@ -26,7 +26,7 @@ import triton.language as tl
 from lorapro_hf.kernels.triton_storage import load_moment, store_moment
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries"])  # else some numbers of entries would be compiled by themselves, for minutes
 def dense_kernel(
     moments: tl.tuple,
     tables: tl.tuple,

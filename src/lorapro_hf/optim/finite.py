@@ -156,7 +156,8 @@ class FiniteChecks(HeldPairs):
     def _settle_skipped(self) -> None:
         """Write the number of skipped steps into the groups, from where checkpoints save it."""
         self._whole_groups[0]["skipped_steps"] = self.skipped_steps
-        self._skipped = None
+        if self._skipped is not None:
+            self._skipped.zero_()  # stays where it is: a recorded CUDA graph adds to it
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle_skipped()

@@ -56,7 +56,8 @@ class LoRAProAdamW(SavedPairs):
     from zero.
 
     Pairs of one shape are stepped together. On CUDA only the first and the tenth step wait for the device, for these
-    checks; each step waits once without Triton, or if r is beyond the limit of `lorapro_hf.kernels.triton_eigh`.
+    checks; each step waits without Triton, and if r is beyond the limit of `lorapro_hf.kernels.triton_eigh` (in mode
+    spectral beyond half of it). Other steps can be recorded in a CUDA graph, with a learning rate that is a tensor.
 
     An engine that keeps its own copies of parameters and gradients (DeepSpeed) calls `attach_engine` once. In each step
     it enters `engine_step()` and calls within it, in any order, `step_pairs()` when the gradients of all pairs are

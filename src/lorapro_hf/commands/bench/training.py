@@ -26,10 +26,9 @@ def computes_bf16(device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")) -
     return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
 
 
-def _model(shapes: ModelShapes, device: torch.device, seed: int) -> PeftModel:
-    """The model's architecture with random weights, and LoRA on all linear layers; B is not zero."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
+def llama_config(shapes: ModelShapes) -> LlamaConfig:
+    """The configuration of a Llama of the shapes of a model."""
+    return LlamaConfig(
         vocab_size=shapes.vocabulary,
         hidden_size=shapes.hidden,
         intermediate_size=shapes.ffn,
@@ -39,9 +38,14 @@ def _model(shapes: ModelShapes, device: torch.device, seed: int) -> PeftModel:
         tie_word_embeddings=True,
         use_cache=False,
     )
+
+
+def _model(shapes: ModelShapes, device: torch.device, seed: int) -> PeftModel:
+    """The model's architecture with random weights, and LoRA on all linear layers; B is not zero."""
+    torch.manual_seed(seed)
     names = [name for name, _, _ in shapes.block]
     adapter = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=names, init_lora_weights=False)
-    return get_peft_model(LlamaForCausalLM(config).to(device), adapter)
+    return get_peft_model(LlamaForCausalLM(llama_config(shapes)).to(device), adapter)
 
 
 def measure_shares(bench: Bench) -> None:

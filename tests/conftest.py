@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 
@@ -21,13 +22,10 @@ for variable in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_METRICS_CACHE", "HF_EV
     os.environ.pop(variable, None)
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
-from lorapro_hf.kernels import native  # noqa: E402
-
-# The tests' tensors are so small that handing them to a second thread costs more than it saves.
-torch.set_num_threads(1)
+# What the test files import stays: to look through it for garbage costs an eighth of the time of importing.
+gc.disable()
 
 settings.register_profile(
     "lorapro",
@@ -39,14 +37,33 @@ settings.register_profile(
 settings.load_profile("lorapro")
 
 
+def pytest_collection_finish() -> None:
+    import torch
+
+    # The tests' tensors are so small that handing them to a second thread costs more than it saves.
+    torch.set_num_threads(1)
+    # A Trainer collects garbage at the end of each training, which takes half a second among a million objects.
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # some libraries complain when they are left over
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def torch_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps run in torch, as on other devices than the CPU and without a C++ compiler."""
+    from lorapro_hf.kernels import native
+
     monkeypatch.setattr(native, "native_kernels", lambda: None)
 
 

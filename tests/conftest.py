@@ -24,6 +24,8 @@ for variable in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_METRICS_CACHE", "HF_EV
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
+import killable  # noqa: E402
+
 # What the test files import stays: to look through it for garbage costs an eighth of the time of importing.
 gc.disable()
 
@@ -46,10 +48,16 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
+    killable.nursery()
 
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()  # some libraries complain when they are left over
+
+
+@pytest.fixture(scope="session")
+def nursery() -> killable.Nursery:
+    return killable.nursery()
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +37,6 @@ RANKS = pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.s
 distributed = pytest.mark.distributed
 FILES = ["optimizer.pt", "adapter_model.safetensors", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
 IS_OLD = Version(transformers.__version__) < Version("5")
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    started = Nursery()
-    yield started
-    started.close()
 
 
 def assert_equal_ends(found: list[dict[str, Any]], expected: list[dict[str, Any]], bitwise: bool = True) -> None:

@@ -39,14 +39,21 @@ settings.register_profile(
 settings.load_profile("lorapro")
 
 
+def set_apart() -> None:
+    """Leave all objects out of garbage collections to come.
+
+    A Trainer collects garbage at the end of each training, which takes half a second among a million objects.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_finish() -> None:
     import torch
 
     # The tests' tensors are so small that handing them to a second thread costs more than it saves.
     torch.set_num_threads(1)
-    # A Trainer collects garbage at the end of each training, which takes half a second among a million objects.
-    gc.collect()
-    gc.freeze()
+    set_apart()
     gc.enable()
     killable.nursery()
 
@@ -58,6 +65,12 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(scope="session")
 def nursery() -> killable.Nursery:
     return killable.nursery()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported() -> None:
+    """Set apart what the tests of another file have imported."""
+    set_apart()
 
 
 @pytest.fixture(autouse=True)

@@ -342,6 +342,7 @@ def test_arguments():
         LoRAProTrainingArguments(output_dir="unused", lora_pro_master_factors="yes")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_comparison_with_other_ways_runs(tmp_path, capsys):
     """The script behind the tables of docs/precision.md."""
     path = Path(__file__).parents[2] / "benchmarks" / "narrow_factors.py"

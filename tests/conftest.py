@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import tempfile
 
 # No test reaches a network, and none reads or writes the user's caches.
@@ -39,6 +40,9 @@ settings.register_profile(
 settings.load_profile("lorapro")
 
 
+_loaded = [0]  # how many modules there were when objects were set apart
+
+
 def set_apart() -> None:
     """Leave all objects out of garbage collections to come.
 
@@ -46,6 +50,7 @@ def set_apart() -> None:
     """
     gc.collect()
     gc.freeze()
+    _loaded.append(len(sys.modules))
 
 
 def pytest_collection_finish() -> None:
@@ -68,9 +73,16 @@ def nursery() -> killable.Nursery:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _imported() -> None:
-    """Set apart what the tests of another file have imported."""
+def _other_files() -> None:
+    """Set apart what the tests of other files have imported."""
     set_apart()
+
+
+@pytest.fixture(autouse=True)
+def _other_tests() -> None:
+    """And what those of this file have, if it is much."""
+    if len(sys.modules) > _loaded[-1] + 100:
+        set_apart()
 
 
 @pytest.fixture(autouse=True)

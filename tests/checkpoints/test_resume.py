@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bfloat16": {"lora_pro_mode": "full", "lora_pro_moments_dtype": "bfloat16"},
     "masters": {"lora_pro_mode": "full", "lora_pro_master_factors": True},  # of factors in bfloat16
 }
-DEFAULT = {1: ("rite",), 2: ("full",)}
+DEFAULT: dict[int, tuple[str, ...]] = {1: (), 2: ("full",)}
 RANKS = pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 distributed = pytest.mark.distributed
 FILES = ["optimizer.pt", "adapter_model.safetensors", "scheduler.pt", "rng_state.pth", "trainer_state.json"]

@@ -23,7 +23,7 @@ from lorapro_hf.functional.reference import (
     DenseSpectral,
     factor_gradients,
 )
-from support_cases import CASES, OTHER_FIELDS
+from support_cases import CASES, LAYERS, OTHER_FIELDS
 from support_rows import COLUMNS, Case, replaced
 
 EPS = 1e-4
@@ -157,12 +157,12 @@ def assert_loaded_alike(model: PeftModel, case: Case, folder: Path, start: Path 
 
 
 def default_columns(number: int, case: Case) -> set[str]:
-    """Two columns of a row, each row others, or one if it is refused anywhere; the other cells are slow."""
+    """Two columns of a layer, one of any other row, which take turns; the other cells are slow."""
     if case.name == "torch.compile":
         return set()
     if len(case.refused) not in (0, len(COLUMNS)):
         return set(case.refused) | {"full"}
-    return {COLUMNS[(number + shift) % len(COLUMNS)] for shift in ((0,) if case.refused else (0, 3))}
+    return {COLUMNS[(number + shift) % len(COLUMNS)] for shift in ((0, 3) if case in LAYERS else (0,))}
 
 
 def cells() -> list[Any]:

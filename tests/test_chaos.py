@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -124,10 +123,8 @@ def test_damage_changes_what_it_names(number: int, tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    nursery = Nursery("chaos.jobs")
-    yield Lab(nursery, tmp_path_factory.mktemp("chaos"))
-    nursery.close()
+def lab(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    return Lab(nursery, tmp_path_factory.mktemp("chaos"))
 
 
 @pytest.mark.distributed

@@ -17,6 +17,7 @@ from peft import optimizers
 from transformers import get_scheduler
 
 from comparison_helpers import CLASSES, CPU, SIZES, TINY, content, only, settings
+from grids import rest_slow
 from lorapro_hf import create_lorapro_optimizer
 from lorapro_hf.commands.compare import training
 from lorapro_hf.commands.compare.adapters import layers_to_adapt, make_trainable
@@ -44,9 +45,13 @@ def task() -> LoadedTask:
 # Trainings
 
 
-def test_every_method_trains_on_the_same_data(task: LoadedTask, tmp_path: Path) -> None:
+FEW = ["lora", "pissa", "lorafa", "dora", "full", "pro_full_linear"]
+
+
+@pytest.mark.parametrize("wanted", rest_slow([FEW, list(METHODS)]), ids=["few", "all"])
+def test_every_method_trains_on_the_same_data(task: LoadedTask, tmp_path: Path, wanted: list[str]) -> None:
     old = {"riemannian": "create_riemannian_optimizer", "loraga": "LoraGAConfig"}  # which the oldest PEFT lacks
-    names = [name for name in METHODS if name not in old or hasattr(peft, old[name]) or hasattr(optimizers, old[name])]
+    names = [name for name in wanted if name not in old or hasattr(peft, old[name]) or hasattr(optimizers, old[name])]
     chosen = settings(tmp_path, methods={name: [1e-2] for name in names})
     records = {run.method.name: training.train_run(task, run, chosen, CPU) for run in plan(chosen)}
     assert {name: record.error for name, record in records.items()} == dict.fromkeys(names)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from grids import rest_slow
 from signals import listen
 
 pytestmark = [
@@ -77,7 +78,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, errors
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1"])
+@pytest.mark.parametrize("name", rest_slow(["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1"], fast=2))
 def test_a_signal_ends_the_program_and_what_it_has_started(name: str) -> None:
     number = signal.Signals[name]
     process = start(LAUNCHER, WORKER)

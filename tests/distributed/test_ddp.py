@@ -30,6 +30,9 @@ from training import (
 
 pytestmark = pytest.mark.distributed
 
+FEW = ("full", "factored", "rite")
+OTHERS = tuple(mode for mode in MODES if mode not in FEW)
+
 BOTH = (True, False)
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
 
@@ -40,23 +43,24 @@ def trained(rank, ranks, config, dtype=torch.float64, model_settings=None, **opt
     return result(model)
 
 
-def many(rank, ranks, shared, dtypes, model_settings):
-    return every_mode(trained, rank, ranks, shared, dtypes, model_settings)
+def many(rank, ranks, modes, shared, dtypes, model_settings):
+    return every_mode(trained, rank, ranks, modes, shared, dtypes, model_settings)
 
 
 @pytest.mark.parametrize(
-    ("ranks", "shared", "dtypes", "model_settings"),
+    ("modes", "ranks", "shared", "dtypes", "model_settings"),
     [
-        (2, (True,), {"float64": 1e-10}, {}),
-        pytest.param(2, (False,), {"float64": 1e-10}, {}, marks=pytest.mark.slow),
-        pytest.param(2, BOTH, {"float32": 1e-5}, {}, marks=pytest.mark.slow),
-        pytest.param(3, BOTH, TOLERANCES, {"r": 1}, marks=pytest.mark.slow),
-        pytest.param(3, BOTH, TOLERANCES, {"target_modules": ["0", "3"]}, marks=pytest.mark.slow),
+        (FEW, 2, (True,), {"float64": 1e-10}, {}),
+        pytest.param(OTHERS, 2, (True,), {"float64": 1e-10}, {}, marks=pytest.mark.slow),
+        pytest.param(MODES, 2, (False,), {"float64": 1e-10}, {}, marks=pytest.mark.slow),
+        pytest.param(MODES, 2, BOTH, {"float32": 1e-5}, {}, marks=pytest.mark.slow),
+        pytest.param(MODES, 3, BOTH, TOLERANCES, {"r": 1}, marks=pytest.mark.slow),
+        pytest.param(MODES, 3, BOTH, TOLERANCES, {"target_modules": ["0", "3"]}, marks=pytest.mark.slow),
     ],
 )
-def test_every_mode_equals_one_process(ranks, shared, dtypes, model_settings, tmp_path):
-    found = run(many, ranks, tmp_path, shared, tuple(dtypes), model_settings)
-    assert_every_mode_equals_one_process(found, shared, dtypes, model_settings)
+def test_every_mode_equals_one_process(modes, ranks, shared, dtypes, model_settings, tmp_path):
+    found = run(many, ranks, tmp_path, modes, shared, tuple(dtypes), model_settings)
+    assert_every_mode_equals_one_process(found, modes, shared, dtypes, model_settings)
 
 
 def variants(rank, ranks):

@@ -37,6 +37,9 @@ from training import (
 
 pytestmark = pytest.mark.distributed
 
+FEW = ("full", "factored", "rite")
+OTHERS = tuple(mode for mode in MODES if mode not in FEW)
+
 
 def sharded(ranks, dtype=torch.float64, replicas=1, **settings):
     model = build(dtype, **settings)
@@ -53,23 +56,24 @@ def trained(rank, ranks, config, dtype=torch.float64, replicas=1, model_settings
     return result(model)
 
 
-def many(rank, ranks, shared, dtypes, model_settings):
-    return every_mode(trained, rank, ranks, shared, dtypes, model_settings)
+def many(rank, ranks, modes, shared, dtypes, model_settings):
+    return every_mode(trained, rank, ranks, modes, shared, dtypes, model_settings)
 
 
 # r = 1: two ranks hold nothing of A
 @pytest.mark.parametrize(
-    ("ranks", "shared", "dtypes", "model_settings"),
+    ("modes", "ranks", "shared", "dtypes", "model_settings"),
     [
-        (2, (None,), {"float64": 1e-10}, {}),
-        pytest.param(2, (False,), {"float64": 1e-10}, {}, marks=pytest.mark.slow),
-        pytest.param(2, (None, False), {"float32": 1e-5}, {}, marks=pytest.mark.slow),
-        pytest.param(3, (None, False), {"float64": 1e-10, "float32": 1e-5}, {"r": 1}, marks=pytest.mark.slow),
+        (FEW, 2, (None,), {"float64": 1e-10}, {}),
+        pytest.param(OTHERS, 2, (None,), {"float64": 1e-10}, {}, marks=pytest.mark.slow),
+        pytest.param(MODES, 2, (False,), {"float64": 1e-10}, {}, marks=pytest.mark.slow),
+        pytest.param(MODES, 2, (None, False), {"float32": 1e-5}, {}, marks=pytest.mark.slow),
+        pytest.param(MODES, 3, (None, False), {"float64": 1e-10, "float32": 1e-5}, {"r": 1}, marks=pytest.mark.slow),
     ],
 )
-def test_every_mode_equals_one_process(ranks, shared, dtypes, model_settings, tmp_path):
-    found = run(many, ranks, tmp_path, shared, tuple(dtypes), model_settings)
-    assert_every_mode_equals_one_process(found, shared, dtypes, model_settings)
+def test_every_mode_equals_one_process(modes, ranks, shared, dtypes, model_settings, tmp_path):
+    found = run(many, ranks, tmp_path, modes, shared, tuple(dtypes), model_settings)
+    assert_every_mode_equals_one_process(found, modes, shared, dtypes, model_settings)
 
 
 def variants(rank, ranks):
@@ -121,6 +125,7 @@ def two_dtypes(rank, ranks):
     return result(model)
 
 
+@pytest.mark.slow
 def test_factors_of_two_dtypes(tmp_path):
     model = build(torch.float32)
     for factors in (model.base_model.model[3].lora_A, model.base_model.model[3].lora_B):

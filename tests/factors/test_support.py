@@ -23,8 +23,7 @@ from lorapro_hf.functional.reference import (
     DenseSpectral,
     factor_gradients,
 )
-from support_cases import CASES, OTHER_FIELDS
-from support_models import llama
+from support_cases import CASES, LAYERS, OTHER_FIELDS
 from support_rows import COLUMNS, Case, replaced
 
 EPS = 1e-4
@@ -157,17 +156,24 @@ def assert_loaded_alike(model: PeftModel, case: Case, folder: Path, start: Path 
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def default_columns(number: int, case: Case) -> set[str]:
+    """Two columns of a layer, one of any other row, which take turns; the other cells are slow."""
+    if case.name == "torch.compile":
+        return set()
+    if len(case.refused) not in (0, len(COLUMNS)):
+        return set(case.refused) | {"full"}
+    return {COLUMNS[(number + shift) % len(COLUMNS)] for shift in ((0, 3) if case in LAYERS else (0,))}
+
+
 def cells() -> list[Any]:
-    """All of them; those of larger models and of quantised ones are slow but for one or two columns."""
-
-    def is_slow(case: Case, column: str) -> bool:
-        if "bit base" in case.name:
-            return column != "full"
-        return case.name == "torch.compile" or (case.model is llama and column not in ("full", "factored"))
-
     return [
-        pytest.param(case, column, id=f"{case.name}-{column}", marks=pytest.mark.slow if is_slow(case, column) else ())
-        for case in CASES
+        pytest.param(
+            case,
+            column,
+            id=f"{case.name}-{column}",
+            marks=() if column in default_columns(number, case) else pytest.mark.slow,
+        )
+        for number, case in enumerate(CASES)
         for column in COLUMNS
     ]
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dense_gradients import assert_near, full_gradients, normal, pairs
-from grids import rest_slow
+from grids import few_of, rest_slow
 from lorapro_hf.config import TRUST_REGION
 from lorapro_hf.functional import reference
 from lorapro_hf.functional.bases import Bases, gradient_coordinates, row_bases
@@ -77,11 +77,9 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 SHAPES = [(24, 33, 4), (20, 13, 1), (6, 9, 11), (40, 6, 8)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("update", ["sequential", "linear"])
-@pytest.mark.parametrize("start", ["zero", "random"])
-@pytest.mark.parametrize(("m", "n", "r"), SHAPES)
-def test_follows_the_dense_oracle(m, n, r, start, update, dtype):
+@few_of(shape=SHAPES, start=["zero", "random"], update=["sequential", "linear"], dtype=list(TOLERANCE))
+def test_follows_the_dense_oracle(shape, start, update, dtype):
+    m, n, r = shape
     A, Bt = pairs(m, n, r, start, dtype)
     gradients = full_gradients(m, n, 8).to(dtype)
     weights, _, state = train(A, Bt, gradients, update=update)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lorapro_hf.functional.bases import factor_gradients_, gradient_coordinates, row_bases
@@ -15,7 +15,6 @@ def random(*shape, seed):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     m=st.integers(1, 9),
     n=st.integers(1, 9),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from grids import rest_slow
@@ -50,7 +50,6 @@ shapes = st.fixed_dictionaries(
 scalings = st.floats(0.05, 20)
 
 
-@settings(max_examples=150, deadline=None)
 @given(shape=shapes, s=scalings, x_mode=st.sampled_from(X_MODES))
 def test_matches_dense_formula(shape, s, x_mode):
     A, B, g = factors(**shape)
@@ -60,7 +59,6 @@ def test_matches_dense_formula(shape, s, x_mode):
     torch.testing.assert_close(h_B, ref_B, rtol=1e-8, atol=1e-8)
 
 
-@settings(max_examples=100, deadline=None)
 @given(shape=shapes, s=scalings)
 def test_equivalent_gradient_is_the_projector_formula_for_every_x(shape, s):
     A, B, g = factors(**shape)
@@ -70,7 +68,6 @@ def test_equivalent_gradient_is_the_projector_formula_for_every_x(shape, s):
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
 
 
-@settings(max_examples=40, deadline=None)
 @given(shape=shapes, s=scalings)
 def test_is_the_least_squares_optimum(shape, s):
     shape = {**shape, "m": min(shape["m"], 8), "n": min(shape["n"], 8), "r": min(shape["r"], 4)}
@@ -85,7 +82,6 @@ def test_is_the_least_squares_optimum(shape, s):
     torch.testing.assert_close(found, best, rtol=1e-7, atol=1e-7)
 
 
-@settings(max_examples=60, deadline=None)
 @given(shape=shapes, s=scalings)
 def test_descends_and_is_a_projection(shape, s):
     A, B, g = factors(**shape)
@@ -95,7 +91,6 @@ def test_descends_and_is_a_projection(shape, s):
     torch.testing.assert_close(again, found, rtol=1e-8, atol=1e-8)
 
 
-@settings(max_examples=60, deadline=None)
 @given(shape=shapes, s=scalings, seed=st.integers(0, 2**31))
 def test_invariant_under_change_of_factors(shape, s, seed):
     A, B, g = factors(**shape)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dense_gradients import assert_near, full_gradients, normal, pairs
+from grids import few_of
 from lorapro_hf.functional import reference
 from lorapro_hf.functional.bases import Bases, coordinate_norms, gradient_coordinates, row_bases
 from lorapro_hf.functional.rite import RiteGuards, RiteState, rite_step, unmagnified_norms
@@ -70,21 +71,19 @@ def train_oracle(A, Bt, gradients, **guards):
 GUARDS = [{}, {"clip": 0.0, "skip": 0.0}, {"clip": 0.3, "skip": 0.4}, {"escape": True}]
 
 
-@pytest.mark.parametrize("guards", GUARDS, ids=["default", "none", "tight", "escape"])
-@pytest.mark.parametrize("start", ["zero", "random"])
-@pytest.mark.parametrize(("m", "n", "r"), [(24, 33, 4), (20, 13, 1), (40, 6, 5)])
-def test_takes_the_steps_of_its_peer(m, n, r, start, guards):
+@few_of(shape=[(24, 33, 4), (20, 13, 1), (40, 6, 5)], start=["zero", "random"], guards=GUARDS)
+def test_takes_the_steps_of_its_peer(shape, start, guards):
+    m, n, r = shape
     A, Bt = pairs(m, n, r, start)
     gradients = full_gradients(m, n, 30)
     weights, expected = train(A, Bt, gradients, **guards)[0], train_peer(A, Bt, gradients, **guards)
     torch.testing.assert_close(weights, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("guards", GUARDS, ids=["default", "none", "tight", "escape"])
-@pytest.mark.parametrize("start", ["zero", "random"])
-@pytest.mark.parametrize(("m", "n", "r"), [(24, 33, 4), (6, 9, 8)])
-def test_follows_the_dense_oracle_which_takes_the_steps_of_the_peer(m, n, r, start, guards):
+@few_of(shape=[(24, 33, 4), (6, 9, 8)], start=["zero", "random"], guards=GUARDS)
+def test_follows_the_dense_oracle_which_takes_the_steps_of_the_peer(shape, start, guards):
     """A rank above one side of the weight included, for which the peer has no inverse."""
+    m, n, r = shape
     A, Bt = pairs(m, n, r, start)
     gradients = full_gradients(m, n, 30)
     expected = train_oracle(A, Bt, gradients, **guards)
@@ -129,7 +128,7 @@ def test_float32_follows_float64():
     assert_near(train(A.float(), Bt.float(), gradients)[0], train(A, Bt, gradients)[0], 1e-4)
 
 
-@pytest.mark.parametrize("r", [1, 2, 4, 8, 16, 64, 256])
+@pytest.mark.parametrize("r", [1, 2, 4, 8, 16, 64, pytest.param(256, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("start", ["zero", "deficient"])
 def test_every_rank_gives_numbers(r, start):
     """Ranks above both sides of the weight included, and gradients of zeros."""

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from grids import rest_slow
@@ -92,7 +92,6 @@ shapes = st.fixed_dictionaries(
 
 
 @ROUTES
-@settings(max_examples=60, deadline=None)
 @given(shape=shapes, s=st.floats(0.1, 10), lr=st.floats(0.05, 2))
 def test_moves_the_weight_exactly_as_promised_and_never_too_far(take, shape, s, lr):
     A, Bt, u = random_pairs(**shape)
@@ -105,7 +104,6 @@ def test_moves_the_weight_exactly_as_promised_and_never_too_far(take, shape, s, 
 
 
 @ROUTES
-@settings(max_examples=30, deadline=None)
 @given(shape=shapes, s=st.floats(0.1, 10))
 def test_factors_are_those_of_the_dense_formula(take, shape, s):
     A, Bt, u = random_pairs(**shape)
@@ -185,7 +183,6 @@ def test_a_trust_region_shortens_the_part_of_A_alone(take, limit):
     assert torch.equal(step.A, free.A) == (limit > 1)
 
 
-@settings(max_examples=60, deadline=None)
 @given(shape=shapes, size_of_B=st.sampled_from([1.0, 1e-3, 0.0]))
 def test_a_change_acts_through_the_new_B_without_a_cross_term(shape, size_of_B):
     A, Bt, _ = random_pairs(**shape)

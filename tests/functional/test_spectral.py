@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dense_gradients import assert_near, full_gradients, normal, pairs
+from grids import few_of
 from lorapro_hf.functional import reference
 from lorapro_hf.functional.bases import Bases, Coordinates, gradient_coordinates, row_bases
 from lorapro_hf.functional.spectral import SpectralState, spectral_direction, spectral_step
@@ -49,12 +50,15 @@ def train_oracle(A, Bt, gradients, **settings):
     return torch.stack(trajectories, dim=1)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("iterations", [1, 4])
-@pytest.mark.parametrize("update", ["sequential", "linear"])
-@pytest.mark.parametrize("start", ["zero", "random"])
-@pytest.mark.parametrize(("m", "n", "r"), SHAPES)
-def test_follows_the_dense_oracle(m, n, r, start, update, iterations, dtype):
+@few_of(
+    shape=SHAPES,
+    start=["zero", "random"],
+    update=["sequential", "linear"],
+    iterations=[1, 4],
+    dtype=list(TOLERANCE),
+)
+def test_follows_the_dense_oracle(shape, start, update, iterations, dtype):
+    m, n, r = shape
     A, Bt = pairs(m, n, r, start, dtype)
     gradients = full_gradients(m, n, 10).to(dtype)
     weights, _, _ = train(A, Bt, gradients, update=update, iterations=iterations)

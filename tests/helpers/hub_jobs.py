@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import re
@@ -106,5 +107,8 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    import hub_helpers  # noqa: F401
+
+    gc.freeze()  # each training looks through what is not frozen
     torch.set_num_threads(1)
     print(json.dumps(push(Path(sys.argv[1]))))

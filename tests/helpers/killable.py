@@ -1,51 +1,75 @@
 """Trainings that may be killed at any moment, in processes forked from one that has imported everything.
 
-Run as a program it is that one process: a line of JSON on its input is a training, a line on its output its exit codes.
+That one is forked from the tests before the first of them, since importing takes ten seconds of CPU time.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
-import json
+import io
+import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 import traceback
+import warnings
+from collections.abc import Callable
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 PATIENCE = 240
-# What a training would import for itself, the first being optional.
-IMPORTED_LATER = ("deepspeed", "transformers.models.llama.modeling_llama", "peft.tuners.lora.bnb")
+# What a training would import for itself; the last two are optional.
+IMPORTED_LATER = (
+    "transformers.trainer",
+    "transformers.models.llama.modeling_llama",
+    "torch.distributed.fsdp",
+    "peft.tuners.lora.bnb",
+    "deepspeed",
+)
+
+
+@functools.cache
+def nursery() -> Nursery:
+    """The one of this process; the first call forks it, with all that has been imported until then."""
+    return Nursery()
 
 
 class Nursery:
-    """The process that forks trainings; `jobs` is the module that has them."""
+    """The process that forks trainings, and workers of tests."""
 
-    def __init__(self, jobs: str = "killable_jobs") -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, __file__, jobs]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+    def __init__(self) -> None:
+        self.connection, other = Pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of threads: pytest-xdist's, which nothing here needs
+            self.pid = os.fork()
+        if not self.pid:
+            self.connection.close()
+            _serve(other)
+        other.close()
 
     def close(self) -> None:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.close()
-        self.process.wait(timeout=PATIENCE)
-        self.process.stdout.close()
+        self.connection.close()
+        os.waitpid(self.pid, 0)
 
-    def run(self, folder: Path, **job: Any) -> list[int]:
-        """Exit codes of all ranks; minus the signal for one that was killed."""
-        assert self.process.stdin and self.process.stdout
+    def fork(self, function: Callable[..., None], *arguments: Any) -> int:
+        """Call the function in a new process, whose id is returned."""
+        self.connection.send((function, arguments))
+        return self.connection.recv()
+
+    def run(self, folder: Path, jobs: str = "killable_jobs", **job: Any) -> list[int]:
+        """Exit codes of all ranks; minus the signal for one that was killed. `jobs` is the module that has the job."""
         folder.mkdir(parents=True, exist_ok=True)
-        print(json.dumps({"folder": str(folder), "ranks": 1, **job}), file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
+        self.connection.send((_train, (jobs, {"folder": str(folder), "ranks": 1, **job})))
+        return self.connection.recv()
 
     def finish(self, folder: Path, **job: Any) -> list[dict[str, Any]]:
         """What each rank has found, of a training that must come to its end."""
@@ -57,46 +81,41 @@ class Nursery:
         return [torch.load(folder / f"result-{rank}.pt", weights_only=True) for rank in ranks]
 
 
-def serve(jobs: str) -> None:
-    """Fork what is asked for until the input ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # where libraries print what they think of themselves
-    import torch
-
-    importlib.import_module(jobs)
-    for module in IMPORTED_LATER:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(module)
-    torch.set_num_threads(1)
-    gc.freeze()  # the trainings collect garbage, of which there is none in what has been imported
-    for line in sys.stdin:
-        job = json.loads(line)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        children = [_fork(jobs, job, rank, port) for rank in range(job["ranks"])]
-        print(json.dumps(_wait(children, job.get("kill_after"))), file=answers, flush=True)
+def _serve(connection: Connection) -> None:
+    """Fork what is asked for until the other end is closed."""
+    try:
+        logging.getLogger().handlers.clear()  # pytest's
+        os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", DS_ACCELERATOR="cpu")
+        with contextlib.suppress(EOFError):
+            while True:
+                function, arguments = connection.recv()
+                _import(IMPORTED_LATER)
+                if function is _train:
+                    connection.send(_train(*arguments))
+                else:
+                    connection.send(_fork(function, *arguments))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)  # some libraries complain when they are unloaded
 
 
-def _fork(jobs: str, job: dict[str, Any], rank: int, port: int) -> int:
+def _import(modules: tuple[str, ...]) -> None:
+    for module in modules:
+        if module not in sys.modules:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(module)
+            gc.freeze()  # the trainings collect garbage, of which there is none in what has been imported
+
+
+def _fork(function: Callable[..., None], *arguments: Any) -> int:
+    """The id of a new process, which calls the function and ends."""
     child = os.fork()
     if child:
         return child
     code = 1
     try:
-        log = os.open(f"{job['folder']}/log-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        if job["ranks"] > 1:
-            ranks = str(job["ranks"])
-            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks)
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        import torch
-
-        found = getattr(importlib.import_module(jobs), job.get("do", "train"))(job, rank)
-        torch.save(found, f"{job['folder']}/result-{rank}.pt")
-        if job["ranks"] > 1:  # rank 0 holds the store that the others still need
-            torch.distributed.barrier()
+        function(*arguments)
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -104,6 +123,33 @@ def _fork(jobs: str, job: dict[str, Any], rank: int, port: int) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _train(jobs: str, job: dict[str, Any]) -> list[int]:
+    _import((jobs,))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [_fork(_train_rank, jobs, job, rank, port) for rank in range(job["ranks"])]
+    return _wait(children, job.get("kill_after"))
+
+
+def _train_rank(jobs: str, job: dict[str, Any], rank: int, port: int) -> None:
+    log = os.open(f"{job['folder']}/log-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2, sys.stdout, sys.stderr):  # pytest has put files of its own in the place of the last two
+        with contextlib.suppress(io.UnsupportedOperation):
+            os.dup2(log, stream if isinstance(stream, int) else stream.fileno())
+    if job["ranks"] > 1:
+        ranks = str(job["ranks"])
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks)
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    import torch
+
+    torch.set_num_threads(1)
+    found = getattr(importlib.import_module(jobs), job.get("do", "train"))(job, rank)
+    torch.save(found, f"{job['folder']}/result-{rank}.pt")
+    if job["ranks"] > 1:  # rank 0 holds the store that the others still need
+        torch.distributed.barrier()
 
 
 def _wait(children: list[int], kill_after: float | None) -> list[int]:
@@ -123,8 +169,3 @@ def _wait(children: list[int], kill_after: float | None) -> list[int]:
             end = float("inf")
         time.sleep(0.002)
     return [codes[child] for child in children]
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1])
-    os._exit(0)  # some libraries complain when they are unloaded

@@ -1,22 +1,20 @@
-"""Workers in processes of their own, connected by gloo.
-
-They are forked from a server that has imported the libraries, since importing them takes ten seconds of CPU time.
-"""
+"""Workers in processes of their own, connected by gloo and forked from the nursery of `killable`."""
 
 import atexit
+import contextlib
 import os
-import queue
-import sys
+import signal
 import time
 import traceback
 import uuid
+from multiprocessing.connection import Client, Listener
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from killable import nursery
 
 PATIENCE = 240  # seconds for a job
-PRELOADED = ("peft", "transformers.trainer", "torch.distributed.fsdp", "lorapro_hf.optim.factory")
 
 _workers = []
 
@@ -43,32 +41,27 @@ def run_afresh(job, ranks, folder, *arguments, environment=None):
         )
     finally:
         for worker in workers:
-            worker.process.kill()
+            worker.kill()
 
 
 class _Worker:
     """A process that waits for jobs."""
 
     def __init__(self):
-        context = _context()
-        self.inbox, self.outbox = context.Queue(), context.Queue()
-        self.process = context.Process(target=_work, args=(self.inbox, self.outbox), daemon=True)
-        self.process.start()
+        with Listener(family="AF_UNIX") as listener:
+            self.process = nursery().fork(_work, listener.address)
+            self.connection = listener.accept()
 
-
-def _context():
-    if sys.platform != "linux":
-        return mp.get_context("spawn")
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
-    return context
+    def kill(self):
+        self.connection.close()
+        os.kill(self.process, signal.SIGKILL)
 
 
 def _finish(workers, job, folder, arguments, environment):
     """Have all workers do the job; their results."""
     ranks, name = len(workers), f"{folder}/{uuid.uuid4().hex}"
     for rank, worker in enumerate(workers):
-        worker.inbox.put((job, rank, ranks, name, arguments, environment))
+        worker.connection.send((job, rank, ranks, name, arguments, environment))
     waiting, deadline = set(range(ranks)), time.monotonic() + PATIENCE
     while waiting:
         for rank in sorted(waiting):
@@ -84,34 +77,38 @@ def _finish(workers, job, folder, arguments, environment):
 def _answer(rank, worker, deadline):
     """What went wrong there, None if nothing did, or "" if there is no answer yet."""
     try:
-        return worker.outbox.get(timeout=0.05)
-    except queue.Empty:
-        if not worker.process.is_alive():
-            return f"rank {rank} has ended with exit code {worker.process.exitcode}"
-        return "" if time.monotonic() < deadline else f"rank {rank} has not answered within {PATIENCE} seconds"
+        if worker.connection.poll(0.05):
+            return worker.connection.recv()
+    except (EOFError, ConnectionError):
+        return f"rank {rank} has ended"
+    return "" if time.monotonic() < deadline else f"rank {rank} has not answered within {PATIENCE} seconds"
 
 
 @atexit.register
 def stop():
     while _workers:
-        _workers.pop().process.kill()
+        _workers.pop().kill()
 
 
-def _work(inbox, outbox):
+def _work(address):
+    """Take jobs until the tests have ended."""
     torch.set_num_threads(1)
-    while True:
-        job, rank, ranks, name, arguments, environment = inbox.get()
-        error = None
-        try:
-            if environment:
-                os.environ.update(
-                    {key: str(value) for key, value in environment.items()}, RANK=str(rank), LOCAL_RANK=str(rank)
-                )
-            dist.init_process_group("gloo", init_method=f"file://{name}", rank=rank, world_size=ranks)
-            torch.save(job(rank, ranks, *arguments), f"{name}-{rank}.pt")
-            if dist.is_initialized():
-                dist.barrier()  # nobody leaves while others still talk to it
-                dist.destroy_process_group()
-        except BaseException:
-            error = f"rank {rank}: {traceback.format_exc()}"
-        outbox.put(error)
+    with contextlib.suppress(EOFError), Client(address) as connection:
+        while True:
+            connection.send(_error_of(*connection.recv()))
+
+
+def _error_of(job, rank, ranks, name, arguments, environment):
+    try:
+        if environment:
+            os.environ.update(
+                {key: str(value) for key, value in environment.items()}, RANK=str(rank), LOCAL_RANK=str(rank)
+            )
+        dist.init_process_group("gloo", init_method=f"file://{name}", rank=rank, world_size=ranks)
+        torch.save(job(rank, ranks, *arguments), f"{name}-{rank}.pt")
+        if dist.is_initialized():
+            dist.barrier()  # nobody leaves while others still talk to it
+            dist.destroy_process_group()
+    except BaseException:
+        return f"rank {rank}: {traceback.format_exc()}"
+    return None

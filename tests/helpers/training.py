@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from lorapro_hf import create_lorapro_optimizer, find_lora_pairs
-from lorapro_hf.config import MODES
 from optimizer_helpers import small_model
 
 STEPS = 10
@@ -100,8 +99,8 @@ def single(config, dtype=torch.float64, model_settings=None, **options):
     return result(model)
 
 
-def every_mode(trained, rank, ranks, shared, dtypes, model_settings):
-    """What `trained` returns in each mode, for each value of `shard_states` and dtype."""
+def every_mode(trained, rank, ranks, modes, shared, dtypes, model_settings):
+    """What `trained` returns in each of the modes, for each value of `shard_states` and dtype."""
     return {
         f"{mode} {shard_states} {dtype}": trained(
             rank,
@@ -110,17 +109,17 @@ def every_mode(trained, rank, ranks, shared, dtypes, model_settings):
             getattr(torch, dtype),
             model_settings=model_settings,
         )
-        for mode in MODES
+        for mode in modes
         for shard_states in shared
         for dtype in dtypes
     }
 
 
-def assert_every_mode_equals_one_process(found, shared, tolerances, model_settings):
+def assert_every_mode_equals_one_process(found, modes, shared, tolerances, model_settings):
     """Compare what `every_mode` has returned on each rank with one process."""
     for dtype, tolerance in tolerances.items():
         plain = single("adamw", getattr(torch, dtype), model_settings)
-        for mode in MODES:
+        for mode in modes:
             expected = single(config_of(mode), getattr(torch, dtype), model_settings)
             assert_differ(expected, plain)
             if mode == "rite":

@@ -13,6 +13,8 @@ import pytest
 
 from hub_server import Hub, card_problems
 
+pytestmark = pytest.mark.slow  # all of them read what one program of twenty seconds has pushed
+
 SAVED = {"adapter_model.safetensors", "adapter_config.json", "lorapro_config.json"}
 CARD = {"README.md", "training_curves.png"}
 

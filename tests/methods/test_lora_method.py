@@ -165,13 +165,10 @@ def test_the_best_model_has_the_factors_that_were_trained(tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_ranks_resume_to_the_bit(tmp_path: Path):
-    nursery = Nursery("method_jobs")
-    try:
-        whole = nursery.finish(tmp_path, ranks=2)
-        resumed = nursery.finish(tmp_path, ranks=2, resume=str(tmp_path / "checkpoint-2"))
-    finally:
-        nursery.close()
+def test_two_ranks_resume_to_the_bit(nursery: Nursery, tmp_path: Path):
+    job = {"jobs": "method_jobs", "ranks": 2}
+    whole = nursery.finish(tmp_path, **job)
+    resumed = nursery.finish(tmp_path, resume=str(tmp_path / "checkpoint-2"), **job)
     for of_rank in (*whole, *resumed):
         assert_same(of_rank["factors"], whole[0]["factors"])
         assert_same(of_rank["average"], whole[0]["average"])

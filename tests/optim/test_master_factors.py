@@ -130,16 +130,19 @@ class Oracle:
 @pytest.mark.parametrize("dtype", rest_slow([torch.bfloat16, torch.float16]), ids=str)
 @pytest.mark.parametrize(
     "config",
-    [
-        {"mode": "full"},
-        {"mode": "full", "update": "sequential"},
-        {"mode": "factored"},
-        {"mode": "factored", "update": "linear"},
-        {"mode": "spectral"},
-        {"mode": "rite", "rite_clip": 0.0, "rite_skip": 0.0},
-        {"mode": "efficient"},
-        {"mode": "efficient", "update": "sequential"},
-    ],
+    rest_slow(
+        [
+            {"mode": "full"},
+            {"mode": "factored"},
+            {"mode": "rite", "rite_clip": 0.0, "rite_skip": 0.0},
+            {"mode": "spectral"},
+            {"mode": "efficient"},
+            {"mode": "full", "update": "sequential"},
+            {"mode": "factored", "update": "linear"},
+            {"mode": "efficient", "update": "sequential"},
+        ],
+        fast=3,
+    ),
     ids=lambda config: "-".join(map(str, config.values())),
 )
 def test_small_steps_add_up_as_in_float64(config, dtype):
@@ -339,6 +342,7 @@ def test_arguments():
         LoRAProTrainingArguments(output_dir="unused", lora_pro_master_factors="yes")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_comparison_with_other_ways_runs(tmp_path, capsys):
     """The script behind the tables of docs/precision.md."""
     path = Path(__file__).parents[2] / "benchmarks" / "narrow_factors.py"

@@ -152,7 +152,7 @@ def kept(model: nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("accelerated", [False, True])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", rest_slow(MODES))
 def test_steps_that_the_scaler_leaves_out_change_nothing(mode: str, accelerated: bool):
     if mode == "full_8bit":
         pytest.importorskip("bitsandbytes")

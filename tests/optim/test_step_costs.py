@@ -38,9 +38,8 @@ def name_of(config):
 
 
 each_config = pytest.mark.parametrize("config", CONFIGS, ids=name_of)
-with_dense_moments = pytest.mark.parametrize(
-    "config", [c for c in CONFIGS if c["mode"].startswith("full")], ids=name_of
-)
+DENSE = [c for c in CONFIGS if c["mode"].startswith("full")]
+with_dense_moments = pytest.mark.parametrize("config", DENSE, ids=name_of)
 
 # Each of these lets the host know a value, or gives a result whose size depends on values: on CUDA the host waits.
 WAITING = {
@@ -185,7 +184,7 @@ def test_layers_of_one_shape_cost_no_more_operators(config, without):
     assert few == many and few.total() > 50
 
 
-@with_dense_moments
+@pytest.mark.parametrize("config", rest_slow(DENSE, fast=2), ids=name_of)
 def test_operators_of_dense_moments_grow_with_the_tiles_alone(config, monkeypatch):
     """An unsplit tile takes several layers at once; of split ones each costs as many operators as any other."""
     tiles_of = dense._tiles

@@ -77,7 +77,7 @@ def run(options: argparse.Namespace, seed: int, console: Console, results: list[
     spent: dict[str, float] = {}
     end = time.monotonic() + 60 * options.minutes
     os.environ.update(DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1", MPLBACKEND="Agg")
-    lab, bars = Lab(Nursery("chaos.jobs"), options.output_dir.resolve() / TRAININGS), progress_bars(console)
+    lab, bars = Lab(Nursery(), options.output_dir.resolve() / TRAININGS), progress_bars(console)
     bar = bars.add_task("chaos", total=options.cases, note="")
     try:
         with bars:

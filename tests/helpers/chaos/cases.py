@@ -16,6 +16,7 @@ from . import damage
 from .settings import END, RANKS, SAVED_EVERY, STEPS
 from .verdicts import REFUSED, SAME, SAME_SAID, STUCK, Outcome, judge, outcome_of
 
+JOBS = "chaos.jobs"
 DROPOUT = 0.1
 LIMIT = 20  # times the uninterrupted training, after which one counts as hanging
 MANIFEST = "lorapro_manifest.json"
@@ -43,7 +44,7 @@ class Lab:
         self.nursery, self.folder = nursery, folder
         self._whole: dict[Path, Outcome] = {}
         self.seconds: dict[str, float] = {}
-        nursery.run(folder / "nothing", do="nothing")  # so that imports count for no training
+        nursery.run(folder / "nothing", JOBS, do="nothing")  # so that imports count for no training
 
     def folder_of(self, engine: str, dropout: float = DROPOUT) -> Path:
         """The folder of the uninterrupted training."""
@@ -71,7 +72,7 @@ class Lab:
         if kill_after is None and engine in self.seconds:
             slept = sum(entry.get("seconds", 0.0) for entry in job.get("plan", []))
             kill_after = max(60.0, LIMIT * self.seconds[engine]) + slept
-        codes = self.nursery.run(folder, engine=engine, ranks=RANKS[engine], kill_after=kill_after, **job)
+        codes = self.nursery.run(folder, JOBS, engine=engine, ranks=RANKS[engine], kill_after=kill_after, **job)
         return outcome_of(folder, codes)
 
     def copy(self, engine: str, folder: Path, *steps: int, dropout: float = DROPOUT) -> None:

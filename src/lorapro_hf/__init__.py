@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lorapro_hf.diagnostics import GradientGapCallback
     from lorapro_hf.factors.pairs import LoRAPair, find_lora_pairs
     from lorapro_hf.factors.weight_gradients import weight_gradients
+    from lorapro_hf.functional.intrinsic_dimension import intrinsic_dimension
     from lorapro_hf.functional.projection import equivalent_gradient, project_lora_gradients
     from lorapro_hf.hub import create_model_card, load_lora_pro_config, push_adapter, save_adapter
     from lorapro_hf.methods import LoRAMethod
@@ -61,6 +62,7 @@ __all__ = [
     "create_model_card",
     "equivalent_gradient",
     "find_lora_pairs",
+    "intrinsic_dimension",
     "load_lora_pro_config",
     "project_lora_gradients",
     "push_adapter",
@@ -93,6 +95,7 @@ _HOMES = {
     "create_model_card": "hub",
     "equivalent_gradient": "functional.projection",
     "find_lora_pairs": "factors.pairs",
+    "intrinsic_dimension": "functional.intrinsic_dimension",
     "load_lora_pro_config": "hub",
     "project_lora_gradients": "functional.projection",
     "push_adapter": "hub",

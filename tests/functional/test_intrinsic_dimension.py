@@ -1,0 +1,91 @@
+"""TwoNN against scikit-dimension's values and a dense formula in NumPy, and what it refuses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lorapro_hf import intrinsic_dimension
+
+# (seed, points, dimension, width, discard_fraction): skdim.id.TwoNN(discard_fraction=...).fit(cloud(...)).dimension_ of
+# scikit-dimension 0.5.0, which is no dependency, since it needs numba. Releases before 0.3.7 have F = (i - 1) / N.
+SCIKIT_DIMENSION = {
+    (0, 60, 2, 2, 0.1): 1.8630829104112716,
+    (1, 200, 3, 3, 0.1): 3.040114219793187,
+    (2, 400, 5, 12, 0.1): 5.427418158368927,
+    (3, 500, 8, 8, 0.1): 7.468815200789278,
+    (3, 500, 8, 8, 0.25): 7.137432547332914,
+    (4, 500, 10, 40, 0.1): 9.29460459812184,
+    (5, 300, 14, 14, 0.1): 11.272633496034441,
+    (6, 500, 20, 20, 0.1): 14.928289369597316,
+    (7, 400, 20, 64, 0.1): 16.16426690546099,
+}
+
+
+def cloud(seed: int, count: int, dimension: int, width: int) -> np.ndarray:
+    """Normal points in `dimension` coordinates, mapped linearly to a larger width."""
+    random = np.random.RandomState(seed)  # its streams never change
+    points = random.standard_normal((count, dimension))
+    return points if width == dimension else points @ random.standard_normal((dimension, width))
+
+
+def dense(points: np.ndarray, discard_fraction: float = 0.1) -> float:
+    """TwoNN from all distances at once."""
+    distances = np.sqrt(((points[:, None] - points[None]) ** 2).sum(axis=2))
+    ordered = np.sort(distances, axis=1)
+    x = np.sort(np.log(ordered[:, 2] / ordered[:, 1]))[: int(len(points) * (1 - discard_fraction)), None]
+    y = -np.log(1 - np.arange(1, len(x) + 1) / len(points))
+    return float(np.linalg.lstsq(x, y, rcond=None)[0][0])
+
+
+@pytest.mark.parametrize("case", SCIKIT_DIMENSION, ids=str)
+def test_it_equals_scikit_dimension(case: tuple[int, int, int, int, float]):
+    points = torch.from_numpy(cloud(*case[:4]))
+    assert intrinsic_dimension(points, case[4]) == pytest.approx(SCIKIT_DIMENSION[case], rel=0, abs=1e-8)
+
+
+def test_equal_points_count_once():
+    points = cloud(0, 90, 4, 9)
+    repeated = torch.from_numpy(np.concatenate([points[:40], points, points[:5]]))
+    assert intrinsic_dimension(repeated) == pytest.approx(dense(points), abs=1e-10)
+
+
+def test_points_far_from_the_origin_keep_their_digits():
+    points = torch.from_numpy(cloud(2, 300, 5, 12) + 3e3).float()
+    assert intrinsic_dimension(points) == pytest.approx(dense(points.double().numpy()), abs=1e-9)
+
+
+def test_no_tensor_holds_all_distances():
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for each in result if isinstance(result, tuple | list) else (result,):
+                if isinstance(each, torch.Tensor):
+                    self.size = max(self.size, each.numel())
+            return result
+
+    with Largest() as largest:
+        intrinsic_dimension(torch.randn(1100, 6))
+    assert largest.size == 512 * 1100
+
+
+@pytest.mark.parametrize(
+    ("points", "fraction", "said"),
+    [
+        (torch.randn(19, 4), 0.1, "19 distinct points.*at least 20 distinct points"),
+        (torch.randn(19, 4).repeat(3, 1), 0.1, "19 distinct points"),
+        (torch.randn(30, 4), 0.95, "of which 1 are kept.*lower discard_fraction"),
+        (torch.randn(30, 4), 0.0, "between 0 and 1, such as 0.1"),
+        (torch.randn(30, 4, 2), 0.1, r"must be real and of shape \(N, width\).*\(30, 4, 2\)"),
+        (torch.full((30, 4), torch.nan), 0.1, "hold NaN or Inf: compute them in a wider dtype"),
+        (torch.eye(30), 0.1, "two nearest neighbours at the same distance.*continuous coordinates"),
+    ],
+    ids=["few", "few distinct", "few kept", "fraction", "shape", "nan", "one-hot"],
+)
+def test_points_without_a_dimension_are_refused(points: torch.Tensor, fraction: float, said: str):
+    with pytest.raises(ValueError, match=said):
+        intrinsic_dimension(points, fraction)

@@ -46,8 +46,8 @@ def intrinsic_dimension(points: Tensor, discard_fraction: float = 0.1) -> float:
     x = _log_ratios(distinct).sort().values[:kept]
     if not bool(x.any()):
         raise ValueError(
-            "each point has two nearest neighbours at the same distance, as one-hot vectors or a grid have, and thus no "
-            "intrinsic dimension. Give points with continuous coordinates."
+            "each point has two nearest neighbours at the same distance, as in a grid or among one-hot vectors: the "
+            "fit has no slope. Give points with continuous coordinates."
         )
     y = -torch.log1p(-torch.arange(1, kept + 1, dtype=x.dtype, device=x.device) / count)
     return float(x @ y / (x @ x))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -138,7 +139,7 @@ def block_ranks(
     if group is not None:
         if errors := errors_of_ranks(failure, group, device):
             raise failure or RuntimeError(f"no rank was chosen: {errors}")
-        runs = _gathered([(stack.name, len(stack.order)) for stack in ran], group)
+        runs = _gathered([(stack.name, len(stack.order)) for stack in ran], group, device)
         if any(each != runs[0] for each in runs):
             raise ValueError(f"other blocks run on each rank ({runs}): give each rank batches of the same kind.")
     for stack in ran:
@@ -167,22 +168,24 @@ def _dimension(stack: Stack, position: int, device: torch.device, group: dist.Pr
     """The intrinsic dimension of the points of all ranks at a boundary of a stack, and their number."""
     points = torch.cat(stack.points[position])
     if group is not None:
-        points = torch.cat(_gathered(points, group))
+        points = torch.cat(_gathered(points, group, device))
     try:
-        found = [intrinsic_dimension(points.to(device))]
+        found = intrinsic_dimension(points.to(device))
     except ValueError as error:
         raise ValueError(
             f"{stack.name}, after {position} of its blocks: {error} Give more and different sequences, or "
             'pooling="tokens".'
         ) from error
-    if group is not None:  # the last bit, at which a rank may turn, depends on the device
-        dist.broadcast_object_list(found, src=dist.get_global_rank(group, 0), group=group)
-    return found[0], len(points)
+    if group is not None:  # the last bit, at which a rank may turn, depends on the device: all take the first one's
+        found = _gathered(found, group, device)[0]
+    return found, len(points)
 
 
-def _gathered(value: Any, group: dist.ProcessGroup) -> list[Any]:
+def _gathered(value: Any, group: dist.ProcessGroup, device: torch.device) -> list[Any]:
+    """The values of all ranks; NCCL sends objects through the current device, which need not be the rank's."""
     values: list[Any] = [None] * group.size()
-    dist.all_gather_object(values, value, group=group)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        dist.all_gather_object(values, value, group=group)
     return values
 
 

@@ -73,11 +73,14 @@ def test_the_ranks_of_texts_go_into_a_training(
 
 def test_a_table_and_a_file_without_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--data", "build/smoke/data/mnli.jsonl", "--text_columns", "premise", "hypothesis", "--max_points", "20"]
-    assert cli.main(["ranks", "build/smoke/models/llama", *words, "--output", str(tmp_path / "a.json")]) == 0
+    words += ["--rank_floor", "30", "--output", str(tmp_path / "a.json")]
+    assert cli.main(["ranks", "build/smoke/models/llama", *words]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["block", "dimension", "in", "out", "rank", "layers"]
-    assert [line.split()[0] for line in lines[1:3]] == ["layers.0", "layers.1"] and lines[1].split()[-1] == "7"
-    assert "14 layers, mean rank" in lines[4] and "20 points" in lines[4]
+    assert [line.split()[0] for line in lines[1:3]] == ["layers.0", "layers.1"]
+    assert lines[1].split()[-2:] == ["16–30", "7"]  # k_proj and v_proj have 16 rows
+    assert lines[4].startswith("14 layers, mean rank 26.00, from 20 points")
+    assert lines[5] == "No block needs more than the least rank, 30; --rank_floor raises it."
     assert lines[-1].endswith(f"lorapro train RECIPE --lora_config {tmp_path / 'a.json'}")
 
 

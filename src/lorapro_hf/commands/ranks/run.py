@@ -55,7 +55,7 @@ def choose_ranks(arguments: argparse.Namespace) -> int:
         report |= {"blocks": [row._asdict() for row in rows], "lora_config": config, "file": str(arguments.output)}
         print(json.dumps(report, allow_nan=False))
     else:
-        print(_table(rows))
+        print(_table(rows, arguments.rank_floor))
         print(f"\nSettings: {arguments.output}. Train with them: lorapro train RECIPE --lora_config {arguments.output}")
     return 0
 
@@ -99,7 +99,7 @@ def _loaded(auto_class: Any, settings: ModelArguments, device: str | None) -> An
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _table(rows: Sequence[BlockRank]) -> str:
+def _table(rows: Sequence[BlockRank], rank_floor: int) -> str:
     """A line for each block; layers that are smaller than the rank make a range of ranks."""
     width = max(len("block"), *(len(row.block) for row in rows))
     lines = [f"{'block':{width}}  dimension in    out  rank  layers"]
@@ -111,4 +111,6 @@ def _table(rows: Sequence[BlockRank]) -> str:
         )
     every = [rank for row in rows for rank in row.ranks.values()]
     lines.append(f"\n{len(every)} layers, mean rank {sum(every) / len(every):.2f}, from {rows[0].points} points.")
+    if max(every) <= rank_floor:
+        lines.append(f"No block needs more than the least rank, {rank_floor}; --rank_floor raises it.")
     return "\n".join(lines)

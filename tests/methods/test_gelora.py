@@ -80,7 +80,7 @@ CASES: list[tuple[Callable[[], Model], list[tuple[str, str | None, str, str | No
             ("decoder.block", "decoder.final_layer_norm", "decoder_hidden_states", "labels"),
         ],
     ),
-    (vit, [("vit.", None, "hidden_states", None)]),
+    (vit, [("vit.", "vit.layernorm", "hidden_states", None)]),
 ]
 
 

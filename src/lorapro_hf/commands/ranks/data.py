@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -36,13 +37,14 @@ def read_texts(file: str, columns: Sequence[str] | None) -> tuple[Dataset, list[
     return with_texts(rows, columns, file), list(columns)
 
 
-def encoder_of(tokenizer: Any, columns: Sequence[str], config: Any, max_length: int) -> Callable[[dict[str, Any]], Any]:
+def encoder_of(tokenizer: Any, columns: Sequence[str], model: Any, max_length: int) -> Callable[[dict[str, Any]], Any]:
     """Return a function from a row to the model's arguments, each a list of numbers.
 
     Raises:
         UsageError: there is no chat template for messages, or an encoder-decoder has not two columns.
     """
     limits = {"truncation": True, "max_length": max_length, "verbose": False}
+    limits["return_token_type_ids"] = "token_type_ids" in signature(model.forward).parameters
     if columns[0] == "messages":
         if not tokenizer.chat_template:
             raise UsageError(
@@ -54,12 +56,12 @@ def encoder_of(tokenizer: Any, columns: Sequence[str], config: Any, max_length: 
             return tokenizer(text, add_special_tokens=False, **limits)
 
         return of_messages
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(model.config, "is_encoder_decoder", False):
         if len(columns) != 2:
             raise UsageError(
                 "an encoder-decoder reads one text and writes another: name both columns by --text_columns."
             )
-        start = config.decoder_start_token_id
+        start = model.config.decoder_start_token_id
 
         def of_two_sides(row: dict[str, Any]) -> Any:
             read, written = row[columns[0]], tokenizer(text_target=row[columns[1]], **limits)["input_ids"]

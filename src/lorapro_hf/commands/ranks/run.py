@@ -78,7 +78,7 @@ def _prepared(arguments: argparse.Namespace, settings: ModelArguments) -> tuple[
         rows, columns = read_texts(arguments.data, arguments.text_columns)
         tokenizer = load_tokenizer(settings)
         model = _loaded(AutoModel, settings, arguments.device)
-        encode = encoder_of(tokenizer, columns, model.config, arguments.max_length)
+        encode = encoder_of(tokenizer, columns, model, arguments.max_length)
         batches = text_batches(rows, encode, arguments.batch_size)
     needed, given = getattr(model, "main_input_name", None), "pixel_values" if reads_images else "input_ids"
     if needed != given:

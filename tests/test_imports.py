@@ -38,6 +38,7 @@ FLOORS = (
         "commands.evaluate",
         "commands.inspect",
         "commands.plot",
+        "commands.ranks",
         "commands.train",
     ),
     ("cli",),

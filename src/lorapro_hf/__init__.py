@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from lorapro_hf.diagnostics import GradientGapCallback
     from lorapro_hf.factors.pairs import LoRAPair, find_lora_pairs
     from lorapro_hf.factors.weight_gradients import weight_gradients
+    from lorapro_hf.functional.intrinsic_dimension import intrinsic_dimension
     from lorapro_hf.functional.projection import equivalent_gradient, project_lora_gradients
     from lorapro_hf.hub import create_model_card, load_lora_pro_config, push_adapter, save_adapter
     from lorapro_hf.methods import LoRAMethod
+    from lorapro_hf.methods.gelora import gelora_ranks
     from lorapro_hf.optim.factory import LoRAProOptimizerFactory, create_lorapro_optimizer
     from lorapro_hf.optim.lora_pro import LoRAProAdamW
     from lorapro_hf.optim.memory import StateTooLargeError
@@ -61,6 +63,8 @@ __all__ = [
     "create_model_card",
     "equivalent_gradient",
     "find_lora_pairs",
+    "gelora_ranks",
+    "intrinsic_dimension",
     "load_lora_pro_config",
     "project_lora_gradients",
     "push_adapter",
@@ -93,6 +97,8 @@ _HOMES = {
     "create_model_card": "hub",
     "equivalent_gradient": "functional.projection",
     "find_lora_pairs": "factors.pairs",
+    "gelora_ranks": "methods.gelora",
+    "intrinsic_dimension": "functional.intrinsic_dimension",
     "load_lora_pro_config": "hub",
     "project_lora_gradients": "functional.projection",
     "push_adapter": "hub",

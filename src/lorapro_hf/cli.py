@@ -14,6 +14,7 @@ from lorapro_hf.commands.demo.command import DEMO, DEMO_EXAMPLES, add_demo
 from lorapro_hf.commands.evaluate.command import EVALUATE, EVALUATE_EXAMPLES, add_evaluate
 from lorapro_hf.commands.inspect.command import INSPECT, INSPECT_EXAMPLES, add_inspect
 from lorapro_hf.commands.plot import PLOT, PLOT_EXAMPLES, add_plot
+from lorapro_hf.commands.ranks.command import RANKS, RANKS_EXAMPLES, add_ranks
 from lorapro_hf.commands.train import TRAIN, TRAIN_EXAMPLES, add_train
 from lorapro_hf.options import HelpFormatter, UsageError, is_disk_full
 from lorapro_hf.utils.extras import MissingExtraError
@@ -36,6 +37,7 @@ _COMMANDS = (
     ("train", add_train, "train from a recipe, the package's or your own", TRAIN, TRAIN_EXAMPLES),
     ("evaluate", add_evaluate, "evaluate a language model or adapter", EVALUATE, EVALUATE_EXAMPLES),
     ("inspect", add_inspect, "show a model, adapter or checkpoint, and its cost", INSPECT, INSPECT_EXAMPLES),
+    ("ranks", add_ranks, "choose the rank of each layer from your data", RANKS, RANKS_EXAMPLES),
     ("compare", add_compare, "compare methods over learning rates and seeds", COMPARE, COMPARE_EXAMPLES),
     ("plot", add_plot, "draw the gradient gap that a training recorded", PLOT, PLOT_EXAMPLES),
     ("bench", add_bench, "measure steps beside those of other optimizers for LoRA", BENCH, BENCH_EXAMPLES),

@@ -1,11 +1,12 @@
-"""`weight_gradients` averages over the batches of all ranks."""
+"""`weight_gradients` and `gelora_ranks` take the batches of all ranks."""
 
 import pytest
 import torch
+import transformers
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from lorapro_hf import find_lora_pairs, weight_gradients
+from lorapro_hf import find_lora_pairs, gelora_ranks, weight_gradients
 from processes import run
 from training import batches, build, loss_of
 
@@ -61,3 +62,27 @@ def test_an_error_on_one_rank_is_raised_on_all(tmp_path):
     for name, gradient in gradients_of(build(), batches(steps=2)).items():
         for found in (first, second):
             torch.testing.assert_close(found["after"][name], gradient, rtol=1e-10, atol=0)
+
+
+def encoder_with_batches():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=64, initializer_range=0.4))
+    return model, [{"input_ids": tokens} for tokens in torch.randint(64, (60, 7)).split(20)]
+
+
+def gelora_on_each_rank(rank, ranks):
+    """Two batches on the first rank and one on the second; then none on the second."""
+    model, data = encoder_with_batches()
+    found = gelora_ranks(DistributedDataParallel(model), data[rank::ranks])
+    with pytest.raises((ValueError, RuntimeError)) as raised:
+        gelora_ranks(model, data if rank == 0 else [])
+    return {"ranks": found["rank_pattern"], "said": str(raised.value)}
+
+
+def test_ranks_choose_the_ranks_of_one_process_with_all_batches(tmp_path):
+    expected = gelora_ranks(*encoder_with_batches())["rank_pattern"]
+    first, second = run(gelora_on_each_rank, 2, tmp_path)
+    assert first["ranks"] == second["ranks"] == expected
+    assert first["said"] == "no rank was chosen: rank 1 raised ValueError: batches is empty: give at least one batch."
+    assert second["said"] == "batches is empty: give at least one batch."

@@ -143,7 +143,7 @@ def test_a_condition_may_hold_an_equals_sign():
 
 def test_one_regular_expression_names_layers():
     def targets(*given: str) -> Any:
-        return AdapterArguments(lora_target_modules=list(given)).lora_config("CAUSAL_LM").target_modules
+        return AdapterArguments(lora_target_modules=list(given)).peft_config("CAUSAL_LM").target_modules
 
     assert targets("all-linear") == "all-linear"
     assert targets(".*language_model.*_proj") == ".*language_model.*_proj"

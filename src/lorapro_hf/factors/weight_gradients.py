@@ -75,7 +75,7 @@ def weight_gradients(
     """
     if type(max_bytes) is not int or max_bytes < 0:
         raise ValueError(f"max_bytes={max_bytes!r} must be a whole number of bytes, 0 for one layer at a time.")
-    _require_whole_parameters(model)
+    require_whole_parameters(model, "weight_gradients")
     while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         model = model.module
     groups = _groups(adapted_layers(model), max_bytes, dtype)
@@ -196,13 +196,18 @@ def _groups(layers: Sequence[AdaptedLayer], max_bytes: int, dtype: torch.dtype |
     return groups
 
 
-def _require_whole_parameters(model: nn.Module) -> None:
+def require_whole_parameters(model: nn.Module, function: str) -> None:
+    """Refuse a model with sharded parameters for a function of this name.
+
+    Raises:
+        RuntimeError: FSDP, tensor parallelism or DeepSpeed has sharded parameters.
+    """
     kinds = [type(module).__name__ for module in model.modules()]
     sharded = [kind for kind in kinds if kind in ("FullyShardedDataParallel", "DeepSpeedEngine")]
     sharded += [name for name, x in model.named_parameters() if hasattr(x, "placements") or hasattr(x, "ds_shape")]
     if sharded:
         raise RuntimeError(
-            f"weight_gradients needs whole parameters on each rank, but {sharded[0]} is sharded (FSDP, tensor "
+            f"{function} needs whole parameters on each rank, but {sharded[0]} is sharded (FSDP, tensor "
             "parallelism or DeepSpeed). Call it before the model is sharded: with a whole model on each rank, or with "
             "one that device_map has distributed over the devices."
         )

@@ -50,6 +50,6 @@ def parts(
     settings.model_init_kwargs = None  # TRL warns about them beside a loaded model
     if adapter.adapter_name_or_path is not None:
         return {"model": continued_adapter(base, adapter), "processing_class": tokenizer}
-    config = adapter.lora_config("CAUSAL_LM")
+    config = adapter.peft_config("CAUSAL_LM")
     require_known_names(base, config)  # before TRL tokenizes the data
     return {"model": base, "peft_config": config, "processing_class": tokenizer}

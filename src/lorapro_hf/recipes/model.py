@@ -16,6 +16,7 @@ from transformers.hf_argparser import HfArg
 
 from lorapro_hf.checkpoints.adapters import ADAPTER_FILES
 from lorapro_hf.options import UsageError
+from lorapro_hf.recipes.adapter_files import PATTERNS, read_adapter_file
 from lorapro_hf.recipes.endings import sought
 from lorapro_hf.recipes.targets import require_known_names
 
@@ -71,6 +72,9 @@ class AdapterArguments:
     adapter_name_or_path: str | None = HfArg(
         default=None, help="Adapter on the Hub or in a folder to continue or evaluate, instead of a new one."
     )
+    lora_config: str | None = HfArg(
+        default=None, help="JSON file with LoraConfig's settings, such as the ranks that `lorapro ranks` has chosen."
+    )
     lora_r: int = HfArg(default=8, help="Rank.")
     lora_alpha: float = HfArg(default=16, help="The update is scaled by lora_alpha / lora_r.")
     lora_dropout: float = HfArg(default=0.0, help="Dropout before the adapter.")
@@ -85,6 +89,9 @@ class AdapterArguments:
     init_lora_weights: str = HfArg(default="true", help="Start: true (B = 0), gaussian, orthogonal, olora, pissa.")
 
     def __post_init__(self) -> None:
+        self._patterns: dict[str, Any] = {}
+        if self.lora_config is not None:
+            self._take_file(self.lora_config)
         name = self.init_lora_weights = str(self.init_lora_weights).lower()
         if name.startswith("pissa_niter"):  # PEFT repeats its random start when it loads the adapter
             raise UsageError(f"init_lora_weights={name!r}: nobody could load the adapter exactly; take pissa instead.")
@@ -94,7 +101,29 @@ class AdapterArguments:
                 "need data or a second model first: prepare the adapter in a script of your own."
             )
 
-    def lora_config(self, task_type: str | None) -> LoraConfig:
+    def _take_file(self, path: str) -> None:
+        """Take the settings of `lora_config`, and refuse flags that contradict them."""
+        if self.adapter_name_or_path is not None:
+            raise UsageError(
+                f"--lora_config is for a new adapter, and {self.adapter_name_or_path} has settings of its own: leave "
+                "out --lora_config or --adapter_name_or_path."
+            )
+        content = read_adapter_file(path)
+        self._patterns = {name: content[name] for name in PATTERNS if name in content}
+        default = AdapterArguments()
+        for name in _FLAGS.keys() & content.keys():
+            flag, own = _FLAGS[name], content[name]
+            own = [own] if isinstance(own, str) and name == "target_modules" else own
+            own = str(own).lower() if name == "init_lora_weights" else own
+            given = getattr(self, flag)
+            if _sorted(given) not in (_sorted(getattr(default, flag)), _sorted(own)):
+                raise UsageError(
+                    f"{path} has {name}={own!r}, which --{flag} {given} contradicts: leave {flag} out of flags and "
+                    f"recipe (a recipe that extends another one removes it by `{flag}: null`), or change the file."
+                )
+            setattr(self, flag, own)
+
+    def peft_config(self, task_type: str | None) -> LoraConfig:
         """Return PEFT's configuration of the adapter, for PEFT's name of a task such as `"CAUSAL_LM"`."""
         settings = {name: getattr(self, flag) for name, flag in _FLAGS.items()}
         settings["modules_to_save"] = list(self.lora_modules_to_save or ()) or None  # PEFT appends heads to it
@@ -103,7 +132,7 @@ class AdapterArguments:
         targets = self.lora_target_modules
         if targets == ["all-linear"] or (len(targets) == 1 and _PATTERN.search(targets[0])):
             settings["target_modules"] = targets[0]
-        return LoraConfig(**settings, task_type=task_type)
+        return LoraConfig(**settings, **self._patterns, task_type=task_type)
 
 
 def load_model(auto_class: Any, arguments: ModelArguments, **kwargs: Any) -> Any:
@@ -202,7 +231,7 @@ def add_adapter(
     heads_of_peft = {"classifier", "score"} if task_type == "SEQ_CLS" else set()
     if arguments.adapter_name_or_path is not None:
         return _with_wide_heads(continued_adapter(model, arguments), heads | heads_of_peft)
-    config = arguments.lora_config(task_type)
+    config = arguments.peft_config(task_type)
     require_known_names(model, config)
     new = sorted({*new_layers} - heads_of_peft)
     added = [*([head] if head else []), *new]
@@ -229,7 +258,7 @@ def continued_adapter(model: PreTrainedModel, arguments: AdapterArguments) -> Pe
         raise UsageError(f"the adapter {folder} has no weights, {ADAPTER_FILES[0]}: save it again, or name another.")
     with sought("the adapter", source):
         adapted = PeftModel.from_pretrained(model, source, is_trainable=True)
-    configs = (arguments.lora_config(None), AdapterArguments().lora_config(None), adapted.active_peft_config)
+    configs = (arguments.peft_config(None), AdapterArguments().peft_config(None), adapted.active_peft_config)
     for name, flag in _FLAGS.items():
         wanted, default, own = (_sorted(getattr(config, name, None)) for config in configs)
         if name == "modules_to_save" and set(wanted or ()) <= set(own or ()):  # `own` also has heads

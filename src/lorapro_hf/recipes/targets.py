@@ -21,8 +21,8 @@ def require_known_names(model: nn.Module, config: LoraConfig) -> None:
     """Refuse names that match nothing in a base model; PEFT ignores them as long as another name matches.
 
     Raises:
-        UsageError: if a pattern, or a name of `target_modules`, `modules_to_save` or `target_parameters`, matches
-            nothing; the message proposes similar names.
+        UsageError: if a pattern, or a name of `target_modules`, `modules_to_save`, `target_parameters`, `rank_pattern`
+            or `alpha_pattern`, matches nothing; the message proposes similar names.
     """
     kind = type(model).__name__
     modules = [name for name, _ in model.named_modules() if name]
@@ -46,6 +46,14 @@ def require_known_names(model: nn.Module, config: LoraConfig) -> None:
     ):
         if wrong := unmatched(names or (), known):
             raise UsageError(f"{option}: {kind} has no {described(wrong, proposed)}.{remedy}")
+    for option in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, option):
+            matches = re.compile(rf"(.*\.)?({pattern})$").match  # as PEFT matches
+            if not any(map(matches, modules)):
+                raise UsageError(
+                    f"{option}: {kind} has no layer that {pattern!r} matches. Choose the ranks for this model "
+                    "(`lorapro ranks`), or correct the name."
+                )
 
 
 def unmatched(names: Iterable[str], known: Collection[str]) -> list[str]:

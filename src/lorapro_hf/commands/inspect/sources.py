@@ -85,7 +85,7 @@ def _of_output(request: Request, checkpoints: Sequence[Checkpoint]) -> Report:
 def _of_base(request: Request) -> Report:
     """The report on a base model with a new adapter."""
     model, task = base_on_meta(request.name, request.task, trust_remote_code=request.trust_remote_code)
-    config = AdapterArguments(**request.lora).lora_config(TASKS[task].peft_name)
+    config = AdapterArguments(**request.lora).peft_config(TASKS[task].peft_name)
     require_known_names(model, config)
     if task == "image-classification" and hasattr(model, "classifier"):  # PEFT has no such task, and no head for it
         config.modules_to_save = [*(config.modules_to_save or []), "classifier"]

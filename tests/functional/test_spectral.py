@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from dense_gradients import assert_near, full_gradients, normal, pairs
 from grids import few_of
+from lorapro_hf import create_lorapro_optimizer
 from lorapro_hf.functional import reference
 from lorapro_hf.functional.bases import Bases, Coordinates, gradient_coordinates, row_bases
 from lorapro_hf.functional.spectral import SpectralState, spectral_direction, spectral_step
@@ -150,3 +153,22 @@ def test_pairs_that_do_not_take_part_stay_and_the_others_do_not_notice(update):
         same_factors, same_state = (whole, everyone) if k != 1 else ((A, Bt), before)
         assert all(torch.equal(now[k], then[k]) for now, then in zip(step, same_factors, strict=True))
         assert all(torch.equal(now[k], then[k]) for now, then in zip(state, same_state, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(20, 5), (5, 20)])
+def test_the_intended_direction_of_a_narrow_weight_is_the_step(shape):
+    """One side of the momentum has fewer directions than the other."""
+    m, n = shape
+    model = get_peft_model(nn.Sequential(nn.Linear(n, m, bias=False)), LoraConfig(r=4, target_modules=["0"]))
+    optimizer = create_lorapro_optimizer(model.double(), lr=1e-7, mode="spectral", trust_region=0)
+    (pair,) = optimizer.pairs
+    nn.init.normal_(pair.B)
+    gradient = normal(m, n, seed=0)
+    pair.A.grad, pair.B.grad = pair.scaling * pair.B.mT @ gradient, pair.scaling * gradient @ pair.A.mT
+    before, group = pair.B.detach() @ pair.A.detach(), optimizer.param_groups[0]
+    direction = optimizer.rule.intended_direction(
+        lambda rows: gradient[rows].clone(), pair.A.detach(), pair.B.detach(), ({}, {}), group
+    )(slice(0, m))
+    optimizer.step()
+    moved = pair.scaling * (pair.B.detach() @ pair.A.detach() - before) / -1e-7
+    assert_near(moved, direction, 1e-5)

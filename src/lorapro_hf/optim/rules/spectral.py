@@ -80,7 +80,7 @@ def _polar_factors(left: Tensor, right: Tensor, rtol: float | None) -> tuple[Ten
     """Thin factors of the polar factor of `left @ right`."""
     Q_left, R_left = torch.linalg.qr(left.double())
     Q_right, R_right = torch.linalg.qr(right.double().mT)
-    U, singular, Vh = torch.linalg.svd(R_left @ R_right.mT)
+    U, singular, Vh = torch.linalg.svd(R_left @ R_right.mT, full_matrices=False)
     present = _present(singular, left, rtol)
     return (Q_left @ U[:, present]).to(left), (Vh[present] @ Q_right.mT).to(right)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lorapro_hf.functional.projection import equivalent_gradient, project_lora_gradients
     from lorapro_hf.hub import create_model_card, load_lora_pro_config, push_adapter, save_adapter
     from lorapro_hf.methods import LoRAMethod
+    from lorapro_hf.methods.gradient_starts import GradientStart, init_from_gradients
     from lorapro_hf.optim.factory import LoRAProOptimizerFactory, create_lorapro_optimizer
     from lorapro_hf.optim.lora_pro import LoRAProAdamW
     from lorapro_hf.optim.memory import StateTooLargeError
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GradientGapCallback",
+    "GradientStart",
     "LoRAMethod",
     "LoRAPair",
     "LoRAProAdamW",
@@ -61,6 +63,7 @@ __all__ = [
     "create_model_card",
     "equivalent_gradient",
     "find_lora_pairs",
+    "init_from_gradients",
     "load_lora_pro_config",
     "project_lora_gradients",
     "push_adapter",
@@ -70,6 +73,7 @@ __all__ = [
 
 _HOMES = {
     "GradientGapCallback": "diagnostics",
+    "GradientStart": "methods.gradient_starts",
     "LoRAMethod": "methods",
     "LoRAPair": "factors.pairs",
     "LoRAProAdamW": "optim.lora_pro",
@@ -93,6 +97,7 @@ _HOMES = {
     "create_model_card": "hub",
     "equivalent_gradient": "functional.projection",
     "find_lora_pairs": "factors.pairs",
+    "init_from_gradients": "methods.gradient_starts",
     "load_lora_pro_config": "hub",
     "project_lora_gradients": "functional.projection",
     "push_adapter": "hub",

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import Trainer, default_data_collator
 
 from lora_layers import ALL_ROWS
-from lorapro_hf import find_lora_pairs, init_from_gradients
+from lorapro_hf import GradientStart, LoRAProTrainer, LoRAProTrainingArguments, find_lora_pairs, init_from_gradients
 from processes import run
+from trainer_helpers import arguments, assert_same, build, tiny_base
 from weight_oracle import of_autograd
 
 ROWS = {row.name: row for row in ALL_ROWS if set(row.settings) <= set(LoraConfig.__dataclass_fields__)}
@@ -256,3 +260,111 @@ def test_two_ranks_start_as_one_does(tmp_path):
     for pair in find_lora_pairs(model):
         A, B = (first[f"{pair.name}.lora_{letter}.default.weight"] for letter in "AB")
         torch.testing.assert_close(pair.scaling * B @ A, change_of(pair), rtol=1e-8, atol=1e-12)
+
+
+# ---- in a trainer ----
+
+
+def trainer_of(folder: Path, model: Any = None, **settings: Any) -> Any:
+    """With the batches that its collator has made in `trainer.batches`."""
+    kind = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
+    model = model or get_peft_model(tiny_base(), LoraConfig(r=4, lora_alpha=8, **kind))
+    batches: list[Any] = []
+
+    def collate(rows: list[Any]) -> Any:
+        batches.append(default_data_collator(rows))
+        batches[-1]["labels"][:, 0] = -100  # transformers 4 counts it in the mean
+        return batches[-1]
+
+    settings = {"max_steps": 2, "lora_pro_init": "lora_one", "lora_pro_init_samples": 6, **settings}
+    trainer = build(
+        LoRAProTrainer, arguments(folder, LoRAProTrainingArguments, **settings), model, data_collator=collate
+    )
+    trainer.batches = batches
+    return trainer
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
+    """The factors as they are after each start."""
+    seen: list[dict[str, torch.Tensor]] = []
+    before = GradientStart.before_training
+
+    def watched(self: GradientStart, model: Any, batches: Any) -> None:
+        before(self, model, batches)
+        seen.append(factors(model))
+
+    monkeypatch.setattr(GradientStart, "before_training", watched)
+    return seen
+
+
+@pytest.mark.parametrize("lora_pro", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_a_trainer_starts_once_from_its_first_samples(tmp_path, caplog, started, lora_pro):
+    trainer = trainer_of(tmp_path, lora_pro=lora_pro, lora_pro_init_step_size="2e-2")
+    with caplog.at_level(logging.INFO, "lorapro_hf"):
+        trainer.train()
+        trained = factors(trainer.model)
+        trainer.train()  # goes on with the factors
+    assert caplog.text.count("Factors start by lora_one from the gradients of 8 samples, step size 0.02") == 1
+    assert_same(started[1], trained)
+    by_hand = trainer_of(tmp_path).model
+    init_from_gradients(by_hand, trainer.batches[:2], step_size=0.02)
+    assert_same(started[0], factors(by_hand), rtol=1e-4, atol=1e-6)
+    plain = trainer_of(tmp_path, lora_pro_init=None, lora_pro_init_samples=None)
+    plain.train()
+    assert_same(plain.batches[0], trainer.batches[3])  # accelerate reads a third for the start, and the order stays
+
+
+@pytest.mark.parametrize("weights_alone", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_resumed_training_does_not_start_again(tmp_path, started, weights_alone):
+    saves = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2, "save_only_model": weights_alone}
+    whole = trainer_of(tmp_path, **saves)
+    whole.train()
+    resumed = trainer_of(tmp_path, **saves)
+    fresh = factors(resumed.model)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert_same(started[1], fresh)
+    if not weights_alone:
+        assert_same(factors(resumed.model), factors(whole.model))
+
+
+def test_the_loss_is_that_of_the_trainer(tmp_path, started):
+    class Backwards(LoRAProTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return -super().compute_loss(*args, **kwargs)
+
+    trainer_of(tmp_path).train()
+    args = arguments(tmp_path, LoRAProTrainingArguments, max_steps=1, lora_pro_init="lora_one", lora_pro_init_samples=6)
+    build(Backwards, args, trainer_of(tmp_path).model).train()
+    for pair in find_lora_pairs(trainer_of(tmp_path).model):
+        one, other = (
+            seen[f"{pair.name}.lora_B.default.weight"] @ seen[f"{pair.name}.lora_A.default.weight"] for seen in started
+        )
+        assert (one + other).norm() < 1e-3 * one.norm()
+
+
+def test_a_plain_trainer_and_a_trainer_that_generates(tmp_path):
+    class Generating(LoRAProTrainer):
+        def _prepare_inputs(self, inputs: Any) -> Any:
+            return super()._prepare_inputs(inputs)
+
+    model = trainer_of(tmp_path).model
+    with pytest.raises(ValueError, match=r"Generating makes its inputs while it trains, .* Leave out lora_pro_init"):
+        build(Generating, arguments(tmp_path), model, callbacks=[GradientStart()], lora_pro_config={}).train()
+    build(Trainer, arguments(tmp_path, learning_rate=0.0, max_steps=1), model, callbacks=[GradientStart()]).train()
+    assert all(pair.B.any() for pair in find_lora_pairs(model))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora_pro_init": "best"}, "lora_pro_init='best' is unknown; valid values are 'lora_one', 'lora_sb'"),
+        ({"lora_pro_init": None}, "lora_pro_init_samples would be ignored: set lora_pro_init to lora_one or lora_sb"),
+        ({"lora_pro_init_samples": 0}, "lora_pro_init_samples=0 must be a whole number of samples"),
+        ({"lora_pro_init_step_size": -1}, "lora_pro_init_step_size=-1.0 must be a positive number"),
+        ({"lora_pro_init_step_size": "far"}, "lora_pro_init_step_size='far' must be a number"),
+    ],
+)
+def test_arguments_without_a_meaning_are_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        trainer_of(tmp_path, **settings)

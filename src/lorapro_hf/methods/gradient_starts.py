@@ -120,10 +120,10 @@ def first_steps(
     return steps
 
 
-def check_step_size(step_size: float | None) -> None:
+def check_step_size(step_size: float | None, name: str = "step_size") -> None:
     """Raise a `ValueError` unless the step size is `None` or a positive number."""
     if step_size is not None and not (step_size > 0 and math.isfinite(step_size)):
-        raise ValueError(f"step_size={step_size!r} must be a positive number, or None for the default.")
+        raise ValueError(f"{name}={step_size!r} must be a positive number, or None for the default.")
 
 
 def _fresh_pairs(model: nn.Module) -> list[LoRAPair]:
@@ -209,6 +209,8 @@ class GradientStart(LoRAMethod):
 
     name: ClassVar[str] = "gradient_start"
     has_state: ClassVar[bool] = False
+    progress = True
+    """Whether the first rank shows a bar over the layers."""
 
     def __init__(
         self,
@@ -230,20 +232,18 @@ class GradientStart(LoRAMethod):
         is_first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
         taken, count = first_batches(batches, self.samples)
         init_from_gradients(
-            model, taken, self.method, self.step_size, loss_fn=self.loss_fn, progress=is_first and self._shows_progress
+            model, taken, self.method, self.step_size, loss_fn=self.loss_fn, progress=is_first and self.progress
         )
         self._started = weakref.ref(model)
         if is_first:
             told = f"step size {self.step_size:g}" if self.step_size else f"spectral norm {SPECTRAL_NORM:g}"
             logger.info("Factors start by %s from the gradients of %d samples, %s", self.method, count, told)
 
-    _shows_progress = True
 
-
-def check_samples(samples: int) -> None:
+def check_samples(samples: int, name: str = "samples") -> None:
     """Raise a `ValueError` unless the number of samples is a positive whole number."""
     if type(samples) is not int or samples < 1:
-        raise ValueError(f"samples={samples!r} must be a whole number of samples, 1 or more.")
+        raise ValueError(f"{name}={samples!r} must be a whole number of samples, 1 or more.")
 
 
 def first_batches(batches: Iterable[Any], samples: int) -> tuple[list[Any], int]:

@@ -245,6 +245,22 @@ def test_gradient_checkpointing(reentrant):
         assert_close(gradients_of(model, [0], checkpointed), of_autograd(model, loss))
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_pass_of_the_reference_model_leaves_the_factors_frozen(is_first):
+    row = ROWS["linear"]
+    model = row.build()
+
+    def with_reference(model, _):
+        loss = None if is_first else row.loss(lambda x: checkpoint(model, x.requires_grad_(), use_reentrant=False))
+        with torch.no_grad(), model.disable_adapter():
+            row.loss(model)
+        return row.loss(lambda x: checkpoint(model, x.requires_grad_(), use_reentrant=False)) if is_first else loss
+
+    assert_close(gradients_of(model, [0, 1], with_reference), of_autograd(model, row.loss))
+    for pair in find_lora_pairs(model):
+        assert pair.A.grad is None and pair.B.grad is None and pair.A.requires_grad and pair.B.requires_grad
+
+
 def trained_llama(**settings):
     """With gradients and dropout."""
     model = tiny_lora(lora_dropout=0.3, **settings).double().train()

@@ -109,7 +109,7 @@ def first_steps(
     """The step of each pair that `init_from_gradients` writes, the same on all ranks; the arguments are the same."""
     check_step_size(step_size)
     gradients = weight_gradients(model, batches, loss_fn, max_bytes=max_bytes, group=group)
-    pairs = _fresh_pairs(model)
+    pairs = fresh_pairs(model)
     bar = tqdm(gradients, desc="gradient-based start", total=len(pairs), unit="pair", disable=not progress)
     steps = [_first_step(pair, gradient, method, step_size) for pair, gradient in bar]
     if group is None and dist.is_available() and dist.is_initialized():
@@ -126,7 +126,7 @@ def check_step_size(step_size: float | None, name: str = "step_size") -> None:
         raise ValueError(f"{name}={step_size!r} must be a positive number, or None for the default.")
 
 
-def _fresh_pairs(model: nn.Module) -> list[LoRAPair]:
+def fresh_pairs(model: nn.Module) -> list[LoRAPair]:
     """The pairs of a model, or a `ValueError` that names one for which a start has no meaning."""
     pairs = find_lora_pairs(model)
     adapters = Counter(id(pair.layer) for pair in pairs)
@@ -231,13 +231,14 @@ class GradientStart(LoRAMethod):
             return
         is_first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
         taken, count = first_batches(batches, self.samples)
-        init_from_gradients(
-            model, taken, self.method, self.step_size, loss_fn=self.loss_fn, progress=is_first and self.progress
-        )
+        self._write(model, taken, progress=is_first and self.progress)
         self._started = weakref.ref(model)
         if is_first:
             told = f"step size {self.step_size:g}" if self.step_size else f"spectral norm {SPECTRAL_NORM:g}"
             logger.info("Factors start by %s from the gradients of %d samples, %s", self.method, count, told)
+
+    def _write(self, model: nn.Module, batches: list[Any], progress: bool) -> None:
+        init_from_gradients(model, batches, self.method, self.step_size, loss_fn=self.loss_fn, progress=progress)
 
 
 def check_samples(samples: int, name: str = "samples") -> None:

@@ -17,6 +17,7 @@ from lorapro_hf.diagnostics.settings import GAP_MAX_BYTES
 from lorapro_hf.distributed.engines import require_configuration, settle_clipping
 from lorapro_hf.factors.pairs import find_lora_pairs
 from lorapro_hf.methods.gradient_starts import SAMPLES, GradientStart
+from lorapro_hf.methods.lora_sb import LoRASB, lora_sb_layers
 from lorapro_hf.optim.groups import require_same_pairs
 from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.optim.memory import readable_bytes
@@ -112,8 +113,10 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
             find_lora_pairs(self.model)
 
     def _add_start(self) -> None:
-        """Add the method that `lora_pro_init` names."""
+        """Add the method that `lora_pro_init` names, and that of a model with LoRA-SB."""
         args = self.args
+        if lora_sb_layers(self.model) and not any(isinstance(method, LoRASB) for method in self.lora_methods):
+            self.add_callback(LoRASB())
         if not isinstance(args, LoRAProTrainingArguments) or args.lora_pro_init is None:
             return
         samples = args.lora_pro_init_samples or SAMPLES

@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer
 
+from killable import Nursery
 from lora_layers import ALL_ROWS
 from lorapro_hf import (
     GradientStart,
@@ -222,6 +223,29 @@ def test_the_best_model_has_its_matrices(tmp_path):
     trainer.train()
     saved = PeftModel.from_pretrained(tiny_base(), tmp_path / "checkpoint-2")
     torch.testing.assert_close(output(trainer.model), output(saved), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "settings",
+    [{"lora_pro": False}, {"lora_pro_init": "lora_one", "lora_pro_init_samples": 8, "lora_pro_mode": "full"}],
+)
+def test_two_ranks_train_as_one_and_resume_to_the_bit(tmp_path, settings):
+    nursery = Nursery("method_jobs")
+    try:
+        job = {"do": "start", "settings": {**settings, "learning_rate": 1e-4}}
+        (alone,) = nursery.finish(tmp_path / "one", **job)
+        whole = nursery.finish(tmp_path / "two", ranks=2, **job)
+        resumed = nursery.finish(tmp_path / "again", ranks=2, resume=str(tmp_path / "two" / "checkpoint-2"), **job)
+    finally:
+        nursery.close()
+    for of_rank in (*whole, *resumed):
+        assert_same(of_rank, whole[0])
+    for name, B in alone.items():
+        if "lora_B" in name:
+            A = name.replace("lora_B", "lora_A")
+            torch.testing.assert_close(whole[0][name] @ whole[0][A], B @ alone[A], rtol=2e-2, atol=2e-5)
 
 
 def test_what_cannot_be_combined_is_refused(whole, tmp_path):

@@ -11,16 +11,16 @@ _SPARE_DIRECTIONS = 16  # at least, beyond the rank
 _ITERATIONS = 10  # as many as published code spends on signs of gradients, whose singular values lie close together
 
 
-def truncated_svd(matrices: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def truncated_svd(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The largest singular values of matrices with their vectors, so that `U @ diag(S) @ Vt` is close to the matrix.
 
     Small matrices are decomposed exactly, large ones by subspace iteration from random directions (Halko, Martinsson
-    and Tropp, 2011), twice as many as asked for. The random numbers come from a generator of the function's own.
+    and Tropp, 2011), twice as many as asked for. These come from a generator of the function's own and are always the
+    same.
 
     Args:
         matrices: `(..., m, n)`, float32 or float64, finite.
         rank: how many, at most `min(m, n)`.
-        seed: of the random directions.
 
     Returns:
         U `(..., m, rank)`, S `(..., rank)` in descending order and Vt `(..., rank, n)`. The vectors are orthonormal,
@@ -31,7 +31,7 @@ def truncated_svd(matrices: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, T
     if smaller <= max(EXACT_SIZE, 2 * width):
         U, S, Vt = torch.linalg.svd(matrices, full_matrices=False)
     else:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(0)
         start = torch.randn(matrices.shape[-1], width, generator=generator, dtype=matrices.dtype)
         columns = torch.linalg.qr(matrices @ start.to(matrices.device)).Q
         for _ in range(_ITERATIONS):

@@ -13,10 +13,11 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, default_data_collator
 
+import lorapro_hf
 from lora_layers import ALL_ROWS
 from lorapro_hf import GradientStart, LoRAProTrainer, LoRAProTrainingArguments, find_lora_pairs, init_from_gradients
 from processes import run
-from trainer_helpers import arguments, assert_same, build, tiny_base
+from trainer_helpers import arguments, assert_same, build, logged, tiny_base
 from weight_oracle import of_autograd
 
 ROWS = {row.name: row for row in ALL_ROWS if set(row.settings) <= set(LoraConfig.__dataclass_fields__)}
@@ -368,3 +369,25 @@ def test_a_plain_trainer_and_a_trainer_that_generates(tmp_path):
 def test_arguments_without_a_meaning_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         trainer_of(tmp_path, **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+def test_trainers_of_trl_start_and_log_nothing_of_it(tmp_path, kind):
+    """TRL counts tokens in its loss; DPO's reference model is this model without its adapter."""
+    pytest.importorskip("trl")
+    from trl_helpers import adapter, chat_model, completions, preferences, tokenizer
+
+    def logs(**settings: Any) -> tuple[list[Any], list[Any]]:
+        cls, config = (getattr(lorapro_hf, f"LoRAPro{kind}{name}") for name in ("Trainer", "Config"))
+        args = arguments(tmp_path, config, max_steps=2, bf16=False, max_length=32, **settings)
+        args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+        data = completions() if kind == "SFT" else preferences()
+        model = get_peft_model(chat_model(), adapter(init_lora_weights=True))
+        trainer = cls(model=model, args=args, train_dataset=data, processing_class=tokenizer())
+        trainer.train()
+        return logged(trainer, "num_tokens"), logged(trainer, "loss")
+
+    tokens, losses = logs(lora_pro_init="lora_one", gradient_checkpointing=True)
+    expected, plain = logs()
+    assert tokens == expected and losses[0] < plain[0] - 1e-3

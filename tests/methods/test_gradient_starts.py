@@ -327,6 +327,37 @@ def test_a_resumed_training_does_not_start_again(tmp_path, started, weights_alon
     assert_same(started[1], fresh)
     if not weights_alone:
         assert_same(factors(resumed.model), factors(whole.model))
+    trained = factors(resumed.model)
+    resumed.train()
+    assert_same(started[2], trained)
+
+
+def test_a_model_that_could_not_be_resumed_starts_after_all(tmp_path, started, monkeypatch):
+    saves = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    trainer_of(tmp_path, **saves).train()
+    again = trainer_of(tmp_path, **saves)
+    with monkeypatch.context() as broken:
+        broken.setattr(again, "_load_from_checkpoint", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    again.train()
+    assert_same(started[2], started[0])
+
+
+def test_a_model_that_is_made_for_each_training_starts_once_in_each(tmp_path, started):
+    settings = {"max_steps": 1, "lora_pro_init": "lora_sb", "lora_pro_init_samples": 4}
+    args = arguments(tmp_path, LoRAProTrainingArguments, **settings)
+    made: list[Any] = []
+
+    def make() -> Any:
+        made.append(trainer_of(tmp_path).model)
+        return made[-1]
+
+    trainer = build(LoRAProTrainer, args, model_init=make)
+    trainer.train()
+    trainer.train()
+    assert len(made) == 3 and len(started) == 2
+    assert_same(*started)
 
 
 def test_the_loss_is_that_of_the_trainer(tmp_path, started):

@@ -196,6 +196,16 @@ def test_resumed_equals_uninterrupted_to_the_bit(whole, tmp_path):
     assert_same(dict(resumed.model.named_buffers()), dict(trainer.model.named_buffers()))
 
 
+def test_a_model_that_could_not_be_resumed_gets_its_matrices(whole, tmp_path, monkeypatch):
+    again = trainer_of(tmp_path, save_strategy="no")
+    with monkeypatch.context() as broken:
+        broken.setattr(again, "_load_from_checkpoint", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            again.train(resume_from_checkpoint=str(whole[0] / "checkpoint-2"))
+    again.train()
+    assert_same(trained(again.model), trained(whole[1].model))
+
+
 @pytest.mark.slow
 def test_a_model_that_has_its_matrices_already(tmp_path):
     def model() -> Any:

@@ -6,7 +6,7 @@ import logging
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -223,16 +223,17 @@ class GradientStart(LoRAMethod):
         check_step_size(step_size)
         check_samples(samples)
         self.method, self.samples, self.step_size, self.loss_fn = method, samples, step_size, loss_fn
-        self._started: Any = None
+        self._model: Callable[[], Any] = lambda: None
 
     def before_training(self, model: nn.Module, batches: Iterable[Any] | None) -> None:
-        """Write the factors, unless they come from a checkpoint or this method has written them before."""
-        if batches is None or (self._started is not None and self._started() is model):
+        """Write the factors, unless they come from a checkpoint or an earlier training of the same model."""
+        is_known, self._model = self._model() is model, weakref.ref(model)
+        # the factors of a known model are still fresh where it was to be resumed and no checkpoint was loaded
+        if batches is None or (is_known and all(p.A.any() and p.B.any() for p in find_lora_pairs(model))):
             return
         is_first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
         taken, count = first_batches(batches, self.samples)
         self._write(model, taken, progress=is_first and self.progress)
-        self._started = weakref.ref(model)
         if is_first:
             told = f"step size {self.step_size:g}" if self.step_size else f"spectral norm {SPECTRAL_NORM:g}"
             logger.info("Factors start by %s from the gradients of %d samples, %s", self.method, count, told)

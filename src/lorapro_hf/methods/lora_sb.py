@@ -222,13 +222,19 @@ class LoRASB(GradientStart):
         self, samples: int = SAMPLES, step_size: float | None = None, loss_fn: LossFunction | None = None
     ) -> None:
         super().__init__("lora_sb", samples, step_size, loss_fn)
-        self._model = nn.Module()
+        self._layers: dict[str, tuple[Any, str]] = {}
 
     def before_training(self, model: nn.Module, batches: Iterable[Any] | None) -> None:
         """Insert R, with its values unless they come from a checkpoint; a model with R stays as it is."""
-        self._model = model
-        if lora_sb_layers(model):
-            return
+        self._layers = lora_sb_layers(model)
+        if batches is not None and self._layers and not any(own["U"].any() for own in self._tensors().values()):
+            fold_lora_sb(model)  # the model was to be resumed, and no checkpoint was loaded
+            self._layers = {}
+        if not self._layers:
+            self._insert(model, batches)
+            self._layers = lora_sb_layers(model)
+
+    def _insert(self, model: nn.Module, batches: Iterable[Any] | None) -> None:
         if batches is not None:
             super().before_training(model, batches)
             return
@@ -275,7 +281,7 @@ class LoRASB(GradientStart):
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
         found: dict[str, dict[str, Tensor]] = {}
-        for name, (layer, adapter) in lora_sb_layers(self._model).items():
+        for name, (layer, adapter) in self._layers.items():
             parametrizations = layer.lora_B[adapter].parametrizations["weight"]
             found[f"{name}.{adapter}"] = {
                 "A": layer.lora_A[adapter].weight,

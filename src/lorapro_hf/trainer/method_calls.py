@@ -80,12 +80,14 @@ class MethodsMixin(TrainerPart):
 
     def _begin_methods(self, model: nn.Module | None = None) -> None:
         """Call `before_training` of each method, with data unless a checkpoint is loaded next."""
+        is_replaced = model is None and self.model_init is not None  # by a new one, once the parent trains
         model = self._bare_model if model is None else model
         for method in self.lora_methods:
             # a checkpoint of weights alone replaces the weights, but starts the methods with a state anew
             is_loaded = self._methods_resume or (self._methods_load and not method.has_state)
             if isinstance(method, GradientStart) and not is_loaded:
-                self._begin_start(method, model)
+                if not is_replaced:
+                    self._begin_start(method, model)
             else:
                 start([method], model, None if is_loaded else self.get_train_dataloader)
         self._methods_begun = True

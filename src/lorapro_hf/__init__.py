@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from lorapro_hf.hub import create_model_card, load_lora_pro_config, push_adapter, save_adapter
     from lorapro_hf.methods import LoRAMethod
     from lorapro_hf.methods.gelora import gelora_ranks
+    from lorapro_hf.methods.gradient_starts import GradientStart, init_from_gradients
+    from lorapro_hf.methods.lora_sb import LoRASB, add_lora_sb, fold_lora_sb
     from lorapro_hf.optim.factory import LoRAProOptimizerFactory, create_lorapro_optimizer
     from lorapro_hf.optim.lora_pro import LoRAProAdamW
     from lorapro_hf.optim.memory import StateTooLargeError
@@ -40,6 +42,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GradientGapCallback",
+    "GradientStart",
     "LoRAMethod",
     "LoRAPair",
     "LoRAProAdamW",
@@ -57,13 +60,17 @@ __all__ = [
     "LoRAProTrainer",
     "LoRAProTrainerMixin",
     "LoRAProTrainingArguments",
+    "LoRASB",
     "StateTooLargeError",
+    "add_lora_sb",
     "attach_deepspeed",
     "create_lorapro_optimizer",
     "create_model_card",
     "equivalent_gradient",
     "find_lora_pairs",
+    "fold_lora_sb",
     "gelora_ranks",
+    "init_from_gradients",
     "intrinsic_dimension",
     "load_lora_pro_config",
     "project_lora_gradients",
@@ -74,6 +81,7 @@ __all__ = [
 
 _HOMES = {
     "GradientGapCallback": "diagnostics",
+    "GradientStart": "methods.gradient_starts",
     "LoRAMethod": "methods",
     "LoRAPair": "factors.pairs",
     "LoRAProAdamW": "optim.lora_pro",
@@ -91,7 +99,9 @@ _HOMES = {
     "LoRAProTrainer": "trainer.trainer",
     "LoRAProTrainerMixin": "trainer.trainer",
     "LoRAProTrainingArguments": "trainer.arguments",
+    "LoRASB": "methods.lora_sb",
     "StateTooLargeError": "optim.memory",
+    "add_lora_sb": "methods.lora_sb",
     "attach_deepspeed": "deepspeed.engine",
     "create_lorapro_optimizer": "optim.factory",
     "create_model_card": "hub",
@@ -99,6 +109,8 @@ _HOMES = {
     "find_lora_pairs": "factors.pairs",
     "gelora_ranks": "methods.gelora",
     "intrinsic_dimension": "functional.intrinsic_dimension",
+    "fold_lora_sb": "methods.lora_sb",
+    "init_from_gradients": "methods.gradient_starts",
     "load_lora_pro_config": "hub",
     "project_lora_gradients": "functional.projection",
     "push_adapter": "hub",

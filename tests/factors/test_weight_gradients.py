@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from lora_layers import ALL_ROWS, Row, needs_weight_tying, tied_llama
 from lorapro_hf import find_lora_pairs, weight_gradients
 from trainer_helpers import tiny_lora
+from weight_oracle import of_autograd
 
 ROWS = {row.name: row for row in ALL_ROWS if set(row.settings) <= set(LoraConfig.__dataclass_fields__)}
 IN_DEFAULT_RUN = {"Conv1D of GPT-2", "embedding", "Conv2d", "experts (in, out)", "experts (out, in)"}
@@ -27,28 +28,6 @@ PLAIN = [
 
 def gradients_of(model, batches, loss_fn=None, **options):
     return {pair.name: gradient for pair, gradient in weight_gradients(model, batches, loss_fn, **options)}
-
-
-def of_autograd(model, loss):
-    """Gradients of the frozen weights themselves, shaped like `B @ A`."""
-    model = copy.deepcopy(model)
-    weights = {pair.name: own_weight(pair).requires_grad_(True) for pair in find_lora_pairs(model)}
-    loss(model).backward()
-    return {pair.name: as_product(pair, weights[pair.name].grad) for pair in find_lora_pairs(model)}
-
-
-def own_weight(pair):
-    return getattr(pair.layer.get_base_layer(), getattr(pair.layer, "parameter_name", "weight"))
-
-
-def as_product(pair, weight):
-    product = pair.matrix_B(pair.B.detach()) @ pair.matrix_A(pair.A.detach())
-    delta = pair.layer.get_delta_weight(pair.adapter_name) / pair.scaling
-    if pair.layout == "experts":
-        turned = not torch.allclose(product, delta) if product.shape == delta.shape else True
-        return weight.mT if turned else weight
-    turned = isinstance(pair.layer.get_base_layer(), nn.Embedding) or getattr(pair.layer, "fan_in_fan_out", False)
-    return (weight.mT if turned else weight).reshape(product.shape)
 
 
 def assert_close(found, expected, tolerance=1e-10):
@@ -264,6 +243,22 @@ def test_gradient_checkpointing(reentrant):
             return loss(lambda x: checkpoint(model, x.requires_grad_(), use_reentrant=reentrant))
 
         assert_close(gradients_of(model, [0], checkpointed), of_autograd(model, loss))
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_pass_of_the_reference_model_leaves_the_factors_frozen(is_first):
+    row = ROWS["linear"]
+    model = row.build()
+
+    def with_reference(model, _):
+        loss = None if is_first else row.loss(lambda x: checkpoint(model, x.requires_grad_(), use_reentrant=False))
+        with torch.no_grad(), model.disable_adapter():
+            row.loss(model)
+        return row.loss(lambda x: checkpoint(model, x.requires_grad_(), use_reentrant=False)) if is_first else loss
+
+    assert_close(gradients_of(model, [0, 1], with_reference), of_autograd(model, row.loss))
+    for pair in find_lora_pairs(model):
+        assert pair.A.grad is None and pair.B.grad is None and pair.A.requires_grad and pair.B.requires_grad
 
 
 def trained_llama(**settings):

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments, find_lora_pairs
+from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments, LoRASB, find_lora_pairs
 from lorapro_hf.methods import LoRAMethod, found_inf
-from trainer_helpers import arguments, build, factors, tiny_lora
+from trainer_helpers import arguments, build, factors, tiny_base, tiny_lora
 
 
 class NoisyAverage(LoRAMethod):
@@ -84,3 +85,19 @@ def train(job: dict[str, Any], rank: int) -> dict[str, Any]:
     trainer = trainer_of(Path(job["folder"]), method, per_device_train_batch_size=1, ddp_backend="gloo")
     trainer.train(resume_from_checkpoint=job.get("resume"))
     return {"factors": factors(trainer), "average": method.average, "calls": json.dumps(method.calls)}
+
+
+def start(job: dict[str, Any], rank: int) -> dict[str, Any]:
+    """A training of factors from gradients or of LoRA-SB's matrices, perhaps from a checkpoint on."""
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, **job["settings"]}
+    if job["ranks"] > 1:
+        settings["ddp_backend"] = "gloo"
+    args = arguments(
+        Path(job["folder"]), LoRAProTrainingArguments, per_device_train_batch_size=4 // job["ranks"], **settings
+    )
+    callbacks = [] if args.lora_pro else [LoRASB(samples=8)]
+    trainer = build(LoRAProTrainer, args, model=get_peft_model(tiny_base(), config), callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=job.get("resume"))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return {name: value for name, value in model.state_dict().items() if "lora_" in name}

@@ -224,11 +224,20 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
         for name, buffer in module.named_buffers(recurse=False)
         if buffer.is_floating_point() or buffer.dim() == 0
     ]
-    for parameter in trained:
-        parameter.requires_grad_(False)
+    held = set(trained)
+
+    def freeze(module: nn.Module, *_: Any) -> None:
+        for parameter in held.intersection(module.parameters()):
+            parameter.requires_grad_(False)
+
+    freeze(model)
+    # a loss with a reference model (DPO) disables the adapters, after which PEFT makes the factors trainable again
+    hooks = [m.register_forward_pre_hook(freeze) for m in model.modules() if hasattr(m, "active_adapters")]
     try:
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for parameter in trained:
             parameter.requires_grad_(True)
         for module, name, buffer, values in buffers:

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from lorapro_hf.config import LoRAProConfig, check_choice
 from lorapro_hf.diagnostics.settings import check_gap_layers, check_gap_max_bytes
+from lorapro_hf.methods.gradient_starts import SAMPLES, SPECTRAL_NORM, STARTS, check_samples, check_step_size
 from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.optim.rules import rule_of
 from lorapro_hf.trainer.callback import LoRAProCallback
@@ -96,6 +97,26 @@ class LoRAProTrainingArguments(TrainingArguments):
         },
     )
 
+    lora_pro_init: str | None = field(
+        default=None,
+        metadata={
+            "help": "Write the factors of a new training from the gradients of its first samples: by LoRA-One, or by "
+            "the signs that LoRA-SB takes. Also while LoRA-Pro is off.",
+            "choices": [*STARTS],
+        },
+    )
+    lora_pro_init_samples: int | None = field(
+        default=None,
+        metadata={"help": f"How many samples, of all processes together. By default {SAMPLES}."},
+    )
+    lora_pro_init_step_size: float | None = field(
+        default=None,
+        metadata={
+            "help": "Spectral norm of the first change of each weight (lora_one), or change of each element (lora_sb). "
+            f"By default the spectral norm is {SPECTRAL_NORM}."
+        },
+    )
+
     def __post_init__(self) -> None:
         for name in ("lora_pro", "lora_pro_master_factors", "lora_pro_rite_escape", "lora_pro_check_memory"):
             if not isinstance(getattr(self, name), bool):
@@ -113,17 +134,28 @@ class LoRAProTrainingArguments(TrainingArguments):
         check_gap_layers(self.lora_pro_gap_layers, _GAP)
         if self.lora_pro_gap_max_bytes is not None:
             check_gap_max_bytes(self.lora_pro_gap_max_bytes, _GAP)
-        for name in ("lora_pro_rtol", "lora_pro_trust_region", "lora_pro_rite_clip", "lora_pro_rite_skip"):
+        numbers = ("rtol", "trust_region", "rite_clip", "rite_skip", "init_step_size")
+        for name in (f"lora_pro_{number}" for number in numbers):
             if (value := getattr(self, name)) is not None:
                 try:
                     setattr(self, name, float(value))  # YAML reads 1e-6, without a dot, as text
                 except (TypeError, ValueError) as error:
                     raise ValueError(f"{name}={value!r} must be a number, or be left out.") from error
+        self._check_start()
         config = self.lora_pro_config
         rule_of(config)  # validates the rest
         if self.lora_pro:  # before DeepSpeed's configuration takes the limit over
             settle_max_grad_norm(self, config)
         super().__post_init__()
+
+    def _check_start(self) -> None:
+        if self.lora_pro_init is not None:
+            check_choice("lora_pro_init", self.lora_pro_init, STARTS)
+        for name, check in (("lora_pro_init_samples", check_samples), ("lora_pro_init_step_size", check_step_size)):
+            if (value := getattr(self, name)) is not None:
+                if self.lora_pro_init is None:
+                    raise ValueError(f"{name} would be ignored: set lora_pro_init to {' or '.join(STARTS)}, too.")
+                check(value, name)
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Like the parent, but warn if the trainer that calls it trains without LoRA-Pro although `lora_pro` is on."""

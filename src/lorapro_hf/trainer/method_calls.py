@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from transformers import Trainer
 
 from lorapro_hf.checkpoints.agreement import check_together
 from lorapro_hf.checkpoints.engines import ANEW, written_by
@@ -19,7 +21,10 @@ from lorapro_hf.checkpoints.method_states import (
     write_method_state,
 )
 from lorapro_hf.methods.base import LoRAMethod, require_compatible, settings_of, start
+from lorapro_hf.methods.gradient_starts import GradientStart
 from lorapro_hf.trainer.parts import TrainerPart
+
+_LOGGED_BY_TRL = ("_metrics", "_total_train_tokens")  # compute_loss adds to these
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +38,7 @@ class MethodsMixin(TrainerPart):
     _forward_contexts: contextlib.ExitStack | None = None
     _methods_begun = False
     _methods_resume = False
+    _methods_load = False
 
     @property
     def lora_methods(self) -> list[LoRAMethod]:
@@ -45,7 +51,8 @@ class MethodsMixin(TrainerPart):
 
     def _lead_methods(self) -> None:
         """Take over the calls that methods would otherwise make as callbacks; refuse what cannot be combined."""
-        methods, self._methods_begun, self._methods_resume = self.lora_methods, False, False
+        methods, self._methods_begun = self.lora_methods, False
+        self._methods_resume = self._methods_load = False
         config = {} if self.lora_pro_config is None else self.lora_pro_config.to_dict()
         require_compatible(methods, settings_of(self.args, self._bare_model, **config))
         for method in methods:
@@ -67,16 +74,48 @@ class MethodsMixin(TrainerPart):
                 )
 
         check_together(check)
-        self._methods_resume = is_whole
+        self._methods_resume, self._methods_load = is_whole, True
         if is_whole:
             self._begin_methods()
 
     def _begin_methods(self, model: nn.Module | None = None) -> None:
         """Call `before_training` of each method, with data unless a checkpoint is loaded next."""
-        if self.lora_methods:
-            make_loader = None if self._methods_resume else self.get_train_dataloader
-            start(self.lora_methods, self._bare_model if model is None else model, make_loader)
+        is_replaced = model is None and self.model_init is not None  # by a new one, once the parent trains
+        model = self._bare_model if model is None else model
+        for method in self.lora_methods:
+            # a checkpoint of weights alone replaces the weights, but starts the methods with a state anew
+            is_loaded = self._methods_resume or (self._methods_load and not method.has_state)
+            if isinstance(method, GradientStart) and not is_loaded:
+                if not is_replaced:
+                    self._begin_start(method, model)
+            else:
+                start([method], model, None if is_loaded else self.get_train_dataloader)
         self._methods_begun = True
+
+    def _begin_start(self, method: GradientStart, model: nn.Module) -> None:
+        """Call `before_training` with this trainer's own loss, on a model in training, and log nothing of it."""
+        if type(self)._prepare_inputs is not Trainer._prepare_inputs:
+            raise ValueError(
+                f"{type(self).__name__} makes its inputs while it trains, so that there is no gradient before. Leave "
+                "out lora_pro_init, or call init_from_gradients(model, batches) with batches of your own."
+            )
+        model.train()
+        if getattr(self.args, "gradient_checkpointing", False):  # the parent does so later
+            enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable(self.args.gradient_checkpointing_kwargs)
+        given, method.loss_fn = method.loss_fn, method.loss_fn or self._loss_before_training
+        logged = {name: copy.deepcopy(self.__dict__[name]) for name in _LOGGED_BY_TRL if name in self.__dict__}
+        try:
+            start([method], model, self.get_train_dataloader)
+        finally:
+            method.loss_fn = given
+            self.__dict__.update(logged)
+
+    def _loss_before_training(self, model: nn.Module, batch: Any) -> Tensor:
+        # in fp16 small gradients would need a scaler
+        with self.accelerator.autocast() if self.args.bf16 else contextlib.nullcontext():
+            loss: Tensor = self.compute_loss(model, self._prepare_inputs(batch))
+        return loss
 
     def _release_methods(self) -> None:
         for method in self.lora_methods:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import optim
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from lorapro_hf.checkpoints.adapters import require_savable
 from lorapro_hf.config import LoRAProConfig
@@ -16,6 +16,8 @@ from lorapro_hf.diagnostics.callback import GradientGapCallback
 from lorapro_hf.diagnostics.settings import GAP_MAX_BYTES
 from lorapro_hf.distributed.engines import require_configuration, settle_clipping
 from lorapro_hf.factors.pairs import find_lora_pairs
+from lorapro_hf.methods.gradient_starts import SAMPLES, GradientStart
+from lorapro_hf.methods.lora_sb import LoRASB, lora_sb_layers
 from lorapro_hf.optim.groups import require_same_pairs
 from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.optim.memory import readable_bytes
@@ -29,8 +31,10 @@ from lorapro_hf.trainer.settings import TURN_OFF, build_optimizer, resolve_confi
 logger = logging.getLogger(__name__)
 
 
-def _make_visible(package: logging.Logger) -> None:
+def _make_visible(package: logging.Logger, args: TrainingArguments) -> None:
     """Show the line at the start, without which the plug-in would look inactive; keep the user's level and handlers."""
+    if args.log_level in ("warning", "error", "critical"):
+        return
     if package.level == logging.NOTSET:
         package.setLevel(logging.INFO)
     if not package.hasHandlers():
@@ -102,10 +106,23 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
                 self.args.lora_pro_gap_layers,
                 self.args.lora_pro_gap_max_bytes or GAP_MAX_BYTES,
             ).attach(self)
+        self._add_start()
         if self.lora_pro_config is not None and self.train_dataset is not None:  # evaluation needs no trainable pair
             self._settle_deepspeed()
             require_savable(self.model)
             find_lora_pairs(self.model)
+
+    def _add_start(self) -> None:
+        """Add the method that `lora_pro_init` names, and that of a model with LoRA-SB."""
+        args = self.args
+        if lora_sb_layers(self.model) and not any(isinstance(method, LoRASB) for method in self.lora_methods):
+            self.add_callback(LoRASB())
+        if not isinstance(args, LoRAProTrainingArguments) or args.lora_pro_init is None:
+            return
+        samples = args.lora_pro_init_samples or SAMPLES
+        method = GradientStart(args.lora_pro_init, samples, args.lora_pro_init_step_size)
+        method.progress = not args.disable_tqdm
+        self.callback_handler.callbacks.insert(0, method)  # other methods see the factors of the start
 
     @property
     def deepspeed(self) -> Any:
@@ -168,6 +185,8 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
             if given.get("resume_from_checkpoint") or self.lora_methods:
                 self._resolve_lora_pro()
             self._lead_methods()
+            if self.lora_methods and self.is_world_process_zero():
+                _make_visible(logging.getLogger("lorapro_hf"), self.args)
             if given.get("resume_from_checkpoint"):
                 checkpoint = self._examine(given["resume_from_checkpoint"])
                 args, kwargs = replaced(given, args, kwargs, "resume_from_checkpoint", checkpoint)
@@ -196,8 +215,7 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
             return
         self._lora_pro_announced = True
         optimizer = unwrap_optimizer(self.optimizer)
-        if self.args.log_level not in ("warning", "error", "critical"):
-            _make_visible(logging.getLogger("lorapro_hf"))
+        _make_visible(logging.getLogger("lorapro_hf"), self.args)
         logger.info(
             "LoRA-Pro: %d pairs, %s, optimizer state about %s",
             len(optimizer.pairs),

@@ -6,6 +6,7 @@ cut into parts. MKL multiplies each matrix on its own core; threads that share o
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
@@ -15,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lorapro_hf.kernels.storage import Moments, bitsandbytes_operators, load, store
+from lorapro_hf.kernels.native import address, native_kernels
+from lorapro_hf.kernels.storage import Moments, buckets_on, load, store, tables_on
 
 # The elements of one thread: gradient, direction and both moments stay in its part of the last-level cache. On other
 # devices few large kernels are better than many small ones.
@@ -70,6 +72,8 @@ def dense_update(
         RuntimeError: the backend cannot serve this device.
     """
     chosen = choose_backend(backend, A.device)
+    if chosen == "native" and moments.exp_avg.dtype in _native_storages(A.dtype):
+        return _native_update(moments, (left, right, A, B), steps, found_inf, betas, eps, sequential, entries)
     if chosen == "triton":
         from lorapro_hf.kernels import triton_dense
 
@@ -96,15 +100,50 @@ def dense_update(
     return DirectionProducts(u_A, B_u, K_u)
 
 
-def require_backend(backend: str, device: torch.device, storage: torch.dtype) -> None:
-    """Raise, before any step, if `dense_update` lacks a package or cannot serve a device.
+def _native_storages(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """How moments of factors of a dtype may be stored, in the order of `dense.cpp`."""
+    return dtype, torch.bfloat16, torch.uint8
 
-    Raises:
-        ImportError: 8-bit storage needs bitsandbytes here.
-        RuntimeError: the backend cannot serve this device.
-    """
-    if choose_backend(backend, device) != "triton" and storage == torch.uint8:
-        bitsandbytes_operators()
+
+def _native_update(
+    moments: Moments,
+    factors: tuple[Tensor, Tensor, Tensor, Tensor],
+    steps: Tensor,
+    found_inf: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    sequential: bool,
+    entries: Sequence[int] | None,
+) -> DirectionProducts:
+    """`dense_update` by `dense.cpp`."""
+    left, right, A, B = (x.contiguous() for x in factors)
+    (K, r, n), m = A.shape, B.shape[-1]
+    products = DirectionProducts(torch.zeros_like(B), torch.zeros_like(A), torch.zeros_like(A) if sequential else None)
+    active = torch.arange(K) if entries is None else torch.tensor(entries, dtype=torch.int64)
+    if bool(found_inf) or not (len(active) and m * n * r):
+        return products
+    tensors = [*moments, left, right, A, B, *products]
+    maps = tables_on(A.device)
+    tables = [x for i, signed in ((0, True), (2, False)) for x in (*maps[i : i + 2], buckets_on(signed, A.device))]
+    kernels = native_kernels()
+    assert kernels is not None
+    assert left.shape == (K, 2 * r, m) and right.shape == (K, 2 * r, n)
+    failed = kernels.lorapro_dense_update(
+        (ctypes.c_void_p * len(tensors))(*(address(x) for x in tensors)),
+        (ctypes.c_void_p * len(tables))(*(address(x) for x in tables)),
+        address(active),
+        ctypes.c_int64(len(active)),
+        address(steps.float().contiguous()),
+        *map(ctypes.c_int64, (m, n, r)),
+        ctypes.c_int(sequential),
+        *map(ctypes.c_double, (*betas, eps)),
+        ctypes.c_int(A.dtype == torch.float64),
+        ctypes.c_int(_native_storages(A.dtype).index(moments.exp_avg.dtype)),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+    if failed:
+        raise MemoryError("no memory is left for the step of a dense moment.")
+    return products
 
 
 def choose_backend(backend: str, device: torch.device) -> str:
@@ -114,7 +153,9 @@ def choose_backend(backend: str, device: torch.device) -> str:
         RuntimeError: it cannot serve this device.
     """
     if backend == "auto":
-        return "triton" if device.type == "cuda" and has_triton() else "torch"
+        if device.type == "cuda" and has_triton():
+            return "triton"
+        return "native" if device.type == "cpu" and native_kernels() is not None else "torch"
     if backend == "triton" and (device.type != "cuda" or not has_triton()):
         missing = "it is not installed, or turned off" if device.type == "cuda" else f"the factors are on {device.type}"
         raise RuntimeError(f"backend='triton' needs CUDA and the package triton, but {missing}. Use backend='auto'.")

@@ -22,7 +22,7 @@ from lorapro_hf.functional.bases import (
 )
 from lorapro_hf.functional.factor_steps import linear_step, sequential_step
 from lorapro_hf.functional.step_options import Group, StepOptions
-from lorapro_hf.kernels.dense import dense_update, require_backend, tile_elements
+from lorapro_hf.kernels.dense import choose_backend, dense_update, tile_elements
 from lorapro_hf.kernels.storage import BLOCK, Moments, moment_tensors, tables_on
 from lorapro_hf.optim.rules.base import (
     PairState,
@@ -55,8 +55,8 @@ class Full(UpdateRule):
         return [StateSpec(name, "A", shape, dtype) for name, (shape, dtype) in tensors.items()]
 
     def check_device(self, device: torch.device) -> None:
-        """Raise if the backend cannot serve the device, or a package is missing."""
-        require_backend(self.config.backend, device, self.storage(torch.float32))
+        """Raise if the backend cannot serve the device."""
+        choose_backend(self.config.backend, device)
 
     def scratch_bytes(self, pairs: Sequence[LoRAPair], device: torch.device) -> int:
         """Copies of the factors, and a tile of the dense moments."""

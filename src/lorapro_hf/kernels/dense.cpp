@@ -79,28 +79,30 @@ void write(T* x, Vector<T> value) {
 
 // ---- 8-bit codes ----
 
-// The code of a number in [-1, 1], by the tables of storage.py: a bucket of numbers holds one border at most.
+// Tables of storage.py: a bucket of numbers holds one border at most.
 struct Encoder {
     const float* borders;  // code c holds the numbers above border c, up to and including border c + 1
     const Code* codes;     // of the lowest number of each bucket
-
-    Code operator()(float x) const {
-        constexpr std::uint32_t LOWEST = 103 << 7, BUCKETS = (24 << 7) + 1;
-        const std::uint32_t bits = bits_of<std::uint32_t>(x), size = std::max(bits >> 16 & 0x7FFF, LOWEST) - LOWEST;
-        const Code code = codes[size + (bits >> 31) * BUCKETS];
-        return static_cast<Code>(code + (x > borders[code + 1]));
-    }
 };
 
-void encode(const float* x, Index count, const Encoder& code_of, Code* codes, float* scale) {
+void encode(const float* x, Index count, const Encoder encoder, Code* codes, float* scale) {
+    constexpr std::uint32_t LOWEST = 103 << 7, BUCKETS = (24 << 7) + 1;
     std::uint32_t most = 0;
     for (Index j = 0; j < count; ++j) most = std::max(most, bits_of<std::uint32_t>(x[j]) & 0x7FFFFFFF);
     // One number that is not finite spoils the scale of its block, so that it is seen.
     const float largest = most < 0x7F800000 ? bits_of<float>(most) : std::numeric_limits<float>::quiet_NaN();
-    float scaled[TILE];
-    for (Index j = 0; j < count; ++j) scaled[j] = largest > 0 ? x[j] / largest : 0;
-    for (Index j = 0; j < count; ++j) codes[j] = code_of(scaled[j]);
     *scale = largest;
+    float scaled[TILE];
+    std::uint32_t buckets[TILE];
+    for (Index j = 0; j < count; ++j) {
+        scaled[j] = largest > 0 ? x[j] / largest : 0;
+        const std::uint32_t bits = bits_of<std::uint32_t>(scaled[j]);
+        buckets[j] = std::max(bits >> 16 & 0x7FFF, LOWEST) - LOWEST + (bits >> 31) * BUCKETS;
+    }
+    for (Index j = 0; j < count; ++j) {
+        const int code = encoder.codes[buckets[j]];
+        codes[j] = static_cast<Code>(code + (scaled[j] > encoder.borders[code + 1]));
+    }
 }
 
 // ---- bfloat16 ----
@@ -194,7 +196,8 @@ struct Scratch {
 template <class T, int R>
 inline void advance_block(const T* right, const T* left, Index q, T* M, T* V, Index stride, T* u, const Adam<T>& adam) {
     constexpr int L = LANES<T>;
-    Vector<T> g[R][2] = {};
+    Vector<T> g[R][2];
+    for (int i = 0; i < R; ++i) g[i][0] = g[i][1] = Vector<T>{};
     for (Index k = 0; k < q; ++k, right += COLUMNS<T>, left += GROUP) {
         const Vector<T> x0 = read(right), x1 = read(right + L);
         for (int i = 0; i < R; ++i) {
@@ -443,64 +446,83 @@ private:
 
     // Moments of a tile, from block `first` on, as [block][16][columns] numbers; zero outside.
     void load(Index row, Index rows, Index tile, Index first, Index next) {
-        const Index n = shape_.n, from = tile * TILE + first * COLUMNS<T>, cols = width(tile) - first * COLUMNS<T>;
-        const Index end = blocks(tile) * COLUMNS<T>, begin = first * COLUMNS<T>;
         for (Index i = 0; i < rows; ++i) {
-            T exact[2][TILE] = {};
-            const Index start = (row + i) * n + from;
-            const S *M = entry_.M + start, *V = entry_.V + start;
+            const Index start = (row + i) * shape_.n + tile * TILE, scale = (row + i) * shape_.tiles() + tile;
             if constexpr (!DIRECT) {
                 if (next >= 0) {
-                    prefetch(entry_.M + next + i * n, TILE * sizeof(S));
-                    prefetch(entry_.V + next + i * n, TILE * sizeof(S));
+                    prefetch(entry_.M + next + i * shape_.n, TILE * sizeof(S));
+                    prefetch(entry_.V + next + i * shape_.n, TILE * sizeof(S));
                 }
             }
-            if constexpr (DIRECT) {
-                std::copy_n(M, cols, exact[0]);
-                std::copy_n(V, cols, exact[1]);
-            } else if constexpr (std::is_same_v<S, Bfloat16>) {
-                for (Index j = 0; j < cols; ++j) exact[0][j] = widened(M[j]);
-                for (Index j = 0; j < cols; ++j) exact[1][j] = widened(V[j]);
-            } else {
-                const Index scale = (row + i) * shape_.tiles() + tile;
-                for (Index j = 0; j < cols; ++j) exact[0][j] = tables_->signed_map[M[j]] * entry_.M_scales[scale];
-                for (Index j = 0; j < cols; ++j) {
-                    const float root = tables_->unsigned_map[V[j]] * entry_.V_scales[scale];
-                    exact[1][j] = root * root;
+            for (Index b = first; b < blocks(tile); ++b) {
+                const Index at = (b * TILE_ROWS + i) * COLUMNS<T>, here = width(tile) - b * COLUMNS<T>;
+                T *M = scratch_.M + at, *V = scratch_.V + at;
+                const S *from_M = entry_.M + start + b * COLUMNS<T>, *from_V = entry_.V + start + b * COLUMNS<T>;
+                if (here >= COLUMNS<T>) {
+                    widen(from_M, from_V, scale, COLUMNS<T>, M, V);
+                } else {
+                    widen(from_M, from_V, scale, here, M, V);
+                    std::fill(M + here, M + COLUMNS<T>, T(0));
+                    std::fill(V + here, V + COLUMNS<T>, T(0));
                 }
             }
-            for (Index column = begin; column < end; column += COLUMNS<T>) {
-                const Index at = (column / COLUMNS<T> * TILE_ROWS + i) * COLUMNS<T>;
-                std::copy_n(exact[0] + column - begin, COLUMNS<T>, scratch_.M + at);
-                std::copy_n(exact[1] + column - begin, COLUMNS<T>, scratch_.V + at);
+        }
+    }
+
+    __attribute__((always_inline)) void widen(const S* from_M, const S* from_V, Index scale, Index count, T* M, T* V) {
+        if constexpr (DIRECT) {
+            std::copy_n(from_M, count, M);
+            std::copy_n(from_V, count, V);
+        } else if constexpr (std::is_same_v<S, Bfloat16>) {
+#pragma omp simd
+            for (Index j = 0; j < count; ++j) M[j] = widened(from_M[j]);
+#pragma omp simd
+            for (Index j = 0; j < count; ++j) V[j] = widened(from_V[j]);
+        } else {
+            const float M_scale = entry_.M_scales[scale], V_scale = entry_.V_scales[scale];
+            for (Index j = 0; j < count; ++j) M[j] = tables_->signed_map[from_M[j]] * M_scale;
+            for (Index j = 0; j < count; ++j) {
+                const float root = tables_->unsigned_map[from_V[j]] * V_scale;
+                V[j] = root * root;
             }
         }
     }
 
     void store(Index row, Index rows, Index tile, Index first) {
-        const Index n = shape_.n, from = tile * TILE + first * COLUMNS<T>, cols = width(tile) - first * COLUMNS<T>;
-        const Index end = blocks(tile) * COLUMNS<T>, begin = first * COLUMNS<T>;
         for (Index i = 0; i < rows; ++i) {
-            std::conditional_t<DIRECT, T, float> exact[2][TILE];
-            for (Index column = begin; column < end; column += COLUMNS<T>) {
-                const Index at = (column / COLUMNS<T> * TILE_ROWS + i) * COLUMNS<T>;
-                std::copy_n(scratch_.M + at, COLUMNS<T>, exact[0] + column - begin);
-                std::copy_n(scratch_.V + at, COLUMNS<T>, exact[1] + column - begin);
+            const Index start = (row + i) * shape_.n + tile * TILE, scale = (row + i) * shape_.tiles() + tile;
+            S *to_M = entry_.M + start, *to_V = entry_.V + start;
+            float numbers[2][TILE];
+            for (Index b = first; b < blocks(tile); ++b) {
+                const Index column = b * COLUMNS<T>, here = std::min<Index>(COLUMNS<T>, width(tile) - column);
+                const T *M = scratch_.M + (b * TILE_ROWS + i) * COLUMNS<T>;
+                const T *V = scratch_.V + (b * TILE_ROWS + i) * COLUMNS<T>;
+                if constexpr (std::is_same_v<S, Code>) {
+                    for (int j = 0; j < COLUMNS<T>; ++j) numbers[0][column + j] = M[j];
+#pragma omp simd
+                    for (int j = 0; j < COLUMNS<T>; ++j) numbers[1][column + j] = std::sqrt(static_cast<float>(V[j]));
+                } else if (here == COLUMNS<T>) {
+                    narrow(M, V, COLUMNS<T>, to_M + column, to_V + column);
+                } else {
+                    narrow(M, V, here, to_M + column, to_V + column);
+                }
             }
-            const Index start = (row + i) * n + from;
-            S *M = entry_.M + start, *V = entry_.V + start;
-            if constexpr (DIRECT) {
-                std::copy_n(exact[0], cols, M);
-                std::copy_n(exact[1], cols, V);
-            } else if constexpr (std::is_same_v<S, Bfloat16>) {
-                for (Index j = 0; j < cols; ++j) M[j] = nearest(exact[0][j]);
-                for (Index j = 0; j < cols; ++j) V[j] = dithered(exact[1][j], entry_.adam.salt);
-            } else {
-                const Index scale = (row + i) * shape_.tiles() + tile;
-                for (Index j = 0; j < cols; ++j) exact[1][j] = std::sqrt(exact[1][j]);
-                encode(exact[0], cols, tables_->signed_code, M, entry_.M_scales + scale);
-                encode(exact[1], cols, tables_->unsigned_code, V, entry_.V_scales + scale);
+            if constexpr (std::is_same_v<S, Code>) {
+                encode(numbers[0], width(tile), tables_->signed_code, to_M, entry_.M_scales + scale);
+                encode(numbers[1], width(tile), tables_->unsigned_code, to_V, entry_.V_scales + scale);
             }
+        }
+    }
+
+    __attribute__((always_inline)) void narrow(const T* M, const T* V, Index count, S* to_M, S* to_V) {
+        if constexpr (DIRECT) {
+            std::copy_n(M, count, to_M);
+            std::copy_n(V, count, to_V);
+        } else {
+#pragma omp simd
+            for (Index j = 0; j < count; ++j) to_M[j] = nearest(M[j]);
+#pragma omp simd
+            for (Index j = 0; j < count; ++j) to_V[j] = dithered(V[j], entry_.adam.salt);
         }
     }
 };
@@ -601,11 +623,12 @@ int update(const Call& call, const Shape& shape, Index count) {
 }  // namespace
 
 // `storage`: 0 for moments in the dtype of the factors, 1 for bfloat16, 2 for 8-bit codes. Products of entries that are
-// not in `entries` are left alone. Returns 0, or 1 if there is no memory.
+// not in `entries`, and all where `found_inf` is 1, are left alone. Returns 0, or 1 if there is no memory.
 extern "C" int lorapro_dense_update(void* const* tensors, const void* const* tables, const std::int64_t* entries,
-                                    std::int64_t count, const float* steps, std::int64_t m, std::int64_t n,
-                                    std::int64_t r, int sequential, double beta1, double beta2, double eps,
-                                    int is_double, int storage, int threads) {
+                                    std::int64_t count, const float* steps, const float* found_inf, std::int64_t m,
+                                    std::int64_t n, std::int64_t r, int sequential, double beta1, double beta2,
+                                    double eps, int is_double, int storage, int threads) {
+    if (*found_inf > 0) return 0;
     const Call call = {tensors, tables, entries, steps, beta1, beta2, eps, threads};
     const Shape shape = {m, n, r, sequential != 0};
     if (is_double) {

@@ -1,14 +1,15 @@
-"""How is one step of dense moments taken: by Triton on CUDA, else by torch, one tile of the size of a cache at a time?
+"""How is one step of dense moments taken: by Triton on CUDA, by C++ on a CPU, else by torch?
 
-A tile is a batch of equal matrices, at least one for each thread: all rows of several weights, or rows of one weight
-cut into parts. MKL multiplies each matrix on its own core; threads that share one small product mostly wait.
+The kernels are in `triton_dense` and `dense.cpp`. torch takes one tile of the size of a cache at a time: a batch of
+equal matrices, at least one for each thread, all rows of several weights or rows of one weight cut into parts. MKL
+multiplies each matrix on its own core; threads that share one small product mostly wait.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ def dense_update(
         eps: added to the denominator.
         sequential: also give `K_u`.
         entries: the active entries, by default all; the others stay as they are and get zeros.
-        backend: `"torch"`, `"compiled"`, `"triton"`, or `"auto"`.
+        backend: `"torch"`, `"triton"`, or `"auto"`.
 
     Raises:
         RuntimeError: the backend cannot serve this device.
@@ -91,7 +92,7 @@ def dense_update(
             g, u = left.new_empty(shape), left.new_empty(shape)
         torch.bmm(L.mT, R, out=g)
         stored = Moments(*(None if x is None else x[tile.entries, tile.rows] for x in moments))  # type: ignore[arg-type]
-        _advance(stored, g, u, steps[tile.entries], found_inf, betas, eps, chosen == "compiled")
+        _advance(stored, g, u, steps[tile.entries], found_inf, betas, eps)
         tile_u_A = torch.bmm(tile.columns_of(A), u.mT)
         tile.put_rows(u_A, tile_u_A)
         tile.add_columns(B_u, torch.bmm(tile.rows_of(B), u))
@@ -119,8 +120,8 @@ def _native_update(
     left, right, A, B = (x.contiguous() for x in factors)
     (K, r, n), m = A.shape, B.shape[-1]
     products = DirectionProducts(torch.zeros_like(B), torch.zeros_like(A), torch.zeros_like(A) if sequential else None)
-    active = torch.arange(K) if entries is None else torch.tensor(entries, dtype=torch.int64)
-    if bool(found_inf) or not (len(active) and m * n * r):
+    active = range(K) if entries is None else entries
+    if not (len(active) and m * n * r):
         return products
     tensors = [*moments, left, right, A, B, *products]
     maps = tables_on(A.device)
@@ -131,9 +132,10 @@ def _native_update(
     failed = kernels.lorapro_dense_update(
         (ctypes.c_void_p * len(tensors))(*(address(x) for x in tensors)),
         (ctypes.c_void_p * len(tables))(*(address(x) for x in tables)),
-        address(active),
+        (ctypes.c_int64 * len(active))(*active),
         ctypes.c_int64(len(active)),
         address(steps.float().contiguous()),
+        address(found_inf.float()),
         *map(ctypes.c_int64, (m, n, r)),
         ctypes.c_int(sequential),
         *map(ctypes.c_double, (*betas, eps)),
@@ -274,44 +276,13 @@ def _advance(
     found_inf: Tensor,
     betas: tuple[float, float],
     eps: float,
-    compiled: bool,
 ) -> None:
     """Update the moments `(entries, rows, n)` of a tile with g, and write Adam's direction to u."""
     in_place = stored.exp_avg.dtype == g.dtype
     M, V = (stored.exp_avg, stored.exp_avg_sq) if in_place else load(stored, g.dtype)
-    if compiled:
-        exact = steps.double()
-        scales = (1 / (1 - betas[0] ** exact)).to(M), (1 - betas[1] ** exact).rsqrt().to(M)
-        # Flat and one by one: any other shape would be compiled again.
-        for each in zip(*(x.reshape(len(M), -1) for x in (M, V, g, u)), *scales, strict=True):
-            _compiled(_adam)(*each, found_inf, *betas, eps)
-    else:
-        # One pass of torch's fused AdamW does both: a "parameter" of zeros and a rate of −1 give u.
-        directions, gradients = (x.view(len(M), -1, M.shape[-1]).unbind() for x in (u.zero_(), g))
-        group = {"lr": -1.0, "betas": betas, "eps": eps, "weight_decay": 0.0}
-        fused_adamw(directions, gradients, M.unbind(), V.unbind(), steps.unbind(), group, found_inf)
+    # One pass of torch's fused AdamW does both: a "parameter" of zeros and a rate of −1 give u.
+    directions, gradients = (x.view(len(M), -1, M.shape[-1]).unbind() for x in (u.zero_(), g))
+    group = {"lr": -1.0, "betas": betas, "eps": eps, "weight_decay": 0.0}
+    fused_adamw(directions, gradients, M.unbind(), V.unbind(), steps.unbind(), group, found_inf)
     if not in_place:
         store(stored, M, V, steps[:, None, None], found_inf)
-
-
-def _adam(
-    M: Tensor,
-    V: Tensor,
-    g: Tensor,
-    u: Tensor,
-    scale1: Tensor,
-    scale2: Tensor,
-    found_inf: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> None:
-    new_M, new_V = M + (1 - beta1) * (g - M), beta2 * V + (1 - beta2) * (g * g)
-    u.copy_(torch.where(found_inf > 0, 0, new_M * scale1 / (new_V.sqrt() * scale2 + eps)))
-    M.copy_(torch.where(found_inf > 0, M, new_M))
-    V.copy_(torch.where(found_inf > 0, V, new_V))
-
-
-@cache
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
-    return torch.compile(function, dynamic=True)

@@ -9,7 +9,7 @@
 // a span of rows of one entry, and the spans of an entry are added up in their order.
 //
 // Panels: the columns of a tile are cut into blocks of two vectors, and what belongs to a block lies together:
-// right [block][2r][columns], A [block][r][columns], u [block][16][columns].
+// right [block][2r][columns] and u [block][16][columns]. A is [r][256].
 
 #include <algorithm>
 #include <cmath>
@@ -50,6 +50,7 @@ constexpr int BLOCK_ROWS = 64;     // for which the panels of a tile are packed 
 constexpr Index TILE = 256;        // columns; also the elements of 8-bit storage that share a scale
 constexpr Index SPAN = 1 << 18;    // elements of a span of rows, roughly
 constexpr Index MOST_SPANS = 32;   // of one entry: each has sums of its own
+constexpr Index SUMS = 1 << 23;    // elements of the sums of one entry, unless it has one span
 constexpr Index THREAD_SUMS = 1 << 24;  // bytes of such sums for each thread
 
 struct Bfloat16 {
@@ -130,7 +131,9 @@ struct Shape {
     bool sequential;
     Index tiles() const { return (n + TILE - 1) / TILE; }
     Index products() const { return sequential ? 2 * r : r; }  // with u, summed over rows
-    Index spans() const { return std::clamp<Index>((m * n + SPAN / 2) / SPAN, 1, MOST_SPANS); }
+    Index spans() const {
+        return std::clamp<Index>((m * n + SPAN / 2) / SPAN, 1, std::clamp<Index>(SUMS / (products() * n), 1, MOST_SPANS));
+    }
     Index span_rows() const {
         const Index rows = (m + spans() - 1) / spans();
         return (rows + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS;
@@ -227,12 +230,12 @@ inline void multiply_rows(const T* u, const T* A, Index blocks, Index r, T* sums
     Vector<T> sum[R][Q];
     for (int i = 0; i < R; ++i)
         for (int a = 0; a < Q; ++a) sum[i][a] = read(sums + (i * r + a) * L);
-    for (Index b = 0; b < blocks; ++b, u += TILE_ROWS * COLUMNS<T>, A += r * COLUMNS<T>) {
+    for (Index b = 0; b < blocks; ++b, u += TILE_ROWS * COLUMNS<T>, A += COLUMNS<T>) {
         for (int half = 0; half < COLUMNS<T>; half += L) {
             Vector<T> x[R];
             for (int i = 0; i < R; ++i) x[i] = read(u + i * COLUMNS<T> + half);
             for (int a = 0; a < Q; ++a) {
-                const Vector<T> y = read(A + a * COLUMNS<T> + half);
+                const Vector<T> y = read(A + a * TILE + half);
                 for (int i = 0; i < R; ++i) sum[i][a] += x[i] * y;
             }
         }
@@ -244,8 +247,8 @@ inline void multiply_rows(const T* u, const T* A, Index blocks, Index r, T* sums
 template <class T, int R>
 inline void multiply_row_group(const T* u, const T* A, Index blocks, Index r, T* sums) {
     Index a = 0;
-    for (; a + 2 <= r; a += 2) multiply_rows<T, R, 2>(u, A + a * COLUMNS<T>, blocks, r, sums + a * LANES<T>);
-    if (a < r) multiply_rows<T, R, 1>(u, A + a * COLUMNS<T>, blocks, r, sums + a * LANES<T>);
+    for (; a + 2 <= r; a += 2) multiply_rows<T, R, 2>(u, A + a * TILE, blocks, r, sums + a * LANES<T>);
+    if (a < r) multiply_rows<T, R, 1>(u, A + a * TILE, blocks, r, sums + a * LANES<T>);
 }
 
 // sums[a] += weights[row][a] u[row] for one block of columns and Q products.
@@ -292,8 +295,8 @@ public:
             pack_rows(row, rows);
             std::fill_n(scratch_.row_sums, rows * r * LANES<T>, T(0));
             for (Index tile = 0; tile < tiles; ++tile) {
-                pack_columns(entry_.right, 2 * r, tile, scratch_.right);
-                pack_columns(entry_.A, r, tile, scratch_.A);
+                pack_right(tile);
+                pack_A(tile);
                 advance(row, rows, tile);
                 if (!shape_.sequential) add_tile(row == first, products, tile, B_u, nullptr);
             }
@@ -324,23 +327,37 @@ private:
     // left as [group][2r][4], and B as weights [row][products].
     void pack_rows(Index row, Index rows) {
         const Index m = shape_.m, q = 2 * shape_.r, r = shape_.r, products = shape_.products();
-        for (Index i = 0; i < rows; ++i) {
-            T* left = scratch_.left + i / GROUP * GROUP * q + i % GROUP;
-            for (Index k = 0; k < q; ++k) left[k * GROUP] = entry_.left[k * m + row + i];
-            for (Index a = 0; a < r; ++a) scratch_.weights[i * products + a] = entry_.B[a * m + row + i];
+        for (Index i = 0; i < rows; i += GROUP) {
+            const Index here = std::min<Index>(GROUP, rows - i);
+            for (Index k = 0; k < q; ++k)
+                std::copy_n(entry_.left + k * m + row + i, here, scratch_.left + i * q + k * GROUP);
+            for (Index a = 0; a < r; ++a)
+                for (Index j = i; j < i + here; ++j) scratch_.weights[j * products + a] = entry_.B[a * m + row + j];
         }
     }
 
-    // Columns of x (count, n) as [block][count][columns], zero outside.
-    void pack_columns(const T* x, Index count, Index tile, T* packed) {
-        const Index n = shape_.n, cols = width(tile);
-        for (Index column = 0; column < cols; column += COLUMNS<T>) {
-            const Index here = std::min<Index>(COLUMNS<T>, cols - column);
-            const T* from = x + tile * TILE + column;
-            for (Index k = 0; k < count; ++k, packed += COLUMNS<T>, from += n) {
-                std::copy_n(from, here, packed);
-                std::fill_n(packed + here, COLUMNS<T> - here, T(0));
+    // Zero outside, as A is.
+    void pack_right(Index tile) {
+        const Index q = 2 * shape_.r, n = shape_.n;
+        for (Index b = 0; b < blocks(tile); ++b) {
+            const Index column = b * COLUMNS<T>, here = std::min<Index>(COLUMNS<T>, width(tile) - column);
+            const T* from = entry_.right + tile * TILE + column;
+            T* to = scratch_.right + b * q * COLUMNS<T>;
+            for (Index k = 0; k < q; ++k, from += n, to += COLUMNS<T>) {
+                if (here == COLUMNS<T>) {
+                    std::memcpy(to, from, sizeof(T) * COLUMNS<T>);
+                } else {
+                    std::copy_n(from, here, to);
+                    std::fill_n(to + here, COLUMNS<T> - here, T(0));
+                }
             }
+        }
+    }
+
+    void pack_A(Index tile) {
+        for (Index a = 0; a < shape_.r; ++a) {
+            std::copy_n(entry_.A + a * shape_.n + tile * TILE, width(tile), scratch_.A + a * TILE);
+            std::fill_n(scratch_.A + a * TILE + width(tile), TILE - width(tile), T(0));
         }
     }
 

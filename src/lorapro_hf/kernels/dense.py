@@ -24,6 +24,7 @@ from lorapro_hf.kernels.storage import Moments, buckets_on, load, store, tables_
 # devices few large kernels are better than many small ones.
 _CPU_ELEMENTS = 2**19
 _DEVICE_ELEMENTS = 2**25
+_NATIVE_RANK = 128
 
 
 class DirectionProducts(NamedTuple):
@@ -73,7 +74,7 @@ def dense_update(
         RuntimeError: the backend cannot serve this device.
     """
     chosen = choose_backend(backend, A.device)
-    if chosen == "native" and moments.exp_avg.dtype in _native_storages(A.dtype):
+    if chosen == "native" and _native_serves(moments.exp_avg.dtype, A):
         return _native_update(moments, (left, right, A, B), steps, found_inf, betas, eps, sequential, entries)
     if chosen == "triton":
         from lorapro_hf.kernels import triton_dense
@@ -104,6 +105,11 @@ def dense_update(
 def _native_storages(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
     """How moments of factors of a dtype may be stored, in the order of `dense.cpp`."""
     return dtype, torch.bfloat16, torch.uint8
+
+
+def _native_serves(storage: torch.dtype, A: Tensor) -> bool:
+    """Whether `dense.cpp` takes these factors; in wide moments of high rank MKL's products are faster."""
+    return storage in _native_storages(A.dtype) and (A.shape[1] <= _NATIVE_RANK or storage.itemsize < 4)
 
 
 def _native_update(

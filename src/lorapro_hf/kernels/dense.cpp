@@ -639,8 +639,9 @@ int update(const Call& call, const Shape& shape, Index count) {
 
 }  // namespace
 
-// `storage`: 0 for moments in the dtype of the factors, 1 for bfloat16, 2 for 8-bit codes. Products of entries that are
-// not in `entries`, and all where `found_inf` is 1, are left alone. Returns 0, or 1 if there is no memory.
+// `storage`: 0 for moments in the dtype of the factors; 1 for bfloat16 and 2 for 8-bit codes beside float32 factors.
+// Products of entries that are not in `entries`, and all where `found_inf` is 1, are left alone. Returns 0, or 1 if
+// there is no memory.
 extern "C" int lorapro_dense_update(void* const* tensors, const void* const* tables, const std::int64_t* entries,
                                     std::int64_t count, const float* steps, const float* found_inf, std::int64_t m,
                                     std::int64_t n, std::int64_t r, int sequential, double beta1, double beta2,
@@ -648,12 +649,8 @@ extern "C" int lorapro_dense_update(void* const* tensors, const void* const* tab
     if (*found_inf > 0) return 0;
     const Call call = {tensors, tables, entries, steps, beta1, beta2, eps, threads};
     const Shape shape = {m, n, r, sequential != 0};
-    if (is_double) {
-        return storage == 0   ? update<double, double>(call, shape, count)
-               : storage == 1 ? update<double, Bfloat16>(call, shape, count)
-                              : update<double, Code>(call, shape, count);
+    if (storage == 0) {
+        return is_double ? update<double, double>(call, shape, count) : update<float, float>(call, shape, count);
     }
-    return storage == 0   ? update<float, float>(call, shape, count)
-           : storage == 1 ? update<float, Bfloat16>(call, shape, count)
-                          : update<float, Code>(call, shape, count);
+    return storage == 1 ? update<float, Bfloat16>(call, shape, count) : update<float, Code>(call, shape, count);
 }

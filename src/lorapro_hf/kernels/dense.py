@@ -24,7 +24,14 @@ from lorapro_hf.kernels.storage import Moments, buckets_on, load, store, tables_
 # devices few large kernels are better than many small ones.
 _CPU_ELEMENTS = 2**19
 _DEVICE_ELEMENTS = 2**25
-_NATIVE_RANK = 128
+# The numbers in `dense.cpp` of the dtypes of factors and moments, and the rank above which MKL is faster.
+_NATIVE_STORAGES = {
+    (torch.float32, torch.float32): 0,
+    (torch.float64, torch.float64): 0,
+    (torch.float32, torch.bfloat16): 1,
+    (torch.float32, torch.uint8): 2,
+}
+_NATIVE_RANK = 128  # with moments of 32 bits and more
 
 
 class DirectionProducts(NamedTuple):
@@ -74,7 +81,7 @@ def dense_update(
         RuntimeError: the backend cannot serve this device.
     """
     chosen = choose_backend(backend, A.device)
-    if chosen == "native" and _native_serves(moments.exp_avg.dtype, A):
+    if chosen == "native" and _native_serves(moments, A):
         return _native_update(moments, (left, right, A, B), steps, found_inf, betas, eps, sequential, entries)
     if chosen == "triton":
         from lorapro_hf.kernels import triton_dense
@@ -102,14 +109,9 @@ def dense_update(
     return DirectionProducts(u_A, B_u, K_u)
 
 
-def _native_storages(dtype: torch.dtype) -> tuple[torch.dtype, ...]:
-    """How moments of factors of a dtype may be stored, in the order of `dense.cpp`."""
-    return dtype, torch.bfloat16, torch.uint8
-
-
-def _native_serves(storage: torch.dtype, A: Tensor) -> bool:
-    """Whether `dense.cpp` takes these factors; in wide moments of high rank MKL's products are faster."""
-    return storage in _native_storages(A.dtype) and (A.shape[1] <= _NATIVE_RANK or storage.itemsize < 4)
+def _native_serves(moments: Moments, A: Tensor) -> bool:
+    storage = moments.exp_avg.dtype
+    return (A.dtype, storage) in _NATIVE_STORAGES and (A.shape[1] <= _NATIVE_RANK or storage.itemsize < 4)
 
 
 def _native_update(
@@ -132,6 +134,7 @@ def _native_update(
     tensors = [*moments, left, right, A, B, *products]
     maps = tables_on(A.device)
     tables = [x for i, signed in ((0, True), (2, False)) for x in (*maps[i : i + 2], buckets_on(signed, A.device))]
+    counts, skip = steps.float().contiguous(), found_inf.float()  # names keep them alive during the call
     kernels = native_kernels()
     assert kernels is not None
     assert left.shape == (K, 2 * r, m) and right.shape == (K, 2 * r, n)
@@ -140,13 +143,12 @@ def _native_update(
         (ctypes.c_void_p * len(tables))(*(address(x) for x in tables)),
         (ctypes.c_int64 * len(active))(*active),
         ctypes.c_int64(len(active)),
-        address(steps.float().contiguous()),
-        address(found_inf.float()),
+        *map(address, (counts, skip)),
         *map(ctypes.c_int64, (m, n, r)),
         ctypes.c_int(sequential),
         *map(ctypes.c_double, (*betas, eps)),
         ctypes.c_int(A.dtype == torch.float64),
-        ctypes.c_int(_native_storages(A.dtype).index(moments.exp_avg.dtype)),
+        ctypes.c_int(_NATIVE_STORAGES[A.dtype, moments.exp_avg.dtype]),
         ctypes.c_int(torch.get_num_threads()),
     )
     if failed:

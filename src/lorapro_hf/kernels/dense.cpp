@@ -399,24 +399,28 @@ private:
 
     void advance_blocks(Index first, Index last, Index rows, const T* left, T* M, T* V, Index stride, Index block_stride,
                         T* u, Index fetch) {
-        const Index q = 2 * shape_.r;
-        for (Index b = first; b < last; ++b) {
-            const T* right = scratch_.right + b * q * COLUMNS<T>;
-            T *m = M + b * block_stride, *v = V + b * block_stride, *d = u + b * TILE_ROWS * COLUMNS<T>;
-            Index i = 0;
-            for (; i + GROUP <= rows; i += GROUP) {
-                if (fetch) {
-                    for (int k = 0; k < GROUP; ++k) {
-                        prefetch(m + (i + k) * stride + fetch, sizeof(T) * COLUMNS<T>);
-                        prefetch(v + (i + k) * stride + fetch, sizeof(T) * COLUMNS<T>);
-                    }
+        const Index q = 2 * shape_.r, height = TILE_ROWS * COLUMNS<T>;
+        for (Index i = 0; i < rows; i += GROUP) {
+            const bool whole = i + GROUP <= rows;
+            // The rows that come next, in this tile or in the next one.
+            const Index ahead = !fetch ? 0 : i + GROUP < rows ? GROUP * stride : fetch - i * stride;
+            const T* group = left + i * q;
+            for (Index b = first; b < last; ++b) {
+                const T* right = scratch_.right + b * q * COLUMNS<T>;
+                T *m = M + b * block_stride + i * stride, *v = V + b * block_stride + i * stride;
+                T* d = u + b * height + i * COLUMNS<T>;
+                for (int k = 0; ahead && k < GROUP; ++k) {
+                    prefetch(m + k * stride + ahead, sizeof(T) * COLUMNS<T>);
+                    prefetch(v + k * stride + ahead, sizeof(T) * COLUMNS<T>);
                 }
-                advance_block<T, GROUP>(right, left + i * q, q, m + i * stride, v + i * stride, stride,
-                                        d + i * COLUMNS<T>, entry_.adam);
+                if (whole) {
+                    advance_block<T, GROUP>(right, group, q, m, v, stride, d, entry_.adam);
+                } else {
+                    for (Index k = 0; i + k < rows; ++k)
+                        advance_block<T, 1>(right, group + k, q, m + k * stride, v + k * stride, stride,
+                                            d + k * COLUMNS<T>, entry_.adam);
+                }
             }
-            for (; i < rows; ++i)
-                advance_block<T, 1>(right, left + i / GROUP * GROUP * q + i % GROUP, q, m + i * stride, v + i * stride,
-                                    stride, d + i * COLUMNS<T>, entry_.adam);
         }
     }
 

@@ -13,7 +13,7 @@ MODES = ("full", "full_8bit", "factored", "spectral", "rite", "efficient")
 X_MODES = ("sylvester", "zero", "symmetric")
 UPDATES = ("linear", "sequential")
 MOMENTS_DTYPES = ("float32", "bfloat16")
-BACKENDS = ("auto", "torch", "compiled", "triton")
+BACKENDS = ("auto", "torch", "triton")
 TRUST_REGION = 0.03  # of every mode that has one, where the settings leave it open
 # Other keywords of the optimizer: a mistyped one gets the nearest name as a hint.
 _BESIDE_SETTINGS = ("lr", "betas", "eps", "weight_decay", "decay_parameters", "check_memory", "saved_collectively")
@@ -41,12 +41,12 @@ class LoRAProConfig:
 
     Args:
         mode: Decides memory and learning rate. `"full"` keeps Adam's moments of the equivalent gradient, of the size of
-            the adapted weights, in float32. `"full_8bit"` keeps the same in 8 bits an element (needs bitsandbytes, or
-            Triton on CUDA). `"factored"` keeps the same in the memory of the factors. For these three start at the
-            learning rate of full fine-tuning (2e-5 for a 7B model) and go up: with a trust region the best may be as
-            high as that of LoRA. The others use learning rates of LoRA: `"spectral"` steps along the orthogonalised
-            momentum and keeps half of AdamW's state, `"rite"` is LoRA-RITE, whose step does not divide by the scaling,
-            and `"efficient"` keeps AdamW's moments of the two factors.
+            the adapted weights, in float32. `"full_8bit"` keeps the same in 8 bits an element, and `"factored"` in the
+            memory of the factors. For these three start at the learning rate of full fine-tuning (2e-5 for a 7B model)
+            and go up: with a trust region the best may be as high as that of LoRA. The others use learning rates of
+            LoRA: `"spectral"` steps along the orthogonalised momentum and keeps half of AdamW's state, `"rite"` is
+            LoRA-RITE, whose step does not divide by the scaling, and `"efficient"` keeps AdamW's moments of the two
+            factors.
         x_mode: Which of the equivalent factor gradients to take: `"sylvester"` (closest to LoRA's own gradients, the
             paper's choice), `"zero"` or `"symmetric"` (both factors contribute alike). A sequential update has this
             freedom in mode `"efficient"` only.
@@ -64,8 +64,7 @@ class LoRAProConfig:
         moments_dtype: `"bfloat16"` halves the memory of mode `"full"`, its only user. The second moment is then rounded
             stochastically: rounding to the nearest would freeze it.
         backend: The kernels that update moments of the size of the weight (modes `"full"` and `"full_8bit"`). `"auto"`
-            is Triton for CUDA where it is installed, else torch. `"compiled"` is `torch.compile`, which needs a C++
-            compiler on the CPU.
+            is Triton on CUDA where it is installed, C++ on CPUs where a compiler can build it, else torch.
         shard_states: Whether the ranks of a distributed run divide the pairs: each rank steps its own pairs and keeps
             their moments only. `False` repeats the work and the moments on every rank. `None` divides them wherever a
             checkpoint can collect the state: under `LoRAProTrainer`, FSDP2 and DeepSpeed. Elsewhere set it to `True`
@@ -120,7 +119,7 @@ class LoRAProConfig:
     backend: str = _setting(
         "auto",
         "The kernels that update moments of the size of the weights; 'auto' is Triton on CUDA where it is installed, "
-        "else torch; 'compiled' is torch.compile.",
+        "C++ on CPUs where a compiler can build it, else torch.",
         BACKENDS,
     )
     shard_states: bool | None = _setting(

@@ -41,6 +41,7 @@ def test_a_program_says_how_it_is_called_and_writes_nothing(
         pytest.importorskip("trl")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [program, word])
+    monkeypatch.syspath_prepend(str((ROOT / program).parent))
     monkeypatch.setattr(Path, "write_text", lambda *_, **__: pytest.fail(f"{program} {word} writes a file"))
     with pytest.raises(SystemExit) as caught:
         runpy.run_path(str(ROOT / program), run_name="__main__")

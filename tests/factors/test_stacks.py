@@ -31,13 +31,6 @@ CONFIGS = [
 each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: "-".join(map(str, config.values())))
 
 
-@pytest.fixture(autouse=True)
-def _needs_bitsandbytes_in_8_bits(request):
-    callspec = getattr(request.node, "callspec", None)
-    if callspec is not None and callspec.params.get("config", {}).get("mode") == "full_8bit":
-        pytest.importorskip("bitsandbytes")
-
-
 def several(name="linear", count=3):
     """The pairs of as many models, with scalings of their own."""
     pairs = [pair for _ in range(count) for pair in find_lora_pairs(BY_NAME[name].build())]

@@ -145,6 +145,8 @@ def emulated_codes(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     """Codes and scales of every block, by search among the float32 middles of the map (ties to the lower)."""
     entries = dynamic_map(signed)
     middles = (entries[1:] + entries[:-1]) / 2
+    if not signed:
+        middles[0] = 0  # no root is rounded to 0
     codes, scales = torch.empty_like(x, dtype=torch.uint8), []
     for block in range(0, x.shape[-1], 256):
         part = x[..., block : block + 256]

@@ -1,5 +1,8 @@
 """Steps in the C++ kernels are those of torch, which other tests hold against dense oracles."""
 
+import shutil
+import sys
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -47,6 +50,11 @@ def values(optimizer):
     """Each product of factors, and each tensor of the state."""
     products = [pair.scaling * pair.B.detach() @ pair.A.detach() for pair in optimizer.pairs]
     return [*products, *(tensor for state in optimizer.state.values() for tensor in state.values())]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or not sys.platform.startswith("linux"), reason="needs g++ on Linux")
+def test_the_kernels_are_built_where_there_is_a_compiler():
+    assert native.native_kernels() is not None
 
 
 @needs_compiler

@@ -43,8 +43,6 @@ def unread(monkeypatch):
 
 
 def build(config, r=2, steps=0):
-    if config["mode"] == "full_8bit":
-        pytest.importorskip("bitsandbytes")
     dtype = torch.bfloat16 if config.get("master_factors") else torch.float32
     optimizer = create_lorapro_optimizer(small_model(dtype, r=r, init_lora_weights=False), lr=1e-3, config=config)
     for _ in range(steps):

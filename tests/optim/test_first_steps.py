@@ -138,8 +138,6 @@ def train(optimizer, model, broken, steps=FIRST_STEPS):
 @both_modes
 @pytest.mark.parametrize("broken", rest_slow([5, 4, 10]))
 def test_steps_left_out_are_counted_once(mode, broken, caplog):
-    if mode == "full_8bit":
-        pytest.importorskip("bitsandbytes")
     model = small_model()
     optimizer = create_lorapro_optimizer(model, lr=1e-3, mode=mode)
     train(optimizer, model, broken)

@@ -41,13 +41,6 @@ each_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda config: "-".
 TURNS = [(1, 2), (2,), (0, 1, 2), (0, 1), (0, 1, 2)]
 
 
-@pytest.fixture(autouse=True)
-def _needs_bitsandbytes_in_8_bits(request):
-    callspec = getattr(request.node, "callspec", None)
-    if callspec is not None and callspec.params.get("config", {}).get("mode") == "full_8bit":
-        pytest.importorskip("bitsandbytes")
-
-
 def several(name="linear", count=3, dtype=torch.bfloat16):
     return [pair for _ in range(count) for pair in find_lora_pairs(BY_NAME[name].build().to(dtype))]
 

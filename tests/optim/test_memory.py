@@ -358,11 +358,15 @@ def test_no_cgroups_no_limit(tmp_path: Path):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.usefixtures("torch_steps")
 def test_allowance_covers_what_a_step_takes(mode):
-    """Peak of live tensors in a third step beyond what lives before it, on a model of one shape."""
+    """Peak of live tensors in a third step beyond what lives before it, on a model of one shape.
+
+    The C++ kernel takes less, and none of it in tensors.
+    """
     torch.manual_seed(0)
     layers = nn.ModuleDict({f"layer{i}": nn.Linear(300, 260, bias=False) for i in range(6)})
     model = get_peft_model(layers, LoraConfig(r=4, target_modules=list(layers), init_lora_weights=False))
-    optimizer = create_lorapro_optimizer(model, lr=1e-3, config={"mode": mode})
+    backend = "torch" if mode.startswith("full") else "auto"
+    optimizer = create_lorapro_optimizer(model, lr=1e-3, config={"mode": mode, "backend": backend})
     for _ in range(2):
         for pair in optimizer.pairs:
             pair.A.grad, pair.B.grad = torch.randn_like(pair.A), torch.randn_like(pair.B)

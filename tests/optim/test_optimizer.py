@@ -297,8 +297,6 @@ def test_a_factor_becomes_infinite_only_at_a_rate_that_makes_the_change_overflow
 
 @both_modes
 def test_a_closure_is_called_once_before_gradients_are_read(mode):
-    if mode == "full_8bit":
-        pytest.importorskip("bitsandbytes")
     closed, plain = small_model(), small_model()
     one, two = (create_lorapro_optimizer(model, lr=1e-2, mode=mode) for model in (closed, plain))
     for step in range(3):

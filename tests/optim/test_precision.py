@@ -79,8 +79,6 @@ def moments(optimizer: Any) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("mode", rest_slow(MODES))
 def test_bf16_autocast_steps_float32_adapters_in_float32(tmp_path: Path, mode: str):
-    if mode == "full_8bit":
-        pytest.importorskip("bitsandbytes")
     settings = {"lora_pro_mode": mode, "adam_epsilon": 1e-4, "learning_rate": 1e-3}
     exact, watch = run(tmp_path / "a", **settings), Watch(dtypes_of_gradients)
     mixed = run(tmp_path / "b", build_with={"callbacks": [watch]}, bf16=True, **settings)
@@ -154,8 +152,6 @@ def kept(model: nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("accelerated", [False, True])
 @pytest.mark.parametrize("mode", rest_slow(MODES))
 def test_steps_that_the_scaler_leaves_out_change_nothing(mode: str, accelerated: bool):
-    if mode == "full_8bit":
-        pytest.importorskip("bitsandbytes")
     model, plain_model = tiny_lora(lora_bias=True), tiny_lora(lora_bias=True)
     config = {"lr": LR, "config": {"mode": mode}, "eps": 1e-4}
     optimizer, plain = create_lorapro_optimizer(model, **config), create_lorapro_optimizer(plain_model, **config)

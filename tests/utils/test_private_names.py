@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = Path(lorapro_hf.__file__).parent
 # What libraries promise although it begins with an underscore, operators and modules of torch, which raise by name, and
 # what only a wording depends on.
-PROMISED = {"_asdict", "_replace", "_fields", "_exit", "_getframe", "_modules", "_parameters"}
+PROMISED = {"_asdict", "_replace", "_fields", "_exit", "_getframe", "_modules", "_parameters", "_buffers"}
 PROMISED |= {"_foreach_add_", "_foreach_copy_", "_fused_adamw_", "_schema", "_python_dispatch", "_pytree"}
 PROMISED |= {"_orig_mod", "_name", "_C", "_dispatch_has_kernel_for_dispatch_key"}
 PROMISED |= {"_SubParsersAction", "_ArgumentGroup"}

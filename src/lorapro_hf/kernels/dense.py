@@ -1,13 +1,15 @@
-"""How is one step of dense moments taken: by Triton on CUDA, else by torch, one tile of the size of a cache at a time?
+"""How is one step of dense moments taken: by Triton on CUDA, by C++ on a CPU, else by torch?
 
-A tile is a batch of equal matrices, at least one for each thread: all rows of several weights, or rows of one weight
-cut into parts. MKL multiplies each matrix on its own core; threads that share one small product mostly wait.
+The kernels are in `triton_dense` and `dense.cpp`. torch takes one tile of the size of a cache at a time: a batch of
+equal matrices, at least one for each thread, all rows of several weights or rows of one weight cut into parts. MKL
+multiplies each matrix on its own core; threads that share one small product mostly wait.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -15,12 +17,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lorapro_hf.kernels.storage import Moments, bitsandbytes_operators, load, store
+from lorapro_hf.kernels import native
+from lorapro_hf.kernels.native import address
+from lorapro_hf.kernels.storage import Moments, buckets_on, load, store, tables_on
 
 # The elements of one thread: gradient, direction and both moments stay in its part of the last-level cache. On other
 # devices few large kernels are better than many small ones.
 _CPU_ELEMENTS = 2**19
 _DEVICE_ELEMENTS = 2**25
+# The numbers in `dense.cpp` of the dtypes of factors and moments, and the rank above which MKL is faster.
+_NATIVE_STORAGES = {
+    (torch.float32, torch.float32): 0,
+    (torch.float64, torch.float64): 0,
+    (torch.float32, torch.bfloat16): 1,
+    (torch.float32, torch.uint8): 2,
+}
+_NATIVE_RANK = 128  # with moments of 32 bits and more
 
 
 class DirectionProducts(NamedTuple):
@@ -64,12 +76,14 @@ def dense_update(
         eps: added to the denominator.
         sequential: also give `K_u`.
         entries: the active entries, by default all; the others stay as they are and get zeros.
-        backend: `"torch"`, `"compiled"`, `"triton"`, or `"auto"`.
+        backend: `"torch"`, `"triton"`, or `"auto"`.
 
     Raises:
         RuntimeError: the backend cannot serve this device.
     """
     chosen = choose_backend(backend, A.device)
+    if chosen == "native" and _native_serves(moments, A):
+        return _native_update(moments, (left, right, A, B), steps, found_inf, betas, eps, sequential, entries)
     if chosen == "triton":
         from lorapro_hf.kernels import triton_dense
 
@@ -87,7 +101,7 @@ def dense_update(
             g, u = left.new_empty(shape), left.new_empty(shape)
         torch.bmm(L.mT, R, out=g)
         stored = Moments(*(None if x is None else x[tile.entries, tile.rows] for x in moments))  # type: ignore[arg-type]
-        _advance(stored, g, u, steps[tile.entries], found_inf, betas, eps, chosen == "compiled")
+        _advance(stored, g, u, steps[tile.entries], found_inf, betas, eps)
         tile_u_A = torch.bmm(tile.columns_of(A), u.mT)
         tile.put_rows(u_A, tile_u_A)
         tile.add_columns(B_u, torch.bmm(tile.rows_of(B), u))
@@ -96,15 +110,51 @@ def dense_update(
     return DirectionProducts(u_A, B_u, K_u)
 
 
-def require_backend(backend: str, device: torch.device, storage: torch.dtype) -> None:
-    """Raise, before any step, if `dense_update` lacks a package or cannot serve a device.
+def _native_serves(moments: Moments, A: Tensor) -> bool:
+    storage = moments.exp_avg.dtype
+    return (A.dtype, storage) in _NATIVE_STORAGES and (A.shape[1] <= _NATIVE_RANK or storage.itemsize < 4)
 
-    Raises:
-        ImportError: 8-bit storage needs bitsandbytes here.
-        RuntimeError: the backend cannot serve this device.
-    """
-    if choose_backend(backend, device) != "triton" and storage == torch.uint8:
-        bitsandbytes_operators()
+
+def _native_update(
+    moments: Moments,
+    factors: tuple[Tensor, Tensor, Tensor, Tensor],
+    steps: Tensor,
+    found_inf: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    sequential: bool,
+    entries: Sequence[int] | None,
+) -> DirectionProducts:
+    """`dense_update` by `dense.cpp`."""
+    left, right, A, B = (x.contiguous() for x in factors)
+    (K, r, n), m = A.shape, B.shape[-1]
+    products = DirectionProducts(torch.zeros_like(B), torch.zeros_like(A), torch.zeros_like(A) if sequential else None)
+    active = range(K) if entries is None else entries
+    if not (len(active) and m * n * r):
+        return products
+    tensors = [*moments, left, right, A, B, *products]
+    maps = tables_on(A.device)
+    tables = [x for i, signed in ((0, True), (2, False)) for x in (*maps[i : i + 2], buckets_on(signed, A.device))]
+    counts, skip = steps.float().contiguous(), found_inf.float()  # names keep them alive during the call
+    kernels = native.native_kernels()
+    assert kernels is not None
+    assert left.shape == (K, 2 * r, m) and right.shape == (K, 2 * r, n)
+    failed = kernels.lorapro_dense_update(
+        (ctypes.c_void_p * len(tensors))(*(address(x) for x in tensors)),
+        (ctypes.c_void_p * len(tables))(*(address(x) for x in tables)),
+        (ctypes.c_int64 * len(active))(*active),
+        ctypes.c_int64(len(active)),
+        *map(address, (counts, skip)),
+        *map(ctypes.c_int64, (m, n, r)),
+        ctypes.c_int(sequential),
+        *map(ctypes.c_double, (*betas, eps)),
+        ctypes.c_int(A.dtype == torch.float64),
+        ctypes.c_int(_NATIVE_STORAGES[A.dtype, moments.exp_avg.dtype]),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+    if failed:
+        raise MemoryError("no memory is left for the step of a dense moment.")
+    return products
 
 
 def choose_backend(backend: str, device: torch.device) -> str:
@@ -114,7 +164,9 @@ def choose_backend(backend: str, device: torch.device) -> str:
         RuntimeError: it cannot serve this device.
     """
     if backend == "auto":
-        return "triton" if device.type == "cuda" and has_triton() else "torch"
+        if device.type == "cuda" and has_triton():
+            return "triton"
+        return "native" if device.type == "cpu" and native.native_kernels() is not None else "torch"
     if backend == "triton" and (device.type != "cuda" or not has_triton()):
         missing = "it is not installed, or turned off" if device.type == "cuda" else f"the factors are on {device.type}"
         raise RuntimeError(f"backend='triton' needs CUDA and the package triton, but {missing}. Use backend='auto'.")
@@ -233,44 +285,13 @@ def _advance(
     found_inf: Tensor,
     betas: tuple[float, float],
     eps: float,
-    compiled: bool,
 ) -> None:
     """Update the moments `(entries, rows, n)` of a tile with g, and write Adam's direction to u."""
     in_place = stored.exp_avg.dtype == g.dtype
     M, V = (stored.exp_avg, stored.exp_avg_sq) if in_place else load(stored, g.dtype)
-    if compiled:
-        exact = steps.double()
-        scales = (1 / (1 - betas[0] ** exact)).to(M), (1 - betas[1] ** exact).rsqrt().to(M)
-        # Flat and one by one: any other shape would be compiled again.
-        for each in zip(*(x.reshape(len(M), -1) for x in (M, V, g, u)), *scales, strict=True):
-            _compiled(_adam)(*each, found_inf, *betas, eps)
-    else:
-        # One pass of torch's fused AdamW does both: a "parameter" of zeros and a rate of −1 give u.
-        directions, gradients = (x.view(len(M), -1, M.shape[-1]).unbind() for x in (u.zero_(), g))
-        group = {"lr": -1.0, "betas": betas, "eps": eps, "weight_decay": 0.0}
-        fused_adamw(directions, gradients, M.unbind(), V.unbind(), steps.unbind(), group, found_inf)
+    # One pass of torch's fused AdamW does both: a "parameter" of zeros and a rate of −1 give u.
+    directions, gradients = (x.view(len(M), -1, M.shape[-1]).unbind() for x in (u.zero_(), g))
+    group = {"lr": -1.0, "betas": betas, "eps": eps, "weight_decay": 0.0}
+    fused_adamw(directions, gradients, M.unbind(), V.unbind(), steps.unbind(), group, found_inf)
     if not in_place:
         store(stored, M, V, steps[:, None, None], found_inf)
-
-
-def _adam(
-    M: Tensor,
-    V: Tensor,
-    g: Tensor,
-    u: Tensor,
-    scale1: Tensor,
-    scale2: Tensor,
-    found_inf: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> None:
-    new_M, new_V = M + (1 - beta1) * (g - M), beta2 * V + (1 - beta2) * (g * g)
-    u.copy_(torch.where(found_inf > 0, 0, new_M * scale1 / (new_V.sqrt() * scale2 + eps)))
-    M.copy_(torch.where(found_inf > 0, M, new_M))
-    V.copy_(torch.where(found_inf > 0, V, new_V))
-
-
-@cache
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
-    return torch.compile(function, dynamic=True)

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 # The order of sums is that of the source: the compiler may fuse a product and a sum, and nothing else.
-_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast")
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast")
 # By the instructions that torch uses on this machine.
 _INSTRUCTIONS = {
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
@@ -66,24 +67,27 @@ def address(tensor: Tensor | None) -> ctypes.c_void_p:
 def _library(compiler: str) -> Path:
     sources = sorted(Path(__file__).parent.glob("*.cpp"))
     command = [*compiler.split(), *_FLAGS, *_INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())]
-    version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True, check=True).stdout
+    version = _run([*compiler.split(), "--version"])
     of_all = hashlib.sha256(repr((command, version, torch.__version__)).encode())
     for source in sources:
         of_all.update(source.read_bytes())
     folder = _folder()
     library = folder / f"kernels-{of_all.hexdigest()[:16]}.so"
     if not library.exists():
+        logger.info("building the C++ kernels for this CPU once, in %s", folder)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
+            with ThreadPoolExecutor() as pool:  # list() raises the first error
+                each = zip(sources, objects, strict=True)
+                list(pool.map(lambda one: _run([*command, "-c", str(one[0]), "-o", str(one[1])]), each))
             built = Path(scratch) / library.name
-            subprocess.run(
-                [*command, *map(str, sources), "-o", str(built)],
-                capture_output=True,
-                text=True,
-                check=True,
-                timeout=_SECONDS,
-            )
+            _run([*command, "-shared", *map(str, objects), "-o", str(built)])
             built.replace(library)  # at once: other processes may build it too
     return library
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS).stdout
 
 
 def _folder() -> Path:

@@ -249,7 +249,7 @@ template <class T> Factors<T> linear_step(Pair<T>& pair, Factors<T> h, const Opt
 }
 
 // The same after a sequential step; see `spend_direction`. `through_A(W)` gives rows (r, m), and
-// `rest_through_B(W, rows)` rows (r, n) for rows (r, m) of the basis of the new B.
+// `rest_through_B(W, basis, rows)` rows (r, n) for the basis of the new B and its rows (r, m).
 template <class T, class ThroughA, class RestThroughB>
 Factors<T> spend_direction(Pair<T>& pair, ThroughA through_A, RestThroughB rest_through_B, const Options& o) {
     const Index r = pair.r, m = pair.m, n = pair.n;
@@ -260,7 +260,7 @@ Factors<T> spend_direction(Pair<T>& pair, ThroughA through_A, RestThroughB rest_
     settle(new_Bt, pair.Bt, o.keep_B, r * m);
     const Basis basis = basis_of(arena, new_Bt, r, m, pair.stack.rtol);
     const T* rows = combined(arena, transposed(arena, basis.whitening), new_Bt, m);
-    T* new_A = rest_through_B(scaled(arena, basis.whitening, -o.lr_A / pair.s), rows);
+    T* new_A = rest_through_B(scaled(arena, basis.whitening, -o.lr_A / pair.s), basis, rows);
     if (o.trust_region > 0) {
         const Matrix square_A = gram(arena, new_A, r, n);
         const double of_A = o.trust_region * o.keep_A, of_B = o.trust_region * o.keep_B;
@@ -349,8 +349,9 @@ void act_through_new_B(Arena& arena, const Stack& stack, Index entry, const T* o
     combine(arena, A, product(arena, basis.whitening, seen), change, n, true);
 }
 
-template <class T> void efficient(const Stack& stack, const LoraproState& state, const Options* options) {
-    const Options &o = options[0], &of_B = options[1];
+// The options of B follow those of A in memory.
+template <class T> void efficient(const Stack& stack, const LoraproState& state, const Options& o) {
+    const Options& of_B = (&o)[1];
     const Index r = stack.r, m = stack.m, n = stack.n;
     for_each_entry(stack, state.active, [&](Arena& arena, Index entry) {
         const Basis A = kept_basis(arena, stack, entry, 0), B = kept_basis(arena, stack, entry, 1);
@@ -378,6 +379,58 @@ template <class T> void efficient(const Stack& stack, const LoraproState& state,
         step_factor(arena, stored, product(arena, of_Bt, P), scaled(arena, on_A, -1), adam_A);
         step_factor(arena, stored_B<T>(stack, entry), product(arena, of_A, Q), on_B, adam_B);
         if (o.sequential) act_through_new_B(arena, stack, entry, old_A, old_Bt, o);
+    });
+}
+
+// ---- modes full and full_8bit: before and after the products of the direction ----
+
+constexpr double ALL_DIRECTIONS = 1e-14;  // as in `functional.bases`
+
+// The directions of B that the products are taken with: a sequential step may make any of them large enough.
+template <class T> Basis basis_of_products(Pair<T>& pair, const Options& o) {
+    return o.sequential ? basis_of(pair.arena, pair.Bt, pair.r, pair.m, ALL_DIRECTIONS) : pair.of_B;
+}
+
+// Writes `left` (2r, m) and `right` (2r, n), whose product is the equivalent gradient, to first_B and first_A, and the
+// rows of the basis of B to second_B.
+template <class T> void full_before(const Stack& stack, const LoraproState& state, const Options& o) {
+    const Index r = stack.r, m = stack.m, n = stack.n;
+    for_each_pair<T>(stack, state.active, [&](Pair<T>& pair, Index entry) {
+        std::copy_n(pair.left, 2 * r * m, static_cast<T*>(state.first_B) + entry * 2 * r * m);
+        std::copy_n(pair.right, 2 * r * n, static_cast<T*>(state.first_A) + entry * 2 * r * n);
+        const Basis basis = basis_of_products(pair, o);
+        T* rows = static_cast<T*>(state.second_B) + entry * r * m;
+        combine(pair.arena, rows, transposed(pair.arena, basis.whitening), pair.Bt, m);
+    });
+}
+
+// Steps along a direction u whose products are given: `B^T u` (r, n) in first_A, `A u^T` (r, m) in first_B and, for a
+// sequential step, `K^T u` (r, n) in second_A; see `sequential_step`. They are overwritten.
+template <class T> void full_after(const Stack& stack, const LoraproState& state, const Options& o) {
+    const Index r = stack.r, m = stack.m, n = stack.n;
+    for_each_pair<T>(stack, state.active, [&](Pair<T>& pair, Index entry) {
+        Arena& arena = pair.arena;
+        T *B_u = static_cast<T*>(state.first_A) + entry * r * n, *u_A = static_cast<T*>(state.first_B) + entry * r * m;
+        if (!o.sequential) {
+            pair.leave_columns_of_B(u_A);
+            return store(pair, linear_step(pair, factor_gradients(pair, B_u, u_A, o.x_mode), o));
+        }
+        const Basis all = basis_of_products(pair, o);
+        const double kept_s = pair.s * o.keep_A, moved = kept_s != 0 ? o.lr_B / kept_s : 0;
+        const Matrix weights = scaled(arena, columns_times(arena, all.vectors, all.singular), o.keep_B);
+        T* through_new_B = combined(arena, weights, B_u, n);
+        const T* K_u = static_cast<const T*>(state.second_A) + entry * r * n;
+        combine(arena, through_new_B, scaled(arena, pair.of_A.whitening, -moved), K_u, n, true);
+        const auto through_A = [&](const Matrix& on_u) { return combined(arena, on_u, u_A, m); };
+        const auto rest_through_B = [&](const Matrix& on_u, const Basis& basis, const T*) {
+            // From right to left: the product of the two small matrices would square the condition number of B'.
+            const T* seen = combined(arena, transposed(arena, basis.whitening), through_new_B, n);
+            T* through = combined(arena, on_u, seen, n);
+            const Matrix inside = cross(arena, through, r, pair.rows_A, r, n);
+            combine(arena, through, scaled(arena, inside, -1), pair.rows_A, n, true);
+            return through;
+        };
+        store(pair, spend_direction(pair, through_A, rest_through_B, o));
     });
 }
 
@@ -513,7 +566,7 @@ template <class T> void factored(const Stack& stack, const LoraproState& state, 
         if (o.sequential) {
             after = spend_direction(
                 pair, [&](const Matrix& weights) { return u.through_A(weights); },
-                [&](const Matrix& weights, const T* rows) { return u.rest_through_B(weights, rows); }, o);
+                [&](const Matrix& weights, const Basis&, const T* rows) { return u.rest_through_B(weights, rows); }, o);
         } else {
             const Factors<T> of_u = u.coordinates();
             after = linear_step(pair, factor_gradients(pair, of_u.A, of_u.Bt, o.x_mode), o);
@@ -590,7 +643,7 @@ template <class T> void spectral(const Stack& stack, const LoraproState& state, 
                 combine(arena, rows, product(arena, weights, transposed(arena, u.X)), pair.rows_B, m, true);
                 return rows;
             };
-            const auto rest_through_B = [&](const Matrix& weights, const T* rows) {
+            const auto rest_through_B = [&](const Matrix& weights, const Basis&, const T* rows) {
                 return combined(arena, product(arena, weights, cross(arena, rows, r, pair.rows_B, r, m)), u.Y, n);
             };
             after = spend_direction(pair, through_A, rest_through_B, o);
@@ -711,20 +764,18 @@ template <class T> void rite(const Stack& stack, const LoraproState& state, cons
 
 }  // namespace
 
-#define LORAPRO_EXPORT(suffix, T)                                                                                      \
-    void lorapro_measure_##suffix(const LoraproStack* stack) { measure<T>(*stack); }                                  \
-    void lorapro_efficient_##suffix(const LoraproStack* stack, const LoraproState* state, const LoraproOptions* o) {  \
-        efficient<T>(*stack, *state, o);                                                                              \
-    }                                                                                                                  \
-    void lorapro_factored_##suffix(const LoraproStack* stack, const LoraproState* state, const LoraproOptions* o) {   \
-        factored<T>(*stack, *state, *o);                                                                              \
-    }                                                                                                                  \
-    void lorapro_spectral_##suffix(const LoraproStack* stack, const LoraproState* state, const LoraproOptions* o) {   \
-        spectral<T>(*stack, *state, *o);                                                                              \
-    }                                                                                                                  \
-    void lorapro_rite_##suffix(const LoraproStack* stack, const LoraproState* state, const LoraproOptions* o) {       \
-        rite<T>(*stack, *state, *o);                                                                                  \
+#define LORAPRO_STEP(name, suffix, T)                                                                                  \
+    void lorapro_##name##_##suffix(const LoraproStack* stack, const LoraproState* state, const LoraproOptions* o) {    \
+        name<T>(*stack, *state, *o);                                                                                   \
     }
+#define LORAPRO_EXPORT(suffix, T)                                                                                      \
+    void lorapro_measure_##suffix(const LoraproStack* stack) { measure<T>(*stack); }                                   \
+    LORAPRO_STEP(efficient, suffix, T)                                                                                 \
+    LORAPRO_STEP(full_before, suffix, T)                                                                               \
+    LORAPRO_STEP(full_after, suffix, T)                                                                                \
+    LORAPRO_STEP(factored, suffix, T)                                                                                  \
+    LORAPRO_STEP(spectral, suffix, T)                                                                                  \
+    LORAPRO_STEP(rite, suffix, T)
 
 extern "C" {
 LORAPRO_EXPORT(float32, float)

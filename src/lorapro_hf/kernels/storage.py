@@ -8,17 +8,16 @@ twice as many cells as the one below.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lorapro_hf.utils.extras import MissingExtraError, install_command
-
 BLOCK = 256  # columns of a row that share one scale in 8-bit storage
 _DECADES = 7
-_ZERO = 127  # the code of 0 in the signed map
-_TINY = 1e-5  # of the largest value of a block: half the smallest value that bitsandbytes stores on the CPU
+# A bucket of numbers is named by the upper half of their bits: the sign, the exponent and seven bits of the mantissa.
+_LOWEST = 103 << 7  # the name of 2^-24: all smaller numbers share a bucket
+_BUCKETS = (24 << 7) + 1  # up to 1, of each sign
 
 
 class Moments(NamedTuple):
@@ -51,7 +50,7 @@ def load(stored: Moments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def store(stored: Moments, M: Tensor, V: Tensor, step: Tensor, found_inf: Tensor) -> None:
-    """Write both moments back into bfloat16 or codes, unless `found_inf` (0-dim) is 1.
+    """Write both moments back into another dtype or into codes, unless `found_inf` (0-dim) is 1.
 
     bfloat16 rounds the first moment to nearest and the second stochastically: with `beta2 = 0.999` its changes are
     smaller than half a unit in the last place, so rounding to nearest would lose them. The dither is a function of the
@@ -63,6 +62,9 @@ def store(stored: Moments, M: Tensor, V: Tensor, step: Tensor, found_inf: Tensor
     elif stored.exp_avg.dtype == torch.uint8:
         _encode(stored.exp_avg, stored.exp_avg_absmax, M.float(), True, found_inf)
         _encode(stored.exp_avg_sq, stored.exp_avg_sq_absmax, V.float().sqrt(), False, found_inf)
+    else:
+        stored.exp_avg.copy_(M)
+        stored.exp_avg_sq.copy_(V)
 
 
 def dithered(exact: Tensor, step: Tensor) -> Tensor:
@@ -92,11 +94,15 @@ def dynamic_map(signed: bool) -> Tensor:
 def dynamic_thresholds(signed: bool) -> Tensor:
     """The borders between codes, `(257,)` float32 on the CPU, the first and the last infinite.
 
-    Code c stores the numbers above `thresholds[c]` up to and including `thresholds[c + 1]`.
+    Code c stores the numbers above `thresholds[c]` up to and including `thresholds[c + 1]`: the nearest ones, but
+    without a sign code 0 stores 0 alone. The root of V must not be 0 beside an M that is not.
     """
     entries = dynamic_map(signed)
     ends = torch.tensor([torch.inf])
-    return torch.cat([-ends, (entries[:-1] + entries[1:]) / 2, ends])
+    thresholds = torch.cat([-ends, (entries[:-1] + entries[1:]) / 2, ends])
+    if not signed:
+        thresholds[1] = 0
+    return thresholds
 
 
 @lru_cache(maxsize=32)
@@ -108,48 +114,49 @@ def tables_on(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return signed, signed_thresholds, unsigned, unsigned_thresholds
 
 
-def bitsandbytes_operators() -> Any:
-    """The quantisers of bitsandbytes.
+@lru_cache(maxsize=32)
+def buckets_on(signed: bool, device: torch.device) -> Tensor:
+    """The code of the lowest number of each bucket, `(2 * _BUCKETS,)` uint8, the buckets of negative numbers last.
 
-    Raises:
-        ImportError: it is not installed.
+    No bucket holds more than one border between codes. The tensor must not be written to.
     """
-    try:
-        import bitsandbytes  # noqa: F401  (registers the operators)
-    except ImportError as error:
-        raise MissingExtraError(
-            f"mode 'full_8bit' needs bitsandbytes for this device; install it with `{install_command('8bit')}`, or "
-            "choose another mode."
-        ) from error
-    return torch.ops.bitsandbytes
+    smallest = torch.arange(_LOWEST, _LOWEST + _BUCKETS, dtype=torch.int32) << 16
+    largest = smallest + 0xFFFF
+    smallest[0] = 0
+    lowest = torch.cat([smallest.view(torch.float32), -largest.view(torch.float32)])
+    codes = torch.searchsorted(dynamic_thresholds(signed)[1:-1].contiguous(), lowest)
+    return codes.to(device, torch.uint8)
 
 
 def _decoded(values: Tensor, absmax: Tensor | None, signed: bool) -> Tensor:
     assert absmax is not None
-    codes, code = _whole_blocks(values), tables_on(values.device)[0 if signed else 2]
-    exact = bitsandbytes_operators().dequantize_blockwise(codes, absmax.flatten(), code, BLOCK, torch.float32)
-    return exact.view(codes.shape)[..., : values.shape[-1]].contiguous()
+    table = tables_on(values.device)[0 if signed else 2]
+    exact = table.index_select(0, values.flatten().int()).view(values.shape)
+    return exact.mul_(absmax.repeat_interleave(BLOCK, dim=-1)[..., : values.shape[-1]])
 
 
 def _encode(values: Tensor, absmax: Tensor | None, exact: Tensor, signed: bool, found_inf: Tensor) -> None:
     assert absmax is not None
-    whole, code = _whole_blocks(exact), tables_on(values.device)[0 if signed else 2]
-    codes, scales = bitsandbytes_operators().quantize_blockwise(whole, code, BLOCK)
-    if signed and values.device.type == "cpu":
-        # On the CPU bitsandbytes rounds on a grid and stores 0 as 2e-5 of the largest value: elements without a
-        # gradient would move. The root of V is only rounded up, so that it is not 0 below an M that is not.
-        tiny = whole.view(-1, BLOCK).abs() <= _TINY * scales.view(-1, 1)
-        codes = codes.view(-1, BLOCK).masked_fill(tiny, _ZERO)
+    blocks = torch.nn.functional.pad(exact, (0, -exact.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    largest = blocks.abs().amax(-1)
+    # One number that is not finite spoils the scale of its block, so that it is seen.
+    largest = torch.where(largest.isfinite(), largest, torch.nan)
+    scaled = torch.where(largest[..., None] > 0, blocks / largest[..., None], 0)
+    codes = _codes(scaled, signed).flatten(-2)[..., : values.shape[-1]]
     # Quantising the same values again may change a scale: a skipped step must write nothing.
     keep = found_inf > 0
-    values.copy_(torch.where(keep, values, codes.view(whole.shape)[..., : values.shape[-1]]))
-    absmax.copy_(torch.where(keep, absmax, scales.view(absmax.shape)))
+    values.copy_(torch.where(keep, values, codes))
+    absmax.copy_(torch.where(keep, absmax, largest))
+
+
+def _codes(scaled: Tensor, signed: bool) -> Tensor:
+    """The codes of float32 numbers in [-1, 1]."""
+    bits = scaled.contiguous().view(torch.int32)
+    bucket = (bits >> 16 & 0x7FFF).sub_(_LOWEST).clamp_(min=0).add_((bits < 0).int(), alpha=_BUCKETS)
+    guess = buckets_on(signed, scaled.device).index_select(0, bucket.flatten())
+    border = tables_on(scaled.device)[1 if signed else 3][1:].index_select(0, guess.int())
+    return (guess + (scaled.flatten() > border)).view(scaled.shape)
 
 
 def _signed(constant: int) -> int:
     return constant - (1 << 32)  # int32 arithmetic wraps around as uint32's does
-
-
-def _whole_blocks(rows: Tensor) -> Tensor:
-    missing = -rows.shape[-1] % BLOCK
-    return torch.nn.functional.pad(rows, (0, missing)) if missing else rows.contiguous()

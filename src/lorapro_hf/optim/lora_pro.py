@@ -78,7 +78,6 @@ class LoRAProAdamW(SavedPairs):
     Raises:
         ValueError: no pairs, factors missing from `params`, hyperparameters out of range, or settings that have no
             meaning in the mode.
-        ImportError: mode full_8bit needs bitsandbytes on this device.
         RuntimeError: the backend cannot serve the device of the factors.
     """
 

@@ -23,6 +23,7 @@ from lorapro_hf.checkpoints.method_states import (
 from lorapro_hf.methods.base import LoRAMethod, require_compatible, settings_of, start
 from lorapro_hf.methods.gradient_starts import GradientStart
 from lorapro_hf.trainer.parts import TrainerPart
+from lorapro_hf.utils.private_names import private
 
 _LOGGED_BY_TRL = ("_metrics", "_total_train_tokens")  # compute_loss adds to these
 
@@ -94,7 +95,7 @@ class MethodsMixin(TrainerPart):
 
     def _begin_start(self, method: GradientStart, model: nn.Module) -> None:
         """Call `before_training` with this trainer's own loss, on a model in training, and log nothing of it."""
-        if type(self)._prepare_inputs is not Trainer._prepare_inputs:
+        if private(type(self), "_prepare_inputs") is not private(Trainer, "_prepare_inputs"):
             raise ValueError(
                 f"{type(self).__name__} makes its inputs while it trains, so that there is no gradient before. Leave "
                 "out lora_pro_init, or call init_from_gradients(model, batches) with batches of your own."
@@ -114,7 +115,7 @@ class MethodsMixin(TrainerPart):
     def _loss_before_training(self, model: nn.Module, batch: Any) -> Tensor:
         # in fp16 small gradients would need a scaler
         with self.accelerator.autocast() if self.args.bf16 else contextlib.nullcontext():
-            loss: Tensor = self.compute_loss(model, self._prepare_inputs(batch))
+            loss: Tensor = self.compute_loss(model, private(self, "_prepare_inputs")(batch))
         return loss
 
     def _release_methods(self) -> None:

@@ -51,7 +51,7 @@ _NAMES = {
         )
     ),
     "torch": "_per_optimizer_states _join_config _get_default_store",
-    "transformers": f"{_OF_TRAINER} _hf_peft_config_loaded _model_mapping",
+    "transformers": f"{_OF_TRAINER} _prepare_inputs _hf_peft_config_loaded _model_mapping",
 }
 PRIVATE = {name: library for library, names in _NAMES.items() for name in names.split()}
 """The library of each private name."""

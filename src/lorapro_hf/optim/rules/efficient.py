@@ -54,9 +54,7 @@ class Efficient(UpdateRule):
 
     def native_step(self, read: NativeGradient, state: StackState, options: StepOptions) -> None:
         """AdamW in place along the projected gradients."""
-        step_natively(
-            self.name, read, state, options.active, *(native_options(options, group) for group in options.groups)
-        )
+        step_natively(self.name, read, state, options, *(native_options(options, group) for group in options.groups))
 
     def step(self, read: StackGradient, state: StackState, options: StepOptions) -> Rows:
         """AdamW in place, in the dtype of the moments and the layout of the parameters."""

@@ -56,7 +56,7 @@ class Factored(UpdateRule):
 
     def native_step(self, read: NativeGradient, state: StackState, options: StepOptions) -> None:
         """The same in place."""
-        step_natively(self.name, read, state, options.active, native_options(options))
+        step_natively(self.name, read, state, options, native_options(options))
 
     def intended_direction(self, gradient: RowsOf, A: Tensor, B: Tensor, state: PairState, group: Group) -> RowsOf:
         """Adam's direction from the stored moments."""

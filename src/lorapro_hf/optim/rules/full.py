@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorapro_hf.config import MOMENTS_DTYPES
 from lorapro_hf.factors.pairs import LoRAPair
-from lorapro_hf.factors.stacks import Rows, StackGradient
+from lorapro_hf.factors.stacks import Gradient, NativeGradient, Rows, StackGradient
 from lorapro_hf.functional.bases import (
     ALL_DIRECTIONS,
     Bases,
@@ -22,7 +22,7 @@ from lorapro_hf.functional.bases import (
 )
 from lorapro_hf.functional.factor_steps import linear_step, sequential_step
 from lorapro_hf.functional.step_options import Group, StepOptions
-from lorapro_hf.kernels.dense import dense_update, require_backend, tile_elements
+from lorapro_hf.kernels.dense import DirectionProducts, choose_backend, dense_update, tile_elements
 from lorapro_hf.kernels.storage import BLOCK, Moments, moment_tensors, tables_on
 from lorapro_hf.optim.rules.base import (
     PairState,
@@ -33,6 +33,7 @@ from lorapro_hf.optim.rules.base import (
     dense_shape,
     stepped_factors,
 )
+from lorapro_hf.optim.rules.native import native_options, step_kernel
 
 # Arrays of a tile: gradient, direction, and the moments and codes in transit where they are not stored as computed.
 _TILE_ARRAYS = 10
@@ -43,6 +44,7 @@ class Full(UpdateRule):
 
     name = "full"
     keeps_dense_moments = True
+    steps_natively = True
     moments_dtypes: ClassVar[tuple[str, ...]] = MOMENTS_DTYPES
 
     def storage(self, exact: torch.dtype) -> torch.dtype:
@@ -55,8 +57,8 @@ class Full(UpdateRule):
         return [StateSpec(name, "A", shape, dtype) for name, (shape, dtype) in tensors.items()]
 
     def check_device(self, device: torch.device) -> None:
-        """Raise if the backend cannot serve the device, or a package is missing."""
-        require_backend(self.config.backend, device, self.storage(torch.float32))
+        """Raise if the backend cannot serve the device."""
+        choose_backend(self.config.backend, device)
 
     def scratch_bytes(self, pairs: Sequence[LoRAPair], device: torch.device) -> int:
         """Copies of the factors, and a tile of the dense moments."""
@@ -66,30 +68,48 @@ class Full(UpdateRule):
 
     def step(self, read: StackGradient, state: StackState, options: StepOptions) -> Rows:
         """A step along Adam's direction, of which only the products with the bases of the factors are formed."""
-        stack = read.stack
         factors, bases = stepped_factors(read, state, options.rtol)
         if options.sequential:
             bases = Bases(bases.A, row_basis(factors.B, ALL_DIRECTIONS))
-        assert options.found_inf is not None
-        products = dense_update(
-            Moments(*(state.tensors.get(("A", name)) for name in Moments._fields)),  # type: ignore[arg-type]
-            *read.products(),
-            bases.A.rows,
-            bases.B.rows,
-            stack.per_entry(state.steps),
-            options.found_inf,
-            betas=options.betas,
-            eps=options.eps,
-            sequential=options.sequential,
-            entries=stack.entries(read.pair_ids),
-            backend=self.config.backend,
-        )
+        products = self._products(read, state, options, (*read.products(), bases.A.rows, bases.B.rows))
         if options.sequential:
             new = sequential_step(*factors, products, read.scaling, bases, options)
             return Rows(new.A, new.Bt)
         coordinates = Coordinates(products.B_u, outside_(products.u_A, bases.B))
         h_A, h_B = factor_gradients_(*bases, coordinates, read.scaling[:, None, None], options.x_mode)
         return Rows(*linear_step(*factors, h_A, h_B, options))
+
+    def native_step(self, read: NativeGradient, state: StackState, options: StepOptions) -> None:
+        """The same with the factors in place."""
+        r, m, n = read.stack.matrix_shape
+        shapes = {"first_A": (2 * r, n), "first_B": (2 * r, m), "second_B": (r, m)}
+        K, dtype = len(state.steps), read.stack.dtype
+        before = {name: torch.zeros(K, *shape, dtype=dtype) for name, shape in shapes.items()}
+        right, left, rows_B = before.values()
+        step_kernel("full_before", read, before, options, native_options(options))
+        products = self._products(read, state, options, (left, right, right[:, r:], rows_B))
+        after = {"first_A": products.B_u, "first_B": products.u_A, "second_A": products.K_u}
+        step_kernel("full_after", read, after, options, native_options(options))
+
+    def _products(
+        self,
+        read: Gradient,
+        state: StackState,
+        options: StepOptions,
+        operands: tuple[Tensor, Tensor, Tensor, Tensor],
+    ) -> DirectionProducts:
+        assert options.found_inf is not None
+        return dense_update(
+            Moments(*(state.tensors.get(("A", name)) for name in Moments._fields)),  # type: ignore[arg-type]
+            *operands,
+            read.stack.per_entry(state.steps),
+            options.found_inf,
+            betas=options.betas,
+            eps=options.eps,
+            sequential=options.sequential,
+            entries=read.stack.entries(read.pair_ids),
+            backend=self.config.backend,
+        )
 
     def intended_direction(self, gradient: RowsOf, A: Tensor, B: Tensor, state: PairState, group: Group) -> RowsOf:
         """Adam's direction from the stored moments."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +16,7 @@ _MOMENTS = {"first": "exp_avg", "second": "exp_avg_sq", "escape": "escape"}
 
 
 def step_natively(
-    name: str, read: NativeGradient, state: StackState, active: Tensor | None, *options: dict[str, Any]
+    name: str, read: NativeGradient, state: StackState, options: StepOptions, *of_kernel: dict[str, Any]
 ) -> None:
     """Step the active pairs and their state in place.
 
@@ -23,12 +24,23 @@ def step_natively(
         name: of the kernel.
         read: the pairs.
         state: theirs, with this step counted; `exp_avg`, `exp_avg_sq` and `escape` are those of the kernel.
-        active: as in `StepOptions`.
-        *options: from `native_options`; one, or those of A and those of B.
+        options: of the step.
+        *of_kernel: from `native_options`; one, or those of A and those of B.
     """
     tensors = {f"{short}_{side}": state.tensors.get((side, long)) for short, long in _MOMENTS.items() for side in "AB"}
-    tensors |= {"steps": state.steps, "active": None if active is None else active.contiguous()}
-    read.native.step(name, tensors, options)
+    step_kernel(name, read, {**tensors, "steps": state.steps}, options, *of_kernel)
+
+
+def step_kernel(
+    name: str,
+    read: NativeGradient,
+    tensors: Mapping[str, Tensor | None],
+    options: StepOptions,
+    *of_kernel: dict[str, Any],
+) -> None:
+    """Call a kernel for the active pairs with tensors by the names of its state."""
+    active = None if options.active is None else options.active.contiguous()
+    read.native.step(name, {**tensors, "active": active}, of_kernel)
 
 
 def native_options(options: StepOptions, group: Group | None = None, **more: Any) -> dict[str, Any]:

@@ -82,6 +82,4 @@ class Rite(UpdateRule):
         if config.rite_clip:
             assert options.shared_norm is not None
             clipped = min(1.0, config.rite_clip / float(options.shared_norm)) if options.shared_norm else 1.0
-        step_natively(
-            self.name, read, state, options.active, native_options(options, clipped=clipped, skip=config.rite_skip)
-        )
+        step_natively(self.name, read, state, options, native_options(options, clipped=clipped, skip=config.rite_skip))

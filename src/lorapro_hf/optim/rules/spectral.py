@@ -42,7 +42,7 @@ class Spectral(UpdateRule):
     def native_step(self, read: NativeGradient, state: StackState, options: StepOptions) -> None:
         """The same in place."""
         step_natively(
-            self.name, read, state, options.active, native_options(options, iterations=self.config.spectral_iterations)
+            self.name, read, state, options, native_options(options, iterations=self.config.spectral_iterations)
         )
 
     def intended_direction(self, gradient: RowsOf, A: Tensor, B: Tensor, state: PairState, group: Group) -> RowsOf:

@@ -264,16 +264,14 @@ def check_modes(record: Record, rank: int) -> None:
         called = [spies.enter_context(spy) for spy in _spies()] if record.on_cuda and has_triton() else []
         for config in configs:
             name = f"{config['mode']} {config['update']}, r={rank}, fp32"
-            if not _lacks_codes(record, name, config):
-                record.attempt(name, partial(against_oracle, record, name, rank, config))
+            record.attempt(name, partial(against_oracle, record, name, rank, config))
         if called:
             _require_kernels(record, rank, *called)
     if rank == SMALL_RANK:
         _check_variants(record, rank)
     for config, masters in itertools.product(configs, (False, True)):
         name = f"{config['mode']} {config['update']}, r={rank}, bf16{' with masters' if masters else ''}"
-        if not _lacks_codes(record, name, config, on_cpu=True):
-            record.attempt(name, partial(against_twin, record, name, rank, {**config, "master_factors": masters}))
+        record.attempt(name, partial(against_twin, record, name, rank, {**config, "master_factors": masters}))
 
 
 def _check_variants(record: Record, rank: int) -> None:
@@ -290,19 +288,6 @@ def _check_variants(record: Record, rank: int) -> None:
             record.attempt(name, partial(against_oracle, record, name, rank, {"mode": mode, "update": "linear"}))
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _lacks_codes(record: Record, name: str, config: dict[str, Any], on_cpu: bool = False) -> bool:
-    """Whether the codes of mode full_8bit need bitsandbytes, which is missing."""
-    needs = config["mode"] == "full_8bit" and (on_cpu or not (record.on_cuda and has_triton()))
-    if not needs:
-        return False
-    try:
-        rule_of(LoRAProConfig(**config)).check_device(torch.device("cpu"))
-    except ImportError as error:
-        record.not_done(f"{name}: {error}")
-        return True
-    return False
 
 
 def _spies() -> list[Any]:

@@ -313,6 +313,7 @@ def test_refusals(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["full", "factored", "spectral", "rite", "efficient"])
+@pytest.mark.usefixtures("torch_steps")
 def test_working_memory_is_allowed_for(mode):
     layers = nn.ModuleDict({f"layer{i}": nn.Linear(300, 260, bias=False) for i in range(6)})
     settings = LoraConfig(r=4, target_modules=list(layers), init_lora_weights=False)

@@ -52,7 +52,8 @@ VARIANTS = {
 }
 
 
-KINDS = [(mode, stage) for stage in STAGES for mode in ("full", "efficient")]
+KINDS = [*((mode, stage) for stage in STAGES for mode in ("full", "efficient")), ("spectral", 2), ("rite", 2)]
+CLIPS = {"rite": 0.0}  # of others 0.5
 DAMAGED = ("truncated", "missing", "foreign", "mixed", "none")
 # What stands for the rest where not everything is run.
 FEW = ("full 1", "clipped 2", "accumulated 3", "full_8bit 2")
@@ -186,7 +187,7 @@ def interrupted(rank, ranks, folder, kinds):
     """Saves halfway and goes on."""
     found = {}
     for mode, stage in kinds:
-        engine = launch({"mode": mode}, stage=stage, clip=0.5)
+        engine = launch({"mode": mode}, stage=stage, clip=CLIPS.get(mode, 0.5))
         train(engine, rank, ranks, range(5))
         engine.save_checkpoint(f"{folder}/{mode}{stage}", exclude_frozen_parameters=True)
         train(engine, rank, ranks, range(5, STEPS))
@@ -199,7 +200,7 @@ def resumed(rank, ranks, folder, kinds, damaged):
     """New engines that go on from there, after checkpoints that they have refused."""
     found = {}
     for mode, stage in kinds:
-        engine = launch({"mode": mode}, stage=stage, clip=0.5)
+        engine = launch({"mode": mode}, stage=stage, clip=CLIPS.get(mode, 0.5))
         before = result(engine)
         for name in damaged if mode == "full" else ():
             message = message_of(engine.load_checkpoint, f"{folder}/{name}{stage}", load_module_strict=False)

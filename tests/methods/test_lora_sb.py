@@ -12,7 +12,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import Trainer
 
-from killable import Nursery
 from lora_layers import ALL_ROWS
 from lorapro_hf import (
     GradientStart,
@@ -132,7 +131,35 @@ def test_merging_and_loading_its_own_state():
         model.load_state_dict(state)
 
 
+def test_folding_leaves_no_hook_and_a_method_does_not_pass_over_the_plain_model():
+    model, method = fresh("linear"), LoRASB(1, 1e-3, loss_with("linear"))
+    method.before_training(model, [0])
+    copied = copy.deepcopy(model)
+    for each in (model, copied):
+        fold_lora_sb(each)
+        module = each.base_model.model.body.lora_B["default"]
+        assert type(module) is nn.Linear and not module._state_dict_hooks and not module._load_state_dict_pre_hooks
+    with pytest.raises(ValueError, match=r"already changes the weight .* which would be lost"):
+        method.before_training(model, [0])
+
+
+def test_a_resumed_model_takes_a_start_that_differs_from_its_own():
+    trained_one, resumed = fresh("linear"), fresh("linear")
+    add_lora_sb(trained_one, [0], 1e-3, loss_fn=loss_with("linear"))
+    add_lora_sb(resumed, [0], 1e-3, loss_fn=lambda model, _: model(torch.ones(2, 6).double()).square().sum())
+    before, after = LoRASB(), LoRASB()
+    before.before_training(trained_one, [])
+    after.before_training(resumed, None)
+    resumed.load_state_dict(trained_one.state_dict())
+    after.load_state_dict(before.state_dict())
+    assert_same(trained(resumed), trained(trained_one))
+    assert_same(dict(resumed.named_buffers()), dict(trained_one.named_buffers()))
+
+
 def test_refusals_change_nothing():
+    wrapped = nn.parallel.DistributedDataParallel
+    with pytest.raises(ValueError, match=r"Call add_lora_sb\(model.module, batches\), and wrap the model afterwards"):
+        add_lora_sb(wrapped.__new__(wrapped), [0])
     with pytest.raises(ValueError, match=r"the model has no LoRA-SB layer. Call add_lora_sb"):
         fold_lora_sb(fresh("linear"))
     embedding = fresh("embedding")
@@ -241,15 +268,11 @@ def test_the_best_model_has_its_matrices(tmp_path):
     "settings",
     [{"lora_pro": False}, {"lora_pro_init": "lora_one", "lora_pro_init_samples": 8, "lora_pro_mode": "full"}],
 )
-def test_two_ranks_train_as_one_and_resume_to_the_bit(tmp_path, settings):
-    nursery = Nursery("method_jobs")
-    try:
-        job = {"do": "start", "settings": {**settings, "learning_rate": 1e-4}}
-        (alone,) = nursery.finish(tmp_path / "one", **job)
-        whole = nursery.finish(tmp_path / "two", ranks=2, **job)
-        resumed = nursery.finish(tmp_path / "again", ranks=2, resume=str(tmp_path / "two" / "checkpoint-2"), **job)
-    finally:
-        nursery.close()
+def test_two_ranks_train_as_one_and_resume_to_the_bit(tmp_path, nursery, settings):
+    job = {"jobs": "method_jobs", "do": "start", "settings": {**settings, "learning_rate": 1e-4}}
+    (alone,) = nursery.finish(tmp_path / "one", **job)
+    whole = nursery.finish(tmp_path / "two", ranks=2, **job)
+    resumed = nursery.finish(tmp_path / "again", ranks=2, resume=str(tmp_path / "two" / "checkpoint-2"), **job)
     for of_rank in (*whole, *resumed):
         assert_same(of_rank, whole[0])
     for name, B in alone.items():

@@ -231,6 +231,9 @@ class GradientStart(LoRAMethod):
         # the factors of a known model are still fresh where it was to be resumed and no checkpoint was loaded
         if batches is None or (is_known and all(p.A.any() and p.B.any() for p in find_lora_pairs(model))):
             return
+        self._start(model, batches)
+
+    def _start(self, model: nn.Module, batches: Iterable[Any]) -> None:
         is_first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
         taken, count = first_batches(batches, self.samples)
         self._write(model, taken, progress=is_first and self.progress)

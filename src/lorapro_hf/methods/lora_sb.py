@@ -9,7 +9,7 @@ with plain LoRA.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -36,6 +36,7 @@ class CoreOfB(nn.Module):
     """Computes B, in the shape of its parameter, from the core R: `U R`."""
 
     U: Tensor
+    hooks: Sequence[Any] = ()  # of the module that holds B
 
     def __init__(self, pair: LoRAPair, U: Tensor) -> None:
         super().__init__()
@@ -82,7 +83,8 @@ def add_lora_sb(
     `U R` as B: a plain LoRA adapter. `LoRAProTrainer` resumes exactly, see `LoRASB`.
 
     Args:
-        model: as for `init_from_gradients`, without adapted embeddings and shared factors.
+        model: as for `init_from_gradients`, without adapted embeddings and shared factors, and not yet inside
+            `DistributedDataParallel`.
         batches: as for `init_from_gradients`.
         step_size: as for `init_from_gradients` with `"lora_sb"`.
         loss_fn: as for `weight_gradients`.
@@ -91,10 +93,15 @@ def add_lora_sb(
         progress: show a bar over the layers.
 
     Raises:
-        ValueError: as for `init_from_gradients`, or an embedding is adapted, or layers share factors. Nothing has been
-            changed then.
+        ValueError: as for `init_from_gradients`, or an embedding is adapted, layers share factors, or the model is
+            wrapped. Nothing has been changed then.
         RuntimeError: as for `weight_gradients`.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise ValueError(
+            "DistributedDataParallel would not average the gradients of matrices that are inserted behind it. Call "
+            "add_lora_sb(model.module, batches), and wrap the model afterwards."
+        )
     _require_fixable(model, fresh_pairs(model))
     for step in first_steps(model, batches, "lora_sb", step_size, loss_fn, max_bytes, group, progress):
         _insert_core(step)
@@ -112,6 +119,9 @@ def fold_lora_sb(model: nn.Module) -> None:
     for layer, adapter in layers.values():
         module_A, module_B = layer.lora_A[adapter], layer.lora_B[adapter]
         A, B = module_A._buffers.pop("weight"), module_B.weight.detach().clone()
+        core: Any = core_of(module_B)
+        for hook in core.hooks:
+            hook.remove()
         # remove_parametrizations would take the weight from copies of the model as well, which share the class
         module_B.__class__ = parametrize.type_before_parametrizations(module_B)
         del module_B.parametrizations
@@ -165,8 +175,10 @@ def _insert_core(step: FirstStep) -> None:
     module_A.register_buffer("weight", A)
     module_B.weight = nn.Parameter(R)  # a new one: an optimizer or engine knows the old one by another shape
     parametrize.register_parametrization(module_B, "weight", core, unsafe=True)  # the shape changes
-    module_B.register_state_dict_post_hook(_save_folded)
-    module_B.register_load_state_dict_pre_hook(_load_folded)
+    core.hooks = (
+        module_B.register_state_dict_post_hook(_save_folded),
+        module_B.register_load_state_dict_pre_hook(_load_folded),
+    )
 
 
 def _save_folded(module: Any, state: dict[str, Any], prefix: str, _: Any) -> None:
@@ -233,10 +245,13 @@ class LoRASB(GradientStart):
         if not self._layers:
             self._insert(model, batches)
             self._layers = lora_sb_layers(model)
+        elif batches is None:  # those of the checkpoint come next, which need not be equal to the last bit
+            for own in self._tensors().values():
+                own["U"].zero_()
 
     def _insert(self, model: nn.Module, batches: Iterable[Any] | None) -> None:
         if batches is not None:
-            super().before_training(model, batches)
+            self._start(model, batches)
             return
         pairs = find_lora_pairs(model)
         _require_fixable(model, pairs)

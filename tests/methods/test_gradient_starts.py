@@ -16,6 +16,7 @@ from transformers import Trainer, default_data_collator
 import lorapro_hf
 from lora_layers import ALL_ROWS
 from lorapro_hf import GradientStart, LoRAProTrainer, LoRAProTrainingArguments, find_lora_pairs, init_from_gradients
+from lorapro_hf.methods.gradient_starts import first_batches
 from processes import run
 from trainer_helpers import arguments, assert_same, build, logged, tiny_base
 from weight_oracle import of_autograd
@@ -188,6 +189,11 @@ def test_several_passes_give_the_same_start():
     init_from_gradients(one, inputs(), loss_fn=loss_of)
     init_from_gradients(many, inputs(), loss_fn=loss_of, max_bytes=0)
     assert all(torch.equal(value, factors(one)[name]) for name, value in factors(many).items())
+
+
+def test_samples_are_counted_by_the_first_tensor_with_rows():
+    batch = {"dataset_name": "all", "temperature": torch.tensor(1.0), "input_ids": torch.ones(4, 7)}
+    assert first_batches([batch] * 3, 5) == ([batch] * 2, 8)
 
 
 # ---- refused, with nothing changed ----
@@ -383,6 +389,11 @@ def test_a_plain_trainer_and_a_trainer_that_generates(tmp_path):
     model = trainer_of(tmp_path).model
     with pytest.raises(ValueError, match=r"Generating makes its inputs while it trains, .* Leave out lora_pro_init"):
         build(Generating, arguments(tmp_path), model, callbacks=[GradientStart()], lora_pro_config={}).train()
+    args = arguments(tmp_path, LoRAProTrainingArguments, lora_pro=False, lora_pro_init="lora_one", max_steps=1)
+    with pytest.raises(
+        ValueError, match=r"Trainer does not read lora_pro_init.* callbacks=\[GradientStart\('lora_one'"
+    ):
+        build(Trainer, args, model).train()
     build(Trainer, arguments(tmp_path, learning_rate=0.0, max_steps=1), model, callbacks=[GradientStart()]).train()
     assert all(pair.B.any() for pair in find_lora_pairs(model))
 

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import find_batch_size
 from torch import Tensor, nn
+from transformers.trainer_pt_utils import find_batch_size
 from transformers.utils.logging import tqdm
 
 from lorapro_hf.config import check_choice

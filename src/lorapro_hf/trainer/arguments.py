@@ -158,9 +158,18 @@ class LoRAProTrainingArguments(TrainingArguments):
                 check(value, name)
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
-        """Like the parent, but warn if the trainer that calls it trains without LoRA-Pro although `lora_pro` is on."""
+        """Like the parent, but tell of settings that the trainer which calls it does not read.
+
+        Raises:
+            ValueError: `lora_pro_init` is set, and the trainer would not start by it.
+        """
         # no hook tells arguments of a training, but every Trainer calls this once it has its optimizer
         trainer = sys._getframe(1).f_locals.get("self")
+        if self.lora_pro_init is not None and isinstance(trainer, Trainer) and not hasattr(trainer, "lora_pro_config"):
+            raise ValueError(
+                f"{type(trainer).__name__} does not read lora_pro_init={self.lora_pro_init!r}. Use LoRAProTrainer or "
+                f"LoRAProTrainerMixin, or leave it out and give callbacks=[GradientStart({self.lora_pro_init!r})]."
+            )
         if self.lora_pro and isinstance(trainer, Trainer) and _trains_without(trainer):
             logger.warning(
                 "LoRAProTrainingArguments(lora_pro=True), but this %s trains without LoRA-Pro, since it does not read "

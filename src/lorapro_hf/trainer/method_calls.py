@@ -25,7 +25,7 @@ from lorapro_hf.methods.gradient_starts import GradientStart
 from lorapro_hf.trainer.parts import TrainerPart
 from lorapro_hf.utils.private_names import private
 
-_LOGGED_BY_TRL = ("_metrics", "_total_train_tokens")  # compute_loss adds to these
+_LOGGED_BY_TRL = ("_metrics", "_stored_metrics", "_total_train_tokens")  # compute_loss adds to these
 
 logger = logging.getLogger(__name__)
 

@@ -125,6 +125,16 @@ def test_bad_input_is_one_line(
     assert code == 2 and said in lines[0] and not (tmp_path / "a.json").exists()
 
 
+def test_options_without_a_meaning_are_refused_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = config_file(tmp_path / "data.jsonl", text="a")
+    code, lines = ranks(capsys, "llama", "--data", data, "--load_in_4bit", "--device", "cpu")
+    assert code == 2 and "--device would be ignored with --load_in_4bit" in lines[0]
+    code, lines = ranks(capsys, "llama", "--data", data, "--output", str(tmp_path))
+    assert code == 2 and "is a folder: name a file in it" in lines[0]
+
+
 def config_file(path: Path, **content: Any) -> str:
     path.write_text(json.dumps(content))
     return str(path)

@@ -196,6 +196,12 @@ def test_a_shared_block_gets_its_largest_rank():
     assert row.block == "encoder.albert_layer_groups.0"
 
 
+def test_a_compiled_model_gives_the_names_of_its_layers():
+    chain = Chain(2)
+    keywords = gelora_ranks(torch.compile(chain, backend="eager"), [INPUTS], blocks=["layers"])
+    assert all(name.startswith("^layers") for name in keywords["rank_pattern"])
+
+
 def test_a_function_pools_states_of_any_shape():
     chain = Chain(3)
     picture = {"inputs": torch.randn(60, 4, 4, WIDTH)}
@@ -247,7 +253,7 @@ def of_another_mask() -> Model:
         (bert, {"pooling": "max"}, "pooling='max' must be one of mean, tokens, or a function"),
         (bert, {"rank_floor": 0}, "rank_floor=0 must be a whole number of at least 1"),
         (bert, {"max_points": 19}, "max_points=19 must be a whole number of at least 20"),
-        (bert, {"alpha_over_r": 0.0}, "alpha_over_r=0.0 must be positive"),
+        (lambda: (bert()[0], None), {"alpha_over_r": 0.0}, "alpha_over_r=0.0 must be positive"),  # before any batch
     ],
 )
 def test_bad_input_is_refused(build: Callable[[], Model], settings: dict[str, Any], said: str):

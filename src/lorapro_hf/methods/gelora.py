@@ -78,6 +78,7 @@ def gelora_ranks(
             no hidden states, or blocks do not run one after the other.
         RuntimeError: parameters are sharded, or another rank has met an error.
     """
+    lora_keywords(model, [], rank_floor, alpha_over_r)  # refuses its options before the batches are run
     rows = list(block_ranks(model, batches, rank_floor, pooling, max_points=max_points, blocks=blocks, group=group))
     return lora_keywords(model, rows, rank_floor, alpha_over_r)
 
@@ -189,9 +190,9 @@ def _gathered(value: Any, group: dist.ProcessGroup, device: torch.device) -> lis
     return values
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        model = model.module
+def _unwrapped(model: Any) -> Any:
+    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel) or "_orig_mod" in model._modules:
+        model = model._modules.get("_orig_mod") or model.module  # torch.compile puts its name before the layers'
     return model
 
 

@@ -71,6 +71,13 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
 def _ranks(arguments: argparse.Namespace) -> int:
     if not Path(arguments.data).exists():
         raise UsageError(f"--data {arguments.data}: there is no such file or folder.")
+    if arguments.load_in_4bit and arguments.device is not None:
+        raise UsageError(
+            "--device would be ignored with --load_in_4bit, which chooses the device: leave it out, or set "
+            "CUDA_VISIBLE_DEVICES."
+        )
+    if arguments.output.is_dir():
+        raise UsageError(f"--output {arguments.output} is a folder: name a file in it.")
     try:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

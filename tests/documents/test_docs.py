@@ -34,7 +34,7 @@ ASSUMED = {
     "docs/speed.md": "model",
     "docs/diagnostics.md": "Trainer model data args",
     "docs/migrating.md": "torch model data args",
-    "docs/methods.md": "model data args",
+    "docs/methods.md": "base_model batches model data args",
 }
 KNOWS_FACTORIES = int(transformers.__version__.split(".")[0]) >= 5
 

@@ -41,6 +41,7 @@ class Names:
             "data": lambda _: _rows(),
             "dataset": lambda _: _rows(),
             "loader": lambda _: DataLoader(sequences(8), batch_size=4),  # type: ignore[arg-type]
+            "batches": lambda _: DataLoader(sequences(100), batch_size=20),  # type: ignore[arg-type]
             "args": self.arguments,
             "optimizer": lambda _: create_lorapro_optimizer(tiny_lora(), lr=1e-4),
             "scaling": lambda _: 2.0,

@@ -81,7 +81,7 @@ def test_a_table_and_a_file_without_json(tmp_path: Path, capsys: pytest.CaptureF
     assert lines[1].split()[-2:] == ["16–30", "7"]  # k_proj and v_proj have 16 rows
     assert lines[4].startswith("14 layers, mean rank 26.00, from 20 points")
     assert lines[5] == "No block needs more than the least rank, 30; --rank_floor raises it."
-    assert lines[-1].endswith(f"lorapro train RECIPE --lora_config {tmp_path / 'a.json'}")
+    assert lines[-1].endswith(f"--lora_config {tmp_path / 'a.json'} --lora_r 30 --lora_alpha 60")
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_a_file_and_flags_that_agree_make_one_adapter(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "flags", "said"),
     [
-        ({"r": 2}, {"lora_r": 4}, r"has r=2, which --lora_r 4 contradicts: leave lora_r out.*`lora_r: null`"),
+        ({"r": 2}, {"lora_r": 4}, r"has r=2, which --lora_r 4 contradicts: give --lora_r that value .*`lora_r: null`"),
         ({"target_modules": "all-linear"}, {"lora_target_modules": ["q_proj"]}, "which --lora_target_modules"),
         ({"init_lora_weights": True}, {"init_lora_weights": "pissa"}, "has init_lora_weights='true'"),
         ({"r": 2}, {"adapter_name_or_path": "runs/a"}, "leave out --lora_config or --adapter_name_or_path"),

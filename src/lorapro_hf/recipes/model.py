@@ -118,8 +118,9 @@ class AdapterArguments:
             given = getattr(self, flag)
             if _sorted(given) not in (_sorted(getattr(default, flag)), _sorted(own)):
                 raise UsageError(
-                    f"{path} has {name}={own!r}, which --{flag} {given} contradicts: leave {flag} out of flags and "
-                    f"recipe (a recipe that extends another one removes it by `{flag}: null`), or change the file."
+                    f"{path} has {name}={own!r}, which --{flag} {given} contradicts: give --{flag} that value (flags "
+                    f"win over a recipe), leave {flag} out of flags and recipe (a recipe that extends another one "
+                    f"removes it by `{flag}: null`), or change the file."
                 )
             setattr(self, flag, own)
 

@@ -56,7 +56,9 @@ def choose_ranks(arguments: argparse.Namespace) -> int:
         print(json.dumps(report, allow_nan=False))
     else:
         print(_table(rows, arguments.rank_floor))
-        print(f"\nSettings: {arguments.output}. Train with them: lorapro train RECIPE --lora_config {arguments.output}")
+        # a recipe may have others
+        own = f"--lora_config {arguments.output} --lora_r {config['r']} --lora_alpha {config['lora_alpha']}"
+        print(f"\nSettings: {arguments.output}. Train with them: lorapro train RECIPE {own}")
     return 0
 
 

@@ -215,7 +215,8 @@ class LoRASB(GradientStart):
     ```
 
     Checkpoints hold the factors and R, saved adapters are plain LoRA. A trainer adds this method by itself to a model
-    on which `add_lora_sb` was called.
+    on which `add_lora_sb` was called. Under DDP set `ddp_broadcast_buffers=False` unless the model has running
+    statistics: each forward pass would send the fixed factors.
 
     Args:
         samples: as for `GradientStart`.

@@ -16,6 +16,7 @@ from torch import nn
 
 from lorapro_hf import gelora_ranks
 from lorapro_hf.methods.gelora import BlockRank, block_ranks, lora_keywords
+from lorapro_hf.recipes.targets import require_known_names
 from two_nn import dense
 
 WIDTHS = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -194,6 +195,24 @@ def test_a_shared_block_gets_its_largest_rank():
     steps = [after - before for before, after in pairwise(dimensions)]
     assert len(steps) == 2 and set(row.ranks.values()) == {max(max(map(round, steps)), 0) + 1}
     assert row.block == "encoder.albert_layer_groups.0"
+
+
+class Experts(nn.Module):
+    """Three packed matrices with a smaller side of 5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, WIDTH, 5))
+
+
+def test_packed_experts_get_the_rank_of_their_block():
+    chain = Chain(2)
+    chain.layers[0].experts = Experts()
+    keywords = gelora_ranks(chain, [INPUTS], rank_floor=7, blocks=["layers"])
+    config = LoraConfig(target_modules=["up"], target_parameters=["experts.weight"], **keywords)
+    require_known_names(chain, config)
+    layer = get_peft_model(chain, config).base_model.model.layers[0].experts
+    assert layer.r == {"default": 5} and layer.scaling == {"default": 2.0}
 
 
 def test_a_compiled_model_gives_the_names_of_its_layers():

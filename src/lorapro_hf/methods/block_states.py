@@ -136,11 +136,15 @@ def find_stacks(model: nn.Module, names: Sequence[str] | None, pooling: str | Po
 
 
 def linear_layers(block: nn.Module) -> Iterator[tuple[str, int]]:
-    """Yield the names of the linear layers of a block, quantised ones included, and the smaller side of each."""
+    """Yield names of a block's linear layers and packed experts, quantised or not, and the smaller side of each."""
     for name, layer in block.named_modules():
         if _is_linear(layer):
             sides = (layer.nx, layer.nf) if hasattr(layer, "nf") else (layer.in_features, layer.out_features)
             yield name, min(map(int, sides))
+        elif not hasattr(layer, "kernel_size"):
+            for own, parameter in layer.named_parameters(name, recurse=False):
+                if parameter.dim() == 3:  # PEFT takes the rank of a parameter by its own name
+                    yield own, min(parameter.shape[1:])
 
 
 def record(model: nn.Module, batches: Iterable[Any], stacks: Sequence[Stack], most: int) -> None:

@@ -47,10 +47,11 @@ def gelora_ranks(
     config = LoraConfig(target_modules="all-linear", **gelora_ranks(model, batches))
     ```
 
-    The layers of block i get the rank max(round(d_(i+1) - d_i), 0) + 1, at least `rank_floor` and at most the smaller
-    side of the weight. d_i is the `intrinsic_dimension` of the hidden states before block i. The estimate has a
-    standard error of about d / sqrt(points), so give several hundred different sequences or more. The batches run once,
-    in evaluation mode and without gradients; the model and its training mode stay as they are.
+    The layers of block i, packed experts included, get the rank max(round(d_(i+1) - d_i), 0) + 1, at least
+    `rank_floor` and at most the smaller side of the weight. d_i is the `intrinsic_dimension` of the hidden states
+    before block i. The estimate has a standard error of about d / sqrt(points), so give several hundred different
+    sequences or more. The batches run once, in evaluation mode and without gradients; the model and its training
+    mode stay as they are.
 
     Args:
         model: the base model, before it has an adapter, with whole parameters on each rank.

@@ -46,10 +46,11 @@ def require_known_names(model: nn.Module, config: LoraConfig) -> None:
     ):
         if wrong := unmatched(names or (), known):
             raise UsageError(f"{option}: {kind} has no {described(wrong, proposed)}.{remedy}")
+    packed = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]  # experts
     for option in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, option):
             matches = re.compile(rf"(.*\.)?({pattern})$").match  # as PEFT matches
-            if not any(map(matches, modules)):
+            if not any(map(matches, [*modules, *packed])):
                 raise UsageError(
                     f"{option}: {kind} has no layer that {pattern!r} matches. Choose the ranks for this model "
                     "(`lorapro ranks`), or correct the name."

@@ -28,17 +28,19 @@ CONFIGS = [
 needs_compiler = pytest.mark.skipif(native.native_kernels() is None, reason="no C++ kernels can be built here")
 
 
-def trained(config, dtype, rank=4, steps=5, from_zero=False, **options):
-    """A model after some steps on random gradients; the second pair has none in the third."""
+def trained(config, dtype, rank=4, steps=5, from_zero=False, size=1.0, **options):
+    """A model after some steps on random gradients; the second pair has none in the third. B starts at a size."""
     torch.manual_seed(rank)
     layers = nn.ModuleList(nn.Linear(n, m, bias=False) for m, n in SHAPES)
     targets = [str(index) for index in range(len(layers))]
     settings = LoraConfig(r=rank, lora_alpha=6, target_modules=targets, init_lora_weights=from_zero)
     model = get_peft_model(layers, settings).to(dtype)
+    for name, parameter in model.named_parameters():
+        parameter.data *= size if "lora_B" in name else 1
     optimizer = create_lorapro_optimizer(model, lr=1e-2, config=config, weight_decay=0.1, **options)
     for step in range(steps):
         for index, pair in enumerate(optimizer.pairs):
-            gradient = torch.randn(pair.B.shape[0], pair.A.shape[1], dtype=dtype)
+            gradient = min(1.0, 1e12 * size) * torch.randn(pair.B.shape[0], pair.A.shape[1]).to(dtype)
             pair.A.grad, pair.B.grad = pair.scaling * pair.B.mT @ gradient, pair.scaling * gradient @ pair.A.mT
             if step == 2 and index == 1:
                 pair.A.grad = pair.B.grad = None
@@ -71,6 +73,19 @@ def test_a_step_is_that_of_torch(config, rank, from_zero, monkeypatch):
             torch.testing.assert_close(
                 got, expected, rtol=tolerance, atol=max(tolerance * float(expected.abs().max()), 1e-9)
             )
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [1.0, 1e-20])
+@pytest.mark.parametrize("update", ["linear", "sequential"])
+def test_efficient_steps_keep_the_precision_of_float32(size, update, monkeypatch):
+    """Also with a B whose squared inverse is beyond float32."""
+    config = {"mode": "efficient", "update": update}
+    of_native = values(trained(config, torch.float32, size=size))
+    monkeypatch.setattr(native, "native_kernels", lambda: None)
+    exact = values(trained(config, torch.float64, size=size))
+    for got, expected in zip(of_native[: len(SHAPES)], exact, strict=False):
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=3e-6 * float(expected.abs().max()))
 
 
 @needs_compiler

@@ -138,3 +138,34 @@ def test_other_factors_step_in_torch(monkeypatch):
     monkeypatch.setattr(native, "native_kernels", lambda: pytest.fail("the kernels do not serve these"))
     trained({"mode": "factored"}, torch.bfloat16)
     trained({"mode": "factored"}, torch.float32, rank=MAX_RANK + 1, steps=1)
+
+
+@needs_compiler
+def test_the_default_device_is_none_of_the_addresses():
+    optimizer = trained({"mode": "factored"}, torch.float32)
+    torch.set_default_device("meta")
+    try:
+        optimizer.step()
+    finally:
+        torch.set_default_device(None)
+    assert all(bool(pair.A.isfinite().all()) for pair in optimizer.pairs)
+
+
+@needs_compiler
+@pytest.mark.parametrize("of_gradient", [False, True])
+def test_other_shapes_than_at_first_are_refused(of_gradient):
+    optimizer = trained({"mode": "efficient"}, torch.float32)
+    factor = optimizer.pairs[0].A
+    (factor.grad if of_gradient else factor).data = torch.ones(4, 5)
+    with pytest.raises(RuntimeError, match=r"shapes .* was built for \(4, 13\) and \(20, 4\)"):
+        optimizer.step()
+
+
+@needs_compiler
+def test_autograd_knows_that_a_pair_without_gradients_is_unchanged():
+    optimizer = trained({"mode": "efficient"}, torch.float32)
+    pair = optimizer.pairs[0]
+    loss = (pair.B @ pair.A).square().sum()
+    pair.A.grad = pair.B.grad = None
+    optimizer.step()
+    loss.backward()

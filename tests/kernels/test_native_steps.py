@@ -141,8 +141,9 @@ def test_other_factors_step_in_torch(monkeypatch):
 
 
 @needs_compiler
-def test_the_default_device_is_none_of_the_addresses():
-    optimizer = trained({"mode": "factored"}, torch.float32)
+@pytest.mark.parametrize("mode", ["factored", "full", "full_8bit"])
+def test_the_default_device_is_none_of_the_addresses(mode):
+    optimizer = trained({"mode": mode}, torch.float32)
     torch.set_default_device("meta")
     try:
         optimizer.step()

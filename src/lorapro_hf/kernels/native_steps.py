@@ -124,8 +124,10 @@ def serves(factors: Sequence[tuple[Tensor, Tensor]]) -> bool:
 
 def _like(gradient: Tensor, factor: Tensor) -> Tensor:
     """A gradient as it is, or a contiguous copy of the dtype of its factor."""
-    return gradient if _lies_plainly(gradient, factor.dtype) else gradient.to(factor).contiguous().resolve_neg()
+    if _lies_plainly(gradient, factor.dtype) and not gradient.is_neg():
+        return gradient
+    return gradient.to(factor).contiguous().resolve_neg()
 
 
 def _lies_plainly(tensor: Tensor, dtype: torch.dtype) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype == dtype and tensor.is_contiguous() and not tensor.is_neg()
+    return tensor.is_cpu and tensor.dtype == dtype and tensor.is_contiguous()

@@ -47,7 +47,7 @@ def test_a_changed_header_is_built_anew(compiler, tmp_path, monkeypatch):
 def test_a_failure_is_told_with_its_error(compiler, caplog):
     compiler(FAILS)
     assert native.native_kernels.__wrapped__() is None
-    assert "x.hpp:1: error: no such thing. Install g++ or set CXX" in caplog.text
+    assert "x.hpp:1: error: no such thing. Install g++ 9 or newer, or set CXX" in caplog.text
 
 
 def test_a_command_with_an_open_quote_is_told(compiler, caplog, monkeypatch):

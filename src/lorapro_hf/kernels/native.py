@@ -54,7 +54,7 @@ def native_kernels() -> ctypes.CDLL | None:
         except (OSError, ValueError, subprocess.TimeoutExpired) as error:
             reason = str(error)
     logger.warning(
-        "steps on this CPU run in torch, more slowly than in compiled kernels: %s. Install g++ or set CXX; "
+        "steps on this CPU run in torch, more slowly than in compiled kernels: %s. Install g++ 9 or newer, or set CXX; "
         "LORAPRO_HF_NO_NATIVE=1 hides this line.",
         reason,
     )

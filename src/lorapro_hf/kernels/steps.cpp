@@ -297,8 +297,8 @@ template <class T> struct Adam {
 
     Adam(void* first, void* second, Index offset, double lr, double keep, double step, const Options& o)
         : first(static_cast<T*>(first) + offset), second(static_cast<T*>(second) + offset), beta1(T(o.beta1)),
-          beta2(T(o.beta2)), rest1(T(1 - o.beta1)), rest2(T(1 - o.beta2)), eps(T(o.eps)), keep(T(keep)), rate(T(lr / (1 - std::pow(o.beta1, step)))),
-          root(T(1 / std::sqrt(1 - std::pow(o.beta2, step)))) {}
+          beta2(T(o.beta2)), rest1(T(1 - o.beta1)), rest2(T(1 - o.beta2)), eps(T(o.eps)), keep(T(keep)),
+          rate(T(lr / (1 - std::pow(o.beta1, step)))), root(T(1 / std::sqrt(1 - std::pow(o.beta2, step)))) {}
 
     void step(T* values, const T* gradients, Index start, Index count) const {
         T *of_values = values + start, *M = first + start, *V = second + start;

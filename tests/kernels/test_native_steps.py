@@ -28,17 +28,19 @@ CONFIGS = [
 needs_compiler = pytest.mark.skipif(native.native_kernels() is None, reason="no C++ kernels can be built here")
 
 
-def trained(config, dtype, rank=4, steps=5, from_zero=False, **options):
-    """A model after some steps on random gradients; the second pair has none in the third."""
+def trained(config, dtype, rank=4, steps=5, from_zero=False, size=1.0, **options):
+    """A model after some steps on random gradients; the second pair has none in the third. B starts at a size."""
     torch.manual_seed(rank)
     layers = nn.ModuleList(nn.Linear(n, m, bias=False) for m, n in SHAPES)
     targets = [str(index) for index in range(len(layers))]
     settings = LoraConfig(r=rank, lora_alpha=6, target_modules=targets, init_lora_weights=from_zero)
     model = get_peft_model(layers, settings).to(dtype)
+    for name, parameter in model.named_parameters():
+        parameter.data *= size if "lora_B" in name else 1
     optimizer = create_lorapro_optimizer(model, lr=1e-2, config=config, weight_decay=0.1, **options)
     for step in range(steps):
         for index, pair in enumerate(optimizer.pairs):
-            gradient = torch.randn(pair.B.shape[0], pair.A.shape[1], dtype=dtype)
+            gradient = min(1.0, 1e12 * size) * torch.randn(pair.B.shape[0], pair.A.shape[1]).to(dtype)
             pair.A.grad, pair.B.grad = pair.scaling * pair.B.mT @ gradient, pair.scaling * gradient @ pair.A.mT
             if step == 2 and index == 1:
                 pair.A.grad = pair.B.grad = None
@@ -71,6 +73,19 @@ def test_a_step_is_that_of_torch(config, rank, from_zero, monkeypatch):
             torch.testing.assert_close(
                 got, expected, rtol=tolerance, atol=max(tolerance * float(expected.abs().max()), 1e-9)
             )
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [1.0, 1e-20])
+@pytest.mark.parametrize("update", ["linear", "sequential"])
+def test_efficient_steps_keep_the_precision_of_float32(size, update, monkeypatch):
+    """Also with a B whose squared inverse is beyond float32."""
+    config = {"mode": "efficient", "update": update}
+    of_native = values(trained(config, torch.float32, size=size))
+    monkeypatch.setattr(native, "native_kernels", lambda: None)
+    exact = values(trained(config, torch.float64, size=size))
+    for got, expected in zip(of_native[: len(SHAPES)], exact, strict=False):
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=3e-6 * float(expected.abs().max()))
 
 
 @needs_compiler
@@ -123,3 +138,35 @@ def test_other_factors_step_in_torch(monkeypatch):
     monkeypatch.setattr(native, "native_kernels", lambda: pytest.fail("the kernels do not serve these"))
     trained({"mode": "factored"}, torch.bfloat16)
     trained({"mode": "factored"}, torch.float32, rank=MAX_RANK + 1, steps=1)
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", ["factored", "full", "full_8bit"])
+def test_the_default_device_is_none_of_the_addresses(mode):
+    optimizer = trained({"mode": mode}, torch.float32)
+    torch.set_default_device("meta")
+    try:
+        optimizer.step()
+    finally:
+        torch.set_default_device(None)
+    assert all(bool(pair.A.isfinite().all()) for pair in optimizer.pairs)
+
+
+@needs_compiler
+@pytest.mark.parametrize("of_gradient", [False, True])
+def test_other_shapes_than_at_first_are_refused(of_gradient):
+    optimizer = trained({"mode": "efficient"}, torch.float32)
+    factor = optimizer.pairs[0].A
+    (factor.grad if of_gradient else factor).data = torch.ones(4, 5)
+    with pytest.raises(RuntimeError, match=r"shapes .* was built for \(4, 13\) and \(20, 4\)"):
+        optimizer.step()
+
+
+@needs_compiler
+def test_autograd_knows_that_a_pair_without_gradients_is_unchanged():
+    optimizer = trained({"mode": "efficient"}, torch.float32)
+    pair = optimizer.pairs[0]
+    loss = (pair.B @ pair.A).square().sum()
+    pair.A.grad = pair.B.grad = None
+    optimizer.step()
+    loss.backward()

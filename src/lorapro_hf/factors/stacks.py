@@ -56,6 +56,7 @@ class Stack:
         A, B = self.factors[0]
         self.dtype, self.device = compute_dtype(A, B), A.device
         self.stored_dtypes = A.dtype, B.dtype
+        self._shapes = A.shape, B.shape
         self.packed = self.pairs[0].batch  # the entries of each pair
         first = self.pairs[0]
         (*_, r, n), (*_, m, _) = first.matrix_A(A).shape, first.matrix_B(B).shape
@@ -104,8 +105,22 @@ class Stack:
         return self._read(self.factors)
 
     def gradients(self) -> list[tuple[Tensor, Tensor] | None]:
-        """The gradients of A and B of each pair, `None` for pairs without."""
-        return [pair.gradients(*factors) for pair, factors in zip(self.pairs, self.factors, strict=True)]
+        """The gradients of A and B of each pair, `None` for pairs without.
+
+        Raises:
+            RuntimeError: a factor or its gradient has another shape than at first, with which kernels would reach
+                beyond their memory; otherwise as `LoRAPair.gradients`.
+        """
+        gradients = [pair.gradients(*factors) for pair, factors in zip(self.pairs, self.factors, strict=True)]
+        for pair, factors, of_pair in zip(self.pairs, self.factors, gradients, strict=True):
+            for A, B in (factors, of_pair or factors):
+                if (A.shape, B.shape) != self._shapes:
+                    raise RuntimeError(
+                        f"{pair.name}: lora_A and lora_B, or their gradients, have the shapes {tuple(A.shape)} and "
+                        f"{tuple(B.shape)}, but the optimizer was built for {tuple(self._shapes[0])} and "
+                        f"{tuple(self._shapes[1])}. Build the optimizer again after the shapes have changed."
+                    )
+        return gradients
 
     def read_gradients(self, gradients: Sequence[tuple[Tensor, Tensor] | None]) -> Rows:
         """Copies of gradients; 0 for pairs without."""

@@ -6,10 +6,13 @@ a folder of the user's cache. Without a compiler the same computations run in to
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import logging
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -47,11 +50,11 @@ def native_kernels() -> ctypes.CDLL | None:
         try:
             return ctypes.CDLL(str(_library(compiler)))
         except subprocess.CalledProcessError as error:
-            reason = f"{compiler} failed: {(error.stderr.strip().splitlines() or ['no message'])[0]}"
-        except (OSError, subprocess.TimeoutExpired) as error:
+            reason = f"{compiler} failed: {_message(error.stderr)}"
+        except (OSError, ValueError, subprocess.TimeoutExpired) as error:
             reason = str(error)
     logger.warning(
-        "steps on this CPU run in torch, more slowly than in compiled kernels: %s. Install g++ or set CXX; "
+        "steps on this CPU run in torch, more slowly than in compiled kernels: %s. Install g++ 9 or newer, or set CXX; "
         "LORAPRO_HF_NO_NATIVE=1 hides this line.",
         reason,
     )
@@ -65,11 +68,12 @@ def address(tensor: Tensor | None) -> ctypes.c_void_p:
 
 
 def _library(compiler: str) -> Path:
-    sources = sorted(Path(__file__).parent.glob("*.cpp"))
-    command = [*compiler.split(), *_FLAGS, *_INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())]
-    version = _run([*compiler.split(), "--version"])
-    of_all = hashlib.sha256(repr((command, version, torch.__version__)).encode())
-    for source in sources:
+    here, start = Path(__file__).parent, shlex.split(compiler)
+    sources = sorted(here.glob("*.cpp"))
+    command = [*start, *_FLAGS, *_INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())]
+    version = _run([*start, "--version"])
+    of_all = hashlib.sha256(repr((command, version, platform.machine(), torch.__version__)).encode())
+    for source in (*sources, *sorted(here.glob("*.hpp"))):
         of_all.update(source.read_bytes())
     folder = _folder()
     library = folder / f"kernels-{of_all.hexdigest()[:16]}.so"
@@ -87,15 +91,24 @@ def _library(compiler: str) -> Path:
 
 
 def _run(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS).stdout
+    return subprocess.run(
+        command, capture_output=True, text=True, errors="replace", check=True, timeout=_SECONDS
+    ).stdout
+
+
+def _message(printed: str) -> str:
+    """The first error that a compiler has printed."""
+    lines = printed.strip().splitlines() or ["no message"]
+    return next((line for line in lines if "error" in line), lines[0])
 
 
 def _folder() -> Path:
     """The folder of the user's cache, or one of this process if that cannot be written."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorapro_hf"
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorapro_hf"
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="lorapro_hf-"))
+    except (OSError, RuntimeError):  # the latter for a user without a home
+        folder = Path(tempfile.mkdtemp(prefix="lorapro_hf-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

@@ -67,14 +67,16 @@ class NativePairs:
     ) -> None:
         (A, B), K = factors[0], len(factors)
         r, n, m = A.shape[0], A[0].numel(), B.shape[0]
-        self.bases = torch.zeros(K, 2, r + 1, r, dtype=torch.float64)
-        self._across = torch.zeros(K, 2, r, r, dtype=torch.float64)
-        self.norms = torch.zeros(K, 3, dtype=torch.float64)
+        on_cpu: Any = {"dtype": torch.float64, "device": "cpu"}  # the default device may be another
+        self.bases = torch.zeros(K, 2, r + 1, r, **on_cpu)
+        self._across = torch.zeros(K, 2, r, r, **on_cpu)
+        self.norms = torch.zeros(K, 3, **on_cpu)
         self._scaling, self._suffix = scaling.double(), str(A.dtype).removeprefix("torch.")
-        self._factors = [factor for pair in factors for factor in pair]
         # Kept as long as their addresses are in use: gradients of convolutions may lie in another order.
+        self._factors = list(factors)
         self._gradients = [
-            None if both is None else (_plain(both[0], A.dtype), _plain(both[1], A.dtype)) for both in gradients
+            None if both is None else (_like(both[0], own[0]), _like(both[1], own[1]))
+            for both, own in zip(gradients, factors, strict=True)
         ]
         addresses = [
             [A.data_ptr() for A, _ in factors],
@@ -82,7 +84,7 @@ class NativePairs:
             [0 if both is None else both[0].data_ptr() for both in self._gradients],
             [0 if both is None else both[1].data_ptr() for both in self._gradients],
         ]
-        self._addresses = torch.tensor(addresses)
+        self._addresses = torch.tensor(addresses, device="cpu")
         self._stack = _Stack(
             K, r, m, n, torch.get_num_threads(), *map(address, self._addresses), address(self._scaling),
             -1.0 if rtol is None else rtol, address(self.bases), address(self._across), address(self.norms),
@@ -99,7 +101,8 @@ class NativePairs:
         """
         options = (_Options * len(groups))(*(_Options(**group) for group in groups))
         self._call(rule, ctypes.byref(_State(**{name: address(tensor) for name, tensor in state.items()})), options)
-        torch.autograd.graph.increment_version(self._factors)
+        stepped = zip(self._factors, self._gradients, strict=True)
+        torch.autograd.graph.increment_version([each for own, both in stepped if both is not None for each in own])
 
     def _call(self, name: str, *arguments: Any) -> None:
         library = native.native_kernels()
@@ -111,15 +114,20 @@ def serves(factors: Sequence[tuple[Tensor, Tensor]]) -> bool:
     """Whether the kernels can step pairs of one shape."""
     A, B = factors[0]
     return (
-        A.device.type == "cpu"
-        and A.dtype in (torch.float32, torch.float64)
+        A.dtype in (torch.float32, torch.float64)
         and 0 < A.shape[0] <= MAX_RANK
         and min(A.numel(), B.numel()) > 0
+        and all(_lies_plainly(each, A.dtype) for pair in factors for each in pair)
         and native.native_kernels() is not None
-        and all(A.dtype == each.dtype and each.is_contiguous() for pair in factors for each in pair)
     )
 
 
-def _plain(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor as it is, or a contiguous copy in another dtype."""
-    return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()
+def _like(gradient: Tensor, factor: Tensor) -> Tensor:
+    """A gradient as it is, or a contiguous copy of the dtype of its factor."""
+    if _lies_plainly(gradient, factor.dtype) and not gradient.is_neg():
+        return gradient
+    return gradient.to(factor).contiguous().resolve_neg()
+
+
+def _lies_plainly(tensor: Tensor, dtype: torch.dtype) -> bool:
+    return tensor.is_cpu and tensor.dtype == dtype and tensor.is_contiguous()

@@ -293,36 +293,61 @@ template <class T> void store(Pair<T>& pair, Factors<T> factors) {
 // AdamW of one factor; both moments lie as the factor does.
 template <class T> struct Adam {
     T *first, *second;
-    T beta1, beta2, eps, keep, rate, root;
+    T beta1, beta2, rest1, rest2, eps, keep, rate, root;  // 1 - beta loses digits in T
 
     Adam(void* first, void* second, Index offset, double lr, double keep, double step, const Options& o)
         : first(static_cast<T*>(first) + offset), second(static_cast<T*>(second) + offset), beta1(T(o.beta1)),
-          beta2(T(o.beta2)), eps(T(o.eps)), keep(T(keep)), rate(T(lr / (1 - std::pow(o.beta1, step)))),
-          root(T(1 / std::sqrt(1 - std::pow(o.beta2, step)))) {}
+          beta2(T(o.beta2)), rest1(T(1 - o.beta1)), rest2(T(1 - o.beta2)), eps(T(o.eps)), keep(T(keep)),
+          rate(T(lr / (1 - std::pow(o.beta1, step)))), root(T(1 / std::sqrt(1 - std::pow(o.beta2, step)))) {}
 
     void step(T* values, const T* gradients, Index start, Index count) const {
         T *of_values = values + start, *M = first + start, *V = second + start;
 #pragma omp simd
         for (Index i = 0; i < count; ++i) {
             const T g = gradients[i];
-            M[i] = beta1 * M[i] + (1 - beta1) * g;
-            V[i] = beta2 * V[i] + (1 - beta2) * g * g;
+            M[i] = beta1 * M[i] + rest1 * g;
+            V[i] = beta2 * V[i] + rest2 * g * g;
             of_values[i] = keep * of_values[i] - rate * M[i] / (std::sqrt(V[i]) * root + eps);
         }
     }
 };
 
+// Weights of rows. Where they leave the range of T, the rows are multiplied by a power of two, and the weights divided.
+struct Lifted {
+    Matrix weights;
+    double lift;
+
+    template <class T> void multiply(Arena& arena, T* out, T* rows, Index k, bool add) const {
+        if (lift != 1) scale(rows, weights.columns * k, lift);
+        combine(arena, out, weights, rows, k, add);
+    }
+};
+
+double largest(const Matrix& matrix) {
+    double found = 0;
+    for (Index i = 0; i < matrix.size(); ++i) found = std::max(found, std::abs(matrix.data[i]));
+    return found;
+}
+
+// `inverse` is the part of the weights whose size undoes that of the rows.
+template <class T> Lifted lifted(Arena& arena, const Matrix& weights, const Matrix& inverse) {
+    const double size = largest(weights), limit = std::sqrt(double(std::numeric_limits<T>::max()));
+    if (size == 0 || (size < limit && size > 1 / limit)) return {weights, 1};
+    const double lift = std::ldexp(1.0, std::ilogb(largest(inverse)));
+    return {scaled(arena, weights, 1 / lift), lift};
+}
+
 // Steps a factor F along the direction `on_gradient G + on_factor F`.
 template <class T>
-void step_factor(Arena& arena, const Stored<T>& stored, const Matrix& on_gradient, const Matrix& on_factor, Adam<T> adam) {
+void step_factor(Arena& arena, const Stored<T>& stored, const Lifted& on_gradient, const Lifted& on_factor, Adam<T> adam) {
     const Index r = stored.r;
     T *rows = arena.take<T>(r * CHUNK), *h = arena.take<T>(r * CHUNK), *back = arena.take<T>(r * CHUNK);
     for (Index start = 0; start < stored.k; start += CHUNK) {
         const Index width = std::min(CHUNK, stored.k - start);
         stored.take(rows, stored.gradient, start, width);
-        combine(arena, h, on_gradient, rows, width);
+        on_gradient.multiply(arena, h, rows, width, false);
         stored.take(rows, stored.factor, start, width);
-        combine(arena, h, on_factor, rows, width, true);
+        on_factor.multiply(arena, h, rows, width, true);
         if (stored.by_columns) {
             transpose(back, h, r, width);
             adam.step(stored.factor, back, start * r, width * r);
@@ -376,8 +401,10 @@ template <class T> void efficient(const Stack& stack, const LoraproState& state,
             old_A = copy_of(arena, stored.factor, r * n), old_Bt = arena.take<T>(r * m);
             transpose(old_Bt, stored_B<T>(stack, entry).factor, m, r);
         }
-        step_factor(arena, stored, product(arena, of_Bt, P), scaled(arena, on_A, -1), adam_A);
-        step_factor(arena, stored_B<T>(stack, entry), product(arena, of_A, Q), on_B, adam_B);
+        step_factor(arena, stored, lifted<T>(arena, product(arena, of_Bt, P), of_Bt),
+                    lifted<T>(arena, scaled(arena, on_A, -1), A.whitening), adam_A);
+        step_factor(arena, stored_B<T>(stack, entry), lifted<T>(arena, product(arena, of_A, Q), of_A),
+                    lifted<T>(arena, on_B, B.whitening), adam_B);
         if (o.sequential) act_through_new_B(arena, stack, entry, old_A, old_Bt, o);
     });
 }

@@ -83,12 +83,12 @@ def dynamic_map(signed: bool) -> Tensor:
     entries = [0.0, 1.0]
     for decade in range(_DECADES):
         cells = 2 ** (decade if signed else decade + 1)
-        edges = torch.linspace(0.1, 1, cells + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, cells + 1, dtype=torch.float32, device="cpu")
         # In the order of operations of bitsandbytes, which decides the last bit of an entry.
         entries += (10 ** (decade - _DECADES + 1) * ((edges[:-1] + edges[1:]) / 2)).tolist()
     if signed:
         entries += [-entry for entry in entries[2:]]
-    return torch.tensor(sorted(entries), dtype=torch.float32)
+    return torch.tensor(sorted(entries), dtype=torch.float32, device="cpu")
 
 
 def dynamic_thresholds(signed: bool) -> Tensor:
@@ -98,7 +98,7 @@ def dynamic_thresholds(signed: bool) -> Tensor:
     without a sign code 0 stores 0 alone. The root of V must not be 0 beside an M that is not.
     """
     entries = dynamic_map(signed)
-    ends = torch.tensor([torch.inf])
+    ends = torch.tensor([torch.inf], device="cpu")
     thresholds = torch.cat([-ends, (entries[:-1] + entries[1:]) / 2, ends])
     if not signed:
         thresholds[1] = 0
@@ -120,7 +120,7 @@ def buckets_on(signed: bool, device: torch.device) -> Tensor:
 
     No bucket holds more than one border between codes. The tensor must not be written to.
     """
-    smallest = torch.arange(_LOWEST, _LOWEST + _BUCKETS, dtype=torch.int32) << 16
+    smallest = torch.arange(_LOWEST, _LOWEST + _BUCKETS, dtype=torch.int32, device="cpu") << 16
     largest = smallest + 0xFFFF
     smallest[0] = 0
     lowest = torch.cat([smallest.view(torch.float32), -largest.view(torch.float32)])

@@ -84,7 +84,7 @@ class Full(UpdateRule):
         r, m, n = read.stack.matrix_shape
         shapes = {"first_A": (2 * r, n), "first_B": (2 * r, m), "second_B": (r, m)}
         K, dtype = len(state.steps), read.stack.dtype
-        before = {name: torch.zeros(K, *shape, dtype=dtype) for name, shape in shapes.items()}
+        before = {name: torch.zeros(K, *shape, dtype=dtype, device="cpu") for name, shape in shapes.items()}
         right, left, rows_B = before.values()
         step_kernel("full_before", read, before, options, native_options(options))
         products = self._products(read, state, options, (left, right, right[:, r:], rows_B))

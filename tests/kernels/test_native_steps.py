@@ -14,7 +14,7 @@ from lorapro_hf.kernels import native
 from lorapro_hf.kernels.native_steps import MAX_RANK
 from lorapro_hf.optim.rules import RULES
 
-SHAPES = [(20, 13), (20, 13), (33, 40), (9, 64)]  # (m, n), two of them a stack
+SHAPES = [(20, 13), (20, 13), (33, 40), (11, 64)]  # (m, n), two of them a stack
 NATIVE = [name for name, rule in RULES.items() if rule.steps_natively]
 CONFIGS = [
     *({"mode": mode} for mode in NATIVE),
@@ -70,9 +70,8 @@ def test_a_step_is_that_of_torch(config, rank, from_zero, monkeypatch):
             patch.setattr(native, "native_kernels", lambda: None)
             of_torch = values(trained(config, dtype, rank, from_zero=from_zero))
         for got, expected in zip(of_native, of_torch, strict=True):
-            torch.testing.assert_close(
-                got, expected, rtol=tolerance, atol=max(tolerance * float(expected.abs().max()), 1e-9)
-            )
+            allowed = 1 if got.dtype == torch.uint8 else max(tolerance * float(expected.abs().max()), 1e-9)  # one code
+            torch.testing.assert_close(got, expected, rtol=tolerance, atol=allowed)
 
 
 @needs_compiler

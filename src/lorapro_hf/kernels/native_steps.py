@@ -1,4 +1,4 @@
-"""How do pairs step in the C++ kernels of `steps.cpp`, in place and one after the other?
+"""How do pairs step in the C++ kernels, in place and one after the other?
 
 The kernels serve whole float32 and float64 factors on a CPU. Their formulas are those of `lorapro_hf.functional`.
 """

@@ -286,6 +286,7 @@ def test_the_report_is_made_of_the_folder_alone(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
+@pytest.mark.slow
 def test_figures_are_at_most_four_and_survive_empty_and_odd_records(tmp_path: Path) -> None:
     store = made_up(tmp_path)
     sweep = store.sweep()

@@ -73,7 +73,7 @@ def test_every_method_trains_on_the_same_data(task: LoadedTask, tmp_path: Path, 
     ("kind", "method"),
     [
         ("questions", "pro_full_linear"),
-        ("classification", "lora"),
+        pytest.param("classification", "lora", marks=pytest.mark.slow),
         pytest.param("classification", "pro_full_linear", marks=pytest.mark.slow),
         pytest.param("classification", "lorarite", marks=pytest.mark.slow),
         pytest.param("classification", "full", marks=pytest.mark.slow),

@@ -78,7 +78,7 @@ def load(rank, ranks, kind, folder, is_same):
 @pytest.mark.parametrize(
     ("saved", "loaded"),
     [
-        (("ddp", 2), [("fsdp2", 2), ("ddp", 1)]),
+        pytest.param(("ddp", 2), [("fsdp2", 2), ("ddp", 1)], marks=pytest.mark.slow),
         pytest.param(("fsdp2", 2), [("ddp", 2), ("fsdp2", 1)], marks=pytest.mark.slow),
         pytest.param(("ddp", 2), [("ddp", 2), ("ddp", 3), ("fsdp2", 3)], marks=pytest.mark.slow),
         pytest.param(("fsdp2", 2), [("fsdp2", 3), ("ddp", 3)], marks=pytest.mark.slow),

@@ -34,7 +34,7 @@ OF_FSDP2 = {"mode": "optimizer_0: the checkpoint is of LoRA-Pro mode 'full', but
 OF_ZERO = {"weights": "it holds no optimizer state (save_only_model=True), and {engine} resumes from its own files"}
 
 
-@pytest.fixture(scope="module", params=["fsdp2", pytest.param("zero2", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp2", "zero2")])
 def launched(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
     """A recipe, where it ran, and the messages of both ranks by the names of the checkpoints."""
     recipe = request.param

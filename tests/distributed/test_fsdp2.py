@@ -106,6 +106,7 @@ class _Poisoned:
         self.optimizer.step()
 
 
+@pytest.mark.slow
 def test_accumulation_clipping_and_skipped_steps(tmp_path):
     for found in run(variants, 2, tmp_path):
         assert_close(found["accumulated"], single({"mode": "full"}), 1e-10)

@@ -26,6 +26,7 @@ def rows(text, head):
     return {name: cells for name, *cells in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)}
 
 
+@pytest.mark.slow
 def test_quick_run_gives_both_tables(script, tmp_path, capsys):
     output = tmp_path / "tables.md"
     script.main(["--quick", "--output", str(output)])

@@ -87,6 +87,7 @@ def test_every_mode_has_an_oracle_and_every_kernel_its_formula(program: Any, tmp
     assert code == 0 and len(found["parts"]["kernels"]["checks"]) > 50
 
 
+@pytest.mark.slow
 def test_what_is_not_reached_in_time_is_listed(program: Any, tmp_path: Path) -> None:
     record = program.Record(tmp_path / "late.json", torch.device("cpu"), True, until=0.0)
     record.attempt("a number", lambda: pytest.fail("it was begun"))
@@ -96,6 +97,7 @@ def test_what_is_not_reached_in_time_is_listed(program: Any, tmp_path: Path) -> 
     assert not program.read_findings(record.path).is_good
 
 
+@pytest.mark.slow
 def test_a_part_that_dies_is_an_error(program: Any, tmp_path: Path) -> None:
     options = program.Options("cpu", True, 1.0, tmp_path, ("steps",))
     (tmp_path / "parts").mkdir()

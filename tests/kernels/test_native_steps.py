@@ -60,7 +60,7 @@ def test_the_kernels_are_built_where_there_is_a_compiler():
 
 
 @needs_compiler
-@pytest.mark.parametrize("from_zero", [False, True])
+@pytest.mark.parametrize("from_zero", rest_slow([False, True]))
 @pytest.mark.parametrize("rank", rest_slow([4, 1, 9]))
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: "-".join(map(str, config.values())))
 def test_a_step_is_that_of_torch(config, rank, from_zero, monkeypatch):

@@ -350,6 +350,7 @@ def test_a_model_that_could_not_be_resumed_starts_after_all(tmp_path, started, m
     assert_same(started[2], started[0])
 
 
+@pytest.mark.slow
 def test_a_model_that_is_made_for_each_training_starts_once_in_each(tmp_path, started):
     settings = {"max_steps": 1, "lora_pro_init": "lora_sb", "lora_pro_init_samples": 4}
     args = arguments(tmp_path, LoRAProTrainingArguments, **settings)
@@ -366,6 +367,7 @@ def test_a_model_that_is_made_for_each_training_starts_once_in_each(tmp_path, st
     assert_same(*started)
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_trainer(tmp_path, started):
     class Backwards(LoRAProTrainer):
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:

@@ -188,6 +188,7 @@ def test_steps_that_the_scaler_leaves_out_change_nothing(mode: str, accelerated:
     assert optimizer.skipped_steps == 0  # the scaler counts its own
 
 
+@pytest.mark.slow
 def test_fp16_autocast_in_a_loop():
     model, exact = tiny_lora(), tiny_lora()
     optimizers = [create_lorapro_optimizer(each, lr=1e-3, eps=1e-4) for each in (model, exact)]
@@ -329,6 +330,7 @@ def test_compiled_models_train_alike(tmp_path: Path, mode: str):
     assert_same(factors(plain), factors(compiled), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_in_a_loop():
     ends = []
     for wrap in (lambda model: model, lambda model: torch.compile(model, backend="aot_eager")):

@@ -280,6 +280,7 @@ def test_resumes_to_the_bit(kind: str, tmp_path: Path):
     assert_same_parameters(again.model, whole.model)
 
 
+@pytest.mark.slow
 def test_resumes_to_the_bit_beside_another_adapter(tmp_path: Path):
     trainers = []
     for name in ("whole", "again"):

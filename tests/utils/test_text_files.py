@@ -84,7 +84,7 @@ def test_values_are_shortened() -> None:
     [
         (f"{LONG[:900]}: 1\n{LONG[:900]}: 2\n", "is there twice"),
         (f"a: *{LONG[:9000]}\n", "undefined alias"),
-        (DEEP, "nested too deeply"),
+        pytest.param(DEEP, "nested too deeply", marks=pytest.mark.slow),
     ],
 )
 def test_messages_about_yaml_are_short(text: str, message: str) -> None:

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from grids import rest_slow
 from lorapro_hf import create_lorapro_optimizer
 from lorapro_hf.kernels import native
-from lorapro_hf.kernels.native_steps import MAX_RANK
+from lorapro_hf.kernels.native_steps import MAX_RANK, NativePairs
 from lorapro_hf.optim.rules import RULES
 
 SHAPES = [(20, 13), (20, 13), (33, 40), (11, 64)]  # (m, n), two of them a stack
@@ -65,7 +66,9 @@ def test_the_kernels_are_built_where_there_is_a_compiler():
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: "-".join(map(str, config.values())))
 def test_a_step_is_that_of_torch(config, rank, from_zero, monkeypatch):
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
-        of_native = values(trained(config, dtype, rank, from_zero=from_zero))
+        with mock.patch.object(NativePairs, "step", autospec=True, side_effect=NativePairs.step) as kernel:
+            of_native = values(trained(config, dtype, rank, from_zero=from_zero))
+        assert kernel.called
         with monkeypatch.context() as patch:
             patch.setattr(native, "native_kernels", lambda: None)
             of_torch = values(trained(config, dtype, rank, from_zero=from_zero))

@@ -93,7 +93,8 @@ class Stack:
         if pair_ids is None:
             return taken.expand(len(self.pairs))
         if pair_ids != self._chosen:  # kept on the device, since a CUDA graph would copy freed memory of the host
-            mask = torch.tensor([index in set(pair_ids) for index in range(len(self.pairs))], device="cpu")
+            chosen = set(pair_ids)
+            mask = torch.tensor([index in chosen for index in range(len(self.pairs))], device="cpu")
             if self.device.type == "cuda":
                 mask = mask.pin_memory()
             self._chosen, self._mask = pair_ids, mask.to(self.device, non_blocking=True)
@@ -250,7 +251,7 @@ def read_stacks(stacks: Iterable[Stack], config: LoRAProConfig) -> list[StackGra
 
 @torch.no_grad()
 def read_natively(stacks: Iterable[Stack], config: LoRAProConfig) -> list[Gradient]:
-    """The same, with stacks that the compiled kernels serve left where they are."""
+    """Read all stacks with gradients; the compiled kernels read theirs in place, `read_stacks` reads the others."""
     read: list[Gradient] = []
     others = []
     for stack in stacks:

@@ -91,16 +91,16 @@ class NativePairs:
         )  # fmt: skip
         self._call("measure")
 
-    def step(self, rule: str, state: Mapping[str, Tensor | None], groups: Sequence[Mapping[str, Any]]) -> None:
+    def step(self, name: str, state: Mapping[str, Tensor | None], groups: Sequence[Mapping[str, Any]]) -> None:
         """Step the active pairs in place.
 
         Args:
-            rule: the mode.
+            name: of the kernel.
             state: the tensors of the state by the names of `LoraproState`; `steps` and `active` are `(K,)`.
             groups: the options of the step by the names of `LoraproOptions`; in mode efficient a second entry for B.
         """
         options = (_Options * len(groups))(*(_Options(**group) for group in groups))
-        self._call(rule, ctypes.byref(_State(**{name: address(tensor) for name, tensor in state.items()})), options)
+        self._call(name, ctypes.byref(_State(**{field: address(tensor) for field, tensor in state.items()})), options)
         stepped = zip(self._factors, self._gradients, strict=True)
         torch.autograd.graph.increment_version([each for own, both in stepped if both is not None for each in own])
 

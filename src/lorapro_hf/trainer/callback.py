@@ -26,7 +26,7 @@ from lorapro_hf.optim.finite import of_factors, require_finite
 from lorapro_hf.optim.first_steps import FirstSteps
 from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.optim.projected_gradients import project_pair_gradients_
-from lorapro_hf.optim.rules import rule_of
+from lorapro_hf.optim.rules import OF_ANY_OPTIMIZER, rule_of
 
 logger = logging.getLogger(__name__)
 
@@ -65,11 +65,11 @@ class LoRAProCallback(TrainerCallback):
 
     def __init__(self, config: LoRAProConfig | Mapping[str, Any] | None = None) -> None:
         if config is None or isinstance(config, Mapping):
-            config = {"mode": "efficient", **(config or {})}
+            config = {"mode": OF_ANY_OPTIMIZER, **(config or {})}
         config = LoRAProConfig.of(config)
         refusal = None
         if not rule_of(config).projects_gradients:
-            remedy = 'Use LoRAProConfig(mode="efficient")'
+            remedy = f'Use LoRAProConfig(mode="{OF_ANY_OPTIMIZER}")'
             refusal = f"run mode={config.mode!r}: its moments live in LoRAProAdamW. {remedy}"
         elif config.is_sequential:
             refusal = "run update='sequential': your optimizer steps the factors. Use update='linear'"

@@ -12,6 +12,8 @@ from lorapro_hf.optim.rules.spectral import Spectral
 
 RULES: dict[str, type[UpdateRule]] = {rule.name: rule for rule in (Full, Full8Bit, Factored, Spectral, Rite, Efficient)}
 """The rule of each mode, in the order of `lorapro_hf.config.MODES`."""
+OF_ANY_OPTIMIZER = next(name for name, rule in RULES.items() if rule.projects_gradients)
+"""The mode whose gradients any optimizer can step along."""
 
 
 def rule_of(config: LoRAProConfig) -> UpdateRule:

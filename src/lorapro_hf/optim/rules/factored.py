@@ -55,7 +55,7 @@ class Factored(UpdateRule):
         return Rows(new.A, new.Bt)
 
     def native_step(self, read: NativeGradient, state: StackState, options: StepOptions) -> None:
-        """The same in place."""
+        """Step factors and state in place."""
         step_natively(self.name, read, state, options, native_options(options))
 
     def intended_direction(self, gradient: RowsOf, A: Tensor, B: Tensor, state: PairState, group: Group) -> RowsOf:

@@ -80,7 +80,7 @@ class Full(UpdateRule):
         return Rows(*linear_step(*factors, h_A, h_B, options))
 
     def native_step(self, read: NativeGradient, state: StackState, options: StepOptions) -> None:
-        """The same with the factors in place."""
+        """Step factors and moments in place."""
         r, m, n = read.stack.matrix_shape
         shapes = {"first_A": (2 * r, n), "first_B": (2 * r, m), "second_B": (r, m)}
         K, dtype = len(state.steps), read.stack.dtype

@@ -77,7 +77,7 @@ class Rite(UpdateRule):
         return Rows(*rite_step(*factors, bases, coordinates, read.scaling, moments, guards, options))
 
     def native_step(self, read: NativeGradient, state: StackState, options: StepOptions) -> None:
-        """The same in place."""
+        """Step factors and state in place."""
         config, clipped = self.config, 1.0
         if config.rite_clip:
             assert options.shared_norm is not None

@@ -40,7 +40,7 @@ class Spectral(UpdateRule):
         return Rows(*spectral_step(*factors, bases, coordinates, read.scaling, moments, options, iterations))
 
     def native_step(self, read: NativeGradient, state: StackState, options: StepOptions) -> None:
-        """The same in place."""
+        """Step factors and state in place."""
         step_natively(
             self.name, read, state, options, native_options(options, iterations=self.config.spectral_iterations)
         )

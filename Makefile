@@ -42,7 +42,7 @@ bench: $(STAMP) ## measure the optimizer steps beside those of other optimizers 
 	$(BIN)/lorapro bench $(ARGS)
 
 # Installs nothing: PYTHON may be any interpreter that has torch for CUDA, transformers and peft.
-gpu-check: ## check numbers, waits, training and step times on a GPU, in eight minutes
+gpu-check: ## check numbers, waits, training and step times on a GPU, within eight minutes
 	PYTHONPATH=src $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py $(ARGS)
 
 test: $(STAMP) ## run the tests, without the slow ones

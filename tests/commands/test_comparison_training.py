@@ -52,12 +52,16 @@ FEW = ["lora", "pissa", "lorafa", "dora", "full", "pro_full_linear"]
 def test_every_method_trains_on_the_same_data(task: LoadedTask, tmp_path: Path, wanted: list[str]) -> None:
     old = {"riemannian": "create_riemannian_optimizer", "loraga": "LoraGAConfig"}  # which the oldest PEFT lacks
     names = [name for name in wanted if name not in old or hasattr(peft, old[name]) or hasattr(optimizers, old[name])]
-    chosen = settings(tmp_path, methods={name: [1e-2] for name in names})
+    entries: dict[str, Any] = {name: {"learning_rates": [1e-2]} for name in names}
+    if "gelora" in entries:
+        entries["gelora"]["gelora"] = {"pooling": "tokens"}  # six questions are too few points
+    chosen = settings(tmp_path, methods=entries)
     records = {run.method.name: training.train_run(task, run, chosen, CPU) for run in plan(chosen)}
     assert {name: record.error for name, record in records.items()} == dict.fromkeys(names)
     assert len({record.data for record in records.values()}) == 1
-    # the same model before the first step, whatever has been done to its weights
-    torch.testing.assert_close([r.losses[0] for r in records.values()], [records["lora"].losses[0]] * len(names))
+    # the same model before the first step, whatever has been done to its weights, unless the start is a step itself
+    first = [record.losses[0] for name, record in records.items() if not METHODS[name].callbacks]
+    torch.testing.assert_close(first, [records["lora"].losses[0]] * len(first))
     before = float(task.loss(task.model.eval(), "test"))
     after = {name: record.scores["test"]["loss"] for name, record in records.items() if record.scores}
     assert all(loss < before - 1e-4 for loss in after.values()), (before, after)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorapro_hf.commands.compare.plan import PlannedRun
+from lorapro_hf.methods.gelora import gelora_ranks
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.targets import described, ends_of, unmatched
 
@@ -41,20 +42,29 @@ def layers_to_adapt(model: Any, targets: str | Sequence[str], head: nn.Module | 
 
 
 def make_trainable(
-    model: Any, run: PlannedRun, layers: Sequence[str], scaling: float, take_gradients: Callable[[], None]
+    model: Any,
+    run: PlannedRun,
+    layers: Sequence[str],
+    scaling: float,
+    take_gradients: Callable[[], None],
+    batches: Iterable[Any] = (),
 ) -> Any:
     """The model, a PEFT model unless it is fine-tuned in full, with gradients for the parameters of the method only.
 
     PiSSA and LoRA-GA change the weights of `model`. `take_gradients` runs forward and backward passes of some training
-    batches on it, for LoRA-GA alone.
+    batches on it, for LoRA-GA alone; `batches` are those of the training, for GeLoRA alone.
     """
     model.requires_grad_(False)
     if run.method.adapter is None:
         for name in layers:
             model.get_submodule(name).weight.requires_grad_(True)
         return model
-    assert run.rank is not None
-    settings: dict[str, Any] = {**run.method.adapter, "r": run.rank, "lora_alpha": scaling * run.rank}
+    if run.method.gelora is not None:
+        ranks = gelora_ranks(model, batches, alpha_over_r=scaling, **run.method.gelora)
+    else:
+        assert run.rank is not None
+        ranks = {"r": run.rank, "lora_alpha": scaling * run.rank}
+    settings: dict[str, Any] = {**run.method.adapter, **ranks}
     is_lora_ga = settings.get("init_lora_weights") == "lora_ga"
     if is_lora_ga:
         try:

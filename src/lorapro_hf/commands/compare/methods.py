@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -10,9 +11,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+import lorapro_hf
 from lorapro_hf.commands.common.optimizers import build
 from lorapro_hf.commands.compare.values import require_mapping, require_name, typed
 from lorapro_hf.config import MODES, UPDATES, LoRAProConfig
+from lorapro_hf.methods.base import LoRAMethod, require_compatible
+from lorapro_hf.methods.gelora import gelora_ranks
+from lorapro_hf.methods.gradient_starts import GradientStart
 from lorapro_hf.optim.rules import rule_of
 from lorapro_hf.options import UsageError, require_packages
 
@@ -21,6 +26,9 @@ _LOW_RATES = (1e-4, 3e-4, 1e-3)
 _WEIGHT_RATES = (3e-5, 1e-4, 3e-4)  # each element of a weight moves by about one rate a step
 _LIMITED_RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # a limit on the first steps permits higher ones
 _SET_BY_US = {"r", "lora_alpha", "target_modules", "task_type"}
+_GELORA_SET_BY_US = {"model", "batches", "alpha_over_r", "group"}
+_MAPPINGS = ("optimizer", "adapter", "callbacks", "gelora")
+_KEYS = ("like", "title", "learning_rates", *_MAPPINGS)
 
 LORA, FULL = "lora", "full"
 
@@ -37,11 +45,18 @@ class ComparedMethod:
     adapter: Mapping[str, Any] | None = field(default_factory=dict)  # of `LoraConfig`; None trains the weights
     clips: bool = True  # whether `max_grad_norm` applies: clipping raw gradients would defeat some methods
     package: str | None = None  # a module of the extra `bench`
+    callbacks: Mapping[str, Mapping[str, Any]] | None = None  # each public `LoRAMethod` by its name, and its keywords
+    gelora: Mapping[str, Any] | None = None  # keywords of `gelora_ranks`, which chooses the ranks of the adapter
 
     @property
     def is_lora_pro(self) -> bool:
         """Whether it is one of this package."""
         return self.optimizer == "lorapro"
+
+    @property
+    def has_rank(self) -> bool:
+        """Whether it takes the ranks of a task."""
+        return self.adapter is not None and self.gelora is None
 
     def decides(self) -> dict[str, Any]:
         """The values that decide how a run ends: neither names nor grid."""
@@ -52,7 +67,25 @@ class ComparedMethod:
             settings = {name: value for name, value in asdict(config).items() if name in of_mode}
             settings["trust_region"] = rule_of(config).trust_region
         adapter = None if self.adapter is None else dict(self.adapter)
-        return {"optimizer": self.optimizer, "settings": settings, "adapter": adapter, "clips": self.clips}
+        decided = {"optimizer": self.optimizer, "settings": settings, "adapter": adapter, "clips": self.clips}
+        more = {"callbacks": self.callbacks, "gelora": self.gelora}
+        return {**decided, **{name: value for name, value in more.items() if value is not None}}
+
+    def make_callbacks(self) -> list[LoRAMethod]:
+        """The callbacks of a run."""
+        known = _lora_methods()
+        made = [known[name](**keywords) for name, keywords in (self.callbacks or {}).items()]
+        for each in made:
+            if isinstance(each, GradientStart):
+                each.progress = False  # its bar would run through ours
+        return made
+
+
+def _lora_methods() -> dict[str, type[LoRAMethod]]:
+    """The public subclasses of `LoRAMethod` by name."""
+    names = [name for name, home in lorapro_hf._HOMES.items() if home.startswith("methods.")]
+    public: dict[str, Any] = {name: getattr(lorapro_hf, name) for name in names}
+    return {name: each for name, each in public.items() if isinstance(each, type) and issubclass(each, LoRAMethod)}
 
 
 def _lora_pro() -> list[ComparedMethod]:
@@ -74,6 +107,7 @@ def _lora_pro() -> list[ComparedMethod]:
 
 
 _PISSA, _LORA_GA = ({"init_lora_weights": name} for name in ("pissa_niter_16", "lora_ga"))
+_LORA_ONE = {"GradientStart": {"method": "lora_one"}}
 METHODS: Mapping[str, ComparedMethod] = {
     method.name: method
     for method in (
@@ -86,6 +120,9 @@ METHODS: Mapping[str, ComparedMethod] = {
         ComparedMethod("lorafa", "LoRA-FA", "lorafa", _LORA_RATES),
         ComparedMethod("riemannian", "Riemannian", "riemannian", _LORA_RATES),
         ComparedMethod("lorarite", "LoRA-RITE", "lorarite", _LORA_RATES, clips=False, package="pytorch_optimizer"),
+        ComparedMethod("lora_one", "LoRA-One", "adamw", _LORA_RATES, callbacks=_LORA_ONE),
+        ComparedMethod("lora_sb", "LoRA-SB", "adamw", _LORA_RATES, callbacks={"LoRASB": {}}),
+        ComparedMethod("gelora", "GeLoRA", "adamw", _LORA_RATES, gelora={}),
         *_lora_pro(),
         ComparedMethod(FULL, "full fine-tuning", "adamw", _WEIGHT_RATES, adapter=None),
     )
@@ -96,17 +133,17 @@ def method_of(name: str, entry: Any) -> ComparedMethod:
     """The method of an entry under `methods` of the YAML; raises `UsageError`.
 
     The entry is nothing, for one of `METHODS` as it is; a list of learning rates; or a mapping with any of `like` (the
-    method it is a variant of), `title`, `learning_rates`, `optimizer` and `adapter`. The last two hold keywords that
-    are added to those of the method for its optimizer (LoRA-Pro: settings of `LoRAProConfig`) and for `LoraConfig`.
+    method it is a variant of), `title`, `learning_rates`, `optimizer`, `adapter`, `callbacks` and `gelora`. The last
+    four hold keywords that are added to those of the method: for its optimizer (LoRA-Pro: settings of `LoRAProConfig`),
+    for `LoraConfig`, for each `LoRAMethod` by the name of its class, and for `gelora_ranks`.
     """
     require_name("method", name)
     if entry is None or isinstance(entry, list):
         entry = {} if entry is None else {"learning_rates": entry}
     if not isinstance(entry, Mapping):
         raise UsageError(f"Method {name}: {entry!r} is neither a list of learning rates nor a mapping.")
-    unknown = sorted(set(entry) - {"like", "title", "learning_rates", "optimizer", "adapter"})
-    if unknown:
-        raise UsageError(f"Method {name}: {unknown} is unknown; use like, title, learning_rates, optimizer or adapter.")
+    if unknown := sorted(set(entry) - set(_KEYS)):
+        raise UsageError(f"Method {name}: {unknown} is unknown; use {', '.join(_KEYS)}.")
     like = entry.get("like", name)
     base = METHODS.get(like) if isinstance(like, str) else None
     if base is None:
@@ -114,16 +151,17 @@ def method_of(name: str, entry: Any) -> ComparedMethod:
         raise UsageError(f"Method {like!r} is unknown; choose from {known}, or name one of them with `like`.")
     title = entry.get("title", base.title if name == base.name else name)
     typed(f"Method {name}: ", {"title": title}, {"title": str})
-    for key in ("optimizer", "adapter"):
+    for key in _MAPPINGS:
         require_mapping(f"Method {name}", key, entry.get(key))
-    if entry.get("adapter") and base.adapter is None:
-        raise UsageError(f"Method {name}: {base.title} has no adapter; leave `adapter` out.")
+        if base.adapter is None and key != "optimizer" and key in entry:
+            raise UsageError(f"Method {name}: {base.title} has no adapter; leave `{key}` out.")
     settings = {**base.settings, **(entry.get("optimizer") or {})}
     if base.is_lora_pro:
         _require_lora_pro(name, settings)
     rates = learning_rates(name, entry.get("learning_rates", base.learning_rates))
     adapter = None if base.adapter is None else {**base.adapter, **_adapter(name, entry.get("adapter") or {})}
-    return replace(base, name=name, title=title, learning_rates=rates, settings=settings, adapter=adapter)
+    method = replace(base, name=name, title=title, learning_rates=rates, settings=settings, adapter=adapter)
+    return _with_callbacks(method, entry)
 
 
 def learning_rates(name: str, values: Any) -> tuple[float, ...]:
@@ -146,6 +184,31 @@ def _require_lora_pro(name: str, settings: Mapping[str, Any]) -> None:
         rule_of(LoRAProConfig(**settings))
     except (TypeError, ValueError) as error:
         raise UsageError(f"Method {name}: {error}") from error
+
+
+def _with_callbacks(method: ComparedMethod, entry: Mapping[str, Any]) -> ComparedMethod:
+    """The method with the callbacks and the choice of ranks of an entry; refuses those that a run would refuse."""
+    owner, callbacks, gelora = f"Method {method.name}: ", dict(method.callbacks or {}), method.gelora
+    for each, keywords in (entry.get("callbacks") or {}).items():
+        if each not in _lora_methods():
+            raise UsageError(f"{owner}callbacks has {each!r}; choose from {', '.join(_lora_methods())}.")
+        require_mapping(owner.rstrip(": "), f"callbacks.{each}", keywords)
+        callbacks[each] = {**callbacks.get(each, {}), **(keywords or {})}
+    if "gelora" in entry:
+        gelora = {**(gelora or {}), **(entry["gelora"] or {})}
+    known = sorted(set(inspect.signature(gelora_ranks).parameters) - _GELORA_SET_BY_US)
+    if unknown := sorted(set(gelora or {}) - set(known)):
+        raise UsageError(f"{owner}gelora has {unknown}; use {', '.join(known)}.")
+    method = replace(method, callbacks=callbacks or None, gelora=gelora)
+    config = asdict(LoRAProConfig(**method.settings)) if method.is_lora_pro else {}
+    stated = {"lora_pro": method.is_lora_pro, **config, **(method.adapter or {})}
+    try:
+        require_compatible(method.make_callbacks(), stated)
+    except TypeError as error:
+        raise UsageError(f"{owner}{error} (YAML needs a point in numbers: 1.0e-8).") from error
+    except ValueError as error:
+        raise UsageError(f"{owner}{error}") from error
+    return method
 
 
 def _adapter(name: str, adapter: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ class PlannedRun:
     """One training."""
 
     task: TaskSettings
-    rank: int | None  # full fine-tuning has none, and its run serves every rank
+    rank: int | None  # full fine-tuning has none, GeLoRA chooses its own: one run serves every rank
     method: ComparedMethod
     learning_rate: float  # the highest of its schedule
     seed: int  # decides order, initial values and dropout
@@ -52,7 +52,7 @@ def plan(settings: CompareSettings) -> list[PlannedRun]:
     for task in settings.tasks:
         for seed in settings.seeds:
             for method in settings.methods:
-                for rank in task.ranks if method.adapter is not None else (None,):
+                for rank in task.ranks if method.has_rank else (None,):
                     for rate in task.learning_rates.get(method.name, method.learning_rates):
                         own = {"task": task.decides(), "rank": rank, "learning_rate": rate, "seed": seed}
                         key = digest({**decisive[method.name], **own})

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback, get_scheduler
+from transformers import Trainer, TrainerCallback, get_scheduler
 from transformers.trainer_callback import PrinterCallback
 
 from lorapro_hf.commands.common.meters import state_bytes
@@ -37,7 +37,7 @@ from lorapro_hf.commands.compare.tasks.base import LoadedTask, to_device
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.optim.lora_pro import unwrap_optimizer
 from lorapro_hf.trainer.arguments import LoRAProTrainingArguments
-from lorapro_hf.trainer.trainer import LoRAProTrainer
+from lorapro_hf.trainer.trainer import LoRAProTrainerMixin
 
 GRADIENT_BATCHES = 4  # of the first that the run trains on: LoRA-GA starts from their gradients
 _STEP_SEEDS = 1_000_003
@@ -80,8 +80,17 @@ class _StepTimes(TrainerCallback):
         return time.perf_counter()
 
 
-class RunTrainer(LoRAProTrainer):
-    """A `LoRAProTrainer` that takes the batches of a run in their order and leaves the head to an optimizer of its own.
+class _TaskTrainer(Trainer):
+    """A `Trainer` with the loss of a task."""
+
+    task: LoadedTask
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.task.loss_of(model, inputs)[0]
+
+
+class RunTrainer(LoRAProTrainerMixin, _TaskTrainer):
+    """Takes the batches of a run in their order and leaves the head to an optimizer of its own.
 
     The gradient of the head is clipped to `max_head_norm`; 0 for no clipping.
     """
@@ -91,7 +100,7 @@ class RunTrainer(LoRAProTrainer):
     ) -> None:
         examples = [task.sets["train"][index] for step in task.order(run.seed) for index in step]
         super().__init__(train_dataset=examples, data_collator=task.collate, **kwargs)
-        self.task, self.seed, self.head, self.max_head_norm = task, run.seed, head, max_head_norm
+        self.task, self.run, self.head, self.max_head_norm = task, run, head, max_head_norm
         self.losses: list[float] = []
         if head is not None:
             rate = task.settings.head_learning_rate
@@ -102,23 +111,29 @@ class RunTrainer(LoRAProTrainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The examples as they are: they are in their order already."""
         dataset: Any = self.train_dataset
-        return DataLoader(dataset, batch_size=self.args.train_batch_size, collate_fn=self.data_collator)
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss of the task, which is also stored."""
-        loss, _ = self.task.loss_of(model, inputs)
-        self.losses.append(float(loss.detach()))
-        if not math.isfinite(self.losses[-1]):
-            raise _DivergedError
-        return loss
+        def collate(examples: list[Any]) -> Any:
+            return to_device(self.task.collate(examples), self.model)
+
+        return DataLoader(dataset, batch_size=self.args.train_batch_size, collate_fn=collate)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The optimizer of the method, after its callbacks have prepared the model."""
+        method = self.run.method
+        if self.optimizer is None and not method.is_lora_pro:
+            self.optimizer = build(method.optimizer, self.model, self.run.learning_rate, method.settings)
+        return super().create_optimizer(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As the parent, with fixed dropout masks, and a step of the head."""
+        """As the parent, with fixed dropout masks, a step of the head, and the loss stored."""
         # methods that draw numbers of their own must not change the dropout of later steps
-        torch.manual_seed(self.seed * _STEP_SEEDS + self.state.global_step)
+        torch.manual_seed(self.run.seed * _STEP_SEEDS + self.state.global_step)
         if self.head is not None:
             self.head.requires_grad_(True)  # only now: the method's optimizer is built and does not hold the head
         loss: Tensor = super().training_step(*args, **kwargs)
+        self.losses.append(float(loss))
+        if not math.isfinite(self.losses[-1]):
+            raise _DivergedError
         if self.head is not None:
             if self.max_head_norm > 0.0:  # apart, so that the step does not depend on what else a method trains
                 nn.utils.clip_grad_norm_(self.head.parameters(), self.max_head_norm)
@@ -202,12 +217,11 @@ def _trainer(
                 warnings.filterwarnings("ignore", "Full backward hook")  # PEFT's, on a model whose inputs need no grads
                 loss.backward()
 
-    adapted = make_trainable(model, run, layers, settings.scaling, take_gradients)
+    on_device = (to_device(task.collate(batch), model) for batch in batches)
+    adapted = make_trainable(model, run, layers, settings.scaling, take_gradients, on_device)
     record.examples = task.digest
     record.data = digest([[list(example["input_ids"]) for example in batch] for batch in batches])
     record.adapted_layers = len(layers)
-    method = run.method
-    optimizer = None if method.is_lora_pro else build(method.optimizer, adapted, run.learning_rate, method.settings)
     trainer = RunTrainer(
         task,
         run,
@@ -215,8 +229,7 @@ def _trainer(
         settings.max_grad_norm,
         model=adapted,
         args=_training_arguments(run, settings, times.device),
-        callbacks=[times],
-        optimizers=(optimizer, None),
+        callbacks=[times, *run.method.make_callbacks()],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

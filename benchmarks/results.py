@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from lorapro_hf.config import TRUST_REGION
-from lorapro_hf.optim.memory import readable_bytes
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -49,14 +48,13 @@ def title(comparison: Summary) -> str:
 
 def spread(values: Mapping[str, float | None], form: str) -> str:
     """Mean and standard deviation over the seeds."""
-    return " ± ".join(format(values[name], form) for name in ("mean", "std") if values[name] is not None)
+    return "±".join(format(values[name], form) for name in ("mean", "std") if values[name] is not None)
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     """A table of Markdown."""
-    lines = [list(header), *map(list, rows)]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = ["| " + " | ".join(line) + " |" for line in (list(header), *map(list, rows))]
+    return "\n".join([lines[0], f"|{'---|' * (lines[0].count(' | ') + 1)}", *lines[1:]])
 
 
 def loss(row: Method) -> str:
@@ -89,9 +87,18 @@ def without_references(comparison: Summary) -> Summary:
 
 
 def answers(comparisons: list[Summary]) -> str:
-    """The fraction of right answers where there are some."""
+    """The fraction of right answers of LoRA, LoRA-Pro and full fine-tuning, and the range of all methods."""
     found = [each for each in comparisons if any(ANSWERS & (row["test"] or {}).keys() for row in each["methods"])]
-    return by_method(found, {"": right})
+    means = [
+        row["test"][min(ANSWERS & row["test"].keys())]["mean"]
+        for each in found
+        for row in each["methods"]
+        if row["learning_rate"] is not None
+    ]
+    main = [
+        {**each, "methods": [row for row in each["methods"] if row["method"] in (LORA, *OURS, FULL)]} for each in found
+    ]
+    return f"{by_method(main, {'': right})}\n\nAll methods are between {min(means):.1%} and {max(means):.1%}."
 
 
 def closed(comparisons: list[Summary]) -> str:
@@ -142,12 +149,12 @@ def costs(comparison: Summary) -> str:
             row["title"],
             f"{row['cost']['step_ms']:.0f}",
             f"{row['cost']['optimizer_ms']:.1f}",
-            readable_bytes(row["cost"]["state_bytes"]),
+            f"{row['cost']['state_bytes'] / 2**20:.1f}",
         ]
         for row in comparison["methods"]
         if row["learning_rate"] is not None
     ]
-    return table(["method", "step, ms", "optimizer, ms", "optimizer state"], rows)
+    return table(["method", "step, ms", "optimizer, ms", "state, MiB"], rows)
 
 
 def evenness(comparison: Summary) -> str:
@@ -212,25 +219,22 @@ PAGE_TEXT = """# Results
 <!-- Written by benchmarks/results.py from the summaries in results and pictures/gradient_gap.json. -->
 
 Methods are trained at several learning rates under {seeds} seeds, on the same batches in the same order: {runs}. \
-These are short trainings of small models that fit on two CPU cores. They show how fast methods learn at their own \
-best rate, not how a large model ends after thousands of steps. Nobody has run `configs/compare/gpu.yaml` or the \
-recipes in `configs/paper/` on large models yet.
+These are short trainings of small models on two CPU cores. They show how fast methods learn at their own best rate, \
+not how a large model ends. Nobody has run `configs/compare/gpu.yaml` or `configs/paper/` on large models yet.
 
-`make compare-small` and its siblings make the runs again, with a report of all rates and seeds in `runs/`, and \
-rewrite this page. The summaries: [small](results/small/summary.json), [long](results/long/summary.json), \
-[ranks](results/ranks/summary.json), [whole](results/whole/summary.json), [limits](results/limits/summary.json), \
-[costs](results/costs/summary.json).
+`make compare-small` and its siblings make the runs again and rewrite this page. The summaries have all rates and \
+seeds: [small](results/small/summary.json), [long](results/long/summary.json), [ranks](results/ranks/summary.json), \
+[whole](results/whole/summary.json), [limits](results/limits/summary.json), [costs](results/costs/summary.json).
 
 ## Test loss
 
-The table shows mean ± standard deviation at each method's best learning rate (in brackets), which a validation set \
-has chosen. **Bold**: better than tuned LoRA on every seed; *italic*: worse on every seed. ↓, ↑: the rate ends its \
-grid, so a better one may lie beyond. The first blocks of SmolLM2-135M, with a vocabulary cut to size, learn word \
-problems and code; MiniLM learns docstrings.
+Mean ± standard deviation at the learning rate (in brackets) with the best validation loss. **Bold**: better than \
+tuned LoRA on every seed; *italic*: worse on every seed. ↓, ↑: the rate ends its grid, so a better one may lie beyond. \
+The first blocks of SmolLM2-135M, with a smaller vocabulary, learn word problems and code; MiniLM learns docstrings.
 
 {losses}
 
-The reference losses are those of the untrained model and of a unigram model:
+Reference losses:
 
 {references}
 
@@ -247,7 +251,7 @@ up to {gap[largest_step_error]:.1e}.
 
 ## Right answers
 
-This is the accuracy on docstrings at the learning rates of the first table.
+The accuracy on docstrings at the same rates:
 
 {answers}
 
@@ -260,16 +264,15 @@ itself. The default limit would shorten most of these steps, so LoRA-Pro has a w
 
 ## The limit of a step
 
-The table compares limits of the [trust region](how_it_works.md#linear-and-sequential) in mode `full`. The default, \
-{default}, was chosen on these same tasks, by validation loss and by the range of usable rates: the modes `full` and \
-`factored` have one more tuned setting than the other methods. The first table has LoRA and full fine-tuning.
+These are limits of the [trust region](how_it_works.md#linear-and-sequential) in mode `full`. The default, {default}, \
+was chosen on these same tasks: the modes `full` and `factored` have one more tuned setting than the other methods.
 
 {limits}
 
 ## Cost
 
-The times are medians of {steps} steps on {timed}, in one process, at the rate that was best in `compare-small`. \
-{evenness} [Memory and speed](speed.md) has the times of large models.
+The times are medians of {steps} steps on {timed}, in one process, at the best rate. {evenness} \
+[Memory and speed](speed.md) has the times of large models.
 
 {costs}
 

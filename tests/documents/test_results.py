@@ -76,8 +76,8 @@ def test_losses_say_who_is_better_than_lora_and_which_rates_end_their_grid(progr
     content = summary()
     content["comparisons"][0]["methods"][2]["at_edge"] = "highest"
     page = made(program, small=content)
-    assert "| pro full paper | *1.100 ± 0.050* (0.001 ↑) |" in page and "| lora | 1.000 ± 0.050 (0.01) |" in page
-    assert "| pro full linear | **0.560 ± 0.050** (0.003) |" in page
+    assert "| pro full paper | *1.100±0.050* (0.001 ↑) |" in page and "| lora | 1.000±0.050 (0.01) |" in page
+    assert "| pro full linear | **0.560±0.050** (0.003) |" in page
 
 
 def test_a_method_that_never_finished_is_shown_and_one_that_is_not_compared_is_not(program):

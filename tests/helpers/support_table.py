@@ -25,8 +25,6 @@ The tests try each layer, setting and way of training below in each mode and wit
 - **works**: the first step equals that of a dense float64 formula, the next steps lower the loss, and PEFT loads the \
 saved adapter with the same output. AdamW trains the other parameters of the setting.
 - **refused**: an exception before the first step names the layer or setting and the remedy.
-
-[Several processes](distributed.md) and [precision](precision.md) have pages of their own.
 """
 
 # The methods of other libraries that are wrapped or overridden: library, owner, name and what LoRA-Pro adds.
@@ -96,15 +94,16 @@ def versions() -> list[str]:
 
 def replaced() -> list[str]:
     """The methods of other libraries that are wrapped or overridden."""
-    rows = [f"| `{name}` of `{owner}` | {adds} |" for _, owner, name, adds in REPLACED]
+    owners: dict[str, list[str]] = {}
+    for _, owner, name, _ in REPLACED:
+        owners.setdefault(owner, []).append(f"`{name}`")
     releases = " and ".join(dict.fromkeys(tested(library) for library, *_ in REPLACED))
     return [
-        "LoRA-Pro wraps or overrides these methods, although their libraries do not document them as an extension "
-        f"point. It is tested with {releases}. It refuses a release without one of them with an error that names it.",
+        "LoRA-Pro wraps or overrides these methods, which their libraries do not document as an extension point. A "
+        f"release without one of them is refused by name. Tested releases: {releases}. "
+        "[The list](../tests/helpers/support_table.py) says what each of them adds.",
         "",
-        "| method | addition of LoRA-Pro |",
-        "|---|---|",
-        *rows,
+        *(f"- `{owner}`: {', '.join(names)}" for owner, names in owners.items()),
     ]
 
 

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from lorapro_hf import gelora_ranks
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}"
@@ -160,14 +163,22 @@ def write_speech(folder: Path, count: int = 6, rate: int = 8000) -> None:
     (folder / "train.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
+def write_ranks(model: Any, file: Path) -> None:
+    """Write ranks for the layers of a language model, as `lorapro ranks` does."""
+    tokens = torch.randint(4, model.config.vocab_size, (64, 8))
+    file.write_text(json.dumps(gelora_ranks(model, [{"input_ids": tokens}])), encoding="utf-8")
+
+
 def main(folder: str) -> None:
     """Write all models and data below a folder."""
     root = Path(folder)
     transformers.set_seed(0)
-    for name, (model, processor) in {**text_models(), **perception_models()}.items():
+    made = {**text_models(), **perception_models()}
+    for name, (model, processor) in made.items():
         model.save_pretrained(root / "models" / name)
         processor.save_pretrained(root / "models" / name)
     write_texts(root / "data")
+    write_ranks(made["llama"][0], root / "data" / "lora_config.json")
     write_pictures(root / "data" / "images")
     write_speech(root / "data" / "speech")
 

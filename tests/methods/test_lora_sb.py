@@ -281,7 +281,18 @@ def test_two_ranks_train_as_one_and_resume_to_the_bit(tmp_path, nursery, setting
             torch.testing.assert_close(whole[0][name] @ whole[0][A], B @ alone[A], rtol=2e-2, atol=2e-5)
 
 
+def test_the_flag_trains_as_the_callback_does(whole, tmp_path):
+    settings = {"lora_pro_init": "lora_sb_fixed", "lora_pro_init_samples": 8, "lora_pro_init_step_size": 1e-3}
+    trainer = trainer_of(tmp_path, callbacks=[], **settings)
+    trainer.train()
+    assert_same(trainer.model.state_dict(), whole[1].model.state_dict())
+
+
 def test_what_cannot_be_combined_is_refused(whole, tmp_path):
+    with pytest.raises(ValueError, match=r"lora_pro_init='lora_sb_fixed': .* Set lora_pro=False"):
+        trainer_of(tmp_path, callbacks=[], lora_pro=True, lora_pro_init="lora_sb_fixed")
+    with pytest.raises(ValueError, match="'lora_sb' was given twice"):
+        trainer_of(tmp_path, lora_pro_init="lora_sb_fixed").train()
     with pytest.raises(ValueError, match=r"'lora_sb' cannot be combined with lora_pro=True: .* Set lora_pro=False"):
         trainer_of(tmp_path, lora_pro=True).train()
     with pytest.raises(ValueError, match="combined with gradient_start: LoRA-SB has a start of its own"):

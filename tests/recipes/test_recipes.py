@@ -36,7 +36,7 @@ NO_RECIPES = {"accelerate", "compare", "smoke"}
 SMALLER = {
     *("model_name_or_path", "output_dir", "use_cpu", "report_to", "disable_tqdm", "logging_steps", "max_steps"),
     *("dataset_name", "dataset_config_name", "train_file", "train_dir", "validation_split_percentage"),
-    *("max_train_samples", "max_eval_samples", "max_length", "max_source_length", "lora_r"),
+    *("max_train_samples", "max_eval_samples", "max_length", "max_source_length", "lora_r", "lora_config"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     "dataloader_num_workers",
 }
@@ -87,7 +87,9 @@ def test_recipe_opens_with_its_launch_line_and_one_override(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OTHERS_SLOW)
-def test_settings_parse_and_the_override_of_the_comment_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_parse_and_the_override_of_the_comment_too(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parse = RecipeParser.parse
     read: list[Any] = []
 
@@ -97,6 +99,10 @@ def test_settings_parse_and_the_override_of_the_comment_too(name: str, monkeypat
 
     monkeypatch.setattr(RecipeParser, "parse", parse_only)
     program = script(read_recipe(CONFIGS / name)[SCRIPT])
+    ranks = read_recipe(CONFIGS / name).get("lora_config")
+    if ranks is not None:  # its comment says how to make the file
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / ranks).write_text('{"r": 4}')
     line = next(x for x in (CONFIGS / name).read_text().splitlines() if f"{name} --" in x)
     override = line.partition(name)[2].split()
     for more in ([], override):

@@ -29,7 +29,9 @@ from lorapro_hf.methods.gradient_starts import (
     fresh_pairs,
 )
 
-_PLAIN_ADAMW = "LoRA-SB trains R alone, by AdamW. Set lora_pro=False (--no_lora_pro)."
+FIXED = "lora_sb_fixed"
+"""LoRA-SB among the values of `lora_pro_init`."""
+PLAIN_ADAMW = "LoRA-SB trains R alone, by AdamW. Set lora_pro=False (--no_lora_pro)."
 
 
 class CoreOfB(nn.Module):
@@ -214,9 +216,10 @@ class LoRASB(GradientStart):
     trainer = LoRAProTrainer(model, args, train_dataset=data, callbacks=[LoRASB()])
     ```
 
-    Checkpoints hold the factors and R, saved adapters are plain LoRA. A trainer adds this method by itself to a model
-    on which `add_lora_sb` was called. Under DDP set `ddp_broadcast_buffers=False` unless the model has running
-    statistics: each forward pass would send the fixed factors.
+    `lora_pro_init="lora_sb_fixed"` in the arguments does the same. Checkpoints hold the factors and R, saved adapters
+    are plain LoRA. A trainer adds this method by itself to a model on which `add_lora_sb` was called. Under DDP set
+    `ddp_broadcast_buffers=False` unless the model has running statistics: each forward pass would send the fixed
+    factors.
 
     Args:
         samples: as for `GradientStart`.
@@ -227,7 +230,7 @@ class LoRASB(GradientStart):
     name: ClassVar[str] = "lora_sb"
     has_state: ClassVar[bool] = True
     conflicts: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(("lora_pro=True", *(f"mode={mode}" for mode in MODES)), _PLAIN_ADAMW),
+        **dict.fromkeys(("lora_pro=True", *(f"mode={mode}" for mode in MODES)), PLAIN_ADAMW),
         "gradient_start": "LoRA-SB has a start of its own. Leave out lora_pro_init or GradientStart.",
     }
 

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from lorapro_hf.config import LoRAProConfig, check_choice
 from lorapro_hf.diagnostics.settings import check_gap_layers, check_gap_max_bytes
 from lorapro_hf.methods.gradient_starts import SAMPLES, SPECTRAL_NORM, STARTS, check_samples, check_step_size
+from lorapro_hf.methods.lora_sb import FIXED, PLAIN_ADAMW
 from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.optim.rules import rule_of
 from lorapro_hf.trainer.callback import LoRAProCallback
@@ -101,8 +102,9 @@ class LoRAProTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Write the factors of a new training from the gradients of its first samples: by LoRA-One, or by "
-            "the signs that LoRA-SB takes. Also while LoRA-Pro is off.",
-            "choices": [*STARTS],
+            "the signs that LoRA-SB takes. Also while LoRA-Pro is off. lora_sb_fixed is LoRA-SB itself, which then "
+            "trains a matrix between the fixed factors, and needs --no_lora_pro.",
+            "choices": [*STARTS, FIXED],
         },
     )
     lora_pro_init_samples: int | None = field(
@@ -112,7 +114,7 @@ class LoRAProTrainingArguments(TrainingArguments):
     lora_pro_init_step_size: float | None = field(
         default=None,
         metadata={
-            "help": "Spectral norm of the first change of each weight (lora_one), or change of each element (lora_sb). "
+            "help": "Spectral norm of the first change of each weight (lora_one), or change of each element (others). "
             f"By default the spectral norm is {SPECTRAL_NORM}."
         },
     )
@@ -150,11 +152,15 @@ class LoRAProTrainingArguments(TrainingArguments):
 
     def _check_start(self) -> None:
         if self.lora_pro_init is not None:
-            check_choice("lora_pro_init", self.lora_pro_init, STARTS)
+            check_choice("lora_pro_init", self.lora_pro_init, (*STARTS, FIXED))
+        if self.lora_pro_init == FIXED and self.lora_pro:
+            raise ValueError(f"lora_pro_init={FIXED!r}: {PLAIN_ADAMW}")
         for name, check in (("lora_pro_init_samples", check_samples), ("lora_pro_init_step_size", check_step_size)):
             if (value := getattr(self, name)) is not None:
                 if self.lora_pro_init is None:
-                    raise ValueError(f"{name} would be ignored: set lora_pro_init to {' or '.join(STARTS)}, too.")
+                    raise ValueError(
+                        f"{name} would be ignored: set lora_pro_init to {', '.join(STARTS)} or {FIXED}, too."
+                    )
                 check(value, name)
 
     def get_warmup_steps(self, num_training_steps: int) -> int:
@@ -168,7 +174,7 @@ class LoRAProTrainingArguments(TrainingArguments):
         if self.lora_pro_init is not None and isinstance(trainer, Trainer) and not hasattr(trainer, "lora_pro_config"):
             raise ValueError(
                 f"{type(trainer).__name__} does not read lora_pro_init={self.lora_pro_init!r}. Use LoRAProTrainer or "
-                f"LoRAProTrainerMixin, or leave it out and give callbacks=[GradientStart({self.lora_pro_init!r})]."
+                "LoRAProTrainerMixin, or leave it out and call init_from_gradients or add_lora_sb before the trainer."
             )
         if self.lora_pro and isinstance(trainer, Trainer) and _trains_without(trainer):
             logger.warning(

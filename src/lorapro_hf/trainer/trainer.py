@@ -17,7 +17,7 @@ from lorapro_hf.diagnostics.settings import GAP_MAX_BYTES
 from lorapro_hf.distributed.engines import require_configuration, settle_clipping
 from lorapro_hf.factors.pairs import find_lora_pairs
 from lorapro_hf.methods.gradient_starts import SAMPLES, GradientStart
-from lorapro_hf.methods.lora_sb import LoRASB, lora_sb_layers
+from lorapro_hf.methods.lora_sb import FIXED, LoRASB, lora_sb_layers
 from lorapro_hf.optim.groups import require_same_pairs
 from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.optim.memory import readable_bytes
@@ -115,14 +115,14 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
     def _add_start(self) -> None:
         """Add the method that `lora_pro_init` names, and that of a model with LoRA-SB."""
         args = self.args
+        if isinstance(args, LoRAProTrainingArguments) and args.lora_pro_init is not None:
+            samples, size = args.lora_pro_init_samples or SAMPLES, args.lora_pro_init_step_size
+            is_fixed = args.lora_pro_init == FIXED
+            method = LoRASB(samples, size) if is_fixed else GradientStart(args.lora_pro_init, samples, size)
+            method.progress = not args.disable_tqdm
+            self.callback_handler.callbacks.insert(0, method)  # other methods see the factors of the start
         if lora_sb_layers(self.model) and not any(isinstance(method, LoRASB) for method in self.lora_methods):
             self.add_callback(LoRASB())
-        if not isinstance(args, LoRAProTrainingArguments) or args.lora_pro_init is None:
-            return
-        samples = args.lora_pro_init_samples or SAMPLES
-        method = GradientStart(args.lora_pro_init, samples, args.lora_pro_init_step_size)
-        method.progress = not args.disable_tqdm
-        self.callback_handler.callbacks.insert(0, method)  # other methods see the factors of the start
 
     @property
     def deepspeed(self) -> Any:

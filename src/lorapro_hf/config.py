@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lorapro_hf.utils.text_files import shortened, shown
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MODES = ("full", "full_8bit", "factored", "spectral", "rite", "efficient")
 X_MODES = ("sylvester", "zero", "symmetric")
@@ -23,7 +26,9 @@ def check_choice(name: str, value: object, valid: Sequence[object]) -> None:
     """Raise a `ValueError` that lists the valid values if `value` is not one of them."""
     if value not in valid:
         listed = ", ".join(repr(choice) for choice in valid)
-        raise ValueError(f"{name}={shown(value)} is unknown; valid values are {listed}.")
+        close = get_close_matches(shortened(str(value)).lower(), [each for each in valid if isinstance(each, str)], n=1)
+        nearest = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{name}={shown(value)} is unknown; valid values are {listed}.{nearest}")
 
 
 def _setting(default: Any, help: str, choices: tuple[str, ...] = (), *, mode: str | None = None) -> Any:
@@ -155,6 +160,11 @@ class LoRAProConfig:
         mode="rite",
     )
 
+    def __new__(cls, *_: Any, **settings: Any) -> Self:
+        """Refuse an unknown keyword with the nearest name, which a dataclass does not tell."""
+        _require_known(settings, [setting.name for setting in fields(cls)])
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         for setting in fields(self):
             if "choices" in setting.metadata:
@@ -234,6 +244,13 @@ def _require_known(names: Iterable[str], known: Sequence[str], beside: Sequence[
     """Raise a `ValueError` for an unknown name; the message suggests the nearest name, also among those in `beside`."""
     unknown = sorted(set(names) - set(known), key=str)
     if unknown:
-        close = get_close_matches(shortened(str(unknown[0])), (*known, *beside), n=1)
+        name = shortened(str(unknown[0]))
+        if "clip" in name or "grad_norm" in name:
+            raise ValueError(
+                f"{shown(unknown)} are no LoRA-Pro settings. max_grad_norm of the trainer's arguments clips gradients, "
+                "or clip_grad_norm_ in a loop, before the projection; in mode 'rite' rite_clip limits them instead."
+            )
+        bare = name.removeprefix("lora_pro_").removeprefix("lorapro_")  # as trainers name their arguments
+        close = get_close_matches(bare, (*known, *beside), n=1)
         nearest = f" (did you mean {close[0]!r}?)" if close and close[0] not in unknown else ""
         raise ValueError(f"{shown(unknown)} are no LoRA-Pro settings{nearest}; the settings are {list(known)}.")

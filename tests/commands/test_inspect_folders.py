@@ -213,6 +213,16 @@ def test_what_a_checkpoint_holds(root: Path):
     assert report.settings is not None and report.settings["mode"] == "factored"
 
 
+def test_settings_of_the_mode_are_shown_and_those_of_others_are_not(root: Path, tmp_path: Path):
+    settings = {"max_steps": 1, "save_strategy": "steps", "lora_pro_mode": "rite", "lora_pro_rite_escape": True}
+    args = arguments(tmp_path, LoRAProTrainingArguments, **settings)
+    build(LoRAProTrainer, args, adapted("plain", root / "base")).train()
+    code, screen, report = inspected(tmp_path / "checkpoint-1")
+    assert code == 0 and "LoRA-Pro, mode rite, rite_escape=True," in " ".join(screen.split())
+    assert report.settings is not None and {"rite_escape", "rite_clip", "update"} <= report.settings.keys()
+    assert "spectral_iterations" not in report.settings
+
+
 def test_a_checkpoint_of_another_optimizer(copied: Callable[[str], Path]):
     folder = copied("plain") / "checkpoint-1"
     weight = nn.Parameter(torch.zeros(2))

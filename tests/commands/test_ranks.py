@@ -114,7 +114,9 @@ def test_conversations_pairs_and_images(
         ("llama", ["--data", "build/smoke/data/mnli.jsonl"], "name those to read by --text_columns"),
         ("llama", ["--data", "text.jsonl", "--text_columns", "txt"], "there is no column txt"),
         ("t5", ["--data", "text.jsonl"], "name both columns by --text_columns"),
-        ("vit", ["--data", "build/smoke/data/images"], "12 distinct points"),
+        ("vit", ["--data", "build/smoke/data/images"], "on --data build/smoke/data/images: vit."),
+        ("vit", ["--data", "build/smoke/data/images"], "sequences, or --pooling tokens."),
+        ("llama", ["--data", "text.jsonl", "--max_points", "5"], "--max_points 5 must be a whole number of at least"),
         ("llama", ["--data", "build/smoke/data/images"], "cannot load the model build/smoke/models/llama"),
     ],
 )

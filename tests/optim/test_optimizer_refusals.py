@@ -47,7 +47,7 @@ def construct(**changes):
         ({"lr": -1.0}, "lr=-1.0"),
         ({"lr": float("nan")}, "lr=nan"),
         ({"lr": float("inf")}, "lr=inf"),
-        ({"lr": None}, "lr=None must be a finite number"),
+        ({"lr": None}, "lr=None must be a finite number of at least 0, such as 2e-5"),
         ({"betas": 0.9}, "betas=0.9 must be two numbers"),
         ({"config": {"mode": "slow"}}, "mode='slow' is unknown"),
         ({"betas": (0.9, 1.0)}, "betas="),
@@ -104,7 +104,10 @@ def test_bad_construction(changes, message):
         ({"mode": "rite", "rite_escape": 2}, "rite_escape=2 is unknown; valid values are True, False"),
         ({"rtol": 2.0}, r"rtol=2.0 must be a number in \[0, 1\)"),
         ({"rtol": "1e-6"}, r"rtol='1e-6' must be a number in \[0, 1\)"),
+        ({"mode": "factord"}, r"mode='factord' is unknown; valid .*\. Did you mean 'factored'\?"),
         ({"modus": "full"}, r"\['modus'\] are no LoRA-Pro settings \(did you mean 'mode'\?\); the settings are \["),
+        ({"lora_pro_mode": "full"}, r"\['lora_pro_mode'\] are no .* \(did you mean 'mode'\?\)"),
+        ({"mode": "rite", "gradient_clip": 1.0}, r"\['gradient_clip'\] are no .* max_grad_norm .* 'rite' rite_clip"),
         ({"lr": 1e-3}, r"\['lr'\] are no LoRA-Pro settings; the settings are \['mode'"),
     ],
 )
@@ -117,6 +120,11 @@ def test_bad_config(settings, message):
 def test_settings_of_a_wrong_kind(config):
     with pytest.raises(TypeError, match="must be a LoRAProConfig or a dictionary of its settings such as"):
         create_lorapro_optimizer(LINEAR.build(), lr=1e-2, config=config)
+
+
+def test_an_unknown_keyword_gets_the_nearest_name():
+    with pytest.raises(ValueError, match=r"\['lora_pro_mode'\] are no LoRA-Pro settings \(did you mean 'mode'\?\)"):
+        LoRAProConfig(lora_pro_mode="full")
 
 
 def test_config_round_trip():
@@ -137,6 +145,8 @@ def test_different_moments_settings_for_one_pair_are_refused_in_full_mode():
     ("settings", "message"),
     [
         ({"modus": "full"}, r"\['modus'\] are no LoRA-Pro settings \(did you mean 'mode'\?\); the settings are \["),
+        ({"lora_pro_mode": "full"}, r"\['lora_pro_mode'\] are no LoRA-Pro settings \(did you mean 'mode'\?\)"),
+        ({"max_grad_norm": 1.0}, r"\['max_grad_norm'\] are no LoRA-Pro settings\. max_grad_norm of the trainer's arg"),
         ({"weigth_decay": 0.1}, r"\['weigth_decay'\] are no LoRA-Pro settings \(did you mean 'weight_decay'\?\)"),
         ({"mode": "full", "config": {}}, r"config= and mode= both hold settings of LoRA-Pro\. Put all of them"),
         ({"trust_region": 3}, "trust_region=3 must be a fraction below 1"),

@@ -49,6 +49,12 @@ def refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
     [
         ("run_glue.py", [*SST2], "there is nothing to do: set --do_train, --do_eval or --do_predict"),
         ("run_glue.py", [*SST2, "--lora_rank", "8"], "--lora_rank is no option of run_glue.py; did you mean"),
+        (
+            "run_glue.py",
+            [*SST2, "--gradient_clip", "1"],
+            "--gradient_clip is no option of run_glue.py; --max_grad_norm",
+        ),
+        ("run_glue.py", [*GLUE, "--dataset_name", __file__], "is a file: name it by --train_file"),
         ("run_glue.py", [*SST2, "--xyz=3"], "--xyz=3 is no option of run_glue.py; --help lists them"),
         ("run_glue.py", [*GLUE, "--do_train"], "name the data: --dataset_name, or --train_file and --validation_file"),
         ("run_glue.py", [*GLUE, "--train_file", "no.csv", "--do_train"], "--train_file no.csv: there is no such file"),

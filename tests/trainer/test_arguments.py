@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
@@ -176,3 +177,9 @@ def test_each_setting_of_the_config_is_said_once():
         assert setting.metadata["help"] and own[f"lora_pro_{name}"].metadata == told
         assert own[f"lora_pro_{name}"].default == setting.default
         assert LoRAProTrainingArguments.__annotations__[f"lora_pro_{name}"] == LoRAProConfig.__annotations__[name]
+
+
+def test_bf16_without_a_gpu_for_it_is_refused_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(ValueError, match=r"bf16=True needs a GPU .* Set use_cpu=True \(--use_cpu\).*--bf16 false"):
+        LoRAProTrainingArguments(str(tmp_path), bf16=True)

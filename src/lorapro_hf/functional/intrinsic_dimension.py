@@ -39,9 +39,10 @@ def intrinsic_dimension(points: Tensor, discard_fraction: float = 0.1) -> float:
     count = len(distinct)
     kept = int(count * (1 - discard_fraction))
     if count < MIN_POINTS or kept < 2:
+        lower = f", or lower discard_fraction={discard_fraction:g}" if kept < 2 <= MIN_POINTS <= count else ""
         raise ValueError(
             f"{count} distinct points, of which {kept} are kept, are too few: give at least {MIN_POINTS} distinct "
-            "points (several hundred for a standard error of a few percent), or lower discard_fraction."
+            f"points (several hundred for a standard error of a few percent){lower}."
         )
     x = _log_ratios(distinct).sort().values[:kept]
     if not bool(x.any()):

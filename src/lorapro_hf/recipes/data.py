@@ -50,6 +50,11 @@ class DataArguments:
         )
         if self.dataset_name is not None and self._files():
             raise UsageError("--dataset_name and --train_file (or another file) exclude each other.")
+        if self.dataset_name is not None and Path(self.dataset_name).is_file():
+            raise UsageError(
+                f"--dataset_name {self.dataset_name} is a file: name it by --train_file (and others by "
+                "--validation_file and --test_file)."
+            )
         if not 0 < self.validation_split_percentage < 100:
             raise UsageError(f"--validation_split_percentage {self.validation_split_percentage} is not in (0, 100).")
 

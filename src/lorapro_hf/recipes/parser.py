@@ -72,6 +72,10 @@ class RecipeParser(HfArgumentParser):
 
     def _alike(self, option: str) -> str:
         names = sorted({name.replace("-", "_").replace("__", "--", 1) for name in self._option_string_actions})
+        if "clip" in option and "--max_grad_norm" in names:
+            return (
+                "; --max_grad_norm limits the norm of all gradients, and --lora_pro_rite_clip takes its place in rite."
+            )
         close = difflib.get_close_matches(option, names, n=3)
         return f"; did you mean {' or '.join(close)}?" if close else "; --help lists them."
 

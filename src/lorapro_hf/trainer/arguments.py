@@ -148,7 +148,15 @@ class LoRAProTrainingArguments(TrainingArguments):
         rule_of(config)  # validates the rest
         if self.lora_pro:  # before DeepSpeed's configuration takes the limit over
             settle_max_grad_norm(self, config)
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if "support bf16" not in str(error):
+                raise
+            raise ValueError(
+                "bf16=True needs a GPU that computes in bfloat16, and this machine has none. Set use_cpu=True "
+                "(--use_cpu) to train on the CPU, or bf16=False (--bf16 false)."
+            ) from error
 
     def _check_start(self) -> None:
         if self.lora_pro_init is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,8 @@ def _settings(name: str) -> dict[str, Any] | None:
     if not Path(name, SETTINGS_FILE).is_file():
         return None
     try:
-        return load_lora_pro_config(name).to_dict()
+        config = load_lora_pro_config(name)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    of_mode = (setting for setting in fields(config) if setting.metadata.get("mode", config.mode) == config.mode)
+    return {setting.name: getattr(config, setting.name) for setting in of_mode}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lorapro_hf.checkpoints.files import OPTIMIZER, STATE, read_optimizer_state
 from lorapro_hf.checkpoints.manifest import MANIFEST
 from lorapro_hf.checkpoints.resume import checkpoints_in, find_flaw, require_same_training
 from lorapro_hf.commands.inspect.report import ENGINE, Checkpoint
+from lorapro_hf.config import LoRAProConfig
 
 
 def read_checkpoints(folders: Sequence[Path]) -> list[Checkpoint]:
@@ -76,5 +77,6 @@ def _optimizer(file: Path) -> dict[str, Any]:
             "mode": group["lora_pro_mode"],
             "moments_dtype": group.get("moments_dtype", "float32"),
             "master_factors": bool(group.get("master_factors")),
+            **{setting.name: group[setting.name] for setting in fields(LoRAProConfig) if setting.name in group},
         }
     return {"optimizer": kind, "settings": settings, "stepped_tensors": len(state["state"])}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -12,6 +13,7 @@ from lorapro_hf.checkpoints.adapters import PREFIX
 from lorapro_hf.checkpoints.manifest import MANIFEST
 from lorapro_hf.checkpoints.resume import newest_complete
 from lorapro_hf.commands.inspect.report import Checkpoint, Report
+from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.hub.describe import layer_kind
 from lorapro_hf.optim.memory import readable_bytes
 
@@ -75,8 +77,8 @@ def _state(found: Checkpoint) -> str:
     parts = [found.optimizer]
     if "mode" in settings:
         parts.append(f"mode {settings['mode']}")
-        parts += ["moments in bfloat16"] if settings["moments_dtype"] == "bfloat16" else []
-        parts += ["master factors"] if settings["master_factors"] else []
+        defaults = {setting.name: setting.default for setting in fields(LoRAProConfig)} | {"mode": settings["mode"]}
+        parts += [f"{name}={value}" for name, value in settings.items() if defaults.get(name, value) != value]
     return ", ".join([*parts, f"{found.stepped_tensors} tensors", f"learning rate {settings['learning_rate']:.3g}"])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from math import ceil
@@ -21,6 +22,8 @@ from lorapro_hf.options import UsageError, require_packages
 from lorapro_hf.recipes.files import read_images
 from lorapro_hf.recipes.model import ModelArguments, load_model, load_processor, load_tokenizer
 from lorapro_hf.utils.text_files import write_text
+
+_KEYWORD = re.compile(r'\b(rank_floor|alpha_over_r|max_points|pooling)="?([\w.+-]*\w)"?')
 
 
 def choose_ranks(arguments: argparse.Namespace) -> int:
@@ -46,7 +49,7 @@ def choose_ranks(arguments: argparse.Namespace) -> int:
         rows = list(tqdm(chain([first], found), "blocks", disable=None))
         config = lora_keywords(model, rows, arguments.rank_floor, arguments.alpha_over_r)
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(_of_options(str(error), arguments)) from error
     finally:
         shown.close()
     write_text(arguments.output, json.dumps(config, indent=2) + "\n")
@@ -60,6 +63,12 @@ def choose_ranks(arguments: argparse.Namespace) -> int:
         own = f"--lora_config {arguments.output} --lora_r {config['r']} --lora_alpha {config['lora_alpha']}"
         print(f"\nSettings: {arguments.output}. Train with them: lorapro train RECIPE {own}")
     return 0
+
+
+def _of_options(message: str, arguments: argparse.Namespace) -> str:
+    """The message of `gelora_ranks` with the options of the command in the place of its keywords."""
+    found = _KEYWORD.sub(r"--\1 \2", message).replace("blocks=[...]", "blocks=[...] of lorapro_hf.gelora_ranks")
+    return found if found.startswith("--") else f"{arguments.model} on --data {arguments.data}: {found}"
 
 
 def _prepared(arguments: argparse.Namespace, settings: ModelArguments) -> tuple[Any, Iterable[Any], int]:

@@ -26,7 +26,7 @@ from lorapro_hf.recipes.parser import RecipeParser, read_recipe
 
 # What a page's reader is told to have, or has from another library; each block gets it afresh.
 ASSUMED = {
-    "README.md": "Trainer SFTTrainer torch model data args peft_config A B grad_A grad_B scaling",
+    "README.md": "Trainer SFTTrainer torch base_model data args peft_config A B grad_A grad_B scaling",
     "docs/index.md": "base_model data",
     "docs/choosing.md": "model data",
     "docs/training.md": "torch model data args loader",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, default_data_collator
@@ -16,6 +18,7 @@ from transformers import Trainer, default_data_collator
 import lorapro_hf
 from lora_layers import ALL_ROWS
 from lorapro_hf import GradientStart, LoRAProTrainer, LoRAProTrainingArguments, find_lora_pairs, init_from_gradients
+from lorapro_hf.methods import base
 from lorapro_hf.methods.gradient_starts import first_batches
 from processes import run
 from trainer_helpers import arguments, assert_same, build, logged, tiny_base
@@ -381,6 +384,15 @@ def test_the_loss_is_that_of_the_trainer(tmp_path, started):
             seen[f"{pair.name}.lora_B.default.weight"] @ seen[f"{pair.name}.lora_A.default.weight"] for seen in started
         )
         assert (one + other).norm() < 1e-3 * one.norm()
+
+
+def test_an_engine_is_refused_with_the_way_around_it(monkeypatch):
+    state = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    monkeypatch.setattr(base, "is_initialized", lambda: True)
+    monkeypatch.setattr(base, "AcceleratorState", lambda: state)
+    way = r"cannot work under FSDP.*--num_train_epochs 0 .*--adapter_name_or_path start"
+    with pytest.raises(RuntimeError, match=way):
+        base.require_compatible([GradientStart()], {})
 
 
 def test_a_plain_trainer_and_a_trainer_that_generates(tmp_path):

@@ -133,6 +133,22 @@ def test_twin_trains(name: str, inputs: Path, tmp_path: Path, monkeypatch: pytes
     check_adapter(tmp_path / "out", program)
 
 
+@pytest.mark.slow
+def test_a_start_alone_makes_an_adapter_that_trains_as_the_start_does(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way to a start under engines that refuse it, as their message says."""
+    monkeypatch.chdir(inputs)
+    main, start = script("run_sft.py").main, tmp_path / "start"
+    words = [str(SMOKE / "smollm2-135m-lora-one.yaml"), "--do_eval", "false", "--lora_pro_init_samples", "4"]
+    main([*words, "--output_dir", str(tmp_path / "whole")])
+    main([*words, "--max_steps", "0", "--num_train_epochs", "0", "--output_dir", str(start)])
+    words = [str(SMOKE / "smollm2-135m.yaml"), "--do_eval", "false", "--adapter_name_or_path", str(start)]
+    main([*words, "--output_dir", str(tmp_path / "continued")])
+    whole, continued = factors(tmp_path / "whole"), factors(tmp_path / "continued")
+    assert all(torch.equal(values, continued[name]) for name, values in whole.items())
+
+
 LLAMA, DATA = f"{INPUTS}/models/llama", f"{INPUTS}/data"
 SST2 = ["--train_file", f"{DATA}/sst2.jsonl", "--validation_file", f"{DATA}/sst2.jsonl", "--do_eval"]
 SIZES = {"vocab_size": 260, "pad_token_id": 0}

@@ -60,6 +60,8 @@ class LoRAMethod(TrainerCallback):
     has_state: ClassVar[bool] = True
     """Whether a training resumes only with `state_dict`. False for a method such as a faster forward pass: checkpoints
     with and without it resume alike."""
+    without_engine: ClassVar[str] = "Train on one process or with DDP, or leave out the method."
+    """What to do instead of using the method under DeepSpeed or FSDP, for the refusal."""
 
     _is_led = False  # a trainer calls before_training and forward_context
     _hooks: Sequence[Any] = ()
@@ -214,7 +216,7 @@ def require_compatible(methods: Sequence[LoRAMethod], settings: Mapping[str, Any
     if methods and is_initialized() and AcceleratorState().distributed_type in _ENGINES:
         raise RuntimeError(
             f"the method {names[0]!r} cannot work under {AcceleratorState().distributed_type.value}, which keeps "
-            "parameters or gradients to itself. Train on one process or with DDP, or leave out the method."
+            f"parameters or gradients to itself. {methods[0].without_engine}"
         )
 
 

@@ -209,6 +209,10 @@ class GradientStart(LoRAMethod):
 
     name: ClassVar[str] = "gradient_start"
     has_state: ClassVar[bool] = False
+    without_engine: ClassVar[str] = (
+        "Let one process write the start alone (--num_train_epochs 0 --output_dir start), and train its adapter "
+        "(--adapter_name_or_path start) without lora_pro_init."
+    )
     progress = True
     """Whether the first rank shows a bar over the layers."""
 

@@ -21,6 +21,7 @@ from lorapro_hf.config import MODES
 from lorapro_hf.factors.pairs import LoRAPair, address, find_lora_pairs
 from lorapro_hf.factors.recording import holders_of_factors
 from lorapro_hf.factors.weight_gradients import LossFunction
+from lorapro_hf.methods.base import LoRAMethod
 from lorapro_hf.methods.gradient_starts import (
     SAMPLES,
     FirstStep,
@@ -229,6 +230,7 @@ class LoRASB(GradientStart):
 
     name: ClassVar[str] = "lora_sb"
     has_state: ClassVar[bool] = True
+    without_engine: ClassVar[str] = LoRAMethod.without_engine
     conflicts: ClassVar[dict[str, str]] = {
         **dict.fromkeys(("lora_pro=True", *(f"mode={mode}" for mode in MODES)), PLAIN_ADAMW),
         "gradient_start": "LoRA-SB has a start of its own. Leave out lora_pro_init or GradientStart.",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lorapro_hf.methods.gelora import gelora_ranks
     from lorapro_hf.methods.gradient_starts import GradientStart, init_from_gradients
     from lorapro_hf.methods.lora_sb import LoRASB, add_lora_sb, fold_lora_sb
+    from lorapro_hf.methods.mgpo import MGPOCallback
     from lorapro_hf.optim.factory import LoRAProOptimizerFactory, create_lorapro_optimizer
     from lorapro_hf.optim.lora_pro import LoRAProAdamW
     from lorapro_hf.optim.memory import StateTooLargeError
@@ -61,6 +62,7 @@ __all__ = [
     "LoRAProTrainerMixin",
     "LoRAProTrainingArguments",
     "LoRASB",
+    "MGPOCallback",
     "StateTooLargeError",
     "add_lora_sb",
     "attach_deepspeed",
@@ -100,6 +102,7 @@ _HOMES = {
     "LoRAProTrainerMixin": "trainer.trainer",
     "LoRAProTrainingArguments": "trainer.arguments",
     "LoRASB": "methods.lora_sb",
+    "MGPOCallback": "methods.mgpo",
     "StateTooLargeError": "optim.memory",
     "add_lora_sb": "methods.lora_sb",
     "attach_deepspeed": "deepspeed.engine",

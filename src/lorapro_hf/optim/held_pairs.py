@@ -134,6 +134,16 @@ class HeldPairs(torch.optim.Optimizer):
             moments.adopt(self.state)
         return moments
 
+    def held_states(self) -> list[tuple[Stack, StackState]]:
+        """The pairs that this rank steps, in stacks, each with its state; those that have been stepped or loaded."""
+        self._current_ownership()
+        begun = [stack for stack in self._stacks if any(self.state.get(pair.A) for pair in stack.pairs)]
+        return [(stack, self._moments_of(stack)) for stack in begun]
+
+    def total_over_owners(self, values: Tensor) -> Tensor:
+        """Sum values in place over the ranks that share the pairs; all of them call it."""
+        return self._current_ownership().total(values)
+
     @property
     def _whole_groups(self) -> Groups:
         """All param groups, also while an engine has cut them down in its step."""

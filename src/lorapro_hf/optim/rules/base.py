@@ -298,6 +298,22 @@ class UpdateRule(ABC):
         """
         return None
 
+    def weight_moment(self, stack: Stack, state: StackState) -> tuple[Tensor, Tensor]:
+        """The first moment as a movement `leftᵀ right` of the weights, `left` `(K, 2r, m)` and `right` `(K, 2r, n)`.
+
+        Methods that act along the momentum ask for it between two steps.
+
+        Raises:
+            ValueError: the rule keeps no first moment.
+        """
+        raise ValueError(f"mode {self.name!r} keeps no first moment. Use mode 'efficient' or 'full'.")
+
+    def factor_moment(self, stack: Stack, state: StackState) -> Rows:
+        """The first moment of the factors' gradients, `s Bᵀ M` and `s M Aᵀ` for a moment M of the weights."""
+        left, right = self.weight_moment(stack, state)
+        factors, s = stack.read(), stack.scaling()[:, None, None]
+        return Rows(s * ((factors.B @ left.mT) @ right), s * ((factors.A @ right.mT) @ left))
+
     # ---- the optimizer and the commands call these ----
 
     @property
@@ -363,6 +379,12 @@ def stepped_factors(read: StackGradient, state: StackState, rtol: float | None) 
     if factors is read.factors:
         return factors, read.bases
     return factors, Bases(*row_bases(list(factors), rtol))
+
+
+def moment_of_product(factors: Rows, of_factors: Rows, scaling: Tensor) -> tuple[Tensor, Tensor]:
+    """How `s B A` moves along moments of its factors: `s (M_B A + B M_A)`, as `left` and `right` of `weight_moment`."""
+    s = scaling[:, None, None]
+    return torch.cat([s * of_factors.B, s * factors.B], dim=-2), torch.cat([factors.A, of_factors.A], dim=-2)
 
 
 def matrix_shapes(pair: LoRAPair) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lorapro_hf.factors.pairs import LoRAPair
-from lorapro_hf.factors.stacks import Gradient, NativeGradient, Rows, StackGradient
+from lorapro_hf.factors.stacks import Gradient, NativeGradient, Rows, Stack, StackGradient
 from lorapro_hf.functional.bases import compute_dtype, row_basis
 from lorapro_hf.functional.factor_steps import change_through, select
 from lorapro_hf.functional.step_options import Group, Rates, StepOptions
 from lorapro_hf.kernels.dense import fused_adamw
-from lorapro_hf.optim.rules.base import StackState, StateSpec, UpdateRule
+from lorapro_hf.optim.rules.base import StackState, StateSpec, UpdateRule, moment_of_product
 from lorapro_hf.optim.rules.native import native_options, step_natively
 
 
@@ -33,6 +33,14 @@ class Efficient(UpdateRule):
             for side, shape in (("A", pair.shape_A), ("B", pair.shape_B))
             for name in ("exp_avg", "exp_avg_sq")
         ]
+
+    def weight_moment(self, stack: Stack, state: StackState) -> tuple[Tensor, Tensor]:
+        """The movement of B A along the moments of the factors."""
+        return moment_of_product(stack.read(), self.factor_moment(stack, state), stack.scaling())
+
+    def factor_moment(self, stack: Stack, state: StackState) -> Rows:
+        """The moments of the projected gradients."""
+        return stack.rows(state["A", "exp_avg"], state["B", "exp_avg"])
 
     def check_groups(self, name: str, of_A: Group, of_B: Group) -> None:
         """Nothing: each factor has moments of its own."""

@@ -10,15 +10,15 @@ from lorapro_hf.factors.stacks import NativeGradient, Rows, StackGradient
 from lorapro_hf.functional.bases import compute_dtype
 from lorapro_hf.functional.factored import FactoredState, factored_step
 from lorapro_hf.functional.step_options import Group, StepOptions
-from lorapro_hf.optim.rules.base import PairState, RowsOf, StackState, StateSpec, UpdateRule, matrix_shapes
+from lorapro_hf.optim.rules.base import PairState, RowsOf, StackState, StateSpec, matrix_shapes
 from lorapro_hf.optim.rules.native import native_options, step_natively
-from lorapro_hf.optim.rules.tangent import first_moment, stepped_coordinates
+from lorapro_hf.optim.rules.tangent import TangentMoment, first_moment, stepped_coordinates
 
 _LARGEST = 1e15  # the mode sums squares of gradients; beyond this norm the sums overflow in float32
 _BLOCK_ELEMENTS = 2**20  # of a matrix of the size of a weight that diagnostics form at a time
 
 
-class Factored(UpdateRule):
+class Factored(TangentMoment):
     """The factors step along Adam's direction of the weight, a product of rank 2r."""
 
     name = "factored"

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lorapro_hf.config import MOMENTS_DTYPES
 from lorapro_hf.factors.pairs import LoRAPair
-from lorapro_hf.factors.stacks import Gradient, NativeGradient, Rows, StackGradient
+from lorapro_hf.factors.recording import row_blocks
+from lorapro_hf.factors.stacks import Gradient, NativeGradient, Rows, Stack, StackGradient
 from lorapro_hf.functional.bases import (
     ALL_DIRECTIONS,
     Bases,
@@ -18,6 +19,7 @@ from lorapro_hf.functional.bases import (
     compute_dtype,
     factor_gradients_,
     outside_,
+    row_bases,
     row_basis,
 )
 from lorapro_hf.functional.factor_steps import linear_step, sequential_step
@@ -37,6 +39,7 @@ from lorapro_hf.optim.rules.native import native_options, step_kernel
 
 # Arrays of a tile: gradient, direction, and the moments and codes in transit where they are not stored as computed.
 _TILE_ARRAYS = 10
+_FIRST = ("exp_avg", "exp_avg_absmax")
 
 
 class Full(UpdateRule):
@@ -110,6 +113,18 @@ class Full(UpdateRule):
             entries=read.stack.entries(read.pair_ids),
             backend=self.config.backend,
         )
+
+    def weight_moment(self, stack: Stack, state: StackState) -> tuple[Tensor, Tensor]:
+        """The part of the dense moment that both factors can follow, `P_B M + (I − P_B) M P_A`."""
+        A, B = row_bases(list(stack.read()), self.config.rtol)
+        through_B, through_A = torch.zeros_like(A.rows), torch.zeros_like(B.rows)
+        for entry in range(len(through_B)):
+            stored = {name: tensor[entry] for (_, name), tensor in state.tensors.items() if name in _FIRST}
+            for rows in row_blocks(stored["exp_avg"]):
+                block = _stored_moment(stored, "exp_avg", rows, stack.dtype)
+                through_B[entry].addmm_(B.rows[entry, :, rows], block)
+                through_A[entry, :, rows] = A.rows[entry] @ block.mT
+        return torch.cat([B.rows, outside_(through_A, B)], dim=-2), torch.cat([through_B, A.rows], dim=-2)
 
     def intended_direction(self, gradient: RowsOf, A: Tensor, B: Tensor, state: PairState, group: Group) -> RowsOf:
         """Adam's direction from the stored moments."""

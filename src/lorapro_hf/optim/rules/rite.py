@@ -12,12 +12,12 @@ from lorapro_hf.factors.stacks import Gradient, NativeGradient, Rows, StackGradi
 from lorapro_hf.functional.bases import compute_dtype
 from lorapro_hf.functional.rite import RiteGuards, RiteState, rite_step, unmagnified_norms
 from lorapro_hf.functional.step_options import StepOptions
-from lorapro_hf.optim.rules.base import StackState, StateSpec, UpdateRule, matrix_shapes
+from lorapro_hf.optim.rules.base import StackState, StateSpec, matrix_shapes
 from lorapro_hf.optim.rules.native import native_options, step_natively
-from lorapro_hf.optim.rules.tangent import stepped_coordinates
+from lorapro_hf.optim.rules.tangent import TangentMoment, stepped_coordinates
 
 
-class Rite(UpdateRule):
+class Rite(TangentMoment):
     """Each factor steps along its gradient without the magnitude of the other, preconditioned by r x r moments."""
 
     name = "rite"

@@ -10,14 +10,14 @@ from lorapro_hf.factors.stacks import NativeGradient, Rows, StackGradient
 from lorapro_hf.functional.bases import compute_dtype
 from lorapro_hf.functional.spectral import LENGTH, SpectralState, spectral_step
 from lorapro_hf.functional.step_options import Group, StepOptions
-from lorapro_hf.optim.rules.base import PairState, RowsOf, StackState, StateSpec, UpdateRule, matrix_shapes
+from lorapro_hf.optim.rules.base import PairState, RowsOf, StackState, StateSpec, matrix_shapes
 from lorapro_hf.optim.rules.native import native_options, step_natively
-from lorapro_hf.optim.rules.tangent import first_moment, stepped_coordinates
+from lorapro_hf.optim.rules.tangent import TangentMoment, first_moment, stepped_coordinates
 
 _BLOCK_ELEMENTS = 2**20  # of a matrix of the size of a weight that diagnostics form at a time
 
 
-class Spectral(UpdateRule):
+class Spectral(TangentMoment):
     """The factors step along the polar factor of the momentum, projected on their tangent space."""
 
     name = "spectral"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lorapro_hf.factors.stacks import Rows, StackGradient
-from lorapro_hf.functional.bases import Bases, Coordinates, RowBasis, outside_, row_basis
-from lorapro_hf.optim.rules.base import MASTER, PairState, StackState, stepped_factors
+from lorapro_hf.factors.stacks import Rows, Stack, StackGradient
+from lorapro_hf.functional.bases import Bases, Coordinates, RowBasis, outside_, row_bases, row_basis
+from lorapro_hf.optim.rules.base import MASTER, PairState, StackState, UpdateRule, stepped_factors
 
 
 def stepped_coordinates(read: StackGradient, state: StackState, rtol: float | None) -> tuple[Rows, Bases, Coordinates]:
@@ -26,6 +26,16 @@ def first_moment(A: Tensor, B: Tensor, state: PairState, rtol: float | None) -> 
     of_B = row_basis(state[1].get(MASTER, B).to(A.dtype).mT.contiguous(), rtol)
     left = torch.cat([_polar(of_B).mT, state[1]["exp_avg"]], dim=1)
     return left, torch.cat([state[0]["exp_avg"], _polar(of_A)])
+
+
+class TangentMoment(UpdateRule):
+    """A rule whose first moment is `B̂ M_a + M_b Â`, with the polar factors of the stepped factors."""
+
+    def weight_moment(self, stack: Stack, state: StackState) -> tuple[Tensor, Tensor]:
+        """The moment itself; in mode rite it is preconditioned."""
+        of_A, of_B = map(_polar, row_bases(list(state.factors(stack.read())), self.config.rtol))
+        left, right = [of_B, state["B", "exp_avg"]], [state["A", "exp_avg"], of_A]
+        return torch.cat(left, dim=-2), torch.cat(right, dim=-2)
 
 
 def _polar(basis: RowBasis) -> Tensor:

@@ -473,7 +473,40 @@ def test_two_ranks_take_the_steps_of_one(nursery: Nursery, tmp_path: Path, mode:
     assert_same(two[0], one, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("lora_pro", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_the_flag_makes_the_method_and_the_card_names_it(tmp_path, lora_pro):
+    settings = {"max_steps": 2, "save_strategy": "no", "lora_pro": lora_pro}
+    by_flag = trainer_of(tmp_path, None, mgpo_rho="5e-1", mgpo_beta=0.8, **settings)
+    by_flag.train()
+    by_callback = trainer_of(tmp_path, MGPOCallback(0.5, 0.8), **settings)
+    by_callback.train()
+    assert_same(factors(by_flag), factors(by_callback))
+    if lora_pro:
+        by_flag.create_model_card()
+        assert "rho 0.5, beta 0.8, target weight, sign -1" in (tmp_path / "README.md").read_text()
+
+
 # ---- refused ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mgpo_rho": 0}, r"mgpo_rho=0\.0 must be a positive number"),
+        ({"mgpo_rho": 0.1, "mgpo_beta": 2}, r"mgpo_beta=2\.0 must be at least 0"),
+        ({"mgpo_beta": 0.9}, "mgpo_beta would be ignored: set mgpo_rho, too"),
+        ({"mgpo_rho": "far"}, "mgpo_rho='far' must be a number"),
+    ],
+)
+def test_flags_without_a_meaning(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, LoRAProTrainingArguments, **settings)
+
+
+def test_a_plain_trainer_does_not_read_the_flag(tmp_path):
+    args = arguments(tmp_path, LoRAProTrainingArguments, lora_pro=False, mgpo_rho=0.1)
+    with pytest.raises(ValueError, match=r"Trainer does not read mgpo_rho=0.1. .* callbacks=\[MGPOCallback\(0.1\)\]"):
+        build(Trainer, args).train()
 
 
 @pytest.mark.parametrize(
@@ -519,6 +552,10 @@ def test_adapters_and_layers_that_cannot_be_changed():
         ValueError, match=r"MGPO cannot change its forward pass, because PEFT merges .* Leave it out of"
     ):
         MGPOCallback().before_training(ROWS["MultiheadAttention"].build(), None)
+    compiled = network()
+    compiled.compile(backend="eager")
+    with pytest.raises(ValueError, match=r"a compiled model: compiled code would keep the change of its first step"):
+        MGPOCallback().before_training(compiled, None)
 
 
 def test_other_methods_and_states_of_other_trainings(tmp_path):

@@ -85,15 +85,16 @@ def add_to_weight(pair: LoRAPair, left: Tensor, right: Tensor, is_on: WithGradie
     if hasattr(pair.layer, "parameter_name") or variant.startswith("Dora"):
         replace_factors(pair, lambda: _extended(pair, left, right), is_on, hooks)
         return
-    cast: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+    cast: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def beside(_: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor | None:
         if not _acts(pair, is_on):
             return None
-        if output.dtype not in cast:
-            cast[output.dtype] = left.to(output.dtype), right.to(output.dtype)
+        where = output.device, output.dtype
+        if where not in cast:
+            cast[where] = left.to(output), right.to(output)
         with torch.autocast(output.device.type, enabled=False):
-            return _plus(output, args[0] if args else kwargs["x"], *cast[output.dtype], pair)
+            return _plus(output, args[0] if args else kwargs["x"], *cast[where], pair)
 
     handle = pair.layer.register_forward_hook(beside, with_kwargs=True, prepend=True)
     hooks.callback(handle.remove)

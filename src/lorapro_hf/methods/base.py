@@ -119,6 +119,10 @@ class LoRAMethod(TrainerCallback):
         """
         return contextlib.nullcontext()
 
+    def described(self) -> dict[str, str]:
+        """The method's settings for the model card: its name in words, and their values."""
+        return {}
+
     # ---- the calls of a Trainer ----
 
     def on_train_begin(

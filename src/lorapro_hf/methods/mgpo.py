@@ -26,6 +26,7 @@ RHO, BETA = 0.05, 0.9
 LARGEST = 10.0
 """Of the factor by which small gradients lengthen the perturbation of a weight."""
 _SB = "LoRA-SB trains one matrix between fixed factors, which has no such moment. Leave out one of the two."
+_COMPILED = "compiled code would keep the change of its first step. Leave out torch_compile and model.compile()."
 
 _Install = Callable[[WithGradients, ExitStack], None]
 
@@ -50,7 +51,11 @@ class MGPOCallback(LoRAMethod):
     In modes `full`, `factored` and `spectral` of LoRA-Pro v is their moment of the weight itself, in `full` its part
     that the factors can follow; A and B then move by its gradients `s Bᵀ v`, `s v Aᵀ`. The moment of mode `rite` is
     preconditioned, and that of `efficient` is of the projected gradients. Experts and groups of a convolution count as
-    one weight. Several active adapters each add a change. Under DoRA the change goes into the norm, too.
+    one weight. Several active adapters each add a change. Under DoRA the change goes into the norm, too. A
+    second layer with the same weight but no adapter computes with the weight as it is.
+
+    With `LoRAProTrainingArguments(mgpo_rho=0.05)` the trainer makes one itself. The paper takes ρ = .05 and β = .9 for
+    GLUE, and ρ = .01, β = .8 and Adam's β1 = .8 for generation.
 
     A loop of your own that goes on from a checkpoint calls `watch(optimizer)` once the optimizer has its state.
 
@@ -63,11 +68,12 @@ class MGPOCallback(LoRAMethod):
 
     Raises:
         ValueError: a number out of range, or an unknown target. Later: an optimizer without a first moment, a merged
-            adapter, or a layer whose forward pass cannot be changed (`nn.MultiheadAttention`, shared factors).
+            adapter, a compiled model, or a layer whose forward pass cannot be changed (`nn.MultiheadAttention`, shared
+            factors).
     """
 
     name: ClassVar[str] = "mgpo"
-    conflicts: ClassVar[dict[str, str]] = {"lora_sb": _SB}
+    conflicts: ClassVar[dict[str, str]] = {"lora_sb": _SB, "torch_compile=True": _COMPILED}
 
     def __init__(self, rho: float = RHO, beta: float = BETA, target: str = "weight", sign: int | None = None) -> None:
         check_choice("target", target, TARGETS)
@@ -89,6 +95,8 @@ class MGPOCallback(LoRAMethod):
         """Find the pairs, and refuse those whose forward pass cannot be changed."""
         pairs = find_lora_pairs(model)
         require_perturbable(pairs, "MGPO")
+        if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
+            raise ValueError(f"MGPO changes the forward pass of a compiled model: {_COMPILED}")
         self._model, self._optimizer, self._changes, self._norms = model, None, None, []
         self._stacks = stacks_of(pairs)
         sizes = [len(stack.pairs) for stack in self._stacks] if self._of_weight else [1]
@@ -175,6 +183,10 @@ class MGPOCallback(LoRAMethod):
         for average, saved in zip(self._averages, state["gradient_norms"], strict=True):
             average.copy_(saved)
         self._changes = None
+
+    def described(self) -> dict[str, str]:
+        """All settings."""
+        return {"LoRA-MGPO": f"rho {self.rho:g}, beta {self.beta:g}, target {self.target}, sign {self.sign:+d}"}
 
     def _names(self) -> list[str]:
         return [f"{pair.name}.{pair.adapter_name}" for stack in self._stacks for pair in stack.pairs]

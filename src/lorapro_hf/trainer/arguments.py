@@ -14,6 +14,7 @@ from lorapro_hf.config import LoRAProConfig, check_choice
 from lorapro_hf.diagnostics.settings import check_gap_layers, check_gap_max_bytes
 from lorapro_hf.methods.gradient_starts import SAMPLES, SPECTRAL_NORM, STARTS, check_samples, check_step_size
 from lorapro_hf.methods.lora_sb import FIXED, PLAIN_ADAMW
+from lorapro_hf.methods.mgpo import BETA, check_beta, check_rho
 from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.optim.rules import rule_of
 from lorapro_hf.trainer.callback import LoRAProCallback
@@ -119,6 +120,20 @@ class LoRAProTrainingArguments(TrainingArguments):
         },
     )
 
+    mgpo_rho: float | None = field(
+        default=None,
+        metadata={
+            "help": "Take gradients at weights that lie off by this length along the momentum (LoRA-MGPO). Also while "
+            "LoRA-Pro is off. By default at the weights themselves."
+        },
+    )
+    mgpo_beta: float | None = field(
+        default=None,
+        metadata={
+            "help": f"Decay of the average norm of the gradients that mgpo_rho is divided by. By default {BETA}."
+        },
+    )
+
     def __post_init__(self) -> None:
         for name in ("lora_pro", "lora_pro_master_factors", "lora_pro_rite_escape", "lora_pro_check_memory"):
             if not isinstance(getattr(self, name), bool):
@@ -137,13 +152,14 @@ class LoRAProTrainingArguments(TrainingArguments):
         if self.lora_pro_gap_max_bytes is not None:
             check_gap_max_bytes(self.lora_pro_gap_max_bytes, _GAP)
         numbers = ("rtol", "trust_region", "rite_clip", "rite_skip", "init_step_size")
-        for name in (f"lora_pro_{number}" for number in numbers):
+        for name in (*(f"lora_pro_{number}" for number in numbers), "mgpo_rho", "mgpo_beta"):
             if (value := getattr(self, name)) is not None:
                 try:
                     setattr(self, name, float(value))  # YAML reads 1e-6, without a dot, as text
                 except (TypeError, ValueError) as error:
                     raise ValueError(f"{name}={value!r} must be a number, or be left out.") from error
         self._check_start()
+        self._check_mgpo()
         config = self.lora_pro_config
         rule_of(config)  # validates the rest
         if self.lora_pro:  # before DeepSpeed's configuration takes the limit over
@@ -171,11 +187,19 @@ class LoRAProTrainingArguments(TrainingArguments):
                     )
                 check(value, name)
 
+    def _check_mgpo(self) -> None:
+        if self.mgpo_rho is not None:
+            check_rho(self.mgpo_rho, "mgpo_rho")
+        elif self.mgpo_beta is not None:
+            raise ValueError("mgpo_beta would be ignored: set mgpo_rho, too.")
+        if self.mgpo_beta is not None:
+            check_beta(self.mgpo_beta, "mgpo_beta")
+
     def get_warmup_steps(self, num_training_steps: int) -> int:
         """Like the parent, but tell of settings that the trainer which calls it does not read.
 
         Raises:
-            ValueError: `lora_pro_init` is set, and the trainer would not start by it.
+            ValueError: `lora_pro_init` or `mgpo_rho` is set, and the trainer would ignore it.
         """
         # no hook tells arguments of a training, but every Trainer calls this once it has its optimizer
         trainer = sys._getframe(1).f_locals.get("self")
@@ -183,6 +207,11 @@ class LoRAProTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"{type(trainer).__name__} does not read lora_pro_init={self.lora_pro_init!r}. Use LoRAProTrainer or "
                 "LoRAProTrainerMixin, or leave it out and call init_from_gradients or add_lora_sb before the trainer."
+            )
+        if self.mgpo_rho is not None and isinstance(trainer, Trainer) and not hasattr(trainer, "lora_pro_config"):
+            raise ValueError(
+                f"{type(trainer).__name__} does not read mgpo_rho={self.mgpo_rho:g}. Use LoRAProTrainer or "
+                f"LoRAProTrainerMixin, or leave it out and give callbacks=[MGPOCallback({self.mgpo_rho:g})]."
             )
         if self.lora_pro and isinstance(trainer, Trainer) and _trains_without(trainer):
             logger.warning(

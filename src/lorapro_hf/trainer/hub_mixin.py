@@ -226,6 +226,8 @@ class HubMixin(TrainerPart):
         found["max_grad_norm"] = str(self.args.max_grad_norm)
         if self.args.bf16:
             found["mixed_precision_training"] = "bfloat16"
+        for method in self.lora_methods:
+            found |= method.described()
         return {name.replace("_", " "): value for name, value in found.items()}
 
     def _data(self) -> str:

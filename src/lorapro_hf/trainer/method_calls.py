@@ -42,11 +42,6 @@ class MethodsMixin(TrainerPart):
     _methods_load = False
 
     @property
-    def lora_methods(self) -> list[LoRAMethod]:
-        """The methods among the callbacks, in their order."""
-        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, LoRAMethod)]
-
-    @property
     def _exports(self) -> bool:
         return any(type(method).export is not LoRAMethod.export for method in self.lora_methods)
 

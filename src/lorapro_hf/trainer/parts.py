@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.methods.base import LoRAMethod
 from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
 
 if TYPE_CHECKING:
@@ -24,6 +25,11 @@ class TrainerPart(_Base):
     """The checkpoint whose weights the model has since the end of a training; `None` if it has the last step's."""
     optimizer: Any
     _lora_pro_in_checkpoint = False  # which all ranks write together
+
+    @property
+    def lora_methods(self) -> list[LoRAMethod]:
+        """The methods among the callbacks, in their order."""
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, LoRAMethod)]
 
     @property
     def _lora_pro_optimizer(self) -> LoRAProAdamW | None:

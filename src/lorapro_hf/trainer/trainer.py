@@ -18,6 +18,7 @@ from lorapro_hf.distributed.engines import require_configuration, settle_clippin
 from lorapro_hf.factors.pairs import find_lora_pairs
 from lorapro_hf.methods.gradient_starts import SAMPLES, GradientStart
 from lorapro_hf.methods.lora_sb import FIXED, LoRASB, lora_sb_layers
+from lorapro_hf.methods.mgpo import BETA, MGPOCallback
 from lorapro_hf.optim.groups import require_same_pairs
 from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
 from lorapro_hf.optim.memory import readable_bytes
@@ -113,8 +114,10 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
             find_lora_pairs(self.model)
 
     def _add_start(self) -> None:
-        """Add the method that `lora_pro_init` names, and that of a model with LoRA-SB."""
+        """Add the methods that `lora_pro_init` and `mgpo_rho` ask for, and that of a model with LoRA-SB."""
         args = self.args
+        if isinstance(args, LoRAProTrainingArguments) and args.mgpo_rho is not None:
+            self.add_callback(MGPOCallback(args.mgpo_rho, BETA if args.mgpo_beta is None else args.mgpo_beta))
         if isinstance(args, LoRAProTrainingArguments) and args.lora_pro_init is not None:
             samples, size = args.lora_pro_init_samples or SAMPLES, args.lora_pro_init_step_size
             is_fixed = args.lora_pro_init == FIXED

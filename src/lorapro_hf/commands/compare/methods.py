@@ -108,6 +108,7 @@ def _lora_pro() -> list[ComparedMethod]:
 
 _PISSA, _LORA_GA = ({"init_lora_weights": name} for name in ("pissa_niter_16", "lora_ga"))
 _LORA_ONE = {"GradientStart": {"method": "lora_one"}}
+_MGPO: Mapping[str, Mapping[str, Any]] = {"MGPOCallback": {}}
 METHODS: Mapping[str, ComparedMethod] = {
     method.name: method
     for method in (
@@ -122,8 +123,12 @@ METHODS: Mapping[str, ComparedMethod] = {
         ComparedMethod("lorarite", "LoRA-RITE", "lorarite", _LORA_RATES, clips=False, package="pytorch_optimizer"),
         ComparedMethod("lora_one", "LoRA-One", "adamw", _LORA_RATES, callbacks=_LORA_ONE),
         ComparedMethod("lora_sb", "LoRA-SB", "adamw", _LORA_RATES, callbacks={"LoRASB": {}}),
+        ComparedMethod("mgpo", "LoRA-MGPO", "adamw", _LORA_RATES, callbacks=_MGPO),
         ComparedMethod("gelora", "GeLoRA", "adamw", _LORA_RATES, gelora={}),
         *_lora_pro(),
+        ComparedMethod(
+            "pro_mgpo", "LoRA-Pro full with MGPO", "lorapro", _LIMITED_RATES, {"mode": "full"}, callbacks=_MGPO
+        ),
         ComparedMethod(FULL, "full fine-tuning", "adamw", _WEIGHT_RATES, adapter=None),
     )
 }

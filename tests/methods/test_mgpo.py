@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from grids import rest_slow
 from killable import Nursery
 from lora_layers import ALL_ROWS, DEFAULTS
 from lorapro_hf import (
@@ -360,8 +361,10 @@ def test_the_moment_of_each_mode_as_a_movement_of_the_weight(mode):
 
 # ---- in a trainer ----
 
-MODES = [("efficient", "weight"), ("full_8bit", "factors")]
-MODES += [pytest.param(mode, "weight", marks=pytest.mark.slow) for mode in ("full", "factored", "spectral", "rite")]
+MODES = rest_slow(
+    [("efficient", "weight"), (None, "weight"), ("full_8bit", "factors")]
+    + [(mode, "weight") for mode in ("full", "factored", "spectral", "rite")]
+)
 
 
 def trainer_of(folder: Path, method: Any, *more: Any, **settings: Any) -> Any:
@@ -372,7 +375,7 @@ def trainer_of(folder: Path, method: Any, *more: Any, **settings: Any) -> Any:
     return build(LoRAProTrainer, args, model=tiny_lora(lora_dropout=0.1), callbacks=callbacks)
 
 
-@pytest.mark.parametrize(("mode", "target"), [*MODES, (None, "weight")])
+@pytest.mark.parametrize(("mode", "target"), MODES)
 def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, mode, target):
     settings = {"lora_pro": False} if mode is None else {"lora_pro_mode": mode}
     whole, again = (MGPOCallback(0.5, target=target) for _ in range(2))
@@ -389,8 +392,10 @@ def test_resumed_equals_uninterrupted_to_the_bit(tmp_path, mode, target):
     assert differ(factors(plain), factors(first))
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("target", ["weight", "factors"])
+@pytest.mark.parametrize(
+    ("reentrant", "target"),
+    rest_slow([(True, "weight"), (False, "weight"), (True, "factors"), (False, "factors")]),
+)
 def test_gradient_checkpointing_changes_nothing(tmp_path, reentrant, target):
     runs = []
     for checkpointing in (False, True):

@@ -164,7 +164,9 @@ def _plus(output: Tensor, x: Tensor, left: Tensor, right: Tensor, pair: LoRAPair
         scale = getattr(pair.layer, "_get_embed_scale", lambda: None)()
         added = F.embedding(x, right.mT) @ left
         return output + (added if scale is None else added * scale.to(added.dtype))
-    added_to: Tensor = _AddProduct.apply(output, x, left, right)
+    # PEFT's last operation is a sum or a cast, which keeps no output; a copy would cost as much as both products.
+    is_own = output.grad_fn is None or output.grad_fn.name() in ("AddBackward0", "ToCopyBackward0")
+    added_to: Tensor = _AddProduct.apply(output, x, left, right, is_own and output.is_contiguous())
     return added_to
 
 
@@ -172,16 +174,20 @@ class _AddProduct(torch.autograd.Function):
     """`output + x rightᵀ left`, which keeps neither x nor what lies between."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    def forward(ctx: Any, output: Tensor, x: Tensor, left: Tensor, right: Tensor, in_place: bool) -> Tensor:
         ctx.save_for_backward(left, right)
         ctx.dtype = x.dtype
         between = x.reshape(-1, x.shape[-1]).to(output.dtype) @ right.mT
-        return torch.addmm(output.reshape(-1, output.shape[-1]), between, left).view_as(output)
+        if not in_place:
+            return torch.addmm(output.reshape(-1, output.shape[-1]), between, left).view_as(output)
+        ctx.mark_dirty(output)
+        output.view(-1, output.shape[-1]).addmm_(between, left)
+        return output
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         if not ctx.needs_input_grad[1]:
-            return dy, None, None, None
+            return dy, None, None, None, None
         left, right = ctx.saved_tensors
         dx = (dy.reshape(-1, dy.shape[-1]) @ left.mT) @ right
-        return dy, dx.view(*dy.shape[:-1], right.shape[-1]).to(ctx.dtype), None, None
+        return dy, dx.view(*dy.shape[:-1], right.shape[-1]).to(ctx.dtype), None, None, None

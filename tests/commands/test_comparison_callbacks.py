@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import get_scheduler
 
-from comparison_helpers import CPU, TINY, content, settings
+from comparison_helpers import CLASSES, CPU, TINY, content, settings
 from lorapro_hf import LoRAMethod, add_lora_sb, create_lorapro_optimizer, gelora_ranks, init_from_gradients
 from lorapro_hf.commands.compare import methods, training
 from lorapro_hf.commands.compare.methods import METHODS, method_of
@@ -81,6 +81,14 @@ def test_a_run_is_that_of_a_plain_loop(name: str, entry: dict[str, Any], task: L
     assert record.losses == loop(task, run)
     if name == "lora_sb":
         assert record.trainable == (record.adapted_layers or 0) * 2**2
+
+
+def test_chosen_ranks_need_no_labels(tmp_path: Path) -> None:
+    """The model of a classification has no loss of its own."""
+    more = {"tasks": {"t": CLASSES}, "methods": {"gelora": {**TOKENS, "learning_rates": [1e-2]}}}
+    chosen = settings(tmp_path, **more)
+    record = training.train_run(load_task(chosen.tasks[0]), plan(chosen)[0], chosen, CPU)
+    assert record.status == "finished", record.error
 
 
 class Probe(LoRAMethod):

@@ -47,12 +47,12 @@ def make_trainable(
     layers: Sequence[str],
     scaling: float,
     take_gradients: Callable[[], None],
-    batches: Iterable[Any] = (),
+    inputs: Iterable[Any] = (),
 ) -> Any:
     """The model, a PEFT model unless it is fine-tuned in full, with gradients for the parameters of the method only.
 
     PiSSA and LoRA-GA change the weights of `model`. `take_gradients` runs forward and backward passes of some training
-    batches on it, for LoRA-GA alone; `batches` are those of the training, for GeLoRA alone.
+    batches on it, for LoRA-GA alone; `inputs` are the batches of the training without labels, for GeLoRA alone.
     """
     model.requires_grad_(False)
     if run.method.adapter is None:
@@ -60,7 +60,7 @@ def make_trainable(
             model.get_submodule(name).weight.requires_grad_(True)
         return model
     if run.method.gelora is not None:
-        ranks = gelora_ranks(model, batches, alpha_over_r=scaling, **run.method.gelora)
+        ranks = gelora_ranks(model, inputs, alpha_over_r=scaling, **run.method.gelora)
     else:
         assert run.rank is not None
         ranks = {"r": run.rank, "lora_alpha": scaling * run.rank}

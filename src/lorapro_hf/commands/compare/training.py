@@ -217,8 +217,11 @@ def _trainer(
                 warnings.filterwarnings("ignore", "Full backward hook")  # PEFT's, on a model whose inputs need no grads
                 loss.backward()
 
-    on_device = (to_device(task.collate(batch), model) for batch in batches)
-    adapted = make_trainable(model, run, layers, settings.scaling, take_gradients, on_device)
+    inputs = (
+        {name: value for name, value in to_device(task.collate(batch), model).items() if name != "labels"}
+        for batch in batches
+    )
+    adapted = make_trainable(model, run, layers, settings.scaling, take_gradients, inputs)
     record.examples = task.digest
     record.data = digest([[list(example["input_ids"]) for example in batch] for batch in batches])
     record.adapted_layers = len(layers)

@@ -131,6 +131,17 @@ def test_merging_and_loading_its_own_state():
         model.load_state_dict(state)
 
 
+def test_a_refused_state_loads_nothing():
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0", "1"]))
+    add_lora_sb(model, [torch.randn(3, 4)], loss_fn=lambda model, batch: model(batch).square().sum())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = {name: 2 * value for name, value in before.items()}
+    state["base_model.model.1.lora_B.default.weight"] = torch.randn(4, 2)
+    with pytest.raises(ValueError, match=r"model\.1\.lora_B\.default\.weight is no multiple"):
+        nn.ModuleList([model]).load_state_dict({f"0.{name}": value for name, value in state.items()})
+    assert_same(dict(model.state_dict()), before)
+
+
 def test_folding_leaves_no_hook_and_a_method_does_not_pass_over_the_plain_model():
     model, method = fresh("linear"), LoRASB(1, 1e-3, loss_with("linear"))
     method.before_training(model, [0])
@@ -138,7 +149,8 @@ def test_folding_leaves_no_hook_and_a_method_does_not_pass_over_the_plain_model(
     for each in (model, copied):
         fold_lora_sb(each)
         module = each.base_model.model.body.lora_B["default"]
-        assert type(module) is nn.Linear and not module._state_dict_hooks and not module._load_state_dict_pre_hooks
+        assert type(module) is nn.Linear and not module._state_dict_hooks
+        assert not module._load_state_dict_pre_hooks and not each._load_state_dict_pre_hooks
     with pytest.raises(ValueError, match=r"already changes the weight .* which would be lost"):
         method.before_training(model, [0])
 

@@ -39,7 +39,7 @@ class CoreOfB(nn.Module):
     """Computes B, in the shape of its parameter, from the core R: `U R`."""
 
     U: Tensor
-    hooks: Sequence[Any] = ()  # of the module that holds B
+    hooks: Sequence[Any] = ()  # of the module that holds B, and of the model
 
     def __init__(self, pair: LoRAPair, U: Tensor) -> None:
         super().__init__()
@@ -106,8 +106,7 @@ def add_lora_sb(
             "add_lora_sb(model.module, batches), and wrap the model afterwards."
         )
     _require_fixable(model, fresh_pairs(model))
-    for step in first_steps(model, batches, "lora_sb", step_size, loss_fn, max_bytes, group, progress):
-        _insert_core(step)
+    _insert_cores(model, first_steps(model, batches, "lora_sb", step_size, loss_fn, max_bytes, group, progress))
 
 
 def fold_lora_sb(model: nn.Module) -> None:
@@ -166,8 +165,14 @@ def _require_fixable(model: nn.Module, pairs: Iterable[LoRAPair]) -> None:
         )
 
 
+def _insert_cores(model: nn.Module, steps: Iterable[FirstStep]) -> None:
+    hook = model.register_load_state_dict_pre_hook(_require_loadable)
+    for step in steps:
+        _insert_core(step, hook)
+
+
 @torch.no_grad()
-def _insert_core(step: FirstStep) -> None:
+def _insert_core(step: FirstStep, hook: Any) -> None:
     pair: LoRAPair = step.pair
     layer: Any = pair.layer
     module_A, module_B = layer.lora_A[pair.adapter_name], layer.lora_B[pair.adapter_name]
@@ -179,6 +184,7 @@ def _insert_core(step: FirstStep) -> None:
     module_B.weight = nn.Parameter(R)  # a new one: an optimizer or engine knows the old one by another shape
     parametrize.register_parametrization(module_B, "weight", core, unsafe=True)  # the shape changes
     core.hooks = (
+        hook,
         module_B.register_state_dict_post_hook(_save_folded),
         module_B.register_load_state_dict_pre_hook(_load_folded),
     )
@@ -192,21 +198,33 @@ def _save_folded(module: Any, state: dict[str, Any], prefix: str, _: Any) -> Non
         state[f"{prefix}weight"] = module.weight.detach()
 
 
+def _require_loadable(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse a state dict before any of its values is loaded."""
+    for name, (layer, adapter) in lora_sb_layers(model).items():
+        _loaded_core(layer.lora_B[adapter], state, f"{prefix}{name}.lora_B.{adapter}.")
+
+
 def _load_folded(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Put R in the place of B in a state dict, while U stays."""
-    core: Any = core_of(module)
-    B = state.get(f"{prefix}weight")
-    if core is None or B is None:
+    core, R = core_of(module), _loaded_core(module, state, prefix)
+    if core is None or R is None:
         return
+    del state[f"{prefix}weight"]
+    state[f"{prefix}parametrizations.weight.original"] = R
+    state[f"{prefix}parametrizations.weight.0.U"] = core.U
+
+
+def _loaded_core(module: Any, state: dict[str, Any], prefix: str) -> Tensor | None:
+    core, B = core_of(module), state.get(f"{prefix}weight")
+    if core is None or B is None:
+        return None
     R = core.core(B)
     if bool(core.U.any()) and (core(R) - B.to(R)).norm() > 0.01 * B.norm():
         raise ValueError(
             f"{prefix}weight is no multiple of the fixed factor that the model has: it is of another start or of plain "
             "LoRA. Load it into a plain LoRA model, or after fold_lora_sb(model)."
         )
-    del state[f"{prefix}weight"]
-    state[f"{prefix}parametrizations.weight.original"] = R
-    state[f"{prefix}parametrizations.weight.0.U"] = core.U
+    return R
 
 
 class LoRASB(GradientStart):
@@ -261,9 +279,11 @@ class LoRASB(GradientStart):
             return
         pairs = find_lora_pairs(model)
         _require_fixable(model, pairs)
+        steps = []
         for pair in pairs:
             U, Vt = torch.zeros_like(pair.matrix_B(pair.B.detach())), torch.zeros_like(pair.matrix_A(pair.A.detach()))
-            _insert_core(FirstStep(pair, U, U.new_zeros((*U.shape[:-2], U.shape[-1])), Vt))
+            steps.append(FirstStep(pair, U, U.new_zeros((*U.shape[:-2], U.shape[-1])), Vt))
+        _insert_cores(model, steps)
 
     def _write(self, model: nn.Module, batches: list[Any], progress: bool) -> None:
         add_lora_sb(model, batches, self.step_size, loss_fn=self.loss_fn, progress=progress)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from lorapro_hf import LoRAProTrainingArguments
 from lorapro_hf.cli import build_parser
@@ -60,7 +61,8 @@ def table(parser: argparse.ArgumentParser) -> str:
 def trainer_table() -> str:
     """The options that `LoRAProTrainingArguments` adds to those of `Trainer`, as Markdown."""
     parser = HfArgumentParser(LoRAProTrainingArguments)  # type: ignore[arg-type]
-    actions = [action for action in parser._actions if action.dest.startswith("lora_pro")]
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    actions = [action for action in parser._actions if action.dest not in {*inherited, "help"}]
     for action in actions:
         action.metavar = None if action.choices else "VALUE"
     return _table(actions)

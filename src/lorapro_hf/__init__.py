@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lorapro_hf.functional.projection import equivalent_gradient, project_lora_gradients
     from lorapro_hf.hub import create_model_card, load_lora_pro_config, push_adapter, save_adapter
     from lorapro_hf.methods import LoRAMethod
+    from lorapro_hf.methods.boosting import BoostingCallback
     from lorapro_hf.methods.gelora import gelora_ranks
     from lorapro_hf.methods.gradient_starts import GradientStart, init_from_gradients
     from lorapro_hf.methods.lora_sb import LoRASB, add_lora_sb, fold_lora_sb
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BoostingCallback",
     "GradientGapCallback",
     "GradientStart",
     "LoRAMethod",
@@ -82,6 +84,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BoostingCallback": "methods.boosting",
     "GradientGapCallback": "diagnostics",
     "GradientStart": "methods.gradient_starts",
     "LoRAMethod": "methods",

@@ -147,6 +147,16 @@ class SavedPairs(FiniteChecks):
                 if parameter in states:
                     self.state[parameter] = dict(states[parameter])
 
+    def reset_pair_state(self) -> None:
+        """Reset the state of all pairs, step counts and master copies included, to that before their first step."""
+        for pair in self.pairs:
+            for parameter in (pair.A, pair.B, *pair.tied_parameters):
+                for value in self.state.get(parameter, {}).values():
+                    value.zero_()
+        for moments in self._moments.values():
+            moments.uniform = True
+        self._consolidated = None
+
     def _state_dict_of_engine(self) -> dict[str, Any]:
         """The groups and the state of the engine's tensors: factors with state need not be in any group."""
         factors: list[Tensor] = [factor for pair in self.pairs for factor in (pair.A, pair.B)]

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from lorapro_hf.config import LoRAProConfig, check_choice
 from lorapro_hf.diagnostics.settings import check_gap_layers, check_gap_max_bytes
+from lorapro_hf.methods.boosting import check_steps_per_booster
 from lorapro_hf.methods.gradient_starts import SAMPLES, SPECTRAL_NORM, STARTS, check_samples, check_step_size
 from lorapro_hf.methods.lora_sb import FIXED, PLAIN_ADAMW
 from lorapro_hf.methods.mgpo import BETA, check_beta, check_rho
@@ -119,6 +120,13 @@ class LoRAProTrainingArguments(TrainingArguments):
             f"By default the spectral norm is {SPECTRAL_NORM}."
         },
     )
+    booster_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "XGBLoRA: after how many optimizer steps the factors become a frozen booster and fresh ones begin. "
+            "Needs an adapter of rank 1. By default never. Also while LoRA-Pro is off."
+        },
+    )
 
     mgpo_rho: float | None = field(
         default=None,
@@ -160,6 +168,8 @@ class LoRAProTrainingArguments(TrainingArguments):
                     raise ValueError(f"{name}={value!r} must be a number, or be left out.") from error
         self._check_start()
         self._check_mgpo()
+        if self.booster_steps is not None:
+            check_steps_per_booster(self.booster_steps, "booster_steps")
         config = self.lora_pro_config
         rule_of(config)  # validates the rest
         if self.lora_pro:  # before DeepSpeed's configuration takes the limit over
@@ -199,20 +209,22 @@ class LoRAProTrainingArguments(TrainingArguments):
         """Like the parent, but tell of settings that the trainer which calls it does not read.
 
         Raises:
-            ValueError: `lora_pro_init` or `mgpo_rho` is set, and the trainer would ignore it.
+            ValueError: a method is set, and the trainer would not use it.
         """
         # no hook tells arguments of a training, but every Trainer calls this once it has its optimizer
         trainer = sys._getframe(1).f_locals.get("self")
-        if self.lora_pro_init is not None and isinstance(trainer, Trainer) and not hasattr(trainer, "lora_pro_config"):
-            raise ValueError(
-                f"{type(trainer).__name__} does not read lora_pro_init={self.lora_pro_init!r}. Use LoRAProTrainer or "
-                "LoRAProTrainerMixin, or leave it out and call init_from_gradients or add_lora_sb before the trainer."
-            )
-        if self.mgpo_rho is not None and isinstance(trainer, Trainer) and not hasattr(trainer, "lora_pro_config"):
-            raise ValueError(
-                f"{type(trainer).__name__} does not read mgpo_rho={self.mgpo_rho:g}. Use LoRAProTrainer or "
-                f"LoRAProTrainerMixin, or leave it out and give callbacks=[MGPOCallback({self.mgpo_rho:g})]."
-            )
+        remedies = {
+            "lora_pro_init": "call init_from_gradients or add_lora_sb before the trainer",
+            "mgpo_rho": f"give callbacks=[MGPOCallback({self.mgpo_rho})]",
+            "booster_steps": f"give callbacks=[BoostingCallback({self.booster_steps})]",
+        }
+        if isinstance(trainer, Trainer) and not hasattr(trainer, "lora_pro_config"):
+            for name, remedy in remedies.items():
+                if (value := getattr(self, name)) is not None:
+                    raise ValueError(
+                        f"{type(trainer).__name__} does not read {name}={value!r}. Use LoRAProTrainer or "
+                        f"LoRAProTrainerMixin, or leave it out and {remedy}."
+                    )
         if self.lora_pro and isinstance(trainer, Trainer) and _trains_without(trainer):
             logger.warning(
                 "LoRAProTrainingArguments(lora_pro=True), but this %s trains without LoRA-Pro, since it does not read "

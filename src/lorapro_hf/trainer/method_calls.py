@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +140,22 @@ class MethodsMixin(TrainerPart):
                 self._forward_contexts.enter_context(method.forward_context())
         return super().compute_loss(*args, **kwargs)
 
-    def _save(self, *args: Any, **kwargs: Any) -> None:
-        """Like the parent, with the adapter that the methods export."""
+    @contextlib.contextmanager
+    def _exported(self) -> Iterator[None]:
         with contextlib.ExitStack() as exports:
             for method in self.lora_methods if self._methods_begun else ():
                 exports.enter_context(method.export(self._bare_model))
+            yield
+
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        """Like the parent, with the adapter that the methods export."""
+        with self._exported():
             super()._save(*args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> Any:
+        """Like the parent, of the adapter that the methods export."""
+        with self._exported():
+            return super().create_model_card(*args, **kwargs)
 
     def _save_rng_state(self, output_dir: str, *args: Any, **kwargs: Any) -> None:
         """Like the parent, with the state of each method."""

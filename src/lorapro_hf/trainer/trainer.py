@@ -16,6 +16,7 @@ from lorapro_hf.diagnostics.callback import GradientGapCallback
 from lorapro_hf.diagnostics.settings import GAP_MAX_BYTES
 from lorapro_hf.distributed.engines import require_configuration, settle_clipping
 from lorapro_hf.factors.pairs import find_lora_pairs
+from lorapro_hf.methods.boosting import BoostingCallback
 from lorapro_hf.methods.gradient_starts import SAMPLES, GradientStart
 from lorapro_hf.methods.lora_sb import FIXED, LoRASB, lora_sb_layers
 from lorapro_hf.methods.mgpo import BETA, MGPOCallback
@@ -107,15 +108,17 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
                 self.args.lora_pro_gap_layers,
                 self.args.lora_pro_gap_max_bytes or GAP_MAX_BYTES,
             ).attach(self)
-        self._add_start()
+        self._add_methods()
         if self.lora_pro_config is not None and self.train_dataset is not None:  # evaluation needs no trainable pair
             self._settle_deepspeed()
             require_savable(self.model)
             find_lora_pairs(self.model)
 
-    def _add_start(self) -> None:
-        """Add the methods that `lora_pro_init` and `mgpo_rho` ask for, and that of a model with LoRA-SB."""
+    def _add_methods(self) -> None:
+        """Add the methods that the arguments name, and that of a model with LoRA-SB."""
         args = self.args
+        if isinstance(args, LoRAProTrainingArguments) and args.booster_steps is not None:
+            self.add_callback(BoostingCallback(args.booster_steps))
         if isinstance(args, LoRAProTrainingArguments) and args.mgpo_rho is not None:
             self.add_callback(MGPOCallback(args.mgpo_rho, BETA if args.mgpo_beta is None else args.mgpo_beta))
         if isinstance(args, LoRAProTrainingArguments) and args.lora_pro_init is not None:

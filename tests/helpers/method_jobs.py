@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments, LoRASB, find_lora_pairs
+from lorapro_hf import BoostingCallback, LoRAProTrainer, LoRAProTrainingArguments, LoRASB, find_lora_pairs
 from lorapro_hf.methods import LoRAMethod, found_inf
 from trainer_helpers import arguments, build, factors, tiny_base, tiny_lora
 
@@ -101,3 +101,19 @@ def start(job: dict[str, Any], rank: int) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=job.get("resume"))
     model = trainer.accelerator.unwrap_model(trainer.model)
     return {name: value for name, value in model.state_dict().items() if "lora_" in name}
+
+
+def boost(job: dict[str, Any], rank: int) -> dict[str, Any]:
+    """A training by XGBLoRA on one of both blocks at a time, perhaps from a checkpoint on: what the adapter changes."""
+    config = LoraConfig(r=1, lora_alpha=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, **job["settings"]}
+    if job["ranks"] > 1:
+        settings["ddp_backend"] = "gloo"
+    args = arguments(
+        Path(job["folder"]), LoRAProTrainingArguments, per_device_train_batch_size=4 // job["ranks"], **settings
+    )
+    method = BoostingCallback(2, layers=1)
+    trainer = build(LoRAProTrainer, args, model=get_peft_model(tiny_base(), config), callbacks=[method])
+    trainer.train(resume_from_checkpoint=job.get("resume"))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return {pair.name: pair.layer.get_delta_weight("default").detach() for pair in find_lora_pairs(model)}

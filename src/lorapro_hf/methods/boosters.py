@@ -29,16 +29,22 @@ _PATCHED = ("get_delta_weight", "get_delta_factors")  # methods of PEFT's layers
 class Boosters(nn.Module):
     """The frozen factors of a layer, `layer.boosters`, beside those of the pair that is trained.
 
+    They are in no `state_dict`, of which PEFT saves all tensors of its layers; `as_one_adapter` is for saving.
+
     Args:
         pair: the pair; the factors have its scaling and its layout.
         A: the factors A of all boosters, stacked along the rank.
         B: the factors B of all boosters, likewise.
     """
 
+    A: Tensor
+    B: Tensor
+
     def __init__(self, pair: LoRAPair, A: Tensor, B: Tensor) -> None:
         super().__init__()
         self.pair = pair
-        self.A, self.B = nn.Parameter(A, requires_grad=False), nn.Parameter(B, requires_grad=False)
+        self.register_buffer("A", A, persistent=False)
+        self.register_buffer("B", B, persistent=False)
         self.is_folded = False  # while the pair holds these factors, too
         self.hook: Any = None
 
@@ -72,7 +78,7 @@ def set_boosters(pair: LoRAPair, A: Tensor | None, B: Tensor | None) -> None:
     if boosters is None:
         _attach(pair, A, B)
     else:
-        boosters.A, boosters.B = nn.Parameter(A, requires_grad=False), nn.Parameter(B, requires_grad=False)
+        boosters.A, boosters.B = A, B
 
 
 def _attach(pair: LoRAPair, A: Tensor, B: Tensor) -> None:
@@ -147,10 +153,10 @@ def _boosted(layer: nn.Module, adapter: str) -> list[LoRAPair]:
 
 
 @contextlib.contextmanager
-def _exchanged(pair: LoRAPair, A: nn.Parameter, B: nn.Parameter) -> Iterator[None]:
-    """Put other parameters, perhaps of another rank, in the place of the factors of a pair."""
+def _exchanged(pair: LoRAPair, A: Tensor, B: Tensor) -> Iterator[None]:
+    """Put parameters with other values, perhaps of another rank, in the place of the factors of a pair."""
     before = pair.A, pair.B
-    _put(pair, A, B)
+    _put(pair, nn.Parameter(A), nn.Parameter(B))
     try:
         yield
     finally:
@@ -202,7 +208,7 @@ def _fold(boosters: Boosters, has_current: bool, undo: contextlib.ExitStack) -> 
     layer, name = pair.layer, pair.adapter_name
     is_begun = has_current and bool(pair.A.any() or pair.B.any())  # the layer may not take part in it
     A, B = _with_current(pair) if is_begun else (boosters.A, boosters.B)
-    undo.enter_context(_exchanged(pair, nn.Parameter(A), nn.Parameter(B)))
+    undo.enter_context(_exchanged(pair, A, B))
     boosters.is_folded = True
     undo.callback(setattr, boosters, "is_folded", False)
     rank = len(A) // (pair.batch if pair.layout == "experts" else 1)

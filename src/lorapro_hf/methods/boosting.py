@@ -54,7 +54,7 @@ class BoostingCallback(LoRAMethod):
         layers: how many layers, chosen at random, each booster acts on; by default all. A layer is a block of the
             model with all its adapted matrices; a matrix outside the numbered blocks is a layer of its own. The
             factors of other layers are 0 until the next booster.
-        rank: the rank of a booster, which must be that of the adapter.
+        rank: the rank of a booster, which must be that of the adapter; `None` for any that the adapter has.
         subspace: `"fresh"` draws A as PEFT does. Or a function of a pair and a generator that returns A in the shape of
             `pair.A`, for instance orthogonal to the earlier `pair.layer.boosters.A`.
         sampler: `"all"`, from which `layers` draws. Or a function of the names of all layers and a generator that
@@ -79,13 +79,14 @@ class BoostingCallback(LoRAMethod):
         self,
         steps_per_booster: int,
         layers: int | None = None,
-        rank: int = 1,
+        rank: int | None = 1,
         *,
         subspace: str | Subspace = "fresh",
         sampler: str | Sampler = "all",
     ) -> None:
         check_steps_per_booster(steps_per_booster)
-        _check_count("rank", rank, "that is the adapter's r")
+        if rank is not None:
+            _check_count("rank", rank, "that is the adapter's r")
         if layers is not None:
             _check_count("layers", layers, "of layers, or None for all")
         if not callable(subspace):
@@ -181,7 +182,8 @@ class BoostingCallback(LoRAMethod):
     def described(self) -> dict[str, str]:
         """The length of a booster, its rank and the number of its layers."""
         layers = "chosen layers" if callable(self.sampler) else f"{self.layers or 'all'} layers"
-        return {"boosters (XGBLoRA)": f"one of rank {self.rank} in each {self.steps_per_booster} steps, on {layers}"}
+        rank = "" if self.rank is None else f" of rank {self.rank}"
+        return {"boosters (XGBLoRA)": f"one{rank} in each {self.steps_per_booster} steps, on {layers}"}
 
     # ---- boosters ----
 
@@ -234,7 +236,8 @@ class BoostingCallback(LoRAMethod):
         elif pair.adapter_name in pair.layer.lora_embedding_A:  # PEFT draws B of an embedding
             pair.B.copy_(torch.empty(pair.shape_B).normal_(generator=self._generator))
         elif self._start_by == "gaussian":
-            pair.A.copy_(torch.empty(pair.shape_A).normal_(std=1 / self.rank, generator=self._generator))
+            rank = pair.layer.r[pair.adapter_name]
+            pair.A.copy_(torch.empty(pair.shape_A).normal_(std=1 / rank, generator=self._generator))
         else:
             bound = 1 / math.sqrt(pair.shape_A[1:].numel())
             pair.A.copy_(torch.empty(pair.shape_A).uniform_(-bound, bound, generator=self._generator))
@@ -273,12 +276,12 @@ def _start_of(model: nn.Module, adapter: str) -> str:
     return start
 
 
-def _require_boostable(model: nn.Module, pairs: list[LoRAPair], rank: int) -> None:
+def _require_boostable(model: nn.Module, pairs: list[LoRAPair], rank: int | None) -> None:
     holders = holders_of_factors(model)
     for pair in pairs:
         layer, name = pair.layer, pair.adapter_name
         boosters, own_rank = boosters_of(layer), layer.r[name]
-        if own_rank != rank:
+        if rank not in (None, own_rank):
             raise ValueError(
                 f"{pair.name}: the rank of its adapter is {own_rank}, but that of a booster {rank}. Set r={rank} in "
                 f"LoraConfig, without rank_pattern, or BoostingCallback(rank={own_rank})."

@@ -109,6 +109,7 @@ def _lora_pro() -> list[ComparedMethod]:
 _PISSA, _LORA_GA = ({"init_lora_weights": name} for name in ("pissa_niter_16", "lora_ga"))
 _LORA_ONE = {"GradientStart": {"method": "lora_one"}}
 _MGPO: Mapping[str, Mapping[str, Any]] = {"MGPOCallback": {}}
+_BOOSTING = {"BoostingCallback": {"steps_per_booster": 15, "rank": None}}
 METHODS: Mapping[str, ComparedMethod] = {
     method.name: method
     for method in (
@@ -124,6 +125,7 @@ METHODS: Mapping[str, ComparedMethod] = {
         ComparedMethod("lora_one", "LoRA-One", "adamw", _LORA_RATES, callbacks=_LORA_ONE),
         ComparedMethod("lora_sb", "LoRA-SB", "adamw", _LORA_RATES, callbacks={"LoRASB": {}}),
         ComparedMethod("mgpo", "LoRA-MGPO", "adamw", _LORA_RATES, callbacks=_MGPO),
+        ComparedMethod("xgblora", "XGBLoRA", "adamw", _LORA_RATES, callbacks=_BOOSTING),
         ComparedMethod("gelora", "GeLoRA", "adamw", _LORA_RATES, gelora={}),
         *_lora_pro(),
         ComparedMethod(

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file
 from transformers import Trainer
 
+from grids import rest_slow
 from killable import Nursery
 from lorapro_hf import BoostingCallback, GradientStart, LoRAProTrainer, LoRAProTrainingArguments, find_lora_pairs
 from lorapro_hf.methods.boosters import boosters_of
@@ -50,9 +51,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 def test_every_save_is_one_adapter_that_stock_peft_loads(whole, tmp_path):
     folder, trainer = whole
     expected, base = output(trainer.model), tiny_base()
-    trainer.save_model(str(tmp_path / "by_trainer"))
-    trainer.model.save_pretrained(tmp_path / "by_peft")
-    for saved in (folder / "checkpoint-5", tmp_path / "by_trainer", tmp_path / "by_peft"):
+    trainer.model.save_pretrained(tmp_path)
+    for saved in (folder / "checkpoint-5", tmp_path):
         loaded = PeftModel.from_pretrained(tiny_base(), saved)
         torch.testing.assert_close(output(loaded), expected, rtol=1e-6, atol=1e-6)
         assert loaded.peft_config["default"].r == 3 and not loaded.peft_config["default"].rank_pattern
@@ -91,7 +91,7 @@ def test_resumed_equals_uninterrupted_to_the_bit(whole, tmp_path, step):
     assert logged(resumed, "loss") == logged(trainer, "loss")
 
 
-@pytest.mark.parametrize("settings", [{"lora_pro": False}, {"lora_pro_mode": "efficient"}])
+@pytest.mark.parametrize("settings", rest_slow([{"lora_pro": False}, {"lora_pro_mode": "efficient"}]))
 def test_one_booster_is_plain_lora_to_the_bit(tmp_path, settings):
     settings = {"save_strategy": "no", "max_steps": 3, **settings}
     boosted = trainer_of(tmp_path, booster_steps=3, **settings)
@@ -117,6 +117,7 @@ def test_without_lora_pro_some_layers_resume_as_well(tmp_path):
     torch.testing.assert_close(output(loaded), output(one.model), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_micro_batches_are_no_steps(tmp_path):
     settings = {"save_strategy": "no", "max_steps": 3, "lora_pro_mode": "efficient"}
     parts = trainer_of(tmp_path, gradient_accumulation_steps=2, per_device_train_batch_size=2, **settings)
@@ -142,6 +143,18 @@ def test_the_best_model_has_the_boosters_of_its_step(tmp_path):
 def test_a_plain_trainer_saves_all_boosters(tmp_path):
     args = arguments(tmp_path, max_steps=3, save_strategy="no")
     trainer = build(Trainer, args, model=rank_one(), callbacks=[BoostingCallback(2)])
+    trainer.train()
+    trainer.save_model(str(tmp_path))
+    loaded = PeftModel.from_pretrained(tiny_base(), tmp_path)
+    torch.testing.assert_close(output(loaded), output(trainer.model), rtol=1e-6, atol=1e-6)
+    assert loaded.peft_config["default"].r == 2
+
+
+@pytest.mark.slow
+def test_an_adapter_that_transformers_has_added(tmp_path):
+    model = tiny_base()
+    model.add_adapter(LoraConfig(r=1, target_modules=["q_proj", "down_proj"]), adapter_name="mine")
+    trainer = trainer_of(tmp_path, model, max_steps=3, save_strategy="no")
     trainer.train()
     trainer.save_model(str(tmp_path))
     loaded = PeftModel.from_pretrained(tiny_base(), tmp_path)

@@ -13,7 +13,15 @@ from transformers import Trainer
 
 from grids import rest_slow
 from killable import Nursery
-from lorapro_hf import BoostingCallback, GradientStart, LoRAProTrainer, LoRAProTrainingArguments, find_lora_pairs
+from lorapro_hf import (
+    BoostingCallback,
+    GradientStart,
+    LoRAMethod,
+    LoRAProTrainer,
+    LoRAProTrainingArguments,
+    find_lora_pairs,
+)
+from lorapro_hf.hub import compose
 from lorapro_hf.methods.boosters import boosters_of
 from trainer_helpers import arguments, assert_same, build, factors, logged, sequences, tiny_base
 
@@ -70,11 +78,12 @@ def test_every_save_is_one_adapter_that_stock_peft_loads(whole, tmp_path):
         assert 1 < torch.linalg.matrix_rank(change, rtol=1e-4) <= 3
 
 
-def test_evaluation_sees_all_boosters_and_the_card_tells_of_them(whole):
+def test_evaluation_sees_all_boosters_and_the_card_tells_of_them(whole, monkeypatch):
     folder, trainer = whole
     loaded = PeftModel.from_pretrained(tiny_base(), folder / "checkpoint-5")
     alone = build(Trainer, arguments(folder / "eval"), model=loaded)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(alone.evaluate()["eval_loss"], rel=1e-6)
+    monkeypatch.setattr(compose, "draw_curves", lambda *_: False)  # which takes seconds
     trainer.create_model_card()
     for card in (folder / "checkpoint-5" / "README.md", folder / "README.md"):
         text = card.read_text()
@@ -126,6 +135,26 @@ def test_micro_batches_are_no_steps(tmp_path):
         trainer.train()
     assert_same(boosters(parts), boosters(whole), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(output(parts.model), output(whole.model), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_beside_a_method_that_reads_moments_in_the_forward_pass(tmp_path):
+    has_moments = []
+
+    class Reading(LoRAMethod):
+        name, has_state = "reading", False
+
+        def forward_context(self) -> Any:
+            state = trainer.optimizer.optimizer.state
+            has_moments.append(any(state.get(pair.A) for pair in find_lora_pairs(trainer.model)))
+            return super().forward_context()
+
+    trainer = trainer_of(tmp_path, callbacks=[Reading()], lora_pro=False, mgpo_rho=0.05)
+    trainer.train()
+    assert has_moments == [False, True, False, True, False]
+    resumed = trainer_of(tmp_path / "again", lora_pro=False, mgpo_rho=0.05, save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same(factors(resumed), factors(trainer))
 
 
 @pytest.mark.slow

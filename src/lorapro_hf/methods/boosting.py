@@ -100,6 +100,7 @@ class BoostingCallback(LoRAMethod):
         self._pairs: list[LoRAPair] = []
         self._generator, self._start_by = torch.Generator(), "True"
         self._steps, self._must_reset = 0, False
+        self._optimizer: torch.optim.Optimizer | None = None  # once it is known
 
     # ---- the calls of a training ----
 
@@ -111,7 +112,7 @@ class BoostingCallback(LoRAMethod):
         if self.layers is not None and self.layers > len(names):
             raise ValueError(f"layers={self.layers}, but the adapter is in {len(names)} layers: {names}. Lower layers.")
         self._start_by = _start_of(model, pairs[0].adapter_name)
-        self._pairs, self._steps, self._must_reset = pairs, 0, False
+        self._pairs, self._steps, self._must_reset, self._optimizer = pairs, 0, False, None
         self._generator.manual_seed(_common_seed(pairs[0].A.device))
         save_whole(model)
         if batches is not None:
@@ -125,6 +126,7 @@ class BoostingCallback(LoRAMethod):
                 "lora_pro=False), or set load_best_model_at_end=False."
             )
         super().on_train_begin(args, state, control, **kwargs)
+        self._optimizer = kwargs["optimizer"]
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         """Begin the next booster where it is due, before any method sees the factors of this step."""
@@ -144,7 +146,13 @@ class BoostingCallback(LoRAMethod):
 
     def after_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Count the step."""
+        self._optimizer = optimizer
         self._steps += 1
+
+    def release(self) -> None:
+        """Like the parent; a later training may have another optimizer."""
+        super().release()
+        self._optimizer = None
 
     def state_dict(self) -> dict[str, Any]:
         """The boosters of each layer, the steps of the present one and the state of the generator."""
@@ -191,6 +199,8 @@ class BoostingCallback(LoRAMethod):
         if self._steps >= self.steps_per_booster:
             self._begin_booster()
             self._steps, self._must_reset = 0, True
+            if self._optimizer is not None:  # already: other methods read its moments in the forward pass
+                self.before_step(self._optimizer)
 
     @torch.no_grad()
     def _begin_booster(self, is_first: bool = False) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
@@ -196,9 +196,10 @@ def as_one_adapter(model: nn.Module) -> Iterator[None]:
         has_current = any(bool(each.pair.A.any() and each.pair.B.any()) for each in held)
         for boosters in held:
             _fold(boosters, has_current, undo)
+        names = {boosters.pair.adapter_name for boosters in held}
         for part in model.modules() if held else ():
             if active_adapters(part):
-                _state_ranks(part, {boosters.pair.adapter_name for boosters in held}, undo)
+                _state_ranks(part, names, undo)
         yield
 
 
@@ -217,13 +218,13 @@ def _fold(boosters: Boosters, has_current: bool, undo: contextlib.ExitStack) -> 
         settings[name] = value
 
 
-def _state_ranks(part: Any, adapters: Iterable[str], undo: contextlib.ExitStack) -> None:
+def _state_ranks(part: Any, adapters: set[str], undo: contextlib.ExitStack) -> None:
     """State the present ranks of a part's layers in the `LoraConfig` of adapters, those that differ by name."""
     from peft.tuners.lora import LoraLayer
 
     inner = part.get_base_model() if is_peft_model(part) else part
     layers = {name: module for name, module in inner.named_modules() if isinstance(module, LoraLayer)}
-    for adapter in adapters:
+    for adapter in adapters & part.peft_config.keys():
         # PEFT wraps a module with several adapted parameters several times, under one name
         stated = {
             re.sub(r"(\.base_layer)+$", "", name): (layer.r[adapter], layer.scaling[adapter])

@@ -291,6 +291,12 @@ def test_numbers_out_of_range_are_refused(settings, message):
         BoostingCallback(**{"steps_per_booster": 2, **settings})
 
 
+def compiled() -> Any:
+    model = small_model(r=1)
+    model.base_model.compile()
+    return model
+
+
 def merged() -> Any:
     model = small_model(r=1)
     model.merge_adapter()
@@ -310,6 +316,7 @@ def merged() -> Any:
         (lambda: small_model(r=1, lora_bias=True), {}, r"its adapter has a bias, .* Set lora_bias=False"),
         (lambda: small_model(r=1, init_lora_weights="pissa"), {}, "init_lora_weights='pissa' starts the factors from"),
         (lambda: fresh("MultiheadAttention", r=1), {}, r"PEFT merges its factors .* Leave it out of target_modules"),
+        (compiled, {}, r"compiled code would leave out the boosters .* Leave out torch_compile and model.compile\(\)"),
         (merged, {}, r"is merged into the base weight, .* Call model.unmerge_adapter\(\) first"),
         (lambda: small_model(r=1), {"sampler": lambda *_: ["x"]}, r"the sampler returned \['x'\], but it must choose"),
     ],

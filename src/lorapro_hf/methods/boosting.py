@@ -22,6 +22,7 @@ from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
 
 Subspace = Callable[[LoRAPair, torch.Generator], Tensor]
 Sampler = Callable[[list[str], torch.Generator], Collection[str]]
+_COMPILED = "compiled code would leave out the boosters that come later. Leave out torch_compile and model.compile()."
 _STARTS = ("True", "False", "gaussian")  # of PEFT's `init_lora_weights`
 
 
@@ -64,8 +65,8 @@ class BoostingCallback(LoRAMethod):
 
     Raises:
         ValueError: a number is out of range, or an unknown choice; before a training: `rank` is not that of the
-            adapter, there are fewer layers, or a layer has DoRA, a bias of its adapter, several adapters or shared
-            factors, or is `nn.MultiheadAttention`. Nothing has been changed then.
+            adapter, there are fewer layers, the model is compiled, or a layer has DoRA, a bias of its adapter, several
+            adapters or shared factors, or is `nn.MultiheadAttention`. Nothing has been changed then.
     """
 
     name: ClassVar[str] = "xgblora"
@@ -73,6 +74,7 @@ class BoostingCallback(LoRAMethod):
         "beamlora": "it moves directions within one adapter, but a booster has few or one. Keep one of both methods.",
         "gradient_start": "each booster starts from B = 0. Leave out lora_pro_init or GradientStart.",
         "lora_sb": "each booster trains A and B. Keep one of both methods.",
+        "torch_compile=True": _COMPILED,
     }
 
     def __init__(
@@ -287,6 +289,8 @@ def _start_of(model: nn.Module, adapter: str) -> str:
 
 
 def _require_boostable(model: nn.Module, pairs: list[LoRAPair], rank: int | None) -> None:
+    if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
+        raise ValueError(f"XGBLoRA changes the forward pass of a compiled model: {_COMPILED}")
     holders = holders_of_factors(model)
     for pair in pairs:
         layer, name = pair.layer, pair.adapter_name

@@ -17,9 +17,11 @@ from lorapro_hf import (
     BoostingCallback,
     GradientStart,
     LoRAMethod,
+    LoRAProCallback,
     LoRAProTrainer,
     LoRAProTrainingArguments,
     find_lora_pairs,
+    save_adapter,
 )
 from lorapro_hf.hub import compose
 from lorapro_hf.methods.boosters import boosters_of
@@ -170,13 +172,15 @@ def test_the_best_model_has_the_boosters_of_its_step(tmp_path):
 
 
 def test_a_plain_trainer_saves_all_boosters(tmp_path):
-    args = arguments(tmp_path, max_steps=3, save_strategy="no")
-    trainer = build(Trainer, args, model=rank_one(), callbacks=[BoostingCallback(2)])
+    args = arguments(tmp_path, max_steps=3, save_strategy="steps", save_steps=3)
+    callbacks = [BoostingCallback(2), LoRAProCallback()]  # the second one examines each checkpoint
+    trainer = build(Trainer, args, model=rank_one(), callbacks=callbacks)
     trainer.train()
-    trainer.save_model(str(tmp_path))
-    loaded = PeftModel.from_pretrained(tiny_base(), tmp_path)
-    torch.testing.assert_close(output(loaded), output(trainer.model), rtol=1e-6, atol=1e-6)
-    assert loaded.peft_config["default"].r == 2
+    save_adapter(trainer.model, {"mode": "efficient"}, tmp_path / "saved")
+    for saved in (tmp_path / "checkpoint-3", tmp_path / "saved"):
+        loaded = PeftModel.from_pretrained(tiny_base(), saved)
+        torch.testing.assert_close(output(loaded), output(trainer.model), rtol=1e-6, atol=1e-6)
+        assert loaded.peft_config["default"].r == 2
 
 
 @pytest.mark.slow

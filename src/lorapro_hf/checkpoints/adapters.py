@@ -154,9 +154,11 @@ def find_unsaved(folder: Path, model: nn.Module) -> str | None:
         if not holders:
             return f"{folder} has no file of the adapter {pair.adapter_name!r}"
         for file in holders:
-            for letter, shape in (("A", pair.shape_A), ("B", pair.shape_B)):
+            for rank, (letter, shape) in enumerate((("A", pair.shape_A), ("B", pair.shape_B))):
                 names = _names(pair, letter, pair.adapter_name in file.unnamed)
                 found = next((file.shapes[name] for name in names if name in file.shapes), None)
+                if found is not None and "boosters" in pair.layer._modules:  # which are saved with it, in a higher rank
+                    found = [*found[:rank], shape[rank], *found[rank + 1 :]]
                 if found != list(shape):
                     return f"{file.path}: {names[-1]} {told(found)} there, but {told(list(shape))} in the model"
     return None

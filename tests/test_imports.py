@@ -27,11 +27,12 @@ FLOORS = (
     ("distributed",),
     ("optim",),
     ("checkpoints",),
-    ("hub", "deepspeed", "diagnostics", "methods"),
+    ("hub", "deepspeed", "diagnostics", "federated", "methods"),
     ("trainer",),
     ("recipes",),
     ("commands.common",),
     (
+        "commands.aggregate",
         "commands.bench",
         "commands.compare",
         "commands.demo",
@@ -56,6 +57,7 @@ DEMO_AT_TOP = {
     "trl",
     "deepspeed",
     "bitsandbytes",
+    "flwr",
     "matplotlib",
     "rich",
     "gguf",
@@ -66,7 +68,7 @@ DEMO_AT_TOP = {
 }
 PROGRAMS = {"recipes", "diagnostics.plot", *(room for room in FLOOR if room.startswith("commands"))}
 # What else a module may import at its top: these are themselves imported where they are used.
-EXEMPT = {"kernels": {"triton"}, "trainer.trl": {"trl"}}
+EXEMPT = {"federated.strategy": {"flwr"}, "kernels": {"triton"}, "trainer.trl": {"trl"}}
 
 
 class Import(NamedTuple):

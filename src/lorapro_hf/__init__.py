@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lorapro_hf.diagnostics import GradientGapCallback
     from lorapro_hf.factors.pairs import LoRAPair, find_lora_pairs
     from lorapro_hf.factors.weight_gradients import weight_gradients
+    from lorapro_hf.federated.aggregate import aggregate_adapters
     from lorapro_hf.functional.intrinsic_dimension import intrinsic_dimension
     from lorapro_hf.functional.projection import equivalent_gradient, project_lora_gradients
     from lorapro_hf.hub import create_model_card, load_lora_pro_config, push_adapter, save_adapter
@@ -67,6 +68,7 @@ __all__ = [
     "MGPOCallback",
     "StateTooLargeError",
     "add_lora_sb",
+    "aggregate_adapters",
     "attach_deepspeed",
     "create_lorapro_optimizer",
     "create_model_card",
@@ -108,6 +110,7 @@ _HOMES = {
     "MGPOCallback": "methods.mgpo",
     "StateTooLargeError": "optim.memory",
     "add_lora_sb": "methods.lora_sb",
+    "aggregate_adapters": "federated.aggregate",
     "attach_deepspeed": "deepspeed.engine",
     "create_lorapro_optimizer": "optim.factory",
     "create_model_card": "hub",

@@ -1,0 +1,1 @@
+"""How do adapters of several clients become one?"""

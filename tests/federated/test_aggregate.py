@@ -289,6 +289,10 @@ def test_layers_for_which_a_method_would_be_wrong(tmp_path: Path):
     settings = {"init_lora_weights": "pissa"}
     with pytest.raises(ValueError, match="the exact sum has another rank"):
         aggregate_adapters([edited(pissa, tmp_path / "p", settings=settings)], method="exact")
+    if "use_bdlora" in LoraConfig.__dataclass_fields__:
+        blocks = {"target_modules_bd_a": ["body"], "nblocks": 2}
+        with pytest.raises(ValueError, match="'fair' has no meaning"):
+            aggregate_adapters([edited(pissa, tmp_path / "b", settings={"use_bdlora": blocks})])
     experts = {"model.experts.lora_A.weight": torch.ones(6, 4), "model.experts.lora_B.weight": torch.ones(3, 6)}
     with pytest.raises(ValueError, match="may hold the factors of several experts"):
         aggregate_adapters([experts])

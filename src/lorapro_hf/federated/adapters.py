@@ -24,7 +24,7 @@ _BIAS = re.compile(r"(.+)\.lora_B(?:\.[^.]+)?\.bias")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Adapters that differ in these are of different base models, or compute different functions of their tensors.
 _SHARED = "base_model_name_or_path revision fan_in_fan_out target_parameters layer_replication use_dora use_qalora"
-_SHARED += " qalora_group_size trainable_token_indices alora_invocation_tokens"
+_SHARED += " use_bdlora qalora_group_size trainable_token_indices alora_invocation_tokens"
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,11 @@ def find_layers(adapters: Sequence[Adapter], method: str) -> list[Layer]:
     for other in adapters[1:]:
         _require_same_names(first, other)
         _require_same_settings(first, other)
+    if method != "mean" and getattr(first.config, "use_bdlora", None):
+        raise ValueError(
+            f"{first.name} has use_bdlora: its factors are block-diagonal, so that {method!r} has no meaning. Average "
+            'them by the method "mean".'
+        )
     for key in first.tensors:
         _require_meaning(first, key, method)
     layers = [_layer(first, match) for key in first.tensors if (match := _FACTOR_A.fullmatch(key))]

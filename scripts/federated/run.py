@@ -117,13 +117,15 @@ def run_with_processes(settings: dict[str, Any], output: Path) -> None:
             log = output / f"supernode{number}.log"
             processes.append(stack.enter_context(program("flower-supernode", *node, log=log, env=env)))
         values = " ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())
-        command = [str(Path(sys.executable).parent / "flwr"), "run", str(HERE), "here", "--run-config", values]
-        subprocess.run(command, check=True, env=env)
-        while not (output / "losses.json").exists():
+        words = ["run", str(HERE), "here", "--run-config", values, "--stream"]  # which lasts as long as the run
+        submitted = stack.enter_context(program("flwr", *words, log=output / "run.log", env=env))
+        while submitted.poll() is None:
             ended = [process for process in processes if process.poll() is not None]
             if ended:
                 sys.exit(f"{ended[0].args[0]} has ended: see the logs in {output}.")
-            time.sleep(2)
+            time.sleep(1)
+    if not (output / "losses.json").exists():
+        sys.exit(f"The run ended without losses: see run.log and the other logs in {output}.")
 
 
 def report(output: Path) -> None:
@@ -139,6 +141,7 @@ def report(output: Path) -> None:
     for name, each in found.items():
         axes.plot(each["held-out loss"], marker="o", label=name)
     axes.set(xlabel="round", ylabel="held-out loss", title="Four clients with problems of different kinds")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     (output / "losses.png").write_bytes(as_png(figure, 150))
     print(f"Losses, picture and adapters: {output}")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lorapro_hf.hub import create_model_card, load_lora_pro_config, push_adapter, save_adapter
     from lorapro_hf.methods import LoRAMethod
     from lorapro_hf.methods.boosting import BoostingCallback
+    from lorapro_hf.methods.fused_layers import FusedLoRA, fuse_lora_layers, unfuse_lora_layers
     from lorapro_hf.methods.gelora import gelora_ranks
     from lorapro_hf.methods.gradient_starts import GradientStart, init_from_gradients
     from lorapro_hf.methods.lora_sb import LoRASB, add_lora_sb, fold_lora_sb
@@ -45,6 +46,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BoostingCallback",
+    "FusedLoRA",
     "GradientGapCallback",
     "GradientStart",
     "LoRAMethod",
@@ -75,6 +77,7 @@ __all__ = [
     "equivalent_gradient",
     "find_lora_pairs",
     "fold_lora_sb",
+    "fuse_lora_layers",
     "gelora_ranks",
     "init_from_gradients",
     "intrinsic_dimension",
@@ -82,11 +85,13 @@ __all__ = [
     "project_lora_gradients",
     "push_adapter",
     "save_adapter",
+    "unfuse_lora_layers",
     "weight_gradients",
 ]
 
 _HOMES = {
     "BoostingCallback": "methods.boosting",
+    "FusedLoRA": "methods.fused_layers",
     "GradientGapCallback": "diagnostics",
     "GradientStart": "methods.gradient_starts",
     "LoRAMethod": "methods",
@@ -116,6 +121,7 @@ _HOMES = {
     "create_model_card": "hub",
     "equivalent_gradient": "functional.projection",
     "find_lora_pairs": "factors.pairs",
+    "fuse_lora_layers": "methods.fused_layers",
     "gelora_ranks": "methods.gelora",
     "intrinsic_dimension": "functional.intrinsic_dimension",
     "fold_lora_sb": "methods.lora_sb",
@@ -124,6 +130,7 @@ _HOMES = {
     "project_lora_gradients": "functional.projection",
     "push_adapter": "hub",
     "save_adapter": "hub",
+    "unfuse_lora_layers": "methods.fused_layers",
     "weight_gradients": "factors.weight_gradients",
 }
 

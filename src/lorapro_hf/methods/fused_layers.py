@@ -155,6 +155,10 @@ class FusedLoRA(LoRAMethod):
         check_choice("criterion", criterion, CRITERIA)
         self.criterion = criterion
 
+    def described(self) -> dict[str, str]:
+        """The method's settings for the model card."""
+        return {"forward pass of LoRA layers": f"fused, order of products by {self.criterion}"}
+
     def before_training(self, model: nn.Module, batches: Iterable[Any] | None) -> None:
         """Fuse the layers.
 
@@ -234,6 +238,8 @@ def _fuse_layer(layer: Any, criterion: str) -> str | None:
     """Fuse one layer, or tell why its forward pass in training stays PEFT's."""
     if f"{type(layer).__module__}.{type(layer).__name__}" not in _KINDS_OF_PEFT:
         return f"layers of type {type(layer).__name__}"
+    if isinstance(layer.base_layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "weights that nn.MultiheadAttention reads itself"
     if not _is_fused(vars(layer).get("forward")) and "forward" in vars(layer):
         return "a forward pass that another library has replaced"
     layer.forward = FusedForward(layer, criterion)

@@ -142,8 +142,17 @@ class LoRAProTrainingArguments(TrainingArguments):
         },
     )
 
+    fuse_lora: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute each linear LoRA layer and its weight as one, in the cheapest order of products and with "
+            "less memory (RunLoRA). Also while LoRA-Pro is off."
+        },
+    )
+
     def __post_init__(self) -> None:
-        for name in ("lora_pro", "lora_pro_master_factors", "lora_pro_rite_escape", "lora_pro_check_memory"):
+        switches = ("", "_master_factors", "_rite_escape", "_check_memory")
+        for name in (*(f"lora_pro{switch}" for switch in switches), "fuse_lora"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false (in YAML without quotes).")
         for name, setting in _SETTINGS.items():
@@ -217,10 +226,11 @@ class LoRAProTrainingArguments(TrainingArguments):
             "lora_pro_init": "call init_from_gradients or add_lora_sb before the trainer",
             "mgpo_rho": f"give callbacks=[MGPOCallback({self.mgpo_rho})]",
             "booster_steps": f"give callbacks=[BoostingCallback({self.booster_steps})]",
+            "fuse_lora": "call fuse_lora_layers(model) before the trainer",
         }
         if isinstance(trainer, Trainer) and not hasattr(trainer, "lora_pro_config"):
             for name, remedy in remedies.items():
-                if (value := getattr(self, name)) is not None:
+                if (value := getattr(self, name)) not in (None, False):
                     raise ValueError(
                         f"{type(trainer).__name__} does not read {name}={value!r}. Use LoRAProTrainer or "
                         f"LoRAProTrainerMixin, or leave it out and {remedy}."

@@ -17,6 +17,7 @@ from lorapro_hf.diagnostics.settings import GAP_MAX_BYTES
 from lorapro_hf.distributed.engines import require_configuration, settle_clipping
 from lorapro_hf.factors.pairs import find_lora_pairs
 from lorapro_hf.methods.boosting import BoostingCallback
+from lorapro_hf.methods.fused_layers import FusedLoRA
 from lorapro_hf.methods.gradient_starts import SAMPLES, GradientStart
 from lorapro_hf.methods.lora_sb import FIXED, LoRASB, lora_sb_layers
 from lorapro_hf.methods.mgpo import BETA, MGPOCallback
@@ -119,6 +120,8 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
         args = self.args
         if isinstance(args, LoRAProTrainingArguments) and args.booster_steps is not None:
             self.add_callback(BoostingCallback(args.booster_steps))
+        if isinstance(args, LoRAProTrainingArguments) and args.fuse_lora:
+            self.add_callback(FusedLoRA())
         if isinstance(args, LoRAProTrainingArguments) and args.mgpo_rho is not None:
             self.add_callback(MGPOCallback(args.mgpo_rho, BETA if args.mgpo_beta is None else args.mgpo_beta))
         if isinstance(args, LoRAProTrainingArguments) and args.lora_pro_init is not None:

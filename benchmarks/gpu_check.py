@@ -5,10 +5,11 @@
     PYTHONPATH=src python benchmarks/gpu_check.py --device cpu --tiny    # to see that the check runs
 
 Every mode beside dense float64 oracles and the Triton kernels by themselves; steps that must not wait for the device
-and that a CUDA graph records; ten steps of `LoRAProTrainer`, alone and under DDP; and step times on the shapes of real
-models. Each part is a process of its own, so that a failure of one leaves the others alone. On a GPU the correctness
-parts run at the same time, then the times alone. `gpu_check.json` and `gpu_check.md` in the output folder are written
-anew after each part; `parts/` beside them holds what each part printed.
+and that a CUDA graph records; fused layers beside dense products; ten steps of `LoRAProTrainer`, alone and under DDP;
+and times of steps and of fused layers on the shapes of real models. Each part is a process of its own, so that a
+failure of one leaves the others alone. On a GPU the correctness parts run at the same time, then the times alone.
+`gpu_check.json` and `gpu_check.md` in the output folder are written anew after each part; `parts/` beside them holds
+what each part printed.
 
 Exit codes: 0 all numbers are right, 1 a number is wrong or a part failed, 2 nothing could run.
 """
@@ -56,6 +57,12 @@ def _steps(record: Record) -> None:
     check_steps(record)
 
 
+def _layers(record: Record) -> None:
+    from gpu_parts.layers import check_layers
+
+    check_layers(record)
+
+
 def _training(record: Record) -> None:
     from gpu_parts.training import check_training
 
@@ -85,6 +92,7 @@ PARTS: Mapping[str, Callable[[Record], None]] = {
     **{f"oracles-{rank}": partial(_oracles, rank) for rank in (4, 16, 64, 80)},
     "kernels": _kernels,
     "steps": _steps,
+    "layers": _layers,
     "training": _training,
     "ddp": _ddp,
     **{f"compile-{rank}": partial(_compile, rank) for rank in (8, 64, 256)},
@@ -205,8 +213,12 @@ def markdown(about: Mapping[str, Any], found: Mapping[str, Findings], seconds: f
         lines += ["", f"## {title}", "", *(entries or ["None."])]
     if "times" in found:
         lines += ["", *table_of_times(found["times"].figures)]
+        if found["times"].figures.get("layers"):
+            from gpu_parts.layers import table_of_layers
+
+            lines += ["", *table_of_layers(found["times"].figures["layers"])]
     for part, each in found.items():
-        plain = {name: value for name, value in each.figures.items() if name not in ("results", "machines")}
+        plain = {name: value for name, value in each.figures.items() if name not in ("results", "machines", "layers")}
         if plain:
             lines += ["", f"## Figures of {part}", "", *(f"- {name}: {value}" for name, value in plain.items())]
     lines += ["", "## All numbers", "", "| part | number | value | limit |", "|---|---|---:|---:|"]

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+from gpu_parts.layers import measure_layer_times
 from gpu_parts.record import Record
 from lorapro_hf.commands.bench.measure import Bench, Contender
 from lorapro_hf.commands.bench.ratios import measure_ratios
@@ -45,6 +46,7 @@ def measure_times(record: Record) -> None:
     settings = BenchSettings(methods=methods, device=record.device.type, rounds=3, repeats=3, seconds=0.5)
     if record.is_tiny:
         settings = BenchSettings(methods=methods, device=record.device.type, rounds=1, repeats=1, seconds=0.5)
+    measure_layer_times(record)
     bench = Bench(settings, record.device, Outcome(environment(record.device)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -13,12 +13,13 @@ from rich.console import Console
 from lorapro_hf import cli, find_lora_pairs
 from lorapro_hf.commands.bench import growth, ratios, run, settings
 from lorapro_hf.commands.bench.growth import curves, fitted_exponent, series
+from lorapro_hf.commands.bench.layers import MEASURED
 from lorapro_hf.commands.bench.measure import Bench, Contender, machine_speed, roofline, turns
 from lorapro_hf.commands.bench.probes import kernels_of, memory_of
 from lorapro_hf.commands.bench.ratios import measure_ratios
 from lorapro_hf.commands.bench.report import markdown, slug
 from lorapro_hf.commands.bench.results import GrowthPoint, Machine, Outcome, Result, Roofline, Spread, read_results
-from lorapro_hf.commands.bench.settings import BASELINE, METHODS, MODELS, BenchSettings, missing
+from lorapro_hf.commands.bench.settings import BASELINE, DTYPES, METHODS, MODELS, BenchSettings, missing
 from lorapro_hf.commands.bench.training import computes_bf16
 from lorapro_hf.commands.bench.workloads import SyntheticModel, Workload
 from lorapro_hf.commands.common import optimizers
@@ -340,6 +341,19 @@ def test_report_is_a_function_of_the_results(folder: Path, tmp_path: Path, capsy
     (again / "results.json").write_text("{}")
     assert cli.main(["bench", "--report_only", "--output_dir", str(again)]) == 2
     assert "is no result of lorapro bench" in capsys.readouterr().err
+
+
+def test_layers_beside_peft_s(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--workloads", "tiny", "--ranks", "4", "--dtypes", "fp32", "bf16", "--tokens", "64", "--rounds", "2"]
+    assert cli.main(["bench", "--parts", "layers", "--output_dir", str(tmp_path), *options]) == 0
+    outcome = read_results(tmp_path / "results.json")
+    assert [(time.layer, time.dtype) for time in outcome.layers] == [(n, d) for d in DTYPES for n in MEASURED]
+    for time in outcome.layers:
+        assert time.peft_ms.count > 1 and time.fused_ms.keys() == time.gains.keys() == {"flops", "time"}
+        assert time.gains["flops"] == pytest.approx(time.peft_ms.median / time.fused_ms["flops"].median)
+        assert time.kept_bytes["flops"] == 0 and time.kept_bytes["PEFT"] == 64 * 4 * (4 if time.dtype == "fp32" else 2)
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "## LoRA layers of tiny, r = 4, bf16" in text and "| down_proj | 64 |" in text
 
 
 def test_ctrl_c_keeps_what_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,12 +43,14 @@ def test_a_good_run_reports_numbers_and_what_it_could_not_do(
     only_rank_4_of_full(oracles, monkeypatch)
     monkeypatch.setattr(times, "PEERS", ())
     monkeypatch.setattr(times, "MODES", ("full",))
-    code, found, report = run(program, tmp_path, "oracles-4", "steps", "training", "times")
+    code, found, report = run(program, tmp_path, "oracles-4", "steps", "layers", "training", "times")
     assert code == 0 and found["is_good"]
     names = [number["name"] for number in found["parts"]["oracles-4"]["checks"]]
     assert "full linear, r=4, fp32: movement of s B A" in names and "full linear, r=4, fp32: state" in names
     assert all(number["value"] <= number["limit"] for part in found["parts"].values() for number in part["checks"])
     assert len(found["parts"]["training"]["figures"]["losses"]) == 10
+    assert len(found["parts"]["layers"]["checks"]) == 40
+    assert "| tiny | q_proj | 4 | fp32 | 64 | " in report
     for line in ("| tiny | 4 | fp32 | LoRA-Pro full |", "- steps: waits of the host and CUDA graphs: they need a GPU"):
         assert line in report
     assert "GB/s" in report and "full linear, r=4, fp32: movement of s B A | " in report

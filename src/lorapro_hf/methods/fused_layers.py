@@ -22,7 +22,6 @@ from lorapro_hf.methods.base import LoRAMethod
 CRITERIA = ("flops", "time")
 _KINDS = ("layer.Linear", "bnb.Linear4bit", "bnb.Linear8bitLt")
 _KINDS_OF_PEFT = tuple(f"peft.tuners.lora.{kind}" for kind in _KINDS)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _fastest: dict[tuple[Any, ...], Order | None] = {}
 
 logger = logging.getLogger(__name__)
@@ -193,15 +192,17 @@ def obstacle(layer: Any) -> str | None:
         return "disabled adapters"
     if layer.merged_adapters:
         return "merged adapters"
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    of_A, of_B = layer.lora_A._modules, layer.lora_B._modules
+    names = [name for name in layer.active_adapters if name in of_A]
     if len(names) != 1:
         return "no or several active adapters"
     (name,) = names
     if name in layer.lora_variant:
         return "variants such as DoRA"
-    if getattr(layer.lora_dropout[name], "p", 0) > 0 and layer.lora_dropout[name].training:
+    dropout = layer.lora_dropout._modules[name]
+    if dropout.training and getattr(dropout, "p", 0) > 0:
         return "dropout in training"
-    for module in (layer.lora_A[name], layer.lora_B[name]):
+    for module in (of_A[name], of_B[name]):
         if type(module).forward is not nn.Linear.forward or module.bias is not None:
             return "factors in other modules than nn.Linear, or with a bias"
         if _is_hooked(module):
@@ -257,8 +258,8 @@ def _is_fused(forward: Any) -> bool:
 
 
 def _is_hooked(module: Any) -> bool:
-    own = vars(module)
-    return "forward" in own or any(own[name] for name in _HOOKS)
+    forward = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:

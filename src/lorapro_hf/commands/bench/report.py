@@ -14,7 +14,7 @@ import torch
 from jinja2 import Environment, FileSystemLoader
 
 from lorapro_hf.commands.bench.growth import AXES, curves, fitted_exponent
-from lorapro_hf.commands.bench.results import Outcome, Result
+from lorapro_hf.commands.bench.results import LayerTime, Outcome, Result
 from lorapro_hf.commands.bench.settings import METHODS, MODELS
 from lorapro_hf.commands.common.records import package_version
 
@@ -58,6 +58,10 @@ def _workload(result: Result) -> tuple[str, int, str]:
     return MODELS[result.workload].title, result.rank, result.dtype
 
 
+def _layers(time: LayerTime) -> tuple[str, int, str]:
+    return MODELS[time.workload].title, time.rank, time.dtype
+
+
 def _place(result: Result) -> tuple[bool, int, int]:
     return not result.whole, result.batch, list(METHODS).index(result.method)
 
@@ -72,6 +76,7 @@ def markdown(outcome: Outcome, wide: bool = True) -> str:
         groups=[(*key, sorted(group, key=_place)) for key, group in itertools.groupby(outcome.results, _workload)],
         curves=curves(outcome.growth),
         training=outcome.training,
+        layers=[(*key, [*group]) for key, group in itertools.groupby(outcome.layers, _layers)],
         notes=outcome.notes,
         methods=METHODS,
         axes=AXES,

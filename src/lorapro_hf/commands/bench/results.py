@@ -100,6 +100,21 @@ class TrainingShare:
 
 
 @dataclass
+class LayerTime:
+    """Forward and backward pass of one LoRA layer, by PEFT and fused by each criterion of `fuse_lora_layers`."""
+
+    workload: str
+    layer: str
+    rank: int
+    dtype: str  # of input, weight and factors
+    tokens: int
+    peft_ms: Spread
+    fused_ms: dict[str, Spread]
+    gains: dict[str, float]  # PEFT's median time over that of the fused layer
+    kept_bytes: dict[str, int]  # for the backward pass beyond input and parameters, of "PEFT" and each criterion
+
+
+@dataclass
 class Outcome:
     """All figures that a run has measured so far."""
 
@@ -108,12 +123,14 @@ class Outcome:
     machines: list[Machine] = field(default_factory=list)
     growth: list[GrowthPoint] = field(default_factory=list)
     training: list[TrainingShare] = field(default_factory=list)
+    layers: list[LayerTime] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     stopped: bool = False
 
 
 _RECORDS = {"results": Result, "machines": Machine, "growth": GrowthPoint, "training": TrainingShare}
-_NESTED = {"step_ms": Spread, "model_ms": Spread, "roofline": Roofline}
+_RECORDS |= {"layers": LayerTime}
+_NESTED = {"step_ms": Spread, "model_ms": Spread, "peft_ms": Spread, "roofline": Roofline}
 
 
 def write_results(path: Path, settings: BenchSettings, outcome: Outcome) -> None:
@@ -132,11 +149,13 @@ def read_results(path: Path) -> Outcome:
         content = parse_json(path.read_text(encoding="utf-8"))
         content.pop("settings", None)
         for name, record in _RECORDS.items():
-            content[name] = [_filled(record, row) for row in content[name]]
+            content[name] = [_filled(record, row) for row in content.get(name, [])]
         return Outcome(**content)
     except (OSError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is no result of lorapro bench ({error!r}). Measure without --report_only.") from error
 
 
 def _filled(record: type[Any], row: Mapping[str, Any]) -> Any:
+    if "fused_ms" in row:
+        row = {**row, "fused_ms": {name: Spread(**spread) for name, spread in row["fused_ms"].items()}}
     return record(**{name: _NESTED[name](**value) if name in _NESTED else value for name, value in row.items()})

@@ -16,6 +16,7 @@ from rich.markdown import Markdown
 from rich.progress import Progress
 
 from lorapro_hf.commands.bench.growth import measure_growth
+from lorapro_hf.commands.bench.layers import measure_layers
 from lorapro_hf.commands.bench.measure import Bench
 from lorapro_hf.commands.bench.ratios import measure_ratios, reason_of
 from lorapro_hf.commands.bench.report import device_name, environment, markdown, slug
@@ -38,13 +39,16 @@ def _jobs(bench: Bench) -> list[Job]:
         for rank in sorted(settings.ranks)
         for name in settings.workloads
     ]
-    compared: list[Job] = [
-        (f"{model.title} r={rank} {dtype}", partial(measure_ratios, bench, model, rank, dtype))
-        for model, rank, dtype in (workloads if "ratios" in settings.parts else ())
-    ]
+    compared, layers = (
+        [
+            (f"{title}{model.title} r={rank} {dtype}", partial(measure, bench, model, rank, dtype))
+            for model, rank, dtype in (workloads if part in settings.parts else ())
+        ]
+        for part, title, measure in (("ratios", "", measure_ratios), ("layers", "layers of ", measure_layers))
+    )
     further: list[Job] = [("growth", partial(measure_growth, bench)), ("training step", partial(measure_shares, bench))]
     further = [job for job in further if job[0].split()[0] in settings.parts]
-    return [*compared[:1], *further, *compared[1:]]
+    return [*compared[:1], *further, *compared[1:], *layers]
 
 
 def measure_all(bench: Bench, progress: Progress) -> None:

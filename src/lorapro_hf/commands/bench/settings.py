@@ -15,7 +15,7 @@ from lorapro_hf.options import UsageError, at_least_one, rate
 
 BASELINE = "adamw"
 DTYPES: Mapping[str, str] = {"fp32": "float32", "bf16": "bfloat16"}
-PARTS = ("ratios", "growth", "training")
+PARTS = ("ratios", "growth", "training", "layers")
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,15 @@ class BenchSettings:
     dtypes: tuple[str, ...] = _names(tuple(DTYPES), DTYPES, "DTYPE", "dtypes of the factors")
     methods: tuple[str, ...] = _names(tuple(METHODS), METHODS, "METHOD", "optimizers; fused AdamW is always among them")
     parts: tuple[str, ...] = _names(
-        PARTS, PARTS, "PART", "side by side comparison, growth of a step, share of a training step"
+        PARTS[:3],
+        PARTS,
+        "PART",
+        "side by side comparison, growth of a step, share of a training step; fused layers beside PEFT's",
     )
     ranks: tuple[int, ...] = option((8, 64, 256), "ranks", _WHAT, type=at_least_one, metavar="R")
+    tokens: tuple[int, ...] = option(
+        (512, 2048, 4096), "inputs of the part layers", _WHAT, type=at_least_one, metavar="N"
+    )
     device: str = option("cpu", "where", _HOW, choices=("cpu", "cuda"))
     threads: int | None = option(
         None, "threads of torch on the CPU (default: torch's)", _HOW, type=at_least_one, metavar="N"
@@ -152,7 +158,7 @@ class BenchSettings:
     )
 
     def __post_init__(self) -> None:
-        for name in ("workloads", "dtypes", "methods", "parts", "ranks"):
+        for name in ("workloads", "dtypes", "methods", "parts", "ranks", "tokens"):
             chosen = getattr(self, name)
             if len(set(chosen)) < len(chosen):
                 raise UsageError(f"--{name} names one twice: {chosen}.")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from dataclasses import asdict
 from functools import partial
+from itertools import product
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -30,9 +32,7 @@ PRECISIONS = [
 ]
 SHAPES = [(256, 192, 16, 64), (192, 256, 64, 300), (64, 256, 64, 1024)]  # m, n, r and tokens
 NAMES = ("output", "gradient of x", "gradient of A", "gradient of B")
-TIMED = [
-    (name, rank, dtype) for dtype in ("bf16", "fp32") for name in ("smollm2-135m", "llama-2-7b") for rank in (8, 128)
-]
+TIMED = [*product(("smollm2-135m", "llama-2-7b"), (8, 128), ("bf16", "fp32"))]
 
 
 def check_layers(record: Record) -> None:
@@ -99,7 +99,7 @@ def measure_layer_times(record: Record) -> None:
         record.save()
 
 
-def table_of_layers(layers: list[dict]) -> list[str]:  # type: ignore[type-arg]
+def table_of_layers(layers: list[dict[str, Any]]) -> list[str]:
     """One table of all measured layers."""
     lines = ["## Fused layers", "", "| model | layer | r | dtype | tokens | PEFT ms | × by flops | × by time |"]
     lines += ["|---|---|---:|---|---:|---:|---:|---:|"]

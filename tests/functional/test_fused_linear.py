@@ -128,6 +128,14 @@ def test_nothing_but_x_and_parameters_is_kept():
     assert len(kept) == 4 and {tensor.untyped_storage().data_ptr() for tensor in kept} <= known
 
 
+def test_x_may_be_overwritten_where_no_factor_is_trained():
+    layer = tensors(needed=Needed(True, False, False))
+    written = layer._replace(x=layer.x.clone())
+    out = fused_linear(written, Plan(SCALING, DOUBLE, Order()))
+    written.x.zero_()
+    torch.testing.assert_close(gradients(layer, out), gradients(layer, oracle(layer)))
+
+
 def test_second_derivative_is_an_error():
     layer = tensors()
     out = fused_linear(layer, Plan(SCALING, DOUBLE, Order()))

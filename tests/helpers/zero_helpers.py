@@ -42,12 +42,16 @@ def configuration(stage, accumulate=1, clip=0.0, **sections):
 
 def launch(config, model_settings=None, attach=True, **settings):
     """An engine that trains with LoRA-Pro in the given configuration, or with plain AdamW."""
+    model = build(torch.float32, **(model_settings or {}))
+    return engine_of(model, make_optimizer(model, config), attach and config != "adamw", **settings)
+
+
+def engine_of(model, optimizer, attach=True, **settings):
+    """An engine that trains a model, with LoRA-Pro where it is attached."""
     import deepspeed
 
-    model = build(torch.float32, **(model_settings or {}))
-    optimizer = make_optimizer(model, config)
     engine = deepspeed.initialize(model=model, optimizer=optimizer, config=configuration(**settings))[0]
-    if attach and config != "adamw":
+    if attach:
         from lorapro_hf.deepspeed.engine import attach_deepspeed
 
         attach_deepspeed(engine, optimizer)

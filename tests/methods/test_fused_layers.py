@@ -18,7 +18,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer
 
-from grids import rest_slow
+import training
+import zero_helpers
+from grids import few_of, rest_slow
 from killable import Nursery
 from lora_layers import ALL_ROWS, ROWS, Net, Row, vectors
 from lorapro_hf import (
@@ -130,7 +132,7 @@ def calls_of_peft(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return calls
 
 
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("name", rest_slow(KEPT, fast=4))
 def test_other_layers_keep_the_forward_pass(name: str, caplog: pytest.LogCaptureFixture):
     row = BY_NAME[name]
     with caplog.at_level(logging.INFO, "lorapro_hf"):
@@ -278,9 +280,7 @@ def test_names_and_saved_adapter_are_those_of_peft(tmp_path: Path):
 # Precision, checkpoints, compilers
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("widens", [True, False])
-@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+@few_of(dtype=[torch.bfloat16, torch.float16], widens=[True, False], base=[torch.float32, torch.bfloat16])
 def test_autocast_and_mixed_dtypes(monkeypatch, dtype, widens, base):
     monkeypatch.setattr("lorapro_hf.functional.fused_linear._WIDENS", widens)
     torch.manual_seed(0)
@@ -418,6 +418,35 @@ def test_two_ranks_step_as_one(kind: str, tmp_path: Path):
     alone = stepped(0, 1, "alone", is_fused=False)
     for of_rank in run(stepped, 2, tmp_path, kind, True):
         assert_same(of_rank, alone, rtol=1e-9, atol=1e-10)
+
+
+def under_zero(rank: int, ranks: int, stage: int) -> dict[str, torch.Tensor]:
+    """The parameters after a training with PEFT's layers and one with layers that were fused before."""
+    found: dict[str, torch.Tensor] = {}
+    for is_fused in (False, True):
+        model = training.build(torch.float32)
+        optimizer = training.make_optimizer(model, {"mode": "efficient"})
+        layers = fuse_lora_layers(model) if is_fused else 0
+        engine = zero_helpers.engine_of(model, optimizer, stage=stage)
+        taken = [module.obstacle(layer) for layer in engine.module.modules() if "forward" in vars(layer)]
+        assert len(taken) == layers and all((reason is not None) is (stage == 3) for reason in taken)
+        zero_helpers.train(engine, rank, ranks)
+        found |= {f"{is_fused}.{name}": value for name, value in zero_helpers.result(engine).items()}
+        engine.destroy()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero(stage: int, tmp_path: Path):
+    pytest.importorskip("deepspeed")
+    found = zero_helpers.run(under_zero, 2, tmp_path, stage)[0]
+    plain, fused = (
+        {name.split(".", 1)[1]: value for name, value in found.items() if name.startswith(str(kind))}
+        for kind in (False, True)
+    )
+    assert_same(fused, plain, rtol=1e-4, atol=1e-5)
 
 
 # Trainings

@@ -84,10 +84,11 @@ def fused_linear(layer: Layer, plan: Plan) -> Tensor:
 class _FusedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, base: Any, A: Tensor, B: Tensor, plan: Plan) -> Tensor:
+        needs_x, *_, needs_A, needs_B, _ = ctx.needs_input_grad
         if weight is not None and plan.precision.base.itemsize < weight.dtype.itemsize:
             weight = weight.to(plan.precision.base)  # as autocast does; kept as by PEFT's layer
-        ctx.save_for_backward(x, weight, A, B)
-        ctx.plan, ctx.bias_dtype = plan, None if bias is None else bias.dtype
+        ctx.save_for_backward(x if needs_A or needs_B else None, weight if needs_x else None, A, B)
+        ctx.plan, ctx.x_dtype, ctx.bias_dtype = plan, x.dtype, None if bias is None else bias.dtype
         with _without_autocast(x):
             return _forward(Layer(x, weight, bias, base, A, B), plan)
 
@@ -96,7 +97,9 @@ class _FusedLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, weight, A, B = ctx.saved_tensors
         wants_x, _, wants_bias, wants_base, wants_A, wants_B, _ = ctx.needs_input_grad
-        with _without_autocast(x):
+        if x is None:
+            x = dy.new_empty(0, dtype=ctx.x_dtype)
+        with _without_autocast(dy):
             dx, dA, dB = _backward(Layer(x, weight, None, None, A, B), dy, ctx.plan, Needed(wants_x, wants_A, wants_B))
             dbias = dy.sum(0).to(ctx.bias_dtype) if wants_bias else None
         return dx, None, dbias, dy if wants_base else None, dA, dB, None

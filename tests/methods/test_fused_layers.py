@@ -27,7 +27,9 @@ from lorapro_hf import (
     FusedLoRA,
     LoRAProTrainer,
     LoRAProTrainingArguments,
+    MGPOCallback,
     create_lorapro_optimizer,
+    find_lora_pairs,
     fuse_lora_layers,
     unfuse_lora_layers,
     weight_gradients,
@@ -480,6 +482,52 @@ def test_a_training_is_that_of_plain_layers(whole: tuple[Path, Any], tmp_path: P
     assert_same(factors(trainer), factors(plain), rtol=1e-2, atol=1e-4)
     assert sum("forward" in vars(layer) for layer in trainer.model.modules()) == 14
     assert "fused" in trainer._hyperparameters()["forward pass of LoRA layers"]  # of the model card
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mgpo_rho": 0.05},
+        {"lora_pro": False, "lora_pro_init": "lora_sb_fixed", "learning_rate": 1e-3},
+        {"lora_pro_mode": "full", "gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_a_training_with_other_methods(settings: dict[str, Any], tmp_path: Path):
+    starts = {"lora_pro_init_samples": 4} if "lora_pro_init" in settings else {}
+    found = []
+    for is_fused in (False, True):
+        model = tiny_lora(init_lora_weights=True)
+        for pair in find_lora_pairs(model) if starts else ():
+            pair.B.data.zero_()
+        trainer = trainer_of(tmp_path, model, fuse_lora=is_fused, max_steps=2, save_strategy="no", **starts, **settings)
+        trainer.train()
+        found.append(logged(trainer, "loss"))
+        assert any("forward" in vars(layer) for layer in trainer.model.modules()) is is_fused
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["weight", "factors"])
+def test_a_change_of_mgpo_is_computed(target: str):
+    """Its hooks add to a layer's output or put other factors in the place of A and B."""
+    outputs = []
+    for model in pair_of(PLAIN)[:2]:
+        method = MGPOCallback(0.5, target=target)
+        method.before_training(model, None)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for step in (1, 2):
+            optimizer.zero_grad()
+            with method.forward_context():
+                PLAIN.loss(model).backward()
+            method.before_step(optimizer)
+            optimizer.step()
+            method.after_step(optimizer, step)
+        with method.forward_context():
+            outputs.append(PLAIN.output(model).detach())
+        assert (outputs[-1] - PLAIN.output(model)).norm() > 1e-3
+    torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-9)
 
 
 def test_a_training_resumes_to_the_bit_and_without_fused_layers(whole: tuple[Path, Any], tmp_path: Path):

@@ -187,6 +187,19 @@ def test_every_order_is_the_cheapest_somewhere():
     assert found == set(orders())
 
 
+def test_float16_keeps_to_products_that_overflow_no_sooner_than_in_peft():
+    half = Precision(torch.float16, torch.float16, torch.float16)
+    assert not half.has_range and orders(half.can_merge, half.has_range) == [Order()]
+    assert cheapest_order(Sizes(1024, 64, 64, 64), ALL, False, False) == Order()
+    one = torch.full((512, 8), 256.0, dtype=torch.float16)
+    A = torch.ones(2, 8, dtype=torch.float16, requires_grad=True)
+    B = torch.full((8, 2), 1 / 8, dtype=torch.float16, requires_grad=True)
+    out = fused_linear(Layer(one, torch.zeros(8, 8).half(), None, None, A, B), Plan(1 / 256, half, Order()))
+    # 512 * 256 * 1/256 fits, and 512 * 256 does not
+    of_A, of_B = torch.autograd.grad(out, (A, B), torch.ones_like(out))
+    assert of_A.unique().tolist() == [512.0] and of_B.unique().tolist() == [4096.0]
+
+
 def test_time_chooses_the_fastest(monkeypatch: pytest.MonkeyPatch):
     now = [0.0]
 

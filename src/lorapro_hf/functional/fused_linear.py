@@ -41,6 +41,11 @@ class Precision(NamedTuple):
         return cls(base, factors, out)
 
     @property
+    def has_range(self) -> bool:
+        """Whether the gradient of a weight overflows no sooner than in float32."""
+        return self.factors != torch.float16
+
+    @property
     def can_merge(self) -> bool:
         """Whether `W + s B A` keeps small changes of the weight."""
         return self.base == self.factors and self.base in (torch.float32, torch.float64)
@@ -136,22 +141,23 @@ def _backward(layer: Layer, dy: Tensor, plan: Plan, needed: Needed) -> list[Tens
     """The gradients of x, A and B that are needed."""
     order, s, of_factors = plan.order, plan.scaling, plan.precision.factors
     A, B, dy_of_factors = _cast(layer.A, of_factors), _cast(layer.B, of_factors), _cast(dy, of_factors)
-    projected = dy_of_factors @ B if needs_projected(order, needed) else None
+    # the scaling acts first, as in PEFT's layer: in float16 a small one keeps products from overflowing
+    projected = dy_of_factors @ (s * B) if needs_projected(order, needed) else None
     dx = dA = dB = None
     if needed.A or needed.B:
         x = _cast(layer.x, of_factors)
         if order.through_weight:
             dense = dy_of_factors.mT @ x
-            dA, dB = B.mT @ dense if needed.A else None, dense @ A.mT if needed.B else None
+            dA, dB = (s * B).mT @ dense if needed.A else None, dense @ (s * A).mT if needed.B else None
         else:
             dA = projected.mT @ x if projected is not None and needed.A else None
-            dB = dy_of_factors.mT @ (x @ A.mT) if needed.B else None
+            dB = dy_of_factors.mT @ (x @ (s * A).mT) if needed.B else None
     if needed.x:
         dx = _input_gradient(layer, dy_of_factors if plan.precision.can_merge else dy, projected, A, B, plan)
     return [
         None if dx is None else _cast(dx, layer.x.dtype),
-        None if dA is None else _cast(dA.mul_(s), layer.A.dtype),
-        None if dB is None else _cast(dB.mul_(s), layer.B.dtype),
+        None if dA is None else _cast(dA, layer.A.dtype),
+        None if dB is None else _cast(dB, layer.B.dtype),
     ]
 
 
@@ -159,12 +165,12 @@ def _input_gradient(layer: Layer, dy: Tensor, projected: Tensor | None, A: Tenso
     s, of_base = plan.scaling, plan.precision.base
     if layer.weight is None:
         assert projected is not None
-        return projected @ (s * A)
+        return projected @ A
     weight = _cast(layer.weight, of_base)
     if plan.order.merges_input:
         return dy @ torch.addmm(weight, B, A, alpha=s)
     assert projected is not None
-    return _cast(_cast(dy, of_base) @ weight, A.dtype).addmm_(projected, A, alpha=s)
+    return _cast(_cast(dy, of_base) @ weight, A.dtype).addmm_(projected, A)
 
 
 def fastest_order(
@@ -179,7 +185,7 @@ def fastest_order(
         needed: the gradients to compute, at least one.
         separate: another forward pass of the layer, differentiated by autograd, as a function of x `(T, n)`.
     """
-    candidates = [*orders(precision.can_merge and layer.weight is not None)]
+    candidates = [*orders(precision.can_merge and layer.weight is not None, precision.has_range)]
     layer = layer._replace(x=_rows(layer.x), base=None if layer.base is None else _rows(layer.base))
     dy = _alone(_forward, layer, Plan(scaling, precision, Order()))
 

@@ -40,10 +40,15 @@ class Sizes(NamedTuple):
     r: int
 
 
-def orders(can_merge: bool = True) -> list[Order]:
-    """All orders; `can_merge` allows those that add `s B A` to the weight, which rounds to the weight's precision."""
+def orders(can_merge: bool = True, has_range: bool = True) -> list[Order]:
+    """All orders that a precision permits.
+
+    Args:
+        can_merge: whether `s B A` may be added to the weight, which rounds it to the weight's precision.
+        has_range: whether the gradient of the weight may be formed, which overflows sooner than those of the factors.
+    """
     merges = [(False, False), (True, False), (True, True)] if can_merge else [(False, False)]
-    return [Order(*merge, through_weight) for merge in merges for through_weight in (False, True)]
+    return [Order(*merge, through_weight) for merge in merges for through_weight in (False, True)[: 1 + has_range]]
 
 
 def forward_flops(order: Order, sizes: Sizes) -> int:
@@ -69,10 +74,10 @@ def needs_projected(order: Order, needed: Needed) -> bool:
 
 
 @cache
-def cheapest_order(sizes: Sizes, needed: Needed, can_merge: bool) -> Order:
-    """The order with the fewest operations; the forward pass does not depend on `needed`."""
+def cheapest_order(sizes: Sizes, needed: Needed, can_merge: bool, has_range: bool = True) -> Order:
+    """The order with the fewest operations; the forward pass does not depend on `needed`. Arguments as for `orders`."""
     best = Order()  # a loop, since torch.compile does not trace min() with a key
-    for order in orders(can_merge):
+    for order in orders(can_merge, has_range):
         if forward_flops(order, sizes) > forward_flops(best, sizes):
             continue
         if forward_flops(order, sizes) < forward_flops(best, sizes) or backward_flops(

@@ -120,7 +120,7 @@ class FusedForward:
         can_merge = precision.can_merge and tensors.weight is not None
         is_measured = self.criterion == "time" and sizes.tokens and any(needed) and torch.is_grad_enabled()
         if not is_measured or torch.compiler.is_compiling():
-            return cheapest_order(sizes, needed, can_merge)
+            return cheapest_order(sizes, needed, can_merge, precision.has_range)
         # sequences of similar lengths share a measurement
         dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
         key = (sizes.tokens.bit_length(), *sizes[1:], *needed, *precision, *dtypes, x.device)

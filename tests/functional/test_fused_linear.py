@@ -20,6 +20,7 @@ from lorapro_hf.functional.lora_orders import (
     cheapest_order,
     forward_flops,
     orders,
+    takes_more,
 )
 
 DOUBLE = Precision(torch.float64, torch.float64, torch.float64)
@@ -185,6 +186,14 @@ def test_every_order_is_the_cheapest_somewhere():
     sizes = [Sizes(*each) for each in itertools.product((16, 128, 1024), (32, 256, 1024), (32, 256, 1024), (8, 32))]
     found = {cheapest_order(*each) for each in itertools.product(sizes, MASKS, (True, False))}
     assert found == set(orders())
+
+
+def test_shapes_that_take_more_than_separate_products():
+    short, long = Sizes(512, 1536, 576, 128), Sizes(2048, 1536, 576, 128)
+    assert takes_more(cheapest_order(short, ALL, True), short, ALL)
+    assert not takes_more(cheapest_order(long, ALL, True), long, ALL)
+    without_B = Needed(True, True, False)  # X Aᵀ is not needed
+    assert not takes_more(cheapest_order(short, without_B, True), short, without_B)
 
 
 def test_float16_keeps_to_products_that_overflow_no_sooner_than_in_peft():

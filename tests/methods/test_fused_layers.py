@@ -381,6 +381,15 @@ def test_time_measures_a_shape_once_and_may_leave_a_layer_to_peft(monkeypatch: p
     assert [needed.A for needed in measured] == [True, False]
 
 
+def test_a_shape_that_would_take_more_is_left_to_peft(monkeypatch: pytest.MonkeyPatch):
+    model = get_peft_model(Net(nn.Linear(96, 36)), LoraConfig(r=8, target_modules=["body"]))
+    assert fuse_lora_layers(model) == 1
+    calls = calls_of_peft(model, monkeypatch)
+    for tokens in (32, 320):
+        model(torch.randn(tokens, 96, requires_grad=True))
+    assert len(calls) == 1
+
+
 # Beside the rest of the package
 
 

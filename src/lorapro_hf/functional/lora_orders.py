@@ -11,6 +11,8 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
+_SPARED = 1.03  # a fused layer makes up for so many more operations by passing over its output less often
+
 
 class Order(NamedTuple):
     """An order of the products in the forward and the backward pass of a layer."""
@@ -85,3 +87,11 @@ def cheapest_order(sizes: Sizes, needed: Needed, can_merge: bool, has_range: boo
         ) < backward_flops(best, sizes, needed):
             best = order
     return best
+
+
+@cache
+def takes_more(order: Order, sizes: Sizes, needed: Needed) -> bool:
+    """Whether an order takes notably more operations than separate products that keep `X Aᵀ`."""
+    T, n, _, r = sizes
+    fused, separate = (forward_flops(each, sizes) + backward_flops(each, sizes, needed) for each in (order, Order()))
+    return fused > _SPARED * (separate - 2 * T * n * r * needed.B)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorapro_hf.config import check_choice
 from lorapro_hf.functional.fused_linear import Layer, Plan, Precision, fastest_order, fused_linear
-from lorapro_hf.functional.lora_orders import Needed, Order, Sizes, cheapest_order
+from lorapro_hf.functional.lora_orders import Needed, Order, Sizes, cheapest_order, takes_more
 from lorapro_hf.methods.base import LoRAMethod
 
 CRITERIA = ("flops", "time")
@@ -48,7 +48,8 @@ def fuse_lora_layers(model: nn.Module, criterion: str = "flops") -> int:
 
     Args:
         model: a model with LoRA layers. Compile it, or share it out by FSDP, afterwards.
-        criterion: `"flops"` counts operations; `"time"` measures all orders and PEFT's own forward pass once for each
+        criterion: `"flops"` counts operations, and leaves a float32 layer to PEFT for shapes in which computing `X Aᵀ`
+            again takes 3 % more of them; `"time"` measures all orders and PEFT's own forward pass once for each
             shape, in the first forward pass, and takes the fastest. Its choice, and so rounding, may differ between
             runs.
 
@@ -120,7 +121,10 @@ class FusedForward:
         can_merge = precision.can_merge and tensors.weight is not None
         is_measured = self.criterion == "time" and sizes.tokens and any(needed) and torch.is_grad_enabled()
         if not is_measured or torch.compiler.is_compiling():
-            return cheapest_order(sizes, needed, can_merge, precision.has_range)
+            order = cheapest_order(sizes, needed, can_merge, precision.has_range)
+            # in lower precision PEFT's layer casts more, keeps more and does not merge
+            is_plain = can_merge and x.dtype == A.dtype and torch.is_grad_enabled()
+            return None if is_plain and takes_more(order, sizes, needed) else order
         # sequences of similar lengths share a measurement
         dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
         key = (sizes.tokens.bit_length(), *sizes[1:], *needed, *precision, *dtypes, x.device)

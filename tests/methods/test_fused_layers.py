@@ -498,6 +498,7 @@ def test_a_training_is_that_of_plain_layers(whole: tuple[Path, Any], tmp_path: P
     "settings",
     [
         {"mgpo_rho": 0.05},
+        {"booster_steps": 1},
         {"lora_pro": False, "lora_pro_init": "lora_sb_fixed", "learning_rate": 1e-3},
         {"lora_pro_mode": "full", "gradient_checkpointing": True},
     ],
@@ -507,7 +508,7 @@ def test_a_training_with_other_methods(settings: dict[str, Any], tmp_path: Path)
     starts = {"lora_pro_init_samples": 4} if "lora_pro_init" in settings else {}
     found = []
     for is_fused in (False, True):
-        model = tiny_lora(init_lora_weights=True)
+        model = tiny_lora(init_lora_weights=True, **({"r": 1} if "booster_steps" in settings else {}))
         for pair in find_lora_pairs(model) if starts else ():
             pair.B.data.zero_()
         trainer = trainer_of(tmp_path, model, fuse_lora=is_fused, max_steps=2, save_strategy="no", **starts, **settings)

@@ -108,10 +108,7 @@ def rite_step(
     # Both ḡ in polar coordinates; b lacks the part of the gradient that lies in the column space of B.
     g_A = (weights[0] * bases.B.vectors) @ a
     g_B = (weights[1] * bases.A.vectors) @ torch.baddbmm(b, (a @ bases.A.rows.mT).mT, bases.B.rows)
-    sides = (
-        _Side(state.M_A, state.V_A, state.escape_A, bases.B),
-        _Side(state.M_B, state.V_B, state.escape_B, bases.A),
-    )
+    sides = _sides(state, bases)
     moved = [side.updated(g, state.steps, options) for side, g in zip(sides, (g_A, g_B), strict=True)]
     h_A, h_Bt = (side.magnified(new.M) for side, new in zip(sides, moved, strict=True))
     new_A, new_Bt = linear_step(A, Bt, h_A, h_Bt, options)
@@ -119,6 +116,12 @@ def rite_step(
     for side, new, basis in zip(sides, moved, (after.B, after.A), strict=True):
         side.store(new.carried_to(basis), options.active)
     return new_A, new_Bt
+
+
+def carry_rite_moments(state: RiteState, before: Bases, after: Bases) -> None:
+    """Express the moments in the polar coordinates of other factors, in place; both bases as for `rite_step`."""
+    for side, basis in zip(_sides(state, before), (after.B, after.A), strict=True):
+        side.store(side.carried_to(basis), None)
 
 
 class _Side(NamedTuple):
@@ -155,6 +158,12 @@ class _Side(NamedTuple):
         for kept, value in zip(self[:3], new[:3], strict=True):
             if kept is not None and value is not None:
                 kept.copy_(select(active, value[:, None], kept[:, None]).squeeze(1))
+
+
+def _sides(state: RiteState, bases: Bases) -> tuple[_Side, _Side]:
+    """Both sides, each in the coordinates of the other factor."""
+    of_A = _Side(state.M_A, state.V_A, state.escape_A, bases.B)
+    return of_A, _Side(state.M_B, state.V_B, state.escape_B, bases.A)
 
 
 def _bias_corrected(beta: float, steps: Tensor) -> Tensor:

@@ -14,9 +14,11 @@ from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.distributed.access import Access, local
 from lorapro_hf.distributed.ownership import PairOwnership
 from lorapro_hf.factors.pairs import LoRAPair
-from lorapro_hf.factors.stacks import Gradient, exact_arithmetic, global_norm, read_natively, read_stacks
+from lorapro_hf.factors.stacks import Gradient, Stack, exact_arithmetic, global_norm, read_natively, read_stacks
+from lorapro_hf.functional.bases import Bases, row_bases
 from lorapro_hf.kernels.dense import fused_adamw
 from lorapro_hf.optim.rules import rule_of
+from lorapro_hf.optim.rules.base import UpdateRule
 from lorapro_hf.optim.saving import SavedPairs
 
 Others = list[tuple[dict[str, Any], list[Tensor]]]  # param groups with their parameters that belong to no pair
@@ -137,6 +139,35 @@ class LoRAProAdamW(SavedPairs):
         else:
             self._step_together(with_others=True)
         return loss
+
+    @contextmanager
+    def rewriting(self) -> Iterator[None]:
+        """A context in which something else may write values into the factors, between two steps.
+
+        Moments in coordinates of the factors are carried over to the new ones: those of modes `"factored"`,
+        `"spectral"` and `"rite"`. Other moments stay.
+
+        Raises:
+            RuntimeError: DeepSpeed drives the optimizer.
+        """
+        if self.has_engine:
+            raise RuntimeError("DeepSpeed keeps the factors itself, so that nothing else can write them.")
+        self._current_ownership()
+        stacks = [] if type(self.rule).follow is UpdateRule.follow else self._stacks
+        with torch.no_grad(), exact_arithmetic(stacks):
+            before = self._bases_of(stacks)
+            yield
+            for stack, old, new in zip(stacks, before, self._bases_of(stacks), strict=True):
+                self.rule.follow(self._moments_of(stack), old, new)
+
+    def _bases_of(self, stacks: Sequence[Stack]) -> list[Bases]:
+        factors: list[Tensor] = []
+        for stack in stacks:
+            state = self._moments_of(stack)
+            state.refresh_masters()
+            factors += state.factors(stack.read())
+        bases = row_bases(factors, self.config.rtol)
+        return list(map(Bases, bases[::2], bases[1::2]))
 
     # ---- the seam for engines ----
 

@@ -191,6 +191,9 @@ class UpdateRule(ABC):
     """Whether `native_step` steps pairs that the compiled kernels of the CPU serve, in the place of `step`."""
     projects_gradients: ClassVar[bool] = False
     """Whether its linear step is AdamW along the projected gradients, so that a callback can serve any optimizer."""
+    keeps_state_of_slots: ClassVar[bool] = False
+    """Whether its state has the shapes of the factors, and a part for each of the r slots: what copies a slot (a column
+    of B and a row of A) copies its state, too."""
 
     def __init__(self, config: LoRAProConfig) -> None:
         self.config = config
@@ -279,6 +282,12 @@ class UpdateRule(ABC):
     def shared_norm(self, read: Sequence[Gradient]) -> Tensor | None:
         """A 0-dim norm over the stacks of this rank, if `step` needs that over all ranks as `options.shared_norm`."""
         return None
+
+    def follow(self, state: StackState, before: Bases, after: Bases) -> None:  # noqa: B027 (most rules need nothing)
+        """Change the state after something else has written the factors, whose bases were `before` and are `after`.
+
+        Nothing to do for moments of the weight or of single elements, whatever the factors are.
+        """
 
     def rates(self, groups: tuple[Group, Group]) -> Rates:
         """Learning rates, and the fractions of A and B that decay leaves, so that B A decays by `1 − lr · λ`."""

@@ -23,6 +23,7 @@ class Efficient(UpdateRule):
     has_trust_region = False
     takes_lora_rates = True
     projects_gradients = True
+    keeps_state_of_slots = True
     steps_natively = True
 
     def state_spec(self, pair: LoRAPair) -> list[StateSpec]:

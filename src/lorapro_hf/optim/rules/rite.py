@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.factors.stacks import Gradient, NativeGradient, Rows, StackGradient
-from lorapro_hf.functional.bases import compute_dtype
-from lorapro_hf.functional.rite import RiteGuards, RiteState, rite_step, unmagnified_norms
+from lorapro_hf.functional.bases import Bases, compute_dtype
+from lorapro_hf.functional.rite import RiteGuards, RiteState, carry_rite_moments, rite_step, unmagnified_norms
 from lorapro_hf.functional.step_options import StepOptions
 from lorapro_hf.optim.rules.base import StackState, StateSpec, matrix_shapes
 from lorapro_hf.optim.rules.native import native_options, step_natively
@@ -61,20 +61,26 @@ class Rite(TangentMoment):
 
     def step(self, read: StackGradient, state: StackState, options: StepOptions) -> Rows:
         """The step of `rite_step`."""
-        config = self.config
+        config, moments = self.config, self._moments(state)
         factors, bases, coordinates = stepped_coordinates(read, state, options.rtol)
-        has_escape = config.rite_escape
-        moments = RiteState(
+        guards = RiteGuards(config.rite_clip, config.rite_skip, options.shared_norm)
+        return Rows(*rite_step(*factors, bases, coordinates, read.scaling, moments, guards, options))
+
+    def follow(self, state: StackState, before: Bases, after: Bases) -> None:
+        """Carry all moments to the new bases, as each step does."""
+        carry_rite_moments(self._moments(state), before, after)
+
+    def _moments(self, state: StackState) -> RiteState:
+        has_escape = self.config.rite_escape
+        return RiteState(
             state["A", "exp_avg"],
             state["B", "exp_avg"],
             state["A", "exp_avg_sq"],
             state["B", "exp_avg_sq"],
-            read.stack.per_entry(state.steps),
+            state.stack.per_entry(state.steps),
             state["A", "escape"][:, 0] if has_escape else None,
             state["B", "escape"][:, 0] if has_escape else None,
         )
-        guards = RiteGuards(config.rite_clip, config.rite_skip, options.shared_norm)
-        return Rows(*rite_step(*factors, bases, coordinates, read.scaling, moments, guards, options))
 
     def native_step(self, read: NativeGradient, state: StackState, options: StepOptions) -> None:
         """Step factors and state in place."""

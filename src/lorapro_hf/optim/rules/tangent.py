@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lorapro_hf.factors.stacks import Rows, Stack, StackGradient
 from lorapro_hf.functional.bases import Bases, Coordinates, RowBasis, outside_, row_bases, row_basis
+from lorapro_hf.functional.factored import transport
 from lorapro_hf.optim.rules.base import MASTER, PairState, StackState, UpdateRule, stepped_factors
 
 
@@ -33,9 +34,18 @@ class TangentMoment(UpdateRule):
 
     def weight_moment(self, stack: Stack, state: StackState) -> tuple[Tensor, Tensor]:
         """The moment itself; in mode rite it is preconditioned."""
-        of_A, of_B = map(_polar, row_bases(list(state.factors(stack.read())), self.config.rtol))
-        left, right = [of_B, state["B", "exp_avg"]], [state["A", "exp_avg"], of_A]
-        return torch.cat(left, dim=-2), torch.cat(right, dim=-2)
+        return _moment(state, Bases(*row_bases(list(state.factors(stack.read())), self.config.rtol)))
+
+    def follow(self, state: StackState, before: Bases, after: Bases) -> None:
+        """Project the moment onto the tangent space of the new factors, as each step does."""
+        moments = transport(*_moment(state, before), after)
+        for side, moment in zip("AB", moments, strict=True):
+            state[side, "exp_avg"].copy_(moment)
+
+
+def _moment(state: StackState, bases: Bases) -> tuple[Tensor, Tensor]:
+    left, right = [_polar(bases.B), state["B", "exp_avg"]], [state["A", "exp_avg"], _polar(bases.A)]
+    return torch.cat(left, dim=-2), torch.cat(right, dim=-2)
 
 
 def _polar(basis: RowBasis) -> Tensor:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lorapro_hf.functional.projection import equivalent_gradient, project_lora_gradients
     from lorapro_hf.hub import create_model_card, load_lora_pro_config, push_adapter, save_adapter
     from lorapro_hf.methods import LoRAMethod
+    from lorapro_hf.methods.beamlora import BeamLoRACallback, fold_beamlora
     from lorapro_hf.methods.boosting import BoostingCallback
     from lorapro_hf.methods.fused_layers import FusedLoRA, fuse_lora_layers, unfuse_lora_layers
     from lorapro_hf.methods.gelora import gelora_ranks
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BeamLoRACallback",
     "BoostingCallback",
     "FusedLoRA",
     "GradientGapCallback",
@@ -76,6 +78,7 @@ __all__ = [
     "create_model_card",
     "equivalent_gradient",
     "find_lora_pairs",
+    "fold_beamlora",
     "fold_lora_sb",
     "fuse_lora_layers",
     "gelora_ranks",
@@ -90,6 +93,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "BeamLoRACallback": "methods.beamlora",
     "BoostingCallback": "methods.boosting",
     "FusedLoRA": "methods.fused_layers",
     "GradientGapCallback": "diagnostics",
@@ -122,6 +126,7 @@ _HOMES = {
     "equivalent_gradient": "functional.projection",
     "find_lora_pairs": "factors.pairs",
     "fuse_lora_layers": "methods.fused_layers",
+    "fold_beamlora": "methods.beamlora",
     "gelora_ranks": "methods.gelora",
     "intrinsic_dimension": "functional.intrinsic_dimension",
     "fold_lora_sb": "methods.lora_sb",

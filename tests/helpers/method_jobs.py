@@ -13,7 +13,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from lorapro_hf import BoostingCallback, LoRAProTrainer, LoRAProTrainingArguments, LoRASB, find_lora_pairs
+from lorapro_hf import (
+    BeamLoRACallback,
+    BoostingCallback,
+    LoRAProTrainer,
+    LoRAProTrainingArguments,
+    LoRASB,
+    find_lora_pairs,
+)
 from lorapro_hf.methods import LoRAMethod, found_inf
 from trainer_helpers import arguments, build, factors, tiny_base, tiny_lora
 
@@ -117,3 +124,20 @@ def boost(job: dict[str, Any], rank: int) -> dict[str, Any]:
     trainer.train(resume_from_checkpoint=job.get("resume"))
     model = trainer.accelerator.unwrap_model(trainer.model)
     return {pair.name: pair.layer.get_delta_weight("default").detach() for pair in find_lora_pairs(model)}
+
+
+def beamlora(job: dict[str, Any], rank: int) -> dict[str, Any]:
+    """A training with BeamLoRA, perhaps from a checkpoint on: the factors and gates."""
+    settings = {"max_steps": 12, "save_strategy": "steps", "save_steps": 3, **job["settings"]}
+    if job["ranks"] > 1:
+        settings["ddp_backend"] = "gloo"
+    args = arguments(
+        Path(job["folder"]), LoRAProTrainingArguments, per_device_train_batch_size=4 // job["ranks"], **settings
+    )
+    callbacks = [BeamLoRACallback(4, keep=0.6, until=1.0)]
+    model = tiny_lora().to(torch.bfloat16 if args.lora_pro_master_factors else torch.float32)
+    trainer = build(LoRAProTrainer, args, model=model, callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=job.get("resume"))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    gates = {f"gate of {p.name}": p.layer.beamlora_gates["default"] for p in find_lora_pairs(model)}
+    return {**gates, **{name: value for name, value in model.state_dict().items() if "lora_" in name}}

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from lorapro_hf.config import LoRAProConfig, check_choice
 from lorapro_hf.diagnostics.settings import check_gap_layers, check_gap_max_bytes
+from lorapro_hf.methods.beamlora import check_every
 from lorapro_hf.methods.boosting import check_steps_per_booster
 from lorapro_hf.methods.gradient_starts import SAMPLES, SPECTRAL_NORM, STARTS, check_samples, check_step_size
 from lorapro_hf.methods.lora_sb import FIXED, PLAIN_ADAMW
@@ -120,6 +121,13 @@ class LoRAProTrainingArguments(TrainingArguments):
             f"By default the spectral norm is {SPECTRAL_NORM}."
         },
     )
+    beamlora_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "After how many steps, an even number, the least important slots of the adapter become copies of "
+            "more important ones (BeamLoRA). By default never. Also while LoRA-Pro is off."
+        },
+    )
     booster_steps: int | None = field(
         default=None,
         metadata={
@@ -177,6 +185,8 @@ class LoRAProTrainingArguments(TrainingArguments):
                     raise ValueError(f"{name}={value!r} must be a number, or be left out.") from error
         self._check_start()
         self._check_mgpo()
+        if self.beamlora_every is not None:
+            check_every(self.beamlora_every, "beamlora_every")
         if self.booster_steps is not None:
             check_steps_per_booster(self.booster_steps, "booster_steps")
         config = self.lora_pro_config
@@ -225,6 +235,7 @@ class LoRAProTrainingArguments(TrainingArguments):
         remedies = {
             "lora_pro_init": "call init_from_gradients or add_lora_sb before the trainer",
             "mgpo_rho": f"give callbacks=[MGPOCallback({self.mgpo_rho})]",
+            "beamlora_every": f"give callbacks=[BeamLoRACallback({self.beamlora_every})]",
             "booster_steps": f"give callbacks=[BoostingCallback({self.booster_steps})]",
             "fuse_lora": "call fuse_lora_layers(model) before the trainer",
         }

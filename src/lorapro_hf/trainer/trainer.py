@@ -16,6 +16,7 @@ from lorapro_hf.diagnostics.callback import GradientGapCallback
 from lorapro_hf.diagnostics.settings import GAP_MAX_BYTES
 from lorapro_hf.distributed.engines import require_configuration, settle_clipping
 from lorapro_hf.factors.pairs import find_lora_pairs
+from lorapro_hf.methods.beamlora import BeamLoRACallback
 from lorapro_hf.methods.boosting import BoostingCallback
 from lorapro_hf.methods.fused_layers import FusedLoRA
 from lorapro_hf.methods.gradient_starts import SAMPLES, GradientStart
@@ -118,6 +119,8 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
     def _add_methods(self) -> None:
         """Add the methods that the arguments name, and that of a model with LoRA-SB."""
         args = self.args
+        if isinstance(args, LoRAProTrainingArguments) and args.beamlora_every is not None:
+            self.add_callback(BeamLoRACallback(args.beamlora_every))
         if isinstance(args, LoRAProTrainingArguments) and args.booster_steps is not None:
             self.add_callback(BoostingCallback(args.booster_steps))
         if isinstance(args, LoRAProTrainingArguments) and args.fuse_lora:

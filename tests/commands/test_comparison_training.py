@@ -55,6 +55,8 @@ def test_every_method_trains_on_the_same_data(task: LoadedTask, tmp_path: Path, 
     entries: dict[str, Any] = {name: {"learning_rates": [1e-2]} for name in names}
     if "gelora" in entries:
         entries["gelora"]["gelora"] = {"pooling": "tokens"}  # six questions are too few points
+    if "beamlora" in entries:
+        entries["beamlora"]["callbacks"] = {"BeamLoRACallback": {"every": 2, "keep": 1.0}}  # three steps are too few
     chosen = settings(tmp_path, methods=entries)
     records = {run.method.name: training.train_run(task, run, chosen, CPU) for run in plan(chosen)}
     assert {name: record.error for name, record in records.items()} == dict.fromkeys(names)

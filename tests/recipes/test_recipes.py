@@ -38,7 +38,7 @@ SMALLER = {
     *("dataset_name", "dataset_config_name", "train_file", "train_dir", "validation_split_percentage"),
     *("max_train_samples", "max_eval_samples", "max_length", "max_source_length", "lora_r", "lora_config"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-    *("dataloader_num_workers", "booster_steps"),
+    *("dataloader_num_workers", "booster_steps", "beamlora_every"),
 }
 BY_DEFAULT = "smollm2-135m.yaml"
 

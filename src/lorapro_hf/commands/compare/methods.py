@@ -110,6 +110,7 @@ _PISSA, _LORA_GA = ({"init_lora_weights": name} for name in ("pissa_niter_16", "
 _LORA_ONE = {"GradientStart": {"method": "lora_one"}}
 _MGPO: Mapping[str, Mapping[str, Any]] = {"MGPOCallback": {}}
 _BOOSTING = {"BoostingCallback": {"steps_per_booster": 15, "rank": None}}
+_BEAMLORA = {"BeamLoRACallback": {"every": 10}}  # for sixty steps
 METHODS: Mapping[str, ComparedMethod] = {
     method.name: method
     for method in (
@@ -127,6 +128,7 @@ METHODS: Mapping[str, ComparedMethod] = {
         ComparedMethod("mgpo", "LoRA-MGPO", "adamw", _LORA_RATES, callbacks=_MGPO),
         ComparedMethod("xgblora", "XGBLoRA", "adamw", _LORA_RATES, callbacks=_BOOSTING),
         ComparedMethod("gelora", "GeLoRA", "adamw", _LORA_RATES, gelora={}),
+        ComparedMethod("beamlora", "BeamLoRA", "adamw", _LORA_RATES, callbacks=_BEAMLORA),
         *_lora_pro(),
         ComparedMethod(
             "pro_mgpo", "LoRA-Pro full with MGPO", "lorapro", _LIMITED_RATES, {"mode": "full"}, callbacks=_MGPO

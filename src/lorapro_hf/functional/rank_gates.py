@@ -66,6 +66,7 @@ def averaged(q: Tensor, slots: Sequence[int], sources: Sequence[int], temperatur
 
 
 def squared_change(A: Tensor, Bt: Tensor, new_A: Tensor, new_Bt: Tensor) -> Tensor:
-    """`‖B'A' − BA‖²` `(K,)` in float64, from factors in rows layout `(K, r, n)` and `(K, r, m)`."""
-    left, right = torch.cat([new_Bt, -Bt], -2).double(), torch.cat([new_A, A], -2).double()
+    """`‖B'A' − BA‖²` `(K,)`, from factors in rows layout `(K, r, n)` and `(K, r, m)`."""
+    exact = torch.float32 if A.device.type == "mps" else torch.float64  # where there is no float64
+    left, right = torch.cat([new_Bt, -Bt], -2).to(exact), torch.cat([new_A, A], -2).to(exact)
     return ((left @ left.mT) * (right @ right.mT)).sum((-2, -1)).clamp_min(0)

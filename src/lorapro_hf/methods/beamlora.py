@@ -67,7 +67,7 @@ class BeamLoRACallback(LoRAMethod):
     ```
 
     A slot is a column of B and the row of A that it is multiplied with. Its weight `g`, a part of `r softmax(q / τ)`,
-    begins at 1. AdamW trains q with the learning rate of B and without weight decay. Every so many steps all weights
+    begins at 1. AdamW trains q with the learning rate of A and without weight decay. Every so many steps all weights
     are sorted, and slots beyond a share `p(t)` of their sum become copies of the most important slots of their pair, as
     these and their moments were half a period before; a slot and its copy share their weights. `p` grows from `keep` to
     1, after which no slot is replaced. At most half of the slots of a pair are. This changes the outputs, and a log
@@ -208,7 +208,7 @@ class BeamLoRACallback(LoRAMethod):
         of_group = defaultdict(list)
         for _, pairs, _ in self._due:
             for pair in pairs:
-                of_group[groups[id(pair.B)]].append(self._gates[pair])
+                of_group[groups[id(pair.A)]].append(self._gates[pair])
         left_out = found_inf(optimizer)
         for position, gates in of_group.items():
             defaults = {"betas": (0.9, 0.999), "eps": 1e-8, **optimizer.param_groups[position]}
@@ -231,7 +231,7 @@ class BeamLoRACallback(LoRAMethod):
         longest = min(self._steps // 2, math.ceil(self.until * self._steps) - 1)
         if self.every > longest and self.keep < 1:
             longest -= longest % 2
-            remedy = f"Set every to {longest} or less" if longest else "Train longer, or leave BeamLoRA out"
+            remedy = f"Set every to {longest} or less" if longest > 0 else "Train longer, or leave BeamLoRA out"
             raise ValueError(
                 f"every={self.every} leaves no time to replace a slot in {self._steps} steps: it must be at most half "
                 f"of them, and below {self.until:.3g} of them. {remedy}."
@@ -265,8 +265,8 @@ class BeamLoRACallback(LoRAMethod):
         self._then = {}
         if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
             logger.info(
-                "BeamLoRA at step %d: %d of %d slots replaced (share kept: %.4f), a change of %.2g of the norm of all "
-                "updates of the weights",
+                "BeamLoRA at step %d: %d of %d slots replaced (share kept: %.4f), which changed the updates of the "
+                "weights by %.2g of their norm",
                 step,
                 count,
                 total,

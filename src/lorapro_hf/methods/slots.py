@@ -72,7 +72,7 @@ def relative_change(stacks: Iterable[Stack], before: Iterable[Rows]) -> float:
     """The norm of the change of all `s B A` since their factors were `before`, as a part of their norm then."""
     changes = sizes = 0.0
     for stack, old in zip(stacks, before, strict=True):
-        square = stack.scaling().double().square()
+        square = stack.scaling().square()
         changes += float((square * squared_change(*old, *stack.read())).sum())
         sizes += float((square * squared_change(old.A, torch.zeros_like(old.B), *old)).sum())
     return (changes / sizes) ** 0.5 if sizes else 0.0

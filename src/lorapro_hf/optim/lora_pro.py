@@ -145,20 +145,23 @@ class LoRAProAdamW(SavedPairs):
         """A context in which something else may write values into the factors, between two steps.
 
         Moments in coordinates of the factors are carried over to the new ones: those of modes `"factored"`,
-        `"spectral"` and `"rite"`. Other moments stay.
+        `"spectral"` and `"rite"`. Other moments stay. Where there are master copies, write both a copy and its factor;
+        ranks that share the state then get the factors from the rank that has the copy.
 
         Raises:
             RuntimeError: DeepSpeed drives the optimizer.
         """
         if self.has_engine:
             raise RuntimeError("DeepSpeed keeps the factors itself, so that nothing else can write them.")
-        self._current_ownership()
+        ownership = self._current_ownership()
         stacks = [] if type(self.rule).follow is UpdateRule.follow else self._stacks
         with torch.no_grad(), exact_arithmetic(stacks):
             before = self._bases_of(stacks)
             yield
             for stack, old, new in zip(stacks, before, self._bases_of(stacks), strict=True):
                 self.rule.follow(self._moments_of(stack), old, new)
+            if self.config.master_factors and ownership.group is not None:
+                ownership.publish()
 
     def _bases_of(self, stacks: Sequence[Stack]) -> list[Bases]:
         factors: list[Tensor] = []

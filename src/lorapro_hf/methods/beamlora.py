@@ -35,10 +35,12 @@ from lorapro_hf.methods.slots import (
     exact_factors,
     moments_of_slots,
     relative_change,
-    with_copies,
+    remembered,
+    replace_slots,
+    require_exact,
+    require_slots,
 )
 from lorapro_hf.optim.lora_pro import LoRAProAdamW, step_adamw, unwrap_optimizer
-from lorapro_hf.optim.rules.base import MASTER
 
 _GATES = "beamlora_gates"  # an attribute of a layer: q by the names of its adapters
 
@@ -140,7 +142,7 @@ class BeamLoRACallback(LoRAMethod):
         """Begin with weights of 1; those of a checkpoint come by `load_state_dict`."""
         pairs = find_lora_pairs(model)
         for pair in pairs:
-            _require_slots(pair)
+            require_slots(pair)
         self._forget()
         self._stacks = stacks_of(pairs)
         for pair in pairs:
@@ -174,7 +176,7 @@ class BeamLoRACallback(LoRAMethod):
         optimizer = unwrap_optimizer(optimizer)
         self._require_time()
         if not self._adam:
-            _require_exact(self._gates, optimizer)
+            require_exact(self._gates, optimizer)
         scaler = getattr(optimizer, "grad_scale", None)  # of a GradScaler, which leaves the division to the optimizer
         self._due = []
         for stack in self._stacks:
@@ -255,14 +257,7 @@ class BeamLoRACallback(LoRAMethod):
         moments = moments_of_slots(self._gates, optimizer, saved=True)
         self._then = {}
         for pair, q in self._gates.items():
-            kept = {}
-            for side, parameter in (("A", pair.A), ("B", pair.B)):
-                values = {MASTER: parameter, **moments.get(parameter, {})}
-                kept[side] = values.pop(MASTER).detach().clone()
-                kept |= {f"{side}.{name}": value.clone() for name, value in values.items()}
-            weights = gate_weights(q, self.temperature)[..., None, :].to(kept["B"].device)
-            kept["B"] = pair.factor_B(pair.matrix_B(kept["B"]) / weights).clone()
-            self._then[_key(pair)] = kept
+            self._then[_key(pair)] = remembered(pair, gate_weights(q, self.temperature), moments)
 
     def _replace(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         if not self._then:
@@ -309,19 +304,8 @@ class BeamLoRACallback(LoRAMethod):
         for row, (replaced, sources) in zip(q.view(-1, q.shape[-1]), slots, strict=True):
             row.copy_(averaged(row, replaced, sources, self.temperature))
         self._adam.pop(q, None)
-        weights = gate_weights(q, self.temperature)[..., None, :]
-        A, B = exact
-        A.copy_(with_copies(pair, "A", A, then["A"], slots))
-        of_B = pair.factor_B(pair.matrix_B(B) / before[..., None, :])
-        B.copy_(pair.factor_B(pair.matrix_B(with_copies(pair, "B", of_B, then["B"], slots)) * weights))
-        for side, parameter, values in (("A", pair.A, A), ("B", pair.B, B)):
-            parameter.copy_(values)
-            for name, value in moments.get(parameter, {}).items():
-                if name == MASTER:
-                    continue
-                of_then = then.get(f"{side}.{name}")  # none of a pair that had not been stepped
-                of_then = torch.zeros_like(value) if of_then is None else of_then
-                value.copy_(with_copies(pair, side, value, of_then, slots))
+        weights = gate_weights(q, self.temperature)
+        replace_slots(pair, slots, (before, weights), then, exact, moments)
 
     # ---- checkpoints ----
 
@@ -366,30 +350,6 @@ class BeamLoRACallback(LoRAMethod):
 
     def _settings(self) -> dict[str, float]:
         return {"every": self.every, "keep": self.keep, "temperature": self.temperature, "until": self.until}
-
-
-def _require_slots(pair: LoRAPair) -> None:
-    layer, rank = pair.layer, pair.matrix_A(pair.A).shape[-2]
-    if getattr(layer, "use_dora", {}).get(pair.adapter_name, False):
-        reason = "DoRA's norm divides its weights out again. Set use_dora=False"
-    elif rank < 2:
-        reason = "it has one slot, of which none can be copied. Set r (or its rank_pattern) to 2 or more"
-    elif pair.tied_parameters:
-        reason = "it shares its factors with another layer. Leave one of them out of target_modules"
-    else:
-        return
-    raise ValueError(f"{pair.name} cannot be trained by BeamLoRA: {reason}, or leave BeamLoRA out.")
-
-
-def _require_exact(pairs: Iterable[LoRAPair], optimizer: torch.optim.Optimizer) -> None:
-    has_masters = isinstance(optimizer, LoRAProAdamW) and optimizer.config.master_factors
-    for pair in pairs if not has_masters else ():
-        if not {pair.A.dtype, pair.B.dtype} <= {torch.float32, torch.float64}:
-            raise ValueError(
-                f"{pair.name} cannot be trained by BeamLoRA: {pair.B.dtype} rounds small changes away. Keep the "
-                "adapter in float32, which is PEFT's default, or train with LoRA-Pro and master_factors=True "
-                "(--lora_pro_master_factors)."
-            )
 
 
 def _store(tensors: list[Tensor], values: Tensor) -> None:

@@ -18,6 +18,32 @@ Slots = list[tuple[list[int], list[int]]]  # of each matrix of a pair: the slots
 Moments = Mapping[Tensor, Mapping[str, Tensor]]
 
 
+def require_slots(pair: LoRAPair) -> None:
+    """Raise a `ValueError` that names a pair whose slots cannot be weighed and copied."""
+    layer, rank = pair.layer, pair.matrix_A(pair.A).shape[-2]
+    if getattr(layer, "use_dora", {}).get(pair.adapter_name, False):
+        reason = "DoRA's norm divides its weights out again. Set use_dora=False"
+    elif rank < 2:
+        reason = "it has one slot, of which none can be copied. Set r (or its rank_pattern) to 2 or more"
+    elif pair.tied_parameters:
+        reason = "it shares its factors with another layer. Leave one of them out of target_modules"
+    else:
+        return
+    raise ValueError(f"{pair.name} cannot be trained by BeamLoRA: {reason}, or leave BeamLoRA out.")
+
+
+def require_exact(pairs: Iterable[LoRAPair], optimizer: torch.optim.Optimizer) -> None:
+    """Raise a `ValueError` that names a pair in half precision without master copies."""
+    has_masters = isinstance(optimizer, LoRAProAdamW) and optimizer.config.master_factors
+    for pair in pairs if not has_masters else ():
+        if not {pair.A.dtype, pair.B.dtype} <= {torch.float32, torch.float64}:
+            raise ValueError(
+                f"{pair.name} cannot be trained by BeamLoRA: {pair.B.dtype} rounds small changes away. Keep the "
+                "adapter in float32, which is PEFT's default, or train with LoRA-Pro and master_factors=True "
+                "(--lora_pro_master_factors)."
+            )
+
+
 def moments_of_slots(pairs: Iterable[LoRAPair], optimizer: torch.optim.Optimizer, saved: bool = False) -> Moments:
     """The tensors of an optimizer's state that have a part for each slot, by factor and name; master copies included.
 
@@ -65,6 +91,48 @@ def _parts_of_slots(factor: Tensor, state: Mapping[str, Any], optimizer: torch.o
                 "LoRA-Pro."
             )
     return parts
+
+
+def remembered(pair: LoRAPair, weights: Tensor, moments: Moments) -> dict[str, Tensor]:
+    """Copies of the factors of a pair, B without its weights `(..., r)`, and of their moments, for `replace_slots`."""
+    kept: dict[str, Tensor] = {}
+    for side, parameter in (("A", pair.A), ("B", pair.B)):
+        values = {MASTER: parameter.detach(), **moments.get(parameter, {})}
+        kept[side] = values.pop(MASTER).clone()
+        kept |= {f"{side}.{name}": value.clone() for name, value in values.items()}
+    unweighted = pair.matrix_B(kept["B"]) / weights[..., None, :].to(kept["B"].device)
+    return {**kept, "B": pair.factor_B(unweighted).contiguous()}
+
+
+def replace_slots(
+    pair: LoRAPair,
+    slots: Slots,
+    weights: tuple[Tensor, Tensor],
+    then: Mapping[str, Tensor],
+    exact: tuple[Tensor, Tensor],
+    moments: Moments,
+) -> None:
+    """Overwrite slots of a pair and their moments by copies of others as these were.
+
+    Args:
+        pair: whose B holds its weights.
+        slots: which to replace, and their sources.
+        weights: of all slots before and after, `(..., r)`.
+        then: from `remembered`.
+        exact: from `exact_factors`.
+        moments: from `moments_of_slots`.
+    """
+    (A, B), (before, after) = exact, (each[..., None, :] for each in weights)
+    A.copy_(with_copies(pair, "A", A, then["A"], slots))
+    of_B = pair.factor_B(pair.matrix_B(B) / before)
+    B.copy_(pair.factor_B(pair.matrix_B(with_copies(pair, "B", of_B, then["B"], slots)) * after))
+    for side, parameter, values in (("A", pair.A, A), ("B", pair.B, B)):
+        parameter.copy_(values)
+        for name, value in moments.get(parameter, {}).items():
+            if name != MASTER:
+                of_then = then.get(f"{side}.{name}")  # none of a pair that had not been stepped
+                of_then = torch.zeros_like(value) if of_then is None else of_then
+                value.copy_(with_copies(pair, side, value, of_then, slots))
 
 
 def with_copies(pair: LoRAPair, side: str, now: Tensor, then: Tensor, slots: Slots) -> Tensor:

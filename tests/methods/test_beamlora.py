@@ -315,6 +315,29 @@ def test_a_step_that_is_left_out_changes_no_gate():
     assert optimizer.skipped_steps == 1 and all(map(torch.equal, before, kept))
 
 
+def test_gradients_that_the_optimizer_unscales_give_the_same_gates():
+    found = []
+    for scale in (1.0, 1024.0):
+        model, method = small_model(), callback()
+        method.before_training(model, None)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, fused=True)
+        steps = iter(range(1, STEPS + 1))
+        optimizer.register_step_pre_hook(lambda optimizer, *_, method=method: method.before_step(optimizer))
+        optimizer.register_step_post_hook(
+            lambda optimizer, *_, method=method, steps=steps: method.after_step(optimizer, next(steps))
+        )
+        scaler = torch.amp.GradScaler("cpu", scale, growth_interval=2, enabled=scale != 1)
+        for step in range(1, STEPS + 1):
+            x, y = data(step)
+            scaler.scale(loss_of(model(x), y)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        found.append([pair.layer.beamlora_gates["default"] for pair in find_lora_pairs(model)])
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-9)
+    assert all(gate.any() for gate in found[0])
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lorapro_hf.methods.beamlora import BeamLoRACallback, fold_beamlora
     from lorapro_hf.methods.boosting import BoostingCallback
     from lorapro_hf.methods.fused_layers import FusedLoRA, fuse_lora_layers, unfuse_lora_layers
+    from lorapro_hf.methods.flat_lora import FlatLoRACallback, perturbed_weights
     from lorapro_hf.methods.gelora import gelora_ranks
     from lorapro_hf.methods.gradient_starts import GradientStart, init_from_gradients
     from lorapro_hf.methods.lora_sb import LoRASB, add_lora_sb, fold_lora_sb
@@ -49,6 +50,7 @@ __all__ = [
     "BeamLoRACallback",
     "BoostingCallback",
     "FusedLoRA",
+    "FlatLoRACallback",
     "GradientGapCallback",
     "GradientStart",
     "LoRAMethod",
@@ -85,6 +87,7 @@ __all__ = [
     "init_from_gradients",
     "intrinsic_dimension",
     "load_lora_pro_config",
+    "perturbed_weights",
     "project_lora_gradients",
     "push_adapter",
     "save_adapter",
@@ -96,6 +99,7 @@ _HOMES = {
     "BeamLoRACallback": "methods.beamlora",
     "BoostingCallback": "methods.boosting",
     "FusedLoRA": "methods.fused_layers",
+    "FlatLoRACallback": "methods.flat_lora",
     "GradientGapCallback": "diagnostics",
     "GradientStart": "methods.gradient_starts",
     "LoRAMethod": "methods",
@@ -132,6 +136,7 @@ _HOMES = {
     "fold_lora_sb": "methods.lora_sb",
     "init_from_gradients": "methods.gradient_starts",
     "load_lora_pro_config": "hub",
+    "perturbed_weights": "methods.flat_lora",
     "project_lora_gradients": "functional.projection",
     "push_adapter": "hub",
     "save_adapter": "hub",

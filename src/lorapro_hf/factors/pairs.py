@@ -235,7 +235,7 @@ def survey_lora_pairs(model: nn.Module) -> tuple[list[LoRAPair], list[Refusal]]:
         for adapter_name in layer.active_adapters:
             with noting(name):
                 if _is_trainable(name, layer, adapter_name):
-                    trainable.append(_pair(name, layer, adapter_name))
+                    trainable.append(pair_of(name, layer, adapter_name))
     with noting():
         if not trainable and not refusals:
             raise ValueError(_no_pair_message(model, layers))
@@ -276,7 +276,8 @@ def _is_trainable(name: str, layer: Any, adapter_name: str) -> bool:
     return all(trainable)
 
 
-def _pair(name: str, layer: Any, adapter_name: str) -> LoRAPair:
+def pair_of(name: str, layer: Any, adapter_name: str) -> LoRAPair:
+    """The pair of an adapter in a layer; raises a `ValueError` if the projection would be wrong for the layer."""
     from peft.tuners.lora.layer import ParamWrapper
 
     variant = getattr(layer, "lora_variant", {}).get(adapter_name)

@@ -18,10 +18,11 @@ from typing import Any
 # The oldest and the newest release that the tests have run with; a test compares them with requirements/.
 TESTED = {
     "deepspeed": ("0.19.8", "0.19.8"),
+    "peft": ("0.17.1", "0.21.2"),
     "torch": ("2.6", "2.13.0"),
     "transformers": ("4.57.1", "5.23.0"),
 }
-_TITLES = {"deepspeed": "DeepSpeed", "torch": "PyTorch"}
+_TITLES = {"deepspeed": "DeepSpeed", "peft": "PEFT", "torch": "PyTorch"}
 
 logger = logging.getLogger(__name__)
 _warned: set[str] = set()
@@ -50,7 +51,8 @@ _NAMES = {
             "loss_scale clip_grad _global_grad_norm",
         )
     ),
-    "torch": "_per_optimizer_states _join_config _get_default_store",
+    "peft": "_activate_lora",
+    "torch": "_per_optimizer_states _join_config _get_default_store _reversed_padding_repeated_twice",
     "transformers": f"{_OF_TRAINER} _prepare_inputs _hf_peft_config_loaded _model_mapping",
 }
 PRIVATE = {name: library for library, names in _NAMES.items() for name in names.split()}

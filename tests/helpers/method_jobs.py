@@ -141,3 +141,17 @@ def beamlora(job: dict[str, Any], rank: int) -> dict[str, Any]:
     model = trainer.accelerator.unwrap_model(trainer.model)
     gates = {f"gate of {p.name}": p.layer.beamlora_gates["default"] for p in find_lora_pairs(model)}
     return {**gates, **{name: value for name, value in model.state_dict().items() if "lora_" in name}}
+
+
+def flat(job: dict[str, Any], rank: int) -> dict[str, Any]:
+    """A training under noise on the weights, perhaps from a checkpoint on."""
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-4}
+    if job["ranks"] > 1:
+        settings["ddp_backend"] = "gloo"
+    settings |= {"flat_lora_sigma": 0.5, "flat_lora_beta": 0.1, "lora_pro_mode": "efficient"}
+    args = arguments(
+        Path(job["folder"]), LoRAProTrainingArguments, per_device_train_batch_size=4 // job["ranks"], **settings
+    )
+    trainer = build(LoRAProTrainer, args, model=tiny_lora())
+    trainer.train(resume_from_checkpoint=job.get("resume"))
+    return factors(trainer)

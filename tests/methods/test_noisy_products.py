@@ -12,8 +12,8 @@ from torch import nn
 
 from lora_layers import ROWS, Net
 from lorapro_hf import find_lora_pairs, perturbed_weights
-from lorapro_hf.factors import recording
 from lorapro_hf.kernels.noise import NoiseKey, standard_normal
+from lorapro_hf.methods import noisy_layers
 from weight_oracle import own_weight
 
 SEED, SIGMA = 5, 0.3
@@ -198,7 +198,7 @@ def test_tiles_of_one_row_give_the_same(name, monkeypatch):
     row, model = BY_NAME[name], built(name)
     results = []
     for elements in (1, 2**20):
-        monkeypatch.setattr(recording, "BLOCK_ELEMENTS", elements)
+        monkeypatch.setitem(noisy_layers.TILE_ELEMENTS, "cpu", elements)
         model.zero_grad()
         with perturbed_weights(model, sigma=SIGMA, seed=SEED):
             results.append([row.output(model)])

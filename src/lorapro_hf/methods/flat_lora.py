@@ -95,6 +95,7 @@ class FlatLoRACallback(LoRAMethod):
         self._weights: NoisyWeights | None = None
         self._steps, self._seed, self._planned = 0, 0, total_steps
         self._gradient_norms: dict[str, Tensor] = {}
+        self._state: TrainerState | None = None
 
     def before_training(self, model: nn.Module, batches: Iterable[Any] | None) -> None:
         """Find the layers and agree on a seed; row norms are computed in each window."""
@@ -107,7 +108,7 @@ class FlatLoRACallback(LoRAMethod):
     ) -> None:
         """Like the parent; take over the number of steps."""
         super().on_train_begin(args, state, control, **kwargs)
-        self._planned = self.total_steps or state.max_steps
+        self._planned, self._state = self.total_steps or state.max_steps, state
 
     def forward_context(self) -> contextlib.AbstractContextManager[Any]:
         """A context in which the forward passes of layers in training mode see the noise of this window."""
@@ -122,8 +123,14 @@ class FlatLoRACallback(LoRAMethod):
 
     def before_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Keep the row norms of the gradient for the next window, if β is not 0."""
-        if self.beta and self._weights is not None:
-            self._gradient_norms |= self._weights.gradient_norms(self.gradient, self._gradient_norms)
+        if not self.beta or self._weights is None:
+            return
+        kind = self.gradient
+        if getattr(self._state, "_lora_pro_callback", None) is not None:  # the factors hold h_A and h_B instead
+            if kind == "unprojected":
+                raise ValueError('LoRAProCallback has projected the gradients before. Set gradient="projected".')
+            kind = "unprojected"
+        self._gradient_norms |= self._weights.gradient_norms(kind, self._gradient_norms)
 
     def after_step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Begin a new window."""
@@ -148,6 +155,14 @@ class FlatLoRACallback(LoRAMethod):
                 )
             norms[name] = saved.to(layers[name].pairs[0].A.device)
         self._seed, self._steps, self._gradient_norms = state["seed"], state["steps"], norms
+
+    def described(self) -> dict[str, str]:
+        """Like the parent."""
+        schedule = (
+            f"{self.schedule} schedule" if self.every == 1 else f"{self.schedule} schedule, every {self.every} steps"
+        )
+        of_gradient = f"beta {self.beta:g} ({self.gradient} gradient), " if self.beta else ""
+        return {"noise on the weights": f"Flat-LoRA, sigma {self.sigma:g}, {of_gradient}{schedule}"}
 
     def _factor(self, step: int) -> float:
         if self.schedule == "constant":
@@ -264,13 +279,14 @@ def check_size(name: str, value: float) -> None:
 
 
 def _thin_gradient(pair: LoRAPair, kind: str) -> tuple[Tensor, Tensor] | None:
-    """Matrices `(..., m, 2r)` and `(..., 2r, n)` whose product is the gradient of the weight."""
+    """Matrices `(batch, m, 2r)` and `(batch, 2r, n)` whose product is the gradient of the weight."""
     gradients = pair.gradients()
     if gradients is None:
         return None
     dtype, s = compute_dtype(pair.A, pair.B), pair.scaling
-    A, of_A = (pair.matrix_A(x.detach()).to(dtype) for x in (pair.A, gradients[0]))
-    B, of_B = (pair.matrix_B(x.detach()).to(dtype) for x in (pair.B, gradients[1]))
+    matrices = [pair.matrix_A(pair.A.detach()), pair.matrix_A(gradients[0])]
+    matrices += [pair.matrix_B(pair.B.detach()), pair.matrix_B(gradients[1])]
+    A, of_A, B, of_B = (each.to(dtype).reshape(pair.batch, *each.shape[-2:]) for each in matrices)
     if kind == "unprojected":
         return torch.cat([s * B, s * of_B], dim=-1), torch.cat([of_A, A], dim=-2)
     with exact_arithmetic([A]):

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorapro_hf.factors.pairs import LoRAPair, find_lora_pairs, pair_of
-from lorapro_hf.factors.recording import row_blocks
 from lorapro_hf.functional.bases import compute_dtype
 from lorapro_hf.functional.row_norms import squared_row_norms
 from lorapro_hf.kernels.noise import NoiseKey, with_noise
@@ -19,6 +18,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PLAIN_KINDS = (nn.Linear, Conv1D, nn.Embedding, *_CONVOLUTIONS)
 _QUANTISED = ("Params4bit", "Int8Params")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TILE_ELEMENTS = {"cpu": 2**20}  # that exist of the noise of a weight at a time; elsewhere each tile takes launches
+_TILE_ELSEWHERE = 2**24
 _LEAVE_OUT = "Leave it out of target_modules (exclude_modules), or train without the noise."
 
 
@@ -38,8 +39,7 @@ class Noise(NamedTuple):
     def tiles(self, weight: Tensor | None, entry: int = 0) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of rows of a weight `(batch, rows, columns)` plus noise; without a weight those of the noise."""
         _, rows, columns = self.shape
-        for block in row_blocks(torch.empty(rows, columns, device="meta")):
-            block = slice(block.start, min(block.stop, rows))
+        for block in _blocks(rows, columns, self.scale.device):
             scale = self.scale[entry] if self.scale.shape[-2] == 1 else self.scale[entry, block]
             numbers = range(entry * rows + block.start, entry * rows + block.stop)
             yield block, with_noise(None if weight is None else weight[entry, block], scale, self.key, numbers, columns)
@@ -108,7 +108,7 @@ class NoisyLayer:
         with torch.autocast(A.device.type, enabled=False):
             products, squares = torch.zeros_like(B), B.new_zeros(B.shape[:-1])
             for entry in range(self.shape[0]):
-                for block in row_blocks(weight[entry]):
+                for block in _blocks(*self.shape[1:], weight.device):
                     tile = weight[entry, block].to(dtype)
                     if self.is_turned:
                         products[entry].addmm_(tile.mT, A[entry, :, block].mT)
@@ -142,6 +142,11 @@ class NoisyLayer:
         if layer.disable_adapters or layer.merged or (in_training_only and not layer.training):
             return False
         return any(name in self.trained for name in layer.active_adapters)
+
+
+def _blocks(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
+    step = max(1, TILE_ELEMENTS.get(device.type, _TILE_ELSEWHERE) // columns)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def noisy_layers(model: nn.Module) -> list[NoisyLayer]:

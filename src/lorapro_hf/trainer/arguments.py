@@ -14,6 +14,7 @@ from lorapro_hf.config import LoRAProConfig, check_choice
 from lorapro_hf.diagnostics.settings import check_gap_layers, check_gap_max_bytes
 from lorapro_hf.methods.beamlora import check_every
 from lorapro_hf.methods.boosting import check_steps_per_booster
+from lorapro_hf.methods.flat_lora import check_size
 from lorapro_hf.methods.gradient_starts import SAMPLES, SPECTRAL_NORM, STARTS, check_samples, check_step_size
 from lorapro_hf.methods.lora_sb import FIXED, PLAIN_ADAMW
 from lorapro_hf.methods.mgpo import BETA, check_beta, check_rho
@@ -136,6 +137,20 @@ class LoRAProTrainingArguments(TrainingArguments):
         },
     )
 
+    flat_lora_sigma: float | None = field(
+        default=None,
+        metadata={
+            "help": "Train under noise on the adapted weights, of this size relative to their rows (Flat-LoRA). Also "
+            "while LoRA-Pro is off. By default without noise."
+        },
+    )
+    flat_lora_beta: float | None = field(
+        default=None,
+        metadata={
+            "help": "How much the gradients of the step before add to the squared size of flat_lora_sigma (GGPO). By "
+            "default 0."
+        },
+    )
     mgpo_rho: float | None = field(
         default=None,
         metadata={
@@ -177,13 +192,15 @@ class LoRAProTrainingArguments(TrainingArguments):
         if self.lora_pro_gap_max_bytes is not None:
             check_gap_max_bytes(self.lora_pro_gap_max_bytes, _GAP)
         numbers = ("rtol", "trust_region", "rite_clip", "rite_skip", "init_step_size")
-        for name in (*(f"lora_pro_{number}" for number in numbers), "mgpo_rho", "mgpo_beta"):
+        of_methods = ("flat_lora_sigma", "flat_lora_beta", "mgpo_rho", "mgpo_beta")
+        for name in (*(f"lora_pro_{number}" for number in numbers), *of_methods):
             if (value := getattr(self, name)) is not None:
                 try:
                     setattr(self, name, float(value))  # YAML reads 1e-6, without a dot, as text
                 except (TypeError, ValueError) as error:
                     raise ValueError(f"{name}={value!r} must be a number, or be left out.") from error
         self._check_start()
+        self._check_flat_lora()
         self._check_mgpo()
         if self.beamlora_every is not None:
             check_every(self.beamlora_every, "beamlora_every")
@@ -216,6 +233,13 @@ class LoRAProTrainingArguments(TrainingArguments):
                     )
                 check(value, name)
 
+    def _check_flat_lora(self) -> None:
+        if self.flat_lora_sigma is None and self.flat_lora_beta is not None:
+            raise ValueError("flat_lora_beta would be ignored: set flat_lora_sigma, too.")
+        for name in ("flat_lora_sigma", "flat_lora_beta"):
+            if (value := getattr(self, name)) is not None:
+                check_size(name, value)
+
     def _check_mgpo(self) -> None:
         if self.mgpo_rho is not None:
             check_rho(self.mgpo_rho, "mgpo_rho")
@@ -234,6 +258,7 @@ class LoRAProTrainingArguments(TrainingArguments):
         trainer = sys._getframe(1).f_locals.get("self")
         remedies = {
             "lora_pro_init": "call init_from_gradients or add_lora_sb before the trainer",
+            "flat_lora_sigma": "give callbacks=[FlatLoRACallback(...)]",
             "mgpo_rho": f"give callbacks=[MGPOCallback({self.mgpo_rho})]",
             "beamlora_every": f"give callbacks=[BeamLoRACallback({self.beamlora_every})]",
             "booster_steps": f"give callbacks=[BoostingCallback({self.booster_steps})]",

@@ -18,6 +18,7 @@ from lorapro_hf.distributed.engines import require_configuration, settle_clippin
 from lorapro_hf.factors.pairs import find_lora_pairs
 from lorapro_hf.methods.beamlora import BeamLoRACallback
 from lorapro_hf.methods.boosting import BoostingCallback
+from lorapro_hf.methods.flat_lora import FlatLoRACallback
 from lorapro_hf.methods.fused_layers import FusedLoRA
 from lorapro_hf.methods.gradient_starts import SAMPLES, GradientStart
 from lorapro_hf.methods.lora_sb import FIXED, LoRASB, lora_sb_layers
@@ -123,6 +124,8 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
             self.add_callback(BeamLoRACallback(args.beamlora_every))
         if isinstance(args, LoRAProTrainingArguments) and args.booster_steps is not None:
             self.add_callback(BoostingCallback(args.booster_steps))
+        if isinstance(args, LoRAProTrainingArguments) and args.flat_lora_sigma is not None:
+            self.add_callback(FlatLoRACallback(args.flat_lora_sigma, args.flat_lora_beta or 0.0))
         if isinstance(args, LoRAProTrainingArguments) and args.fuse_lora:
             self.add_callback(FusedLoRA())
         if isinstance(args, LoRAProTrainingArguments) and args.mgpo_rho is not None:

@@ -108,6 +108,8 @@ def _lora_pro() -> list[ComparedMethod]:
 
 _PISSA, _LORA_GA = ({"init_lora_weights": name} for name in ("pissa_niter_16", "lora_ga"))
 _LORA_ONE = {"GradientStart": {"method": "lora_one"}}
+_FLAT: Mapping[str, Mapping[str, Any]] = {"FlatLoRACallback": {}}
+_GGPO: Mapping[str, Mapping[str, Any]] = {"FlatLoRACallback": {"sigma": 0.03, "beta": 0.01}}
 _MGPO: Mapping[str, Mapping[str, Any]] = {"MGPOCallback": {}}
 _BOOSTING = {"BoostingCallback": {"steps_per_booster": 15, "rank": None}}
 _BEAMLORA = {"BeamLoRACallback": {"every": 10}}  # for sixty steps
@@ -125,11 +127,24 @@ METHODS: Mapping[str, ComparedMethod] = {
         ComparedMethod("lorarite", "LoRA-RITE", "lorarite", _LORA_RATES, clips=False, package="pytorch_optimizer"),
         ComparedMethod("lora_one", "LoRA-One", "adamw", _LORA_RATES, callbacks=_LORA_ONE),
         ComparedMethod("lora_sb", "LoRA-SB", "adamw", _LORA_RATES, callbacks={"LoRASB": {}}),
+        ComparedMethod("flat_lora", "Flat-LoRA", "adamw", _LORA_RATES, callbacks=_FLAT),
+        ComparedMethod("ggpo", "LoRA-GGPO", "adamw", _LORA_RATES, callbacks=_GGPO),
         ComparedMethod("mgpo", "LoRA-MGPO", "adamw", _LORA_RATES, callbacks=_MGPO),
         ComparedMethod("xgblora", "XGBLoRA", "adamw", _LORA_RATES, callbacks=_BOOSTING),
         ComparedMethod("gelora", "GeLoRA", "adamw", _LORA_RATES, gelora={}),
         ComparedMethod("beamlora", "BeamLoRA", "adamw", _LORA_RATES, callbacks=_BEAMLORA),
         *_lora_pro(),
+        ComparedMethod(
+            "pro_flat_lora",
+            "LoRA-Pro full with Flat-LoRA",
+            "lorapro",
+            _LIMITED_RATES,
+            {"mode": "full"},
+            callbacks=_FLAT,
+        ),
+        ComparedMethod(
+            "pro_ggpo", "LoRA-Pro full with GGPO", "lorapro", _LIMITED_RATES, {"mode": "full"}, callbacks=_GGPO
+        ),
         ComparedMethod(
             "pro_mgpo", "LoRA-Pro full with MGPO", "lorapro", _LIMITED_RATES, {"mode": "full"}, callbacks=_MGPO
         ),

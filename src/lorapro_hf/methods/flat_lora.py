@@ -27,6 +27,7 @@ from lorapro_hf.kernels.noise import NoiseKey
 from lorapro_hf.methods.base import LoRAMethod
 from lorapro_hf.methods.noisy_layers import Noise, NoisyLayer, has_dora, noisy_layers
 from lorapro_hf.methods.noisy_products import perturbed
+from lorapro_hf.utils.private_names import private
 
 SCHEDULES = ("cosine", "constant")
 GRADIENTS = ("projected", "unprojected")
@@ -101,7 +102,8 @@ class FlatLoRACallback(LoRAMethod):
         """Find the layers and agree on a seed; row norms are computed in each window."""
         self._weights = NoisyWeights(model, self.beta)
         self._steps, self._gradient_norms, self._planned = 0, {}, self.total_steps
-        self._seed = _agreed_seed(self.seed, self._weights.layers[0].pairs[0].A.device)
+        device = self._weights.layers[0].pairs[0].A.device
+        self._seed = _agreed_seed(device) if self.seed is None else self.seed
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -194,7 +196,8 @@ def perturbed_weights(model: nn.Module, *, sigma: float, beta: float = 0.0, seed
         model: a model with LoRA layers, also inside `DistributedDataParallel`.
         sigma: as for `FlatLoRACallback`.
         beta: as for `FlatLoRACallback`; the gradient is the one that the factors hold when the context begins, if any.
-        seed: as for `FlatLoRACallback`. The same seed gives the same noise each time.
+        seed: from 0 to 2⁶³ − 1; by default torch's initial seed, which several ranks should set alike. The same seed
+            gives the same noise each time.
 
     Raises:
         ValueError: a setting outside its range, a model that `find_lora_pairs` refuses, or a layer whose weight cannot
@@ -206,7 +209,7 @@ def perturbed_weights(model: nn.Module, *, sigma: float, beta: float = 0.0, seed
     _check_seed(seed)
     weights = NoisyWeights(model, beta)
     norms = weights.gradient_norms(GRADIENTS[0], {}) if beta else {}
-    key = _agreed_seed(seed, weights.layers[0].pairs[0].A.device), 0
+    key = _initial_seed() if seed is None else seed, 0
     with weights.perturbed(sigma, beta, norms, key, in_training_only=False) if sigma else contextlib.nullcontext():
         yield
 
@@ -221,9 +224,8 @@ class NoisyWeights:
 
     def __init__(self, model: nn.Module, beta: float) -> None:
         require_whole_parameters(model, "Flat-LoRA")
-        if any(
-            getattr(module, "_compiled_call_impl", None) or "_orig_mod" in module._modules for module in model.modules()
-        ):
+        modules = list(model.modules())
+        if any("_orig_mod" in each._modules or private(each, "_compiled_call_impl") is not None for each in modules):
             raise ValueError(
                 "the model or a part of it is compiled, and would not see the noise. Leave out torch.compile."
             )
@@ -300,9 +302,13 @@ def _check_seed(seed: int | None) -> None:
         raise ValueError(f"seed={seed!r} must be a whole number from 0 to 2**63 - 1, or None.")
 
 
-def _agreed_seed(seed: int | None, device: torch.device) -> int:
-    """The seed of the first rank, so that all ranks make the same noise."""
-    own = torch.initial_seed() & _LARGEST_SEED if seed is None else seed
+def _initial_seed() -> int:
+    return torch.initial_seed() & _LARGEST_SEED
+
+
+def _agreed_seed(device: torch.device) -> int:
+    """The initial seed of the first rank, so that all ranks make the same noise."""
+    own = _initial_seed()
     if not (dist.is_available() and dist.is_initialized()):
         return own
     agreed = torch.tensor(own, device=device)

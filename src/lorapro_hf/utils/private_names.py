@@ -52,7 +52,9 @@ _NAMES = {
         )
     ),
     "peft": "_activate_lora",
-    "torch": "_per_optimizer_states _join_config _get_default_store _reversed_padding_repeated_twice",
+    "torch": (
+        "_per_optimizer_states _join_config _get_default_store _reversed_padding_repeated_twice _compiled_call_impl"
+    ),
     "transformers": f"{_OF_TRAINER} _prepare_inputs _hf_peft_config_loaded _model_mapping",
 }
 PRIVATE = {name: library for library, names in _NAMES.items() for name in names.split()}

@@ -207,8 +207,9 @@ def test_tiles_of_one_row_give_the_same(name, monkeypatch):
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
 
 
-def test_the_gradient_reaches_inputs_and_trained_biases():
-    model, x = of_linear(init_lora_weights=False, bias="all"), torch.randn(4, 6).double().requires_grad_()
+@pytest.mark.parametrize("start", [False, "pissa"])  # the latter changes the base
+def test_the_gradient_reaches_inputs_and_trained_biases(start):
+    model, x = of_linear(init_lora_weights=start, bias="all"), torch.randn(4, 6).double().requires_grad_()
     layer = model.base_model.model.body
     noise = dense_noise(model)["base_model.model.body"]
     out = nn.functional.linear(

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from peft import LoraConfig, get_peft_model
 
-from lorapro_hf import LoRAMethod, MGPOCallback, create_lorapro_optimizer
+from lorapro_hf import FlatLoRACallback, LoRAMethod, MGPOCallback, create_lorapro_optimizer
 from lorapro_hf.commands.common.models import load_base_model
 
 SHAPES = {512: (4, 128), 2048: (4, 512)}  # tokens: sequences of a length
@@ -40,6 +40,9 @@ class Case(NamedTuple):
 
 
 CASES = {
+    "flat_lora": Case(lambda: FlatLoRACallback(schedule="constant")),
+    "flat_lora, beta=0.01": Case(lambda: FlatLoRACallback(0.03, 0.01, schedule="constant")),
+    "flat_lora, mode full": Case(lambda: FlatLoRACallback(schedule="constant"), "full"),
     "mgpo": Case(MGPOCallback),
     "mgpo, target='factors'": Case(lambda: MGPOCallback(target="factors")),
     "mgpo, mode efficient": Case(MGPOCallback, "efficient"),
@@ -55,8 +58,8 @@ def batch_of(tokenizer: Any, sequences: int, length: int) -> dict[str, Any]:
     return {"input_ids": ids, "labels": ids}
 
 
-def seconds_of_step(model: Any, optimizer: Any, batch: dict[str, Any], method: LoRAMethod | None) -> float:
-    """Processor seconds of one step."""
+def seconds_of_step(model: Any, optimizer: Any, batch: dict[str, Any], method: LoRAMethod | None, step: int) -> float:
+    """Processor seconds of one step, whose number is `step`."""
     begun = time.process_time()
     with contextlib.nullcontext() if method is None else method.forward_context():
         model(**batch).loss.backward()
@@ -64,7 +67,7 @@ def seconds_of_step(model: Any, optimizer: Any, batch: dict[str, Any], method: L
         method.before_step(optimizer)
     optimizer.step()
     if method is not None:
-        method.after_step(optimizer, 1)
+        method.after_step(optimizer, step)
     optimizer.zero_grad()
     return time.process_time() - begun
 
@@ -85,7 +88,7 @@ def measure(case: Case, tokens: int, rounds: int, layers: int | None) -> tuple[f
     plain, ratios = [], []
     for number in range(rounds + 1):
         order = (None, method) if number % 2 else (method, None)
-        took = {each: seconds_of_step(model, optimizer, batch, each) for each in order}
+        took = {each: seconds_of_step(model, optimizer, batch, each, number + 1) for each in order}
         if number:  # the first allocates the state
             plain.append(took[None])
             ratios.append(took[method] / took[None])

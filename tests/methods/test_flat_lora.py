@@ -104,6 +104,8 @@ def test_evaluation_disabled_adapters_and_other_adapters_see_no_noise():
             assert not torch.equal(model(x), plain)
             assert (not torch.equal(model.eval()(x), plain)) == in_evaluation
             model.train()
+            with torch.no_grad():
+                assert (not torch.equal(model(x), plain)) == in_evaluation
             with model.disable_adapter():
                 bare = model(x)
             model.set_adapter("frozen")
@@ -145,7 +147,9 @@ def test_gradient_checkpointing_sees_the_same_noise(reentrant):
         model.enable_input_require_grads()
         if is_on:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        with perturbed_weights(model, sigma=0.5, seed=1):
+        method = FlatLoRACallback(0.5, schedule="constant", seed=1)
+        method.before_training(model, None)
+        with method.forward_context():
             model(**batch()).loss.backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert_same(*found, rtol=1e-5, atol=1e-7)

@@ -19,6 +19,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from lorapro_hf.config import check_choice
 from lorapro_hf.factors.pairs import LoRAPair, find_lora_pairs
+from lorapro_hf.factors.perturbing import WithGradients
 from lorapro_hf.factors.stacks import exact_arithmetic
 from lorapro_hf.factors.weight_gradients import require_whole_parameters
 from lorapro_hf.functional.bases import compute_dtype, gradient_coordinates, row_bases
@@ -45,8 +46,9 @@ class FlatLoRACallback(LoRAMethod):
     `LoRAProTrainingArguments(flat_lora_sigma=0.05)` has the trainer do so itself. In the window before step t of T, an
     element of row i of `W' = W + s B A`, with n columns, gets normal noise of the variance
     `(f σ)² / n (‖W'_i‖² + β ‖g_i‖²)`, where `f = ½ (1 − cos(π t / T))`. All micro-batches of the window and all ranks
-    see the same noise; evaluation and generation see none. W is never written to, and the random states of torch do
-    not change. Under DoRA W' is the scaled weight. Parameters of experts get the noise in their own dtype.
+    see the same noise; evaluation, generation and other passes without gradients see none. W is never written to, and
+    the random states of torch do not change. Under DoRA W' is the scaled weight. Parameters of experts get the noise in
+    their own dtype.
 
     The row norms of W' are those at the beginning of the window. The gradient g is that of the step before, as the
     optimizer saw it, therefore clipped where the training clips; the first step has none.
@@ -113,7 +115,7 @@ class FlatLoRACallback(LoRAMethod):
         self._planned, self._state = self.total_steps or state.max_steps, state
 
     def forward_context(self) -> contextlib.AbstractContextManager[Any]:
-        """A context in which the forward passes of layers in training mode see the noise of this window."""
+        """A context in which forward passes in training mode, with gradients, see the noise of this window."""
         if self._weights is None:
             raise RuntimeError("FlatLoRACallback has seen no model. Call before_training(model, None) first.")
         step = self._steps + 1
@@ -229,7 +231,7 @@ class NoisyWeights:
             raise ValueError(
                 "the model or a part of it is compiled, and would not see the noise. Leave out torch.compile."
             )
-        self.layers = noisy_layers(model)
+        self.layers, self._model = noisy_layers(model), model
         self._pairs = {(id(pair.layer), pair.adapter_name): pair for pair in find_lora_pairs(model)}
         self._key: tuple[int, int] | None = None
         self._noises: list[tuple[NoisyLayer, Noise]] = []
@@ -240,9 +242,10 @@ class NoisyWeights:
             if reason is not None:
                 raise ValueError(f"{layer.name}: {reason}, so that beta has no meaning for it. Set beta=0.")
 
+    @contextlib.contextmanager
     def perturbed(
         self, sigma: float, beta: float, gradient_norms: dict[str, Tensor], key: tuple[int, int], in_training_only: bool
-    ) -> contextlib.AbstractContextManager[None]:
+    ) -> Iterator[None]:
         """A context with the noise of a seed and window, which is sized when a window begins."""
         if key != self._key:
             noises = []
@@ -253,7 +256,12 @@ class NoisyWeights:
                 deviations = squares.mul_(sigma**2 / layer.in_features).sqrt_()
                 noises.append((layer, layer.noise(NoiseKey(key[0], layer.index, key[1]), deviations)))
             self._key, self._noises = key, noises
-        return perturbed(self._noises, in_training_only)
+        with contextlib.ExitStack() as stack:
+            is_on = WithGradients() if in_training_only else None
+            if is_on is not None:
+                stack.enter_context(is_on.watching(self._model, [layer.name for layer in self.layers]))
+            stack.enter_context(perturbed(self._noises, is_on))
+            yield
 
     @torch.no_grad()
     def gradient_norms(self, kind: str, before: dict[str, Tensor]) -> dict[str, Tensor]:

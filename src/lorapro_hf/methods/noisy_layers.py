@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorapro_hf.factors.pairs import LoRAPair, find_lora_pairs, pair_of
+from lorapro_hf.factors.perturbing import WithGradients
 from lorapro_hf.functional.bases import compute_dtype
 from lorapro_hf.functional.row_norms import squared_row_norms
 from lorapro_hf.kernels.noise import NoiseKey, with_noise
@@ -136,10 +137,10 @@ class NoisyLayer:
         """`(batch, m)` of `B A`."""
         return self.shape[0], self.shape[2] if self.is_turned else self.shape[1]
 
-    def takes_part(self, in_training_only: bool) -> bool:
-        """Whether the present forward pass is one of a trained adapter."""
+    def takes_part(self, is_on: WithGradients | None) -> bool:
+        """Whether the present forward pass is one of a trained adapter and, given `is_on`, one of a training."""
         layer = self.layer
-        if layer.disable_adapters or layer.merged or (in_training_only and not layer.training):
+        if layer.disable_adapters or layer.merged or (is_on is not None and not (layer.training and is_on)):
             return False
         return any(name in self.trained for name in layer.active_adapters)
 

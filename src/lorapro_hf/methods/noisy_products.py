@@ -18,16 +18,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
+from lorapro_hf.factors.perturbing import WithGradients
 from lorapro_hf.methods.noisy_layers import Noise, NoisyLayer
 from lorapro_hf.utils.private_names import private
 
 
 @contextmanager
-def perturbed(layers: Sequence[tuple[NoisyLayer, Noise]], in_training_only: bool) -> Iterator[None]:
-    """Perturb the weights of layers within this context; their modules are as before when it ends."""
+def perturbed(layers: Sequence[tuple[NoisyLayer, Noise]], is_on: WithGradients | None) -> Iterator[None]:
+    """Perturb the weights of layers within this context; their modules are as before when it ends.
+
+    `is_on` limits this to forward passes of a training.
+    """
     with ExitStack() as replaced:
         for layer, noise in layers:
-            takes_part = partial(layer.takes_part, in_training_only)
+            takes_part = partial(layer.takes_part, is_on)
             if layer.is_parameter:
                 activate = partial(_activate, private(layer.layer, "_activate_lora"), layer, noise, takes_part)
                 replaced.enter_context(_replaced(layer.layer, "_activate_lora", activate))

@@ -108,6 +108,7 @@ def _lora_pro() -> list[ComparedMethod]:
 
 _PISSA, _LORA_GA = ({"init_lora_weights": name} for name in ("pissa_niter_16", "lora_ga"))
 _LORA_ONE = {"GradientStart": {"method": "lora_one"}}
+_FULL = {"mode": "full", "update": "linear"}
 _FLAT: Mapping[str, Mapping[str, Any]] = {"FlatLoRACallback": {}}
 _GGPO: Mapping[str, Mapping[str, Any]] = {"FlatLoRACallback": {"sigma": 0.03, "beta": 0.01}}
 _MGPO: Mapping[str, Mapping[str, Any]] = {"MGPOCallback": {}}
@@ -139,15 +140,11 @@ METHODS: Mapping[str, ComparedMethod] = {
             "LoRA-Pro full with Flat-LoRA",
             "lorapro",
             _LIMITED_RATES,
-            {"mode": "full"},
+            _FULL,
             callbacks=_FLAT,
         ),
-        ComparedMethod(
-            "pro_ggpo", "LoRA-Pro full with GGPO", "lorapro", _LIMITED_RATES, {"mode": "full"}, callbacks=_GGPO
-        ),
-        ComparedMethod(
-            "pro_mgpo", "LoRA-Pro full with MGPO", "lorapro", _LIMITED_RATES, {"mode": "full"}, callbacks=_MGPO
-        ),
+        ComparedMethod("pro_ggpo", "LoRA-Pro full with GGPO", "lorapro", _LIMITED_RATES, _FULL, callbacks=_GGPO),
+        ComparedMethod("pro_mgpo", "LoRA-Pro full with MGPO", "lorapro", _LIMITED_RATES, _FULL, callbacks=_MGPO),
         ComparedMethod(FULL, "full fine-tuning", "adamw", _WEIGHT_RATES, adapter=None),
     )
 }

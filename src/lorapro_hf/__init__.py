@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from lorapro_hf.methods import LoRAMethod
     from lorapro_hf.methods.beamlora import BeamLoRACallback, fold_beamlora
     from lorapro_hf.methods.boosting import BoostingCallback
-    from lorapro_hf.methods.fused_layers import FusedLoRA, fuse_lora_layers, unfuse_lora_layers
     from lorapro_hf.methods.flat_lora import FlatLoRACallback, perturbed_weights
+    from lorapro_hf.methods.fused_layers import FusedLoRA, fuse_lora_layers, unfuse_lora_layers
     from lorapro_hf.methods.gelora import gelora_ranks
     from lorapro_hf.methods.gradient_starts import GradientStart, init_from_gradients
     from lorapro_hf.methods.lora_sb import LoRASB, add_lora_sb, fold_lora_sb
@@ -49,8 +49,8 @@ __version__ = "0.1.0"
 __all__ = [
     "BeamLoRACallback",
     "BoostingCallback",
-    "FusedLoRA",
     "FlatLoRACallback",
+    "FusedLoRA",
     "GradientGapCallback",
     "GradientStart",
     "LoRAMethod",

@@ -22,6 +22,7 @@ from lorapro_hf import (
     LoRAProTrainingArguments,
     equivalent_gradient,
     find_lora_pairs,
+    fuse_lora_layers,
     perturbed_weights,
     project_lora_gradients,
 )
@@ -157,6 +158,18 @@ def test_gradient_checkpointing_sees_the_same_noise(reentrant):
         model.zero_grad()
         model(**batch()).loss.backward()
     assert differ({name: p.grad for name, p in model.named_parameters() if p.requires_grad}, found[1])
+
+
+def test_fused_layers_see_the_same_noise():
+    found = []
+    for is_fused in (False, True):
+        model = tiny_lora().train()
+        if is_fused:
+            assert fuse_lora_layers(model) == 14
+        with perturbed_weights(model, sigma=0.5, seed=1):
+            model(**batch()).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert_same(*found, rtol=1e-4, atol=1e-6)
 
 
 class LargestTensor(TorchDispatchMode):

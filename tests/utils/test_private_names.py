@@ -29,6 +29,7 @@ PACKAGE = Path(lorapro_hf.__file__).parent
 # what only a wording depends on.
 PROMISED = {"_asdict", "_replace", "_fields", "_exit", "_getframe", "_modules", "_parameters", "_buffers"}
 PROMISED |= {"_foreach_add_", "_foreach_copy_", "_fused_adamw_", "_schema", "_python_dispatch", "_pytree"}
+PROMISED |= {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"}
 PROMISED |= {"_orig_mod", "_name", "_C", "_dispatch_has_kernel_for_dispatch_key"}
 PROMISED |= {"_SubParsersAction", "_ArgumentGroup"}
 PROMISED |= {"_did_swap_in_out_features"}  # of PEFT; releases without it never swap, which is the default here

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorapro_hf.factors.pairs import LoRAPair
+from lorapro_hf.utils.private_names import is_before, private
 
 Changed = Callable[[], tuple[Tensor, Tensor]]  # gives A and B to compute with, in the shapes of their parameters
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -149,19 +150,27 @@ def _extended(pair: LoRAPair, left: Tensor, right: Tensor) -> tuple[Tensor, Tens
     return matrix_A.reshape(-1, *A.shape[1:]), matrix_B.reshape(len(B), -1, *B.shape[2:])
 
 
+def embedding_scale(layer: Any) -> Tensor | None:
+    """The factor by which PEFT multiplies the change of an embedding whose base scales its output; from 0.18 on."""
+    if is_before("peft", "0.18"):
+        return None
+    scale: Tensor | None = private(layer, "_get_embed_scale")()
+    return scale
+
+
 def _plus(output: Tensor, x: Tensor, left: Tensor, right: Tensor, pair: LoRAPair) -> Tensor:
     """`output + x rightᵀ left` for the kind of layer."""
     base = pair.layer.get_base_layer()
     if isinstance(base, _CONVOLUTIONS):
         dense = copy.copy(base)
         dense.groups = 1  # LoRA's A sees all inputs
-        between = dense._conv_forward(x.to(output.dtype), right.reshape(-1, *pair.A.shape[1:]), None)
+        between = private(dense, "_conv_forward")(x.to(output.dtype), right.reshape(-1, *pair.A.shape[1:]), None)
         batch = pair.batch if left.dim() == 3 else 1
         kernel = left.mT.reshape(-1, right.shape[-2], *(1,) * len(base.kernel_size))
         convolution = (F.conv1d, F.conv2d, F.conv3d)[len(base.kernel_size) - 1]
         return output + convolution(between, kernel, groups=batch)
     if not x.is_floating_point():
-        scale = getattr(pair.layer, "_get_embed_scale", lambda: None)()
+        scale = embedding_scale(pair.layer)
         added = F.embedding(x, right.mT) @ left
         return output + (added if scale is None else added * scale.to(added.dtype))
     # PEFT's last operation is a sum or a cast, which keeps no output; a copy would cost as much as both products.

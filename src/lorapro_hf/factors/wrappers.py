@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from lorapro_hf.utils.private_names import private
+
 _CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module"
 _NAMES = {"_orig_mod": "torch.compile", _CHECKPOINT_WRAPPER: "checkpoint_wrapper", "_fsdp_wrapped_module": "FSDP1"}
 _INSTEAD = (
@@ -33,6 +35,12 @@ def find_wrapper(model: nn.Module) -> tuple[str, str] | None:
         if name and isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
             return name, type(module).__name__
     return None
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a model or a part of it runs as compiled code, by `torch.compile` or `module.compile()`."""
+    modules = list(model.modules())
+    return any("_orig_mod" in each._modules or private(each, "_compiled_call_impl") is not None for each in modules)
 
 
 def require_plain_modules(model: nn.Module) -> None:

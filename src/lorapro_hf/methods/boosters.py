@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from lorapro_hf.checkpoints.adapters import active_adapters, is_peft_model
 from lorapro_hf.factors.pairs import LoRAPair
+from lorapro_hf.factors.perturbing import embedding_scale
 
 _PATCHED = ("get_delta_weight", "get_delta_factors")  # methods of PEFT's layers, by which they merge an adapter
 
@@ -116,8 +117,7 @@ def _add_to_output(layer: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor
     x = args[0] if args else kwargs["x"]
     if name in layer.lora_embedding_A:
         change = F.embedding(x, A.T) @ B.T
-        # PEFT's layer scales its change where the base scales its output, and no release before 0.18 does
-        scale = getattr(layer, "_get_embed_scale", lambda: None)()
+        scale = embedding_scale(layer)
         change = change if scale is None else change * scale.to(change.dtype)
     elif isinstance(layer.lora_A[name], nn.Linear):
         change = F.linear(F.linear(x.to(A.dtype), A), B)

@@ -16,6 +16,7 @@ from lorapro_hf.checkpoints.adapters import active_adapters
 from lorapro_hf.config import check_choice
 from lorapro_hf.factors.pairs import LoRAPair, address, find_lora_pairs
 from lorapro_hf.factors.recording import holders_of_factors
+from lorapro_hf.factors.wrappers import is_compiled
 from lorapro_hf.methods.base import LoRAMethod
 from lorapro_hf.methods.boosters import add_booster, as_one_adapter, boosters_of, save_whole, set_boosters
 from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
@@ -289,7 +290,7 @@ def _start_of(model: nn.Module, adapter: str) -> str:
 
 
 def _require_boostable(model: nn.Module, pairs: list[LoRAPair], rank: int | None) -> None:
-    if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
+    if is_compiled(model):
         raise ValueError(f"XGBLoRA changes the forward pass of a compiled model: {_COMPILED}")
     holders = holders_of_factors(model)
     for pair in pairs:

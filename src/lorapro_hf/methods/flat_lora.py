@@ -22,13 +22,13 @@ from lorapro_hf.factors.pairs import LoRAPair, find_lora_pairs
 from lorapro_hf.factors.perturbing import WithGradients
 from lorapro_hf.factors.stacks import exact_arithmetic
 from lorapro_hf.factors.weight_gradients import require_whole_parameters
+from lorapro_hf.factors.wrappers import is_compiled
 from lorapro_hf.functional.bases import compute_dtype, gradient_coordinates, row_bases
 from lorapro_hf.functional.row_norms import squared_row_norms
 from lorapro_hf.kernels.noise import NoiseKey
 from lorapro_hf.methods.base import LoRAMethod
 from lorapro_hf.methods.noisy_layers import Noise, NoisyLayer, has_dora, noisy_layers
 from lorapro_hf.methods.noisy_products import perturbed
-from lorapro_hf.utils.private_names import private
 
 SCHEDULES = ("cosine", "constant")
 GRADIENTS = ("projected", "unprojected")
@@ -229,8 +229,7 @@ class NoisyWeights:
 
     def __init__(self, model: nn.Module, beta: float) -> None:
         require_whole_parameters(model, "Flat-LoRA")
-        modules = list(model.modules())
-        if any("_orig_mod" in each._modules or private(each, "_compiled_call_impl") is not None for each in modules):
+        if is_compiled(model):
             raise ValueError(
                 "the model or a part of it is compiled, and would not see the noise. Leave out torch.compile."
             )

@@ -16,6 +16,7 @@ from lorapro_hf.config import check_choice
 from lorapro_hf.factors.pairs import LoRAPair, find_lora_pairs
 from lorapro_hf.factors.perturbing import WithGradients, add_to_weight, replace_factors, require_perturbable
 from lorapro_hf.factors.stacks import Stack, exact_arithmetic, stacks_of
+from lorapro_hf.factors.wrappers import is_compiled
 from lorapro_hf.methods.base import LoRAMethod, found_inf
 from lorapro_hf.optim.first_moments import read_moments, require_first_moment
 from lorapro_hf.optim.lora_pro import unwrap_optimizer
@@ -95,7 +96,7 @@ class MGPOCallback(LoRAMethod):
         """Find the pairs, and refuse those whose forward pass cannot be changed."""
         pairs = find_lora_pairs(model)
         require_perturbable(pairs, "MGPO")
-        if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()):
+        if is_compiled(model):
             raise ValueError(f"MGPO changes the forward pass of a compiled model: {_COMPILED}")
         self._model, self._optimizer, self._changes, self._norms = model, None, None, []
         self._stacks = stacks_of(pairs)

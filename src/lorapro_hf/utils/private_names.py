@@ -51,9 +51,10 @@ _NAMES = {
             "loss_scale clip_grad _global_grad_norm",
         )
     ),
-    "peft": "_activate_lora",
+    "peft": "_activate_lora _get_embed_scale",
     "torch": (
-        "_per_optimizer_states _join_config _get_default_store _reversed_padding_repeated_twice _compiled_call_impl"
+        "_per_optimizer_states _join_config _get_default_store _reversed_padding_repeated_twice _compiled_call_impl "
+        "_conv_forward"
     ),
     "transformers": f"{_OF_TRAINER} _prepare_inputs _hf_peft_config_loaded _model_mapping",
 }
@@ -89,6 +90,11 @@ def tested(library: str) -> str:
     oldest, newest = TESTED[library]
     releases = oldest if oldest == newest else f"{oldest} to {newest}"
     return f"{_TITLES.get(library, library)} {releases}"
+
+
+def is_before(library: str, release: str) -> bool:
+    """Whether the installed release of a library is older than another one."""
+    return _numbers(metadata.version(library)) < _numbers(release)
 
 
 def warn_if_newer(library: str) -> None:

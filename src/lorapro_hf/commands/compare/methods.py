@@ -107,13 +107,31 @@ def _lora_pro() -> list[ComparedMethod]:
 
 
 _PISSA, _LORA_GA = ({"init_lora_weights": name} for name in ("pissa_niter_16", "lora_ga"))
-_LORA_ONE = {"GradientStart": {"method": "lora_one"}}
-_FULL = {"mode": "full", "update": "linear"}
-_FLAT: Mapping[str, Mapping[str, Any]] = {"FlatLoRACallback": {}}
-_GGPO: Mapping[str, Mapping[str, Any]] = {"FlatLoRACallback": {"sigma": 0.03, "beta": 0.01}}
-_MGPO: Mapping[str, Mapping[str, Any]] = {"MGPOCallback": {}}
-_BOOSTING = {"BoostingCallback": {"steps_per_booster": 15, "rank": None}}
-_BEAMLORA = {"BeamLoRACallback": {"every": 10}}  # for sixty steps
+# The settings of BeamLoRA and XGBLoRA are for sixty steps.
+_CALLBACKS: Mapping[str, tuple[str, Mapping[str, Mapping[str, Any]]]] = {
+    "lora_one": ("LoRA-One", {"GradientStart": {"method": "lora_one"}}),
+    "flat_lora": ("Flat-LoRA", {"FlatLoRACallback": {}}),
+    "ggpo": ("LoRA-GGPO", {"FlatLoRACallback": {"sigma": 0.03, "beta": 0.01}}),
+    "mgpo": ("LoRA-MGPO", {"MGPOCallback": {}}),
+    "beamlora": ("BeamLoRA", {"BeamLoRACallback": {"every": 10}}),
+    "xgblora": ("XGBLoRA", {"BoostingCallback": {"steps_per_booster": 15, "rank": None}}),
+}
+
+
+def _neighbours() -> list[ComparedMethod]:
+    """The methods that act beside an optimizer, each with AdamW and with LoRA-Pro."""
+    methods = [ComparedMethod("lora_sb", "LoRA-SB", "adamw", _LORA_RATES, callbacks={"LoRASB": {}})]  # trains R alone
+    named = {**_CALLBACKS, "gelora": ("GeLoRA", None)}
+    for name, (title, callbacks) in named.items():
+        gelora: dict[str, Any] | None = {} if callbacks is None else None
+        alone = ComparedMethod(name, title, "adamw", _LORA_RATES, callbacks=callbacks, gelora=gelora)
+        ours = replace(
+            alone, optimizer="lorapro", learning_rates=_LIMITED_RATES, settings={"mode": "full", "update": "linear"}
+        )
+        methods += [alone, replace(ours, name=f"pro_{name}", title=f"LoRA-Pro full, {title}")]
+    return methods
+
+
 METHODS: Mapping[str, ComparedMethod] = {
     method.name: method
     for method in (
@@ -126,25 +144,8 @@ METHODS: Mapping[str, ComparedMethod] = {
         ComparedMethod("lorafa", "LoRA-FA", "lorafa", _LORA_RATES),
         ComparedMethod("riemannian", "Riemannian", "riemannian", _LORA_RATES),
         ComparedMethod("lorarite", "LoRA-RITE", "lorarite", _LORA_RATES, clips=False, package="pytorch_optimizer"),
-        ComparedMethod("lora_one", "LoRA-One", "adamw", _LORA_RATES, callbacks=_LORA_ONE),
-        ComparedMethod("lora_sb", "LoRA-SB", "adamw", _LORA_RATES, callbacks={"LoRASB": {}}),
-        ComparedMethod("flat_lora", "Flat-LoRA", "adamw", _LORA_RATES, callbacks=_FLAT),
-        ComparedMethod("ggpo", "LoRA-GGPO", "adamw", _LORA_RATES, callbacks=_GGPO),
-        ComparedMethod("mgpo", "LoRA-MGPO", "adamw", _LORA_RATES, callbacks=_MGPO),
-        ComparedMethod("xgblora", "XGBLoRA", "adamw", _LORA_RATES, callbacks=_BOOSTING),
-        ComparedMethod("gelora", "GeLoRA", "adamw", _LORA_RATES, gelora={}),
-        ComparedMethod("beamlora", "BeamLoRA", "adamw", _LORA_RATES, callbacks=_BEAMLORA),
+        *_neighbours(),
         *_lora_pro(),
-        ComparedMethod(
-            "pro_flat_lora",
-            "LoRA-Pro full with Flat-LoRA",
-            "lorapro",
-            _LIMITED_RATES,
-            _FULL,
-            callbacks=_FLAT,
-        ),
-        ComparedMethod("pro_ggpo", "LoRA-Pro full with GGPO", "lorapro", _LIMITED_RATES, _FULL, callbacks=_GGPO),
-        ComparedMethod("pro_mgpo", "LoRA-Pro full with MGPO", "lorapro", _LIMITED_RATES, _FULL, callbacks=_MGPO),
         ComparedMethod(FULL, "full fine-tuning", "adamw", _WEIGHT_RATES, adapter=None),
     )
 }

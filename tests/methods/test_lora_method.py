@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,24 @@ def test_nothing_is_left_in_the_model_after_an_exception(tmp_path: Path):
     assert not any(module._forward_hooks for module in trainer.model.modules())
     trainer.optimizer.optimizer.step()
     assert method.calls == [2] and not method._is_led
+
+
+def test_several_losses_of_a_step_share_one_context(tmp_path: Path):
+    entered: list[int] = []
+
+    class Counting(LoRAMethod):
+        name = "counting"
+
+        def forward_context(self) -> Any:
+            entered.append(1)
+            return contextlib.nullcontext()
+
+    class Twice(LoRAProTrainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(*args, **kwargs) + super().compute_loss(*args, **kwargs)
+
+    trainer_of(tmp_path, Counting(), cls=Twice, max_steps=2, save_strategy="no").train()
+    assert len(entered) == 4  # micro-batches
 
 
 def test_a_model_that_is_made_for_each_training_is_prepared(tmp_path: Path):

@@ -135,9 +135,10 @@ class MethodsMixin(TrainerPart):
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Like the parent; in a training step the contexts begin here, after a parent has generated its samples."""
-        if self._forward_contexts is not None:
+        contexts, self._forward_contexts = self._forward_contexts, None  # a subclass may compute several losses
+        if contexts is not None:
             for method in self.lora_methods:
-                self._forward_contexts.enter_context(method.forward_context())
+                contexts.enter_context(method.forward_context())
         return super().compute_loss(*args, **kwargs)
 
     @contextlib.contextmanager

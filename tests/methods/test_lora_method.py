@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DynamoBackend
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback, default_data_collator
 
 from killable import Nursery
-from lorapro_hf import LoRAProTrainer, create_lorapro_optimizer
+from lorapro_hf import FlatLoRACallback, LoRAProTrainer, create_lorapro_optimizer
 from lorapro_hf.checkpoints.manifest import MANIFEST, read_manifest
 from lorapro_hf.checkpoints.method_states import write_method_state
 from lorapro_hf.methods import LoRAMethod, require_compatible
@@ -225,6 +227,14 @@ def test_a_setting_that_the_method_names_is_refused(tmp_path: Path):
         trainer.train()
     with pytest.raises(ValueError, match="combined with other: Keep one"):
         require_compatible([NoisyAverage(), Other()], {})
+
+
+def test_a_model_that_accelerate_compiles_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`accelerate launch --dynamo_backend` sets no argument of the training."""
+    trainer = trainer_of(tmp_path, FlatLoRACallback())
+    monkeypatch.setattr(AcceleratorState().dynamo_plugin, "backend", DynamoBackend.EAGER)
+    with pytest.raises(ValueError, match="combined with torch_compile=True: "):
+        trainer.train()
 
 
 def test_a_damaged_state_is_named(whole: Any, tmp_path: Path):

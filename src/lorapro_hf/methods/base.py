@@ -11,6 +11,7 @@ import numpy
 import torch
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState, is_initialized
+from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -228,7 +229,11 @@ def settings_of(args: TrainingArguments, model: nn.Module, **more: Any) -> dict[
     """The settings that `conflicts` may name: of the arguments, of the active adapter, and `more`."""
     configs = getattr(model, "peft_config", {})
     adapter = configs.get(getattr(model, "active_adapter", None)) if isinstance(configs, Mapping) else None
-    return {**vars(args), **(vars(adapter) if adapter is not None else {}), **more}
+    settings = {**vars(args), **(vars(adapter) if adapter is not None else {}), **more}
+    plugin = getattr(AcceleratorState(), "dynamo_plugin", None) if is_initialized() else None
+    if plugin is not None and plugin.backend != DynamoBackend.NO:  # by accelerate launch --dynamo_backend
+        settings["torch_compile"] = True
+    return settings
 
 
 def start(methods: Sequence[LoRAMethod], model: nn.Module, make_loader: Callable[[], Any] | None) -> None:

@@ -22,6 +22,7 @@ from lorapro_hf import (
     MGPOCallback,
     create_lorapro_optimizer,
     find_lora_pairs,
+    fuse_lora_layers,
 )
 from lorapro_hf.factors.stacks import stacks_of
 from lorapro_hf.functional.reference import (
@@ -303,6 +304,22 @@ def test_several_adapters_each_add_a_change():
     dense.base_model.model.body.base_layer.weight.data += sum(changes)
     with method.forward_context():
         torch.testing.assert_close(row.output(model), row.output(dense), rtol=1e-9, atol=1e-11)
+
+
+def test_the_next_operation_may_write_to_the_output():
+    """Also where the change is not added in place: to the output of a fused layer, or to a second change."""
+    model = network()
+    model.base_model.model[1] = nn.ReLU(inplace=True)
+    fused = copy.deepcopy(model)
+    assert fuse_lora_layers(fused) == 2
+    x, outputs = torch.ones(0, 6, dtype=torch.float64), []
+    for each in (model, fused):
+        method = MGPOCallback(0.5)
+        run(method, each, batches(2))
+        with method.forward_context():
+            assert each(x).shape == (0, 4)  # a shape that is fused
+            outputs.append(each(batches(1)[0][0]))
+    torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-11)
 
 
 # ---- moments of LoRA-Pro ----

@@ -175,8 +175,12 @@ def _plus(output: Tensor, x: Tensor, left: Tensor, right: Tensor, pair: LoRAPair
         return output + (added if scale is None else added * scale.to(added.dtype))
     # PEFT's last operation is a sum or a cast, which keeps no output; a copy would cost as much as both products.
     is_own = output.grad_fn is None or output.grad_fn.name() in ("AddBackward0", "ToCopyBackward0")
-    added_to: Tensor = _AddProduct.apply(output, x, left, right, is_own and output.is_contiguous())
-    return added_to
+    if is_own and output.is_contiguous():
+        added_to: Tensor = _AddProduct.apply(output, x, left, right, True)
+        return added_to
+    # Reshaped out here: autograd forbids the next operation to write to a view that a Function returns.
+    flat: Tensor = _AddProduct.apply(output.reshape(-1, output.shape[-1]), x, left, right, False)
+    return flat.view(output.shape)
 
 
 class _AddProduct(torch.autograd.Function):
@@ -185,10 +189,10 @@ class _AddProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor, left: Tensor, right: Tensor, in_place: bool) -> Tensor:
         ctx.save_for_backward(left, right)
-        ctx.dtype = x.dtype
+        ctx.dtype, ctx.shape = x.dtype, x.shape
         between = x.reshape(-1, x.shape[-1]).to(output.dtype) @ right.mT
         if not in_place:
-            return torch.addmm(output.reshape(-1, output.shape[-1]), between, left).view_as(output)
+            return torch.addmm(output, between, left)
         ctx.mark_dirty(output)
         output.view(-1, output.shape[-1]).addmm_(between, left)
         return output
@@ -199,4 +203,4 @@ class _AddProduct(torch.autograd.Function):
             return dy, None, None, None, None
         left, right = ctx.saved_tensors
         dx = (dy.reshape(-1, dy.shape[-1]) @ left.mT) @ right
-        return dy, dx.view(*dy.shape[:-1], right.shape[-1]).to(ctx.dtype), None, None, None
+        return dy, dx.view(ctx.shape).to(ctx.dtype), None, None, None

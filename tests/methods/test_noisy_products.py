@@ -234,6 +234,18 @@ def test_padding_of_convolutions(padding):
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x) for y in (out, expected)))
 
 
+@pytest.mark.parametrize("name", ["linear", "Conv1D of GPT-2", "embedding"])
+def test_no_tokens(name):
+    """As for an expert that no token is sent to."""
+    model, x = built(name), torch.zeros(0, 6, dtype=torch.float64, requires_grad=True)
+    layer, x = model.base_model.model.body, torch.zeros(0, 3, dtype=torch.long) if name == "embedding" else x
+    plain = layer(x)
+    with perturbed_weights(model, sigma=SIGMA, seed=SEED):
+        out = layer(x)
+        out.sum().backward()
+    assert out.shape == plain.shape
+
+
 # ---- in low precision ----
 
 

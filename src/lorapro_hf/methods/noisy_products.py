@@ -79,7 +79,7 @@ def _forward(
 
 def _embedding(own: Callable[..., Tensor], layer: NoisyLayer, noise: Noise, x: Tensor) -> Tensor:
     y = own(x)
-    return y + noise.rows(x.reshape(-1)).view(*x.shape, -1).to(y.dtype)
+    return y + noise.rows(x.reshape(-1)).view_as(y).to(y.dtype)
 
 
 def _linear(own: Callable[..., Tensor], layer: NoisyLayer, noise: Noise, x: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def _multiply(x: Tensor, weight: Tensor | None, bias: Tensor | None, noise: Nois
                 if bias is not None:
                     out[:, block] += bias[block]
     assert out is not None
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 class _Convolution(torch.autograd.Function):

@@ -93,6 +93,7 @@ def test_json_round_trip(tmp_path):
         ({"lora_pro_rtol": 1.5}, r"rtol=1.5 must be a number in \[0, 1\)"),
         ({"lora_pro_rtol": "small"}, r"lora_pro_rtol='small' must be a number"),
         ({"lora_pro_trust_region": 3}, "trust_region=3.0 must be a fraction below 1"),
+        ({"flat_lora_sigma": True}, "flat_lora_sigma=True must be a number, or be left out"),
         ({"lora_pro_rite_clip": "much"}, "lora_pro_rite_clip='much' must be a number, or be left out"),
         ({"lora_pro_rite_skip": 2.0}, "mode 'full' does not know it, so rite_skip=2.0 has no meaning.*mode 'rite'"),
         ({"lora_pro_rite_escape": "no"}, "lora_pro_rite_escape='no' must be true or false"),

@@ -196,6 +196,8 @@ class LoRAProTrainingArguments(TrainingArguments):
         for name in (*(f"lora_pro_{number}" for number in numbers), *of_methods):
             if (value := getattr(self, name)) is not None:
                 try:
+                    if isinstance(value, bool):
+                        raise TypeError
                     setattr(self, name, float(value))  # YAML reads 1e-6, without a dot, as text
                 except (TypeError, ValueError) as error:
                     raise ValueError(f"{name}={value!r} must be a number, or be left out.") from error

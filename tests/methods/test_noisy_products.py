@@ -246,6 +246,19 @@ def test_no_tokens(name):
     assert out.shape == plain.shape
 
 
+@pytest.mark.parametrize("name", ["linear", "experts (in, out)"])
+def test_a_second_noise_is_refused(name):
+    row, model = BY_NAME[name], built(name)
+    with perturbed_weights(model, sigma=SIGMA, seed=SEED):
+        expected = row.output(model)
+        with (
+            pytest.raises(RuntimeError, match="perturbed already"),
+            perturbed_weights(model, sigma=SIGMA, seed=SEED + 1),
+        ):
+            pass
+        assert torch.equal(row.output(model), expected)
+
+
 # ---- in low precision ----
 
 

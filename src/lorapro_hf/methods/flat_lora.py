@@ -207,7 +207,7 @@ def perturbed_weights(model: nn.Module, *, sigma: float, beta: float = 0.0, seed
     Raises:
         ValueError: a setting outside its range, a model that `find_lora_pairs` refuses, or a layer whose weight cannot
             be perturbed.
-        RuntimeError: sharded parameters (FSDP, tensor parallelism, DeepSpeed).
+        RuntimeError: sharded parameters (FSDP, tensor parallelism, DeepSpeed), or weights that are perturbed already.
     """
     check_size("sigma", sigma)
     check_size("beta", beta)

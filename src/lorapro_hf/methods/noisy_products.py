@@ -27,7 +27,7 @@ from lorapro_hf.utils.private_names import private
 def perturbed(layers: Sequence[tuple[NoisyLayer, Noise]], is_on: WithGradients | None) -> Iterator[None]:
     """Perturb the weights of layers within this context; their modules are as before when it ends.
 
-    `is_on` limits this to forward passes of a training.
+    `is_on` limits this to forward passes of a training. Raises a `RuntimeError` within another such context.
     """
     with ExitStack() as replaced:
         for layer, noise in layers:
@@ -47,6 +47,11 @@ def perturbed(layers: Sequence[tuple[NoisyLayer, Noise]], is_on: WithGradients |
 @contextmanager
 def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
     before = vars(module).get(name)  # of accelerate's hooks, say
+    if isinstance(before, partial) and before.func in (_forward, _activate):
+        raise RuntimeError(
+            "the weights are perturbed already, and a second noise would replace or add to the first. End "
+            "perturbed_weights or the method's forward_context first."
+        )
     setattr(module, name, value)
     try:
         yield

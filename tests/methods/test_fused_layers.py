@@ -159,6 +159,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "merged adapters": lambda model: model.merge_adapter(),
     "no or several active adapters": second_adapter,
     "hooks on lora_A or lora_B, as of ZeRO-3": hooked,
+    "another module than nn.Dropout before lora_A, or hooks on it": lambda model: body(model).lora_dropout.update(
+        {"default": nn.Tanh()}
+    ),
     "casts of inputs turned off": lambda model: setattr(body(model), "cast_input_dtype_enabled", False),
 }
 

@@ -204,6 +204,8 @@ def obstacle(layer: Any) -> str | None:
     if name in layer.lora_variant:
         return "variants such as DoRA"
     dropout = layer.lora_dropout._modules[name]
+    if not isinstance(dropout, nn.Identity | nn.Dropout) or _is_hooked(dropout):
+        return "another module than nn.Dropout before lora_A, or hooks on it"
     if dropout.training and getattr(dropout, "p", 0) > 0:
         return "dropout in training"
     for module in (of_A[name], of_B[name]):

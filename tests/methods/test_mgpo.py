@@ -576,13 +576,20 @@ def test_adapters_and_layers_that_cannot_be_changed():
         MGPOCallback().before_training(ROWS["MultiheadAttention"].build(), None)
     compiled = network()
     compiled.compile(backend="eager")
-    with pytest.raises(ValueError, match=r"a compiled model: compiled code would keep the change of its first step"):
-        MGPOCallback().before_training(compiled, None)
+    for each in (compiled, torch.compile(network(), backend="eager")):
+        with pytest.raises(
+            ValueError, match=r"a compiled model: compiled code would keep the change of its first step"
+        ):
+            MGPOCallback().before_training(each, None)
 
 
 def test_other_methods_and_states_of_other_trainings(tmp_path):
     with pytest.raises(ValueError, match="'mgpo' cannot be combined with lora_sb: LoRA-SB trains one matrix"):
         trainer_of(tmp_path, MGPOCallback(), LoRASB(), lora_pro=False).train()
+    trainer = trainer_of(tmp_path, MGPOCallback())
+    trainer.args._n_gpu = 2
+    with pytest.raises(ValueError, match="no copies of layers"):
+        trainer.lora_methods[0].on_train_begin(trainer.args, trainer.state, trainer.control)
     method, other = MGPOCallback(), MGPOCallback(target="factors")
     method.before_training(network(), None)
     other.before_training(network(), None)

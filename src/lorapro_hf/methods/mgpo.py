@@ -28,6 +28,10 @@ LARGEST = 10.0
 """Of the factor by which small gradients lengthen the perturbation of a weight."""
 _SB = "LoRA-SB trains one matrix between fixed factors, which has no such moment. Leave out one of the two."
 _COMPILED = "compiled code would keep the change of its first step. Leave out torch_compile and model.compile()."
+_DATA_PARALLEL = (
+    "MGPO changes no copies of layers, which nn.DataParallel makes for other devices. Start one process for each GPU "
+    "(torchrun, accelerate launch), or leave out mgpo_rho."
+)
 
 _Install = Callable[[WithGradients, ExitStack], None]
 
@@ -120,7 +124,9 @@ class MGPOCallback(LoRAMethod):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Watch the optimizer, which has its state of a checkpoint by now."""
+        """Watch the optimizer, which has its state of a checkpoint by now; refuse `nn.DataParallel`."""
+        if args.n_gpu > 1:
+            raise ValueError(_DATA_PARALLEL)
         super().on_train_begin(args, state, control, **kwargs)
         self.watch(kwargs["optimizer"])
 

@@ -32,7 +32,8 @@ class LoRAMethod(TrainerCallback):
 
     `LoRAProTrainer` (also with `lora_pro=False`) and each class with `LoRAProTrainerMixin` save the method's state in
     checkpoints, resume from it to the bit, and save the adapter that `export` gives. A plain `Trainer` makes the other
-    calls, but cannot resume a method that has a state. A loop of your own makes the calls itself:
+    calls, but cannot resume a method that has a state, and leaves `forward_context` open when an exception ends its
+    training: call `method.release()` then. A loop of your own makes the calls itself:
 
     ```python
     method.before_training(model, batches)  # before the optimizer is built

@@ -50,7 +50,8 @@ def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
     if isinstance(before, partial) and before.func in (_forward, _activate):
         raise RuntimeError(
             "the weights are perturbed already, and a second noise would replace or add to the first. End "
-            "perturbed_weights or the method's forward_context first."
+            "perturbed_weights or the method's forward_context first. After an exception in a plain Trainer call the "
+            "callback's release()."
         )
     setattr(module, name, value)
     try:

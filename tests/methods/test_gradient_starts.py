@@ -229,6 +229,11 @@ def two_adapters():
         (two, {"method": "best"}, "method='best' is unknown; valid values are 'lora_one', 'lora_sb'"),
         (two, {"step_size": 0.0}, r"step_size=0\.0 must be a positive number, or None"),
         (two, {"step_size": float("nan")}, "step_size=nan must be a positive number"),
+        (
+            lambda: two().half(),
+            {"step_size": 1e9, "loss_fn": lambda model, x: loss_of(model, x.half())},
+            r"model.one: a step of step_size=1000000000\.0 overflows in torch.float16",
+        ),
         (lambda: two(False), {}, "model.two: its gradient is 0 in all batches. Give more batches"),
         (two, {"loss_fn": lambda model, x: float("nan") * loss_of(model, x)}, "model.one: its gradient is not finite"),
     ],

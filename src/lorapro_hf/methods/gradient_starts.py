@@ -87,8 +87,8 @@ def init_from_gradients(
 
     Raises:
         ValueError: the adapter already changes a weight, a layer has DoRA or another variant or several active
-            adapters, a rank is above the size of its weight, a gradient is 0, or `weight_gradients` refuses the model
-            or the batches. No factor has been changed then.
+            adapters, a rank is above the size of its weight, a gradient is 0, the step overflows, or
+            `weight_gradients` refuses the model or the batches. No factor has been changed then.
         RuntimeError: as for `weight_gradients`, for instance for a gradient that is not finite.
     """
     check_choice("method", method, STARTS)
@@ -177,7 +177,13 @@ def _first_step(pair: LoRAPair, gradient: Tensor, method: str, step_size: float 
         scale = (step_size or SPECTRAL_NORM) / largest
     else:
         scale = torch.full_like(largest, step_size)
-    return FirstStep(pair, -U.contiguous(), torch.where(smallest < S, S * scale, 0), Vt.contiguous())
+    S = torch.where(smallest < S, S * scale, 0)
+    if bool((S / abs(pair.scaling) > torch.finfo(pair.B.dtype).max).any()):
+        raise ValueError(
+            f"{pair.name}: a step of step_size={step_size!r} overflows in {pair.B.dtype}. Take a smaller one, or an "
+            "adapter in float32."
+        )
+    return FirstStep(pair, -U.contiguous(), S, Vt.contiguous())
 
 
 def _balanced(step: FirstStep) -> tuple[Tensor, Tensor]:

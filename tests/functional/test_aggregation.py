@@ -57,6 +57,18 @@ def test_cosine_is_the_highest_of_the_dense_objective(size, spread, lam):
     assert (B + change).norm() <= B.norm()
 
 
+@pytest.mark.parametrize("lam", LAMBDAS)
+def test_a_slot_that_no_client_uses_changes_nothing(lam):
+    B, A, target_B, target_A = clients(r=2)
+    expected, _ = fair_shift(B, A, target_B, target_A, lam, "cosine")
+    # it is the direction in which A is longest, and orthogonal to the others
+    wide_B, wide_A = torch.nn.functional.pad(B, (1, 0)), torch.nn.functional.pad(A, (1, 0, 1, 0))
+    wide_A[0, 0] = 10 * A.norm()
+    change, exists = fair_shift(wide_B, wide_A, target_B, torch.nn.functional.pad(target_A, (1, 0)), lam, "cosine")
+    assert exists
+    torch.testing.assert_close(change, torch.nn.functional.pad(expected, (1, 0)), rtol=1e-8, atol=1e-10)
+
+
 def test_a_mean_that_points_away_stays_only_where_lambda_holds_it():
     B, A, target_B, target_A = clients(spread=2.0)
     away = -(target_B @ target_A) @ torch.linalg.pinv(A)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 OBJECTIVES = ("cosine", "ridge")
 _SMALLEST_LENGTH = 1e-9  # of B' A', beside the longest that is possible
+_SMALLEST_PART = 1e-28  # of the squared norms of both matrices, for a direction to have a pole
 _SECTIONS = 256
 _LEVELS = 6  # 256 sections each: the interval ends at the precision of float64
 _NEWTON_STEPS = 10  # six suffice: each doubles the digits, and the first guess is within a factor √r
@@ -57,9 +58,13 @@ def fair_shift(
 
 def _cosine_maximiser(N: Tensor, C: Tensor, D: Tensor, norm: Tensor, lam: float) -> tuple[Tensor, Tensor]:
     """The X with the largest `⟨N, X⟩ / (norm √Σ d ‖x‖²) - λ ‖X - C‖²`, x the columns of X, and whether there is one."""
+    # a direction of which neither has a part, such as a slot that no client uses, would be 0 / 0 at its pole
+    parts = [X.square().sum(-2) for X in (N, C)]
+    has_part = torch.stack([each > _SMALLEST_PART * each.sum(-1, keepdim=True) for each in parts]).any(0)
+    D, N = D.where(has_part, 0), N.where(has_part.unsqueeze(-2), 0)
     is_pulled, size = (norm > 0) & N.flatten(-2).any(-1), C.norm(dim=(-2, -1))
     exists = is_pulled & (size > 0)
-    longest, norm, size = (value.where(exists, 1)[..., None, None] for value in (D[..., -1].sqrt(), norm, size))
+    longest, norm, size = (value.where(exists, 1)[..., None, None] for value in (D.amax(-1).sqrt(), norm, size))
     n, c, d = N / (norm * longest), C / size, D / longest.squeeze(-1).square()
     sums, scaled_lam = (n.square().sum(-2), (n * c).sum(-2), c.square().sum(-2)), lam * size.squeeze(-1).square()
     if lam == 0:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 from collections import OrderedDict
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from grids import rest_slow
 from lora_layers import ALL_ROWS, Net
 from lorapro_hf import BoostingCallback, create_lorapro_optimizer, find_lora_pairs
 from lorapro_hf.config import MODES
-from lorapro_hf.methods.boosters import add_booster, as_one_adapter, boosters_of
+from lorapro_hf.methods.boosters import add_booster, as_one_adapter, boosters_of, save_whole
 from lorapro_hf.methods.boosting import reset_state
 from optimizer_helpers import backward, small_model
 from trainer_helpers import assert_same
@@ -151,6 +152,25 @@ def test_a_loop_takes_the_steps_of_the_dense_formula():
     change = pair.layer.get_delta_weight("default").detach()
     torch.testing.assert_close(W0 + change, (W + scaling * B @ A).detach(), rtol=1e-10, atol=1e-12)
     assert torch.linalg.matrix_rank(change) == 3 and len(boosters_of(pair.layer).A) == 2
+
+
+def test_a_pickled_model_keeps_its_boosters(tmp_path):
+    model = small_model(r=1)
+    save_whole(model)
+    for seed, pair in enumerate(find_lora_pairs(model)):
+        draw(pair, seed=seed)
+        add_booster(pair)
+    content = io.BytesIO()
+    torch.save(model, content)
+    content.seek(0)
+    copied = torch.load(content, weights_only=False)
+    x = torch.randn(4, 6)
+    before = model(x)
+    torch.testing.assert_close(copied(x), before, rtol=0, atol=0)
+    copied.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).r == 2
+    torch.testing.assert_close(copied.merge_and_unload()(x), before, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(x), before, rtol=0, atol=0)
 
 
 def test_many_boosters_lose_nothing_in_bfloat16():

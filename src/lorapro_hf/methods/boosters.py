@@ -12,7 +12,7 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Iterator
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,8 +87,8 @@ def _attach(pair: LoRAPair, A: Tensor, B: Tensor) -> None:
     layer.boosters = Boosters(pair, A, B)
     for name in _PATCHED:
         if hasattr(type(layer), name):
-            # bound to the layer, so that a copy of the model calls that of the copied layer
-            setattr(layer, name, MethodType({"get_delta_weight": _delta_weight}.get(name, _delta_factors), layer))
+            # copied and pickled with the layer, whose copy calls that of the copy
+            setattr(layer, name, partial({"get_delta_weight": _delta_weight}.get(name, _delta_factors), layer))
     if type(layer).__name__ != "ParamWrapper":  # which computes its weight from these two in each forward pass
         layer.boosters.hook = layer.register_forward_hook(_add_to_output, with_kwargs=True)
 
@@ -249,7 +249,7 @@ def save_whole(model: nn.Module) -> None:
     """Have `save_pretrained` of each adapted part of a model, and so `push_to_hub`, write all boosters."""
     for part in model.modules():
         if active_adapters(part):
-            part.save_pretrained = MethodType(_save_pretrained, part)  # type: ignore[assignment]
+            part.save_pretrained = partial(_save_pretrained, part)  # type: ignore[assignment]
 
 
 def _save_pretrained(part: Any, *args: Any, **kwargs: Any) -> Any:

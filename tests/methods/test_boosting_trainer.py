@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,12 @@ def test_settings_without_meaning_are_refused(tmp_path):
     args = arguments(tmp_path, load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps")
     with pytest.raises(ValueError, match=r"cannot load the boosters of its best checkpoint\. Use LoRAProTrainer"):
         build(Trainer, args, model=rank_one(), callbacks=[BoostingCallback(2)]).train()
+
+
+def test_a_training_without_it_is_refused_while_the_model_has_boosters(whole, tmp_path):
+    args = arguments(tmp_path, LoRAProTrainingArguments)
+    with pytest.raises(ValueError, match=r"boosters from an earlier training by XGBLoRA.*Set booster_steps"):
+        build(LoRAProTrainer, args, model=copy.deepcopy(whole[1].model)).train()
 
 
 def test_a_checkpoint_of_other_layers_is_refused(whole):

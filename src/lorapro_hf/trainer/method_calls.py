@@ -22,6 +22,8 @@ from lorapro_hf.checkpoints.method_states import (
     write_method_state,
 )
 from lorapro_hf.methods.base import LoRAMethod, require_compatible, settings_of, start
+from lorapro_hf.methods.boosters import boosters_of
+from lorapro_hf.methods.boosting import BoostingCallback
 from lorapro_hf.methods.gradient_starts import GradientStart
 from lorapro_hf.trainer.parts import TrainerPart
 from lorapro_hf.utils.private_names import private
@@ -50,6 +52,13 @@ class MethodsMixin(TrainerPart):
         """Take over the calls that methods would otherwise make as callbacks; refuse what cannot be combined."""
         methods, self._methods_begun = self.lora_methods, False
         self._methods_resume = self._methods_load = False
+        is_boosted = any(boosters_of(layer) is not None for layer in self._bare_model.modules())
+        if is_boosted and BoostingCallback.name not in (method.name for method in methods):
+            raise ValueError(
+                "the model has boosters from an earlier training by XGBLoRA, with which a checkpoint of this one could "
+                "not be loaded. Set booster_steps (or give BoostingCallback) again; or save the model, and train the "
+                "adapter that PeftModel.from_pretrained(base, folder, is_trainable=True) loads."
+            )
         config = {} if self.lora_pro_config is None else self.lora_pro_config.to_dict()
         require_compatible(methods, settings_of(self.args, self._bare_model, **config))
         for method in methods:

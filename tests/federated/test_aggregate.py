@@ -218,6 +218,13 @@ def test_bad_arguments(settings: dict[str, Any], said: str, pair: list[Path]):
         aggregate_adapters(pair, **settings)
 
 
+def test_the_ratio_of_weights_counts_alone(pair: list[Path]):
+    expected = aggregate_adapters(pair, [1, 1], "mean")
+    for weight in (1e308, 5e-324):
+        found = aggregate_adapters(pair, [weight, weight], "mean")
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
 @pytest.mark.parametrize(
     ("adapters", "said"), [([], "with at least one"), ("runs/a", "must be a list"), ([{}, "runs/a"], "give either")]
 )

@@ -106,8 +106,9 @@ def aggregate_adapters(
         weights: the share of each adapter, such as its number of examples; by default equal. They need not add up to 1.
         method: `"fair"`, `"mean"` or `"exact"`.
         lam: λ of `"fair"`, from 0 on: how strongly B is held at the mean.
-        objective: of `"fair"`: `"cosine"` (the paper's), which leaves the length of the product to B, or `"ridge"`,
-            least squares with λ relative to the mean eigenvalue of `A Aᵀ`. See `fair_shift`.
+        objective: of `"fair"`: `"cosine"` (the paper's similarity, here with `λ ‖ΔB‖²`), which leaves the length of the
+            product to B, or `"ridge"`, least squares with λ relative to the mean eigenvalue of `A Aᵀ`. See
+            `fair_shift`.
         rank: of `"exact"`: keep this many of the largest directions of each layer.
         config: PEFT's settings of the adapters in state dicts. They are needed for `target_parameters`; without them,
             all adapters count as equally scaled.
@@ -213,7 +214,8 @@ def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
         raise ValueError(f"{len(values)} weights do not fit {count} adapters: give one for each.")
     if not all(0 <= each < math.inf for each in values) or not any(values):
         raise ValueError(f"weights={values} must be 0 or positive numbers, and not all 0.")
-    return [each / sum(values) for each in values]
+    parts = [each / max(values) for each in values]  # whose sum is finite
+    return [part / sum(parts) for part in parts]
 
 
 def _scales(adapters: Sequence[Adapter], shares: Sequence[float], module: str) -> list[float]:

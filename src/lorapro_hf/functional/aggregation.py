@@ -26,9 +26,11 @@ def fair_shift(
     With G = `A Aᵀ` both objectives fall apart into the eigenvectors of G:
 
     - `"ridge"` minimises `‖W - (B + ΔB) A‖² + λ tr(G)/r ‖ΔB‖²`, which has a closed form.
-    - `"cosine"` maximises `cos(W, (B + ΔB) A) - λ ‖ΔB‖²`. The best B of a given length of `B A` is the root of a
-      secular equation, as in a trust region, and the length is found by a search over one number. Since the cosine
-      does not depend on the length, `‖B + ΔB‖ <= ‖B‖`.
+    - `"cosine"` maximises `cos(W, (B + ΔB) A) - λ ‖ΔB‖²`. The paper takes `λ ‖ΔB‖`, which holds a small ΔB more
+      strongly. The best B of a given length of `B A` is the root of a secular equation, as in a trust region, and the
+      length is found by a search over one number. Since the cosine does not depend on the length, `‖B + ΔB‖ <= ‖B‖`.
+      The cosine does not depend on the size of B either: where `λ ‖B‖²` is far below 1, λ holds B only along the
+      directions in which A is short.
 
     Args:
         B: `(..., m, r)`, float64.

@@ -262,7 +262,9 @@ class BeamLoRACallback(LoRAMethod):
     def _replace(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         if not self._then:
             logger.warning(
-                "BeamLoRA replaces no slot at step %d: the training began less than half a period ago.", step
+                "BeamLoRA replaces no slot at step %d: half a period ago the training had not begun, or a GradScaler "
+                "left the step out.",
+                step,
             )
             return
         assert self._steps is not None

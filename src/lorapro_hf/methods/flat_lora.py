@@ -33,7 +33,6 @@ from lorapro_hf.methods.noisy_products import perturbed
 SCHEDULES = ("cosine", "constant")
 GRADIENTS = ("projected", "unprojected")
 _LARGEST_SEED = 2**63 - 1
-_OWN_FACTORS = "The noise is sized by the weight plus s B A, to which it adds more. Keep one of both methods."
 _KEEP_ONE = "Both perturb the weights. Keep one of them."
 
 
@@ -70,11 +69,11 @@ class FlatLoRACallback(LoRAMethod):
 
     name: ClassVar[str] = "flat_lora"
     conflicts: ClassVar[dict[str, str]] = {
-        "beamlora": _OWN_FACTORS,
+        "beamlora": "BeamLoRA takes the weights of its slots out of B before GGPO reads its gradient. Keep one.",
         "lora_sb": "LoRA-SB fixes the factors, whose gradients and pairs the noise is sized by. Leave out one of them.",
         "mgpo": _KEEP_ONE,
         "torch_compile=True": "Compiled layers would not see the noise. Set torch_compile=False.",
-        "xgblora": _OWN_FACTORS,
+        "xgblora": "The noise is sized by the weight plus s B A, to which it adds more. Keep one of both methods.",
     }
 
     def __init__(

@@ -233,6 +233,17 @@ def test_a_training_without_it_is_refused_while_the_model_has_boosters(whole, tm
         build(LoRAProTrainer, args, model=copy.deepcopy(whole[1].model)).train()
 
 
+def test_an_adapter_that_was_copied_without_the_boosters_is_refused(whole):
+    model = copy.deepcopy(whole[1].model)
+    BoostingCallback(2).before_training(model, [])
+    model.add_adapter("ref", model.peft_config["default"])
+    with pytest.raises(
+        ValueError,
+        match=r"the adapter 'ref', such as TRL's reference, has no part of its boosters\. Save the model before",
+    ):
+        BoostingCallback(2).before_training(model, [])
+
+
 def test_a_checkpoint_of_other_layers_is_refused(whole):
     method = BoostingCallback(2)
     method.before_training(rank_one(target_modules=["q_proj"]), None)

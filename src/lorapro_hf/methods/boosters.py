@@ -44,6 +44,7 @@ class Boosters(nn.Module):
     def __init__(self, pair: LoRAPair, A: Tensor, B: Tensor) -> None:
         super().__init__()
         self.pair = pair
+        self.beside = adapters_of(pair.layer)  # those that came before the boosters
         self.register_buffer("A", A, persistent=False)
         self.register_buffer("B", B, persistent=False)
         self.is_folded = False  # while the pair holds these factors, too
@@ -60,6 +61,11 @@ def boosters_of(layer: nn.Module) -> Boosters | None:
     """The boosters of a layer, `None` if it has none yet."""
     boosters = layer._modules.get("boosters")
     return boosters if isinstance(boosters, Boosters) else None
+
+
+def adapters_of(layer: Any) -> set[str]:
+    """The names of all adapters of a layer."""
+    return {*layer.lora_A, *layer.lora_embedding_A}
 
 
 @torch.no_grad()

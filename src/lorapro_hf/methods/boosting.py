@@ -18,7 +18,7 @@ from lorapro_hf.factors.pairs import LoRAPair, address, find_lora_pairs
 from lorapro_hf.factors.recording import holders_of_factors
 from lorapro_hf.factors.wrappers import is_compiled
 from lorapro_hf.methods.base import LoRAMethod
-from lorapro_hf.methods.boosters import add_booster, as_one_adapter, boosters_of, save_whole, set_boosters
+from lorapro_hf.methods.boosters import adapters_of, add_booster, as_one_adapter, boosters_of, save_whole, set_boosters
 from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
 
 Subspace = Callable[[LoRAPair, torch.Generator], Tensor]
@@ -314,6 +314,9 @@ def _require_boostable(model: nn.Module, pairs: list[LoRAPair], rank: int | None
             reason = f"the adapters {pairs[0].adapter_name!r} and {name!r} are trained at once. Activate one"
         elif boosters is not None and boosters.pair.adapter_name != name:
             reason = f"it has boosters of the adapter {boosters.pair.adapter_name!r}. Save that, and load it anew"
+        elif boosters is not None and (later := sorted(adapters_of(layer) - boosters.beside)):
+            reason = f"the adapter {later[0]!r}, such as TRL's reference, has no part of its boosters. Save "
+            reason += "the model before, and train the adapter that PeftModel.from_pretrained loads"
         else:
             continue
         raise ValueError(f"{pair.name} cannot be boosted: {reason}.")

@@ -68,7 +68,7 @@ def summary(**losses):
 
 
 def made(program, **changed):
-    names = (*program.MAIN, program.WHOLE, program.LIMITS, program.COSTS)
+    names = (*program.MAIN, program.WHOLE, program.LIMITS, program.COSTS, program.NEIGHBOURS)
     return program.page({**{name: summary() for name in names}, **changed}, GAP)
 
 
@@ -146,7 +146,7 @@ def test_a_taken_summary_has_fewer_digits_and_the_figures_of_the_page(program, t
 
 def test_page_is_up_to_date(program):
     assert program.main(check=True) == 0, "run: python benchmarks/results.py"
-    names = [*program.MAIN, program.WHOLE, program.LIMITS, program.COSTS]
+    names = [*program.MAIN, program.WHOLE, program.LIMITS, program.COSTS, program.NEIGHBOURS]
     assert all(program.summary(name)["missing"] == 0 for name in names)
 
 
@@ -156,3 +156,13 @@ def test_costs_are_of_every_method_of_small_at_its_best_rate(program):
     assert [(m.name, list(m.learning_rates)) for m in found.methods] == [
         (row["method"], [row["learning_rate"]]) for row in small["methods"]
     ]
+
+
+def test_neighbours_are_shown_with_both_optimizers(program):
+    content = summary()
+    for number, name in enumerate(("mgpo", "pro_mgpo")):
+        added = {**row("lora", 0.5 + number, 1.0, 0.4), "method": name, "title": name.replace("_", " ")}
+        content["comparisons"][0]["methods"].append(added)
+    page = made(program, neighbours=content)
+    assert "| mgpo | 0.500 (0.01) | 1.500 (0.01) |" in page and "| lora | 1.000 (0.01) | 0.560 (0.003) |" in page
+    assert "| full | " in page and "| pro mgpo |" not in page.split("## Methods beside LoRA-Pro")[1]

@@ -289,7 +289,7 @@ was chosen on these same tasks: the modes `full` and `factored` have one more tu
 ## Methods beside LoRA-Pro
 
 The [methods](methods.md) with AdamW and with LoRA-Pro, on MiniLM's docstrings for 60 steps (test loss, one seed). \
-Seeds differ by 0.035: no method is clearly ahead, and LoRA-SB, which trains r × r elements, is behind.
+Seeds differ by 0.035, so that LoRA-SB alone is clearly behind.
 
 {neighbours}
 

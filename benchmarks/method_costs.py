@@ -1,10 +1,10 @@
 """Measures seconds and memory of methods that act before a training, on SmolLM2-135M with `all-linear` adapters.
 
-    python benchmarks/method_costs.py                     # about ten minutes on two cores; needs the extra demo
+    python benchmarks/method_costs.py                     # about twenty minutes on two idle cores; needs the extra demo
     python benchmarks/method_costs.py --only gelora       # the cases whose names hold a text
     python benchmarks/method_costs.py --quick             # one small block, to see that it runs; keeps no file
 
-Prints the table of `docs/methods.md` and writes it to `method_costs.md` beside this script, or to `--output`. The model
+Prints a table and writes it to `method_costs.md` beside this script, or to `--output`. The model
 is in float32 and reads source code of Python in sequences of 128 tokens. Cases take turns; the least of `--repeats`
 times counts, since other work only adds to it. A training step takes 8 sequences by plain LoRA, r = 8, and AdamW. The
 memory is the peak of the process above its size before the call, with model, adapter and batches (Linux only).

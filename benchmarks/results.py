@@ -320,6 +320,8 @@ def take(name: str) -> None:
     """Keep the summary of a comparison's last run, without spaces and with fewer digits, and the figures shown."""
     source, kept = ROOT / "runs" / f"compare-{name}", DOCS / "results" / name
     found = json.loads((source / "summary.json").read_text(encoding="utf-8"))
+    # the folder may have been copied from one that names a machine
+    found["settings"]["output_dir"] = source.relative_to(ROOT).as_posix()
     kept.mkdir(parents=True, exist_ok=True)
     content = json.dumps(shortened(found), separators=(",", ":"), allow_nan=False)
     (kept / "summary.json").write_text(f"{content}\n", encoding="utf-8")

@@ -131,7 +131,8 @@ def test_costs_are_those_of_their_own_comparison(program):
 def test_a_taken_summary_has_fewer_digits_and_the_figures_of_the_page(program, tmp_path, monkeypatch):
     monkeypatch.setattr(program, "ROOT", tmp_path)
     monkeypatch.setattr(program, "DOCS", tmp_path / "docs")
-    content = {"losses": [1.23456789, 2e-12 / 3], "seed": 1234567, "none": None}
+    settings = {"output_dir": str(tmp_path / "elsewhere")}
+    content = {"settings": settings, "losses": [1.23456789, 2e-12 / 3], "seed": 1234567, "none": None}
     for name in ("small", "long"):
         run = tmp_path / "runs" / f"compare-{name}"
         (run / "figures").mkdir(parents=True)
@@ -139,7 +140,8 @@ def test_a_taken_summary_has_fewer_digits_and_the_figures_of_the_page(program, t
             (run / "figures" / figure).write_text(figure)
         (run / "summary.json").write_text(json.dumps(content))
         program.take(name)
-        assert program.summary(name) == content | {"losses": [1.23457, 6.66667e-13]}
+        expected = {"settings": {"output_dir": f"runs/compare-{name}"}, "losses": [1.23457, 6.66667e-13]}
+        assert program.summary(name) == content | expected
     kept = sorted(path.name for path in (tmp_path / "docs").rglob("*.png"))
     assert kept == ["loss.png", "rates.png"]
 
@@ -147,7 +149,11 @@ def test_a_taken_summary_has_fewer_digits_and_the_figures_of_the_page(program, t
 def test_page_is_up_to_date(program):
     assert program.main(check=True) == 0, "run: python benchmarks/results.py"
     names = [*program.MAIN, program.WHOLE, program.LIMITS, program.COSTS, program.NEIGHBOURS]
-    assert all(program.summary(name)["missing"] == 0 for name in names)
+    found = {name: program.summary(name) for name in names}
+    assert all(each["missing"] == 0 for each in found.values())
+    assert {name: each["settings"]["output_dir"] for name, each in found.items()} == {
+        name: f"runs/compare-{name}" for name in names
+    }
 
 
 def test_costs_are_of_every_method_of_small_at_its_best_rate(program):

@@ -85,8 +85,6 @@ chaos: $(STAMP) ## kill, damage and mix trainings at random and report how each 
 compare-small: ## compare methods on three tasks that need no download and write docs/results.md, two hours on two cores
 compare-whole: ## compare on a whole small model and write docs/results.md, an hour and a half on two cores
 compare-long: ## compare over more steps and write docs/results.md, an hour and a quarter on two cores
-compare-limits: ## compare limits of LoRA-Pro's steps and write docs/results.md, fifty minutes on two cores
-compare-ranks: ## compare an encoder at other ranks and write docs/results.md, half an hour on two cores
 compare-neighbours: ## compare the methods beside LoRA-Pro and write docs/results.md, a quarter of an hour on two cores
 compare-costs: ## measure what each method takes and write docs/results.md, ten minutes with nothing else running
 compare-costs: DEVICES := 1

@@ -1,9 +1,9 @@
 """Compares the package's ways of spending a step on the two factors with others.
 
-    python benchmarks/step_variants.py                   # about an hour on one core; goes on where it was stopped
+    python benchmarks/step_variants.py                   # half an hour on one core; goes on where it was stopped
     python benchmarks/step_variants.py --set seeds=[0]   # any option of `lorapro compare`
 
-Trains with `lorapro compare` after adding the variants below to its methods; `step_variants.yaml` lists the tasks.
+Trains with `lorapro compare` after adding the variants below to its methods; `step_variants.yaml` has the task.
 The summary is copied to `step_variants/` beside this script, except with options.
 
 The variants are written for reading, in dense tensors: Adam's direction u of the equivalent gradient is formed as a

@@ -28,7 +28,6 @@ from lorapro_hf.commands.compare.settings import settings_of
 from lorapro_hf.commands.compare.tasks import sources
 from lorapro_hf.commands.compare.tasks.base import LoadedTask
 from lorapro_hf.commands.compare.tasks.kinds import load_task
-from lorapro_hf.commands.compare.tasks.models import truncated
 from lorapro_hf.commands.compare.tasks.sources import docstrings, library_code, table
 from lorapro_hf.options import UsageError
 
@@ -216,8 +215,7 @@ def test_docstrings_are_balanced_disjoint_and_masked() -> None:
 @pytest.mark.parametrize(
     "entry",
     [
-        {"kind": "text", "max_length": 16, "cut_vocabulary": True},
-        {"kind": "questions", "max_length": 512, "cut_vocabulary": True, "layers": 1},
+        {"kind": "text", "max_length": 16},
         {"kind": "questions", "max_length": 512, "generate": 2},
     ],
     ids=lambda entry: "-".join(str(value) for value in entry.values()),
@@ -271,24 +269,6 @@ def test_a_table_of_your_own(tmp_path: Path) -> None:
         loaded({**entry, "dataset": "./none.csv"})
 
 
-def test_the_cut_vocabulary_gives_the_same_hidden_states(task: LoadedTask) -> None:
-    small = loaded({**TINY, "cut_vocabulary": True})
-    whole, cut = (next(each.batches("test")) for each in (task, small))
-    embedded = [each.model.get_input_embeddings()(batch["input_ids"]) for each, batch in ((task, whole), (small, cut))]
-    mask = whole["attention_mask"].bool()
-    assert torch.equal(embedded[0][mask], embedded[1][mask])
-    assert small.model.config.vocab_size < task.model.config.vocab_size
-
-
-def test_truncation_keeps_the_first_blocks(task: LoadedTask) -> None:
-    small = loaded({**TINY, "layers": 1})
-    whole, first = (dict(each.model.model.layers.named_parameters()) for each in (task, small))
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in first.items())
-    assert small.model.config.num_hidden_layers == 1
-    with pytest.raises(UsageError, match="which has 1"):
-        truncated(small.model, 2)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -307,7 +287,7 @@ def test_a_task_that_cannot_be_loaded_is_named_by_the_keys_of_the_yaml(change: d
 
 
 def test_a_unigram_model_knows_the_frequencies_of_the_answers() -> None:
-    task = loaded({**TINY, "cut_vocabulary": True})
+    task = loaded(TINY)
     found = reference_losses(task, 0, CPU)
     targets = {
         which: [token for each in task.sets[which] for token in each["labels"][1:] if token != -100]

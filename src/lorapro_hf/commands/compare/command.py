@@ -30,7 +30,7 @@ examples:
   lorapro compare --list
   lorapro compare smoke
   lorapro compare small --devices 2
-  lorapro compare small --set seeds=[0] --set tasks.code.steps=20 --output_dir runs/try
+  lorapro compare small --set seeds=[0] --set tasks.docstrings.steps=20 --output_dir runs/try
   lorapro compare gpu --devices 8
   lorapro compare --report_only --output_dir runs/compare-small --json
 
@@ -41,7 +41,7 @@ exit codes: 0 done, 1 a method has no learning rate at which all seeds finished,
 def add_compare(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `lorapro compare`."""
     add = parser.add_argument
-    set_help = "change an entry of the YAML, such as tasks.code.steps=20 or methods.lora=[1e-3]; may be repeated"
+    set_help = "change an entry of the YAML, such as tasks.docstrings.steps=20 or methods.lora=[1e-3]; may be repeated"
     output_help = "folder of results and report (default: that of the YAML, else runs/compare)"
     config_help = "what to compare: a file, or the name of a comparison of the package"
     add("--list", action="store_true", help="list the comparisons that come with the package")

@@ -14,8 +14,8 @@ from lorapro_hf.recipes.yaml_files import parse_yaml, read_yaml
 
 # Options that only some kinds of task have.
 KINDS: Mapping[str, frozenset[str]] = {
-    "questions": frozenset({"generate", "cut_vocabulary"}),
-    "text": frozenset({"text_column", "cut_vocabulary"}),
+    "questions": frozenset({"generate"}),
+    "text": frozenset({"text_column"}),
     "classification": frozenset({"classes", "text_column", "label_column", "head_learning_rate"}),
 }
 _PRECISIONS = ("fp32", "bf16")
@@ -25,7 +25,7 @@ _SCHEDULES = (
     *("constant", "constant_with_warmup", "inverse_sqrt"),
 )
 _NEED_DATASET = {"text_column", "label_column", "dataset_config"}
-_COUNTS = ("steps", "batch_size", "max_length", "validation_size", "test_size", "classes", "layers", "train_size")
+_COUNTS = ("steps", "batch_size", "max_length", "validation_size", "test_size", "classes", "train_size")
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,6 @@ class TaskSettings:
     name: str
     kind: str  # "questions" (exact match of the final number), "text" (language modeling) or "classification"
     model: str | None = None  # hub name or folder; None for the packaged one, "tiny-random" for a tiny random one
-    layers: int | None = None  # keep only the first so many transformer blocks
-    cut_vocabulary: bool = False  # keep only the tokens of the data, which makes a small model fast (questions, text)
     dataset: str | None = None  # hub name or file; None for word problems, the standard library or its docstrings
     dataset_config: str | None = None
     text_column: str = "text"  # (text, classification)
@@ -67,8 +65,6 @@ class TaskSettings:
             (f"head_learning_rate={rate} must be positive", rate <= 0.0),
             (f"generate={self.generate} must be from 0 to test_size", not 0 <= self.generate <= self.test_size),
         ]
-        mute = self.cut_vocabulary and self.generate > 0
-        refusals += [("cut_vocabulary leaves no tokens to write answers with; set generate: 0", mute)]
         _refuse(f"Task {self.name}: ", refusals)
 
     @property
@@ -133,7 +129,7 @@ class CompareSettings:
 
 
 def read_settings(path: Path, overrides: Sequence[str] = (), output_dir: Path | None = None) -> CompareSettings:
-    """The settings of a YAML file, changed by overrides such as `tasks.code.steps=20`; raises `UsageError`."""
+    """The settings of a YAML file, changed by overrides such as `tasks.docstrings.steps=20`; raises `UsageError`."""
     content = read_yaml(path, "the comparison")
     if not isinstance(content, dict):
         raise UsageError(f"{str(path)!r} must hold a mapping with tasks, methods and seeds.")
@@ -197,7 +193,7 @@ def _override(content: dict[str, Any], override: str) -> None:
             place[key] = {}
         place = place.get(key) if isinstance(place, dict) else None
     if not sign or not isinstance(place, dict):
-        raise UsageError(f"--set {override!r} must read KEY=VALUE, such as tasks.code.steps=20 or seeds=[0].")
+        raise UsageError(f"--set {override!r} must read KEY=VALUE, such as tasks.docstrings.steps=20 or seeds=[0].")
     place[last] = parse_yaml(text, f"--set {override!r}")
 
 

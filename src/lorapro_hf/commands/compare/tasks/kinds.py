@@ -16,7 +16,7 @@ from lorapro_hf.commands.common.problems import encode, load_problems
 from lorapro_hf.commands.common.scoring import Evaluator
 from lorapro_hf.commands.compare.settings import TaskSettings
 from lorapro_hf.commands.compare.tasks.base import IGNORED, Batch, Features, LoadedTask, language_loss, to_device
-from lorapro_hf.commands.compare.tasks.models import causal_model, cut_vocabulary, sentence_classifier
+from lorapro_hf.commands.compare.tasks.models import causal_model, sentence_classifier
 from lorapro_hf.commands.compare.tasks.sources import docstrings, library_code, table
 from lorapro_hf.options import UsageError
 
@@ -43,7 +43,7 @@ def _load_questions(settings: TaskSettings) -> LoadedTask:
     The loss counts on the answers only. With `generate`, some test questions are answered greedily and the final
     numbers compared (`exact_match`).
     """
-    model, tokenizer = causal_model(settings.model, settings.layers)
+    model, tokenizer = causal_model(settings.model)
     held_out = settings.validation_size + settings.test_size
     train, rest = load_problems(
         settings.examples, held_out, settings.data_seed, settings.dataset, settings.dataset_config
@@ -56,8 +56,6 @@ def _load_questions(settings: TaskSettings) -> LoadedTask:
     parts = {"train": encode(train, tokenizer, settings.max_length), "validation": examples[:cut]}
     parts["test"] = examples[cut:]
     sets: Mapping[str, Sequence[Features]] = {name: [each.features() for each in part] for name, part in parts.items()}
-    if settings.cut_vocabulary:
-        sets = cut_vocabulary(model, sets)
     task = LoadedTask(settings, model, None, sets, _padded, language_loss)
     if asked := parts["test"][: settings.generate]:
         evaluator = Evaluator(asked, tokenizer)
@@ -79,7 +77,7 @@ def _load_text(settings: TaskSettings) -> LoadedTask:
 
     Each text is cut into blocks of `max_length` tokens; the rest at its end is not used.
     """
-    model, tokenizer = causal_model(settings.model, settings.layers)
+    model, tokenizer = causal_model(settings.model)
     if settings.dataset is None:
         texts: Mapping[str, Iterable[str]] = library_code(settings.data_seed)
     else:
@@ -90,8 +88,6 @@ def _load_text(settings: TaskSettings) -> LoadedTask:
     for name, blocks in sets.items():
         if not blocks:
             raise UsageError(f"Task {settings.name}: no text for {name} has {settings.max_length} tokens.")
-    if settings.cut_vocabulary:
-        sets = cut_vocabulary(model, sets)
     return LoadedTask(settings, model, None, sets, _stacked, language_loss)
 
 
@@ -128,7 +124,7 @@ def _load_classification(settings: TaskSettings) -> LoadedTask:
     if len(labels) < 2 or strange:
         lacks = f"has the classes {labels} and lacks {strange}; it needs all of them, at least two. Raise train_size."
         raise UsageError(f"Task {settings.name}: the training set {lacks}")
-    model, tokenizer = sentence_classifier(settings.model, settings.layers, len(labels))
+    model, tokenizer = sentence_classifier(settings.model, len(labels))
     sets = {}
     for name, part in rows.items():
         ids = tokenizer([text for text, _ in part], truncation=True, max_length=settings.max_length)["input_ids"]

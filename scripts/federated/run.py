@@ -3,8 +3,9 @@
     make federated
     make federated ARGS="--rounds 5 --steps 16"
 
-`--in_memory` calls the same server and clients in this process, one after another. It loads the model once, where each
-SuperNode loads it anew in every round. The table of losses goes to stdout, and `losses.png` into the output folder.
+The terminal shows Flower's own lines about each round. `--in_memory` calls the same server and clients in this process,
+one after another. It loads the model once, where each SuperNode loads it anew in every round. The table of losses goes
+to stdout, and `losses.png` into the output folder.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import tomllib
 
 HERE = Path(__file__).resolve().parent
 PORT = 39391  # of the SuperLink; the next ones are of the SuperNodes
+NODES = 4
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -72,9 +74,9 @@ def run_in_memory(settings: dict[str, Any]) -> None:
 
 
 @contextmanager
-def program(name: str, *words: str, log: Path, env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a program of Flower, which lies beside this interpreter, until the block ends."""
-    with log.open("wb") as output:
+def program(name: str, *words: str, log: Path | None, env: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program of Flower, beside this interpreter, until the block ends; the terminal is its default log."""
+    with nullcontext() if log is None else log.open("wb") as output:
         process = subprocess.Popen(
             [str(Path(sys.executable).parent / name), *words], stdout=output, stderr=subprocess.STDOUT, env=env
         )
@@ -107,25 +109,27 @@ def run_with_processes(settings: dict[str, Any], output: Path) -> None:
     bin_folder = str(Path(sys.executable).parent)
     env = {**os.environ, "FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0"}
     env["PATH"] = f"{bin_folder}{os.pathsep}{env['PATH']}"
+    # the clients train at the same time: with all cores each, they would wait for one another
+    of_node = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // NODES)), **env}
     with ExitStack() as stack:
         link = ["--insecure", "--disable-runtime-dependency-installation", "--port", str(PORT)]
         processes = [stack.enter_context(program("flower-superlink", *link, log=output / "superlink.log", env=env))]
         wait_for_port(processes[0])
-        for number in range(4):
+        for number in range(NODES):
             node = ["--insecure", "--superlink", address, "--port", str(PORT + 1 + number)]
             node += ["--node-config", f"partition-id={number}"]
             log = output / f"supernode{number}.log"
-            processes.append(stack.enter_context(program("flower-supernode", *node, log=log, env=env)))
+            processes.append(stack.enter_context(program("flower-supernode", *node, log=log, env=of_node)))
         values = " ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())
         words = ["run", str(HERE), "here", "--run-config", values, "--stream"]  # which lasts as long as the run
-        submitted = stack.enter_context(program("flwr", *words, log=output / "run.log", env=env))
+        submitted = stack.enter_context(program("flwr", *words, log=None, env=env))
         while submitted.poll() is None:
             ended = [process for process in processes if process.poll() is not None]
             if ended:
                 sys.exit(f"{ended[0].args[0]} has ended: see the logs in {output}.")
             time.sleep(1)
     if not (output / "losses.json").exists():
-        sys.exit(f"The run ended without losses: see run.log and the other logs in {output}.")
+        sys.exit(f"The run ended without losses: see the logs in {output}.")
 
 
 def report(output: Path) -> None:

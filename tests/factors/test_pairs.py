@@ -176,10 +176,12 @@ def test_scaling_is_read_at_step_time(change):
     assert torch.equal(pair.A, find_lora_pairs(fresh)[0].A) and torch.equal(pair.B, find_lora_pairs(fresh)[0].B)
 
 
-def test_same_steps_whatever_the_split_into_scaling_and_factors():
+@pytest.mark.parametrize("mode", ["full", "factored", "spectral"])
+def test_same_steps_whatever_the_split_into_scaling_and_factors(mode):
     """ΔW is what counts: scaling s with factors (A, B) and scaling 4 s with (A/2, B/2) are the same weight."""
     changes = []
     for alpha, shrink in ((5, 1), (20, 2)):
+        torch.manual_seed(0)
         model = LINEAR.build(lora_alpha=alpha)
         (pair,) = find_lora_pairs(model)
         with torch.no_grad():
@@ -188,7 +190,7 @@ def test_same_steps_whatever_the_split_into_scaling_and_factors():
             pair.B.copy_(torch.randn(5, 3) / shrink)
         before = delta_weight(pair).detach().clone()
         LINEAR.loss(model).backward()
-        create_lorapro_optimizer(model, lr=1e-5, config={"x_mode": "symmetric"}).step()
+        create_lorapro_optimizer(model, lr=1e-5, config={"mode": mode, "x_mode": "symmetric"}).step()
         changes.append(delta_weight(pair).detach() - before)
     torch.testing.assert_close(changes[0], changes[1], rtol=1e-4, atol=0)
 

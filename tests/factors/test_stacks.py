@@ -18,7 +18,7 @@ BY_NAME = {row.name: row for row in ROWS}
 PLAIN = [row for row in ROWS if "base" not in row.name]  # quantised bases add no layout of their own
 LAYOUTS = ["linear", "Conv2d", "Conv2d with groups", "experts (in, out)", "experts (out, in)", "embedding"]
 SCALINGS = (2.0, 0.5, 1.25)
-LR, DECAY = 0.02, 0.5
+LR, DECAY, LIMIT = 0.02, 0.5, 0.03
 CONFIGS = [
     *({"mode": mode} for mode in MODES if mode != "rite"),
     {"mode": "rite", "rite_clip": 0.0, "rite_skip": 0.0},  # a limit would tie the pairs together
@@ -39,9 +39,11 @@ def several(name="linear", count=3):
     return pairs
 
 
-def optimizer_of(pairs, lr=LR, **config):
+def optimizer_of(pairs, lr=LR, mode="full", **config):
     parameters = [factor for pair in pairs for factor in (pair.A, pair.B)]
-    return LoRAProAdamW(parameters, pairs, lr=lr, weight_decay=DECAY, config=LoRAProConfig(**config))
+    limit = {} if mode in ("rite", "efficient") else {"trust_region": LIMIT}
+    settings = LoRAProConfig(mode=mode, **limit, **config)
+    return LoRAProAdamW(parameters, pairs, lr=lr, weight_decay=DECAY, config=settings)
 
 
 def give(pair, g):
@@ -153,16 +155,17 @@ class Oracles:
     def __init__(self, pairs, mode="full", update=None, **_):
         self.pairs, self.mode, self.update = pairs, mode, update
         hyper = {"lr": LR, "weight_decay": DECAY}
+        limited = {**hyper, "trust_region": LIMIT}
         self.factors = [[f.detach().clone().requires_grad_() for f in (pair.A, pair.B)] for pair in pairs]
         if mode == "efficient":
             self.each = [torch.optim.AdamW(factors, fused=True, **hyper) for factors in self.factors]
         elif mode == "full":
-            self.each = [reference.DenseFullAdamW(p.A, p.B, p.scaling, **hyper) for p in pairs]
+            self.each = [reference.DenseFullAdamW(p.A, p.B, p.scaling, **limited) for p in pairs]
         elif mode == "rite":
             self.each = [reference.DenseRite(p.A, p.B, p.scaling, clip=0, skip=0, **hyper) for p in pairs]
         else:
             kind = reference.DenseSpectral if mode == "spectral" else reference.DenseFactoredAdamW
-            self.each = [kind(p.A, p.B, p.scaling, update=update or "linear", **hyper) for p in pairs]
+            self.each = [kind(p.A, p.B, p.scaling, update=update or "linear", **limited) for p in pairs]
 
     def step(self, index, g):
         if self.mode != "efficient":

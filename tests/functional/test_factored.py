@@ -6,7 +6,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dense_gradients import assert_near, full_gradients, normal, pairs
 from grids import few_of, rest_slow
-from lorapro_hf.config import TRUST_REGION
 from lorapro_hf.functional import reference
 from lorapro_hf.functional.bases import Bases, gradient_coordinates, row_bases
 from lorapro_hf.functional.factored import (
@@ -22,8 +21,8 @@ pytestmark = pytest.mark.filterwarnings("error")
 
 LR, BETAS, EPS, DECAY = 0.02, (0.9, 0.99), 1e-8, 0.5
 KEEP = (1 - LR * DECAY) ** 0.5
-WIDE = 0.3
-RATES = Rates(LR, LR, KEEP, KEEP, TRUST_REGION)
+LIMIT, WIDE = 0.03, 0.3
+RATES = Rates(LR, LR, KEEP, KEEP, LIMIT)
 SCALINGS = (2.0, 0.5, 1.0)
 
 
@@ -63,7 +62,7 @@ def train(
 def train_oracle(A, Bt, gradients, s=SCALINGS, eps=EPS, **options):
     trajectories = []
     for k in range(len(A)):
-        setting = {"lr": LR, "betas": BETAS, "eps": eps, "weight_decay": DECAY, **options}
+        setting = {"lr": LR, "betas": BETAS, "eps": eps, "weight_decay": DECAY, "trust_region": LIMIT, **options}
         oracle = reference.DenseFactoredAdamW(A[k], Bt[k].T, s[k], **setting)
         weights = []
         for g in gradients[:, k]:
@@ -215,7 +214,8 @@ def test_state_is_kept_in_the_coordinates_of_the_polar_factors(rank):
     A, Bt = pairs(24, 33, 6, "zero", K=1)
     gradients = full_gradients(24, 33, 3, rank=rank, K=1)
     _, step, state = train(A, Bt, gradients)
-    oracle = reference.DenseFactoredAdamW(A[0], Bt[0].T, 2.0, lr=LR, betas=BETAS, weight_decay=DECAY)
+    hyper = {"lr": LR, "betas": BETAS, "weight_decay": DECAY, "trust_region": LIMIT}
+    oracle = reference.DenseFactoredAdamW(A[0], Bt[0].T, 2.0, **hyper)
     for g in gradients[:, 0]:
         oracle.step(g)
     polar_A, polar_B = polar(step.A[0]), polar(step.Bt[0].T)

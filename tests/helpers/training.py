@@ -12,8 +12,9 @@ BATCH = 12  # is divided by 1, 2 and 3 ranks
 
 
 def config_of(mode, **settings):
-    """Settings of a mode; the limit of mode rite is one that acts on this training."""
-    return {"mode": mode, **({"rite_clip": 0.05} if mode == "rite" else {}), **settings}
+    """Settings of a mode, with limits that act on this training."""
+    limit = {"rite_clip": 0.05} if mode == "rite" else {} if mode == "efficient" else {"trust_region": 0.03}
+    return {"mode": mode, **limit, **settings}
 
 
 def slow(cases):

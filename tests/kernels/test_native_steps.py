@@ -17,10 +17,11 @@ from lorapro_hf.optim.rules import RULES
 
 SHAPES = [(20, 13), (20, 13), (33, 40), (11, 64)]  # (m, n), two of them a stack
 NATIVE = [name for name, rule in RULES.items() if rule.steps_natively]
+LIMIT = {name: {"trust_region": 0.03} if rule.has_trust_region else {} for name, rule in RULES.items()}
 CONFIGS = [
-    *({"mode": mode} for mode in NATIVE),
-    *({"mode": mode, "update": "sequential"} for mode in NATIVE if mode != "rite"),
-    *({"mode": mode, "update": "linear", "x_mode": "symmetric"} for mode in NATIVE if mode != "rite"),
+    *({"mode": mode, **LIMIT[mode]} for mode in NATIVE),
+    *({"mode": mode, "update": "sequential", **LIMIT[mode]} for mode in NATIVE if mode != "rite"),
+    *({"mode": mode, "update": "linear", "x_mode": "symmetric", **LIMIT[mode]} for mode in NATIVE if mode != "rite"),
     {"mode": "spectral", "update": "linear", "trust_region": 0, "spectral_iterations": 3},
     {"mode": "factored", "update": "linear", "trust_region": 0},
     {"mode": "rite", "rite_escape": True, "rite_skip": 1.5, "rite_clip": 0.5},

@@ -271,7 +271,7 @@ def test_ordinary_gradients_are_left_out_beyond_what_second_moments_hold():
 
 def test_float64_holds_longer_gradients():
     model = small_model(torch.float64, init_lora_weights=False)
-    optimizer = create_lorapro_optimizer(model, lr=1e-3)
+    optimizer = create_lorapro_optimizer(model, lr=1e-3, mode="full")
     give_gradients(optimizer)
     optimizer.pairs[0].A.grad.mul_(1e30)
     optimizer.step()

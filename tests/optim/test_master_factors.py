@@ -309,7 +309,7 @@ def test_refusals(monkeypatch):
     with pytest.raises(
         StateTooLargeError, match=message + r"'spectral' with master_factors=True.*leave out master_fac"
     ):
-        require_state_fits(pairs, LoRAProConfig(master_factors=True))
+        require_state_fits(pairs, LoRAProConfig(mode="full", master_factors=True))
 
 
 @pytest.mark.parametrize("mode", ["full", "factored", "spectral", "rite", "efficient"])

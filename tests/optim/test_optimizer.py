@@ -29,9 +29,10 @@ def test_full_mode_equals_the_dense_run(x_mode, zero_B):
     """Six steps from B = 0 or from random factors, for a loss whose full gradient depends on the weight."""
     model = Row("", lambda: Net(nn.Linear(12, 9, bias=False)), {"r": 3}).build(init_lora_weights=zero_B)
     hyper = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-7, "weight_decay": 0.1}
-    optimizer = create_lorapro_optimizer(model, config={"x_mode": x_mode}, **hyper)
+    settings = {"x_mode": x_mode, "trust_region": 0.03}
+    optimizer = create_lorapro_optimizer(model, config={"mode": "full", **settings}, **hyper)
     (pair,) = optimizer.pairs
-    dense = DenseFullAdamW(pair.A, pair.B, pair.scaling, x_mode=x_mode, **hyper)
+    dense = DenseFullAdamW(pair.A, pair.B, pair.scaling, **settings, **hyper)
     inputs, target = torch.randn(20, 12, dtype=torch.float64), torch.randn(20, 9, dtype=torch.float64)
     weight = pair.layer.base_layer.weight.detach()
     for _ in range(6):
@@ -113,7 +114,7 @@ def test_efficient_mode_is_torch_adamw_on_adjusted_gradients():
 
 def test_full_mode_decays_the_product_of_the_factors():
     model = LINEAR.build()
-    optimizer = create_lorapro_optimizer(model, lr=0.1, weight_decay=0.5)
+    optimizer = create_lorapro_optimizer(model, lr=0.1, weight_decay=0.5, mode="full")
     (pair,) = optimizer.pairs
     before = (pair.B @ pair.A).detach()
     pair.A.grad, pair.B.grad = torch.zeros_like(pair.A), torch.zeros_like(pair.B)
@@ -160,7 +161,7 @@ def test_non_finite_gradients_leave_everything_as_it_was(mode, poison, where):
 
 
 def test_huge_finite_gradients_are_no_reason_to_skip():
-    model, optimizer = trained(0)
+    model, optimizer = trained(0, mode="full")
     backward(model)
     for p in model.parameters():
         if p.grad is not None:
@@ -373,7 +374,8 @@ def test_factors_and_earlier_groups_without_names_get_some():
 
 
 def test_print_is_a_handful_of_lines():
-    optimizer = create_lorapro_optimizer(small_model(), 1e-2, mode="factored", update="sequential", weight_decay=0.1)
+    settings = {"mode": "factored", "update": "sequential", "trust_region": 0.03}
+    optimizer = create_lorapro_optimizer(small_model(), 1e-2, weight_decay=0.1, config=settings)
     assert repr(optimizer).splitlines() == [
         "LoRAProAdamW (",
         "    2 pairs, mode=factored, update=sequential, trust_region=0.03",

@@ -52,7 +52,7 @@ def construct(**changes):
         ({"config": {"mode": "slow"}}, "mode='slow' is unknown"),
         ({"betas": (0.9, 1.0)}, "betas="),
         ({"eps": -1e-8}, "eps="),
-        ({"eps": 0.0}, "eps=0.0 is 0 in float32: in mode 'full' elements.*Use 1e-8"),
+        ({"eps": 0.0, "config": {"mode": "full"}}, "eps=0.0 is 0 in float32: in mode 'full' elements.*Use 1e-8"),
         ({"eps": 1e-60, "config": {"mode": "full_8bit"}}, "eps=1e-60 is 0 in float32: in mode 'full_8bit'"),
         ({"eps": 0.0, "config": {"mode": "efficient"}}, "eps=0.0 is 0 in float32: in mode 'efficient'"),
         ({"weight_decay": -0.1}, "weight_decay="),
@@ -82,10 +82,13 @@ def test_bad_construction(changes, message):
         ({"trust_region": 1}, "trust_region=1 must be a fraction below 1.*may undo the first-order change"),
         ({"trust_region": 3.0}, r"trust_region=3\.0 must be a fraction below 1"),
         ({"mode": "efficient", "trust_region": 0.1}, "mode 'efficient' has no trust region"),
-        ({"spectral_iterations": 3}, "mode 'full' does not know it, so spectral_iterations=3 .*use mode 'spectral'"),
+        (
+            {"mode": "full", "spectral_iterations": 3},
+            "mode 'full' does not know it, so spectral_iterations=3 .*use mode 'spectral'",
+        ),
         ({"mode": "factored", "rite_clip": 0}, "mode 'factored' does not know it, so rite_clip=0 .*use mode 'rite'"),
         ({"mode": "spectral", "rite_skip": 2}, "mode 'spectral' does not know it, so rite_skip=2 .*use mode 'rite'"),
-        ({"rite_escape": True}, "mode 'full' does not know it, so rite_escape=True .*use mode 'rite'"),
+        ({"mode": "full", "rite_escape": True}, "mode 'full' does not know it, so rite_escape=True .*use mode 'rite'"),
         ({"mode": "rite", "spectral_iterations": 2}, "mode 'rite' does not know it, so spectral_iterations=2"),
         ({"mode": "rite", "update": "sequential"}, "mode 'rite' has one way to move both .* so update='sequential' ha"),
         ({"mode": "rite", "x_mode": "zero"}, "mode 'rite' has one way to move both factors, so x_mode='zero' has no"),
@@ -137,7 +140,7 @@ def test_different_moments_settings_for_one_pair_are_refused_in_full_mode():
     (pair,) = find_lora_pairs(model)
     groups = [{"params": [pair.A], "betas": (0.8, 0.9)}, {"params": [pair.B]}]
     with pytest.raises(ValueError, match=r"body: lora_A and lora_B have different betas or eps.*mode 'efficient'"):
-        LoRAProAdamW(groups, [pair])
+        LoRAProAdamW(groups, [pair], mode="full")
     LoRAProAdamW(groups, [pair], config=LoRAProConfig(mode="efficient"))
 
 
@@ -196,4 +199,4 @@ def test_factory():
 
 def test_triton_without_cuda_is_refused_before_training():
     with pytest.raises(RuntimeError, match=r"backend='triton' needs CUDA .* the factors are on cpu"):
-        create_lorapro_optimizer(small_model(), lr=1e-2, config={"backend": "triton"})
+        create_lorapro_optimizer(small_model(), lr=1e-2, config={"mode": "full", "backend": "triton"})

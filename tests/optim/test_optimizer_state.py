@@ -130,10 +130,10 @@ def test_state_of_float64_factors_loads_into_float32_ones(mode):
     assert all(value.dtype == torch.float32 for state in again.state.values() for value in state.values())
 
 
-def trained_state(**options):
+def trained_state(mode="full", **options):
     settings = {key: options.pop(key) for key in ("r", "target_modules", "modules_to_save") if key in options}
     model = small_model(**settings)
-    optimizer = create_lorapro_optimizer(model, lr=1e-2, **options)
+    optimizer = create_lorapro_optimizer(model, lr=1e-2, mode=mode, **options)
     backward(model)
     optimizer.step()
     return optimizer.state_dict()
@@ -161,13 +161,10 @@ def damaged_state():
     ("make", "message"),
     [
         (
-            lambda: trained_state(config={"mode": "rite", "rite_escape": True}),
+            lambda: trained_state(mode="rite", rite_escape=True),
             "of LoRA-Pro mode 'rite' with escape, but this optimizer has LoRA-Pro mode 'full'",
         ),
-        (
-            lambda: trained_state(config={"mode": "efficient"}),
-            "of LoRA-Pro mode 'efficient'.* has LoRA-Pro mode 'full'",
-        ),
+        (lambda: trained_state(mode="efficient"), "of LoRA-Pro mode 'efficient'.* has LoRA-Pro mode 'full'"),
         (plain_adamw_state, "checkpoint is of another optimizer"),
         (lambda: trained_state(r=3), r"has shape \[2, 6\], but \[3, 6\] in the checkpoint"),
         (lambda: trained_state(target_modules=["0"]), "2 parameters|param groups|parameters in a group"),
@@ -177,7 +174,7 @@ def damaged_state():
     ],
 )
 def test_foreign_checkpoints_are_refused_and_change_nothing(make, message):
-    optimizer = create_lorapro_optimizer(small_model(), lr=1e-2)
+    optimizer = create_lorapro_optimizer(small_model(), lr=1e-2, mode="full")
     before = snapshot(optimizer)
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(make())

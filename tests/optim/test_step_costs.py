@@ -23,10 +23,10 @@ M, N, R = 96, 200, 4
 TILE = 2**12
 CONFIGS = [
     *({"mode": mode} for mode in MODES),
-    {"mode": "full", "update": "sequential"},
+    {"mode": "full", "update": "sequential", "trust_region": 0.03},
     {"mode": "full_8bit", "update": "sequential"},
-    {"mode": "full", "moments_dtype": "bfloat16"},
-    {"mode": "factored", "update": "linear"},
+    {"mode": "full", "moments_dtype": "bfloat16", "trust_region": 0.03},
+    {"mode": "factored", "update": "linear", "trust_region": 0.03},
     {"mode": "efficient", "update": "sequential"},
     {"mode": "full", "trust_region": 0},
     {"mode": "factored", "trust_region": 0},

@@ -145,7 +145,7 @@ def test_the_card_is_theirs_and_tells_of_lora_pro(whole: Any):
     for text in ("library_name: sentence-transformers", "pipeline_tag: sentence-similarity", "- lora-pro\n"):
         assert text in card
     assert "from sentence_transformers import SentenceTransformer" in card
-    assert "| mode | full |" in card and "| rank r | 4 |" in card
+    assert f"| mode | {whole.args.lora_pro_mode} |" in card and "| rank r | 4 |" in card
     assert (folder / "checkpoint-3" / "README.md").read_text(encoding="utf-8").count("## LoRA-Pro") == 1
     whole.create_model_card(tags="letters")
     card = (folder / "README.md").read_text(encoding="utf-8")

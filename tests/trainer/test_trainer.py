@@ -177,7 +177,7 @@ def test_trainer_that_builds_the_peft_model_itself(tmp_path: Path):
 
 
 def test_model_init_and_changed_arguments(tmp_path: Path):
-    args = arguments(tmp_path, LoRAProTrainingArguments, max_steps=2)
+    args = arguments(tmp_path, LoRAProTrainingArguments, lora_pro_mode="full", max_steps=2)
     trainer = build(LoRAProTrainer, args, model_init=lambda: tiny_lora())
     trainer.train()
     assert trainer.optimizer.optimizer.config.mode == "full"
@@ -388,7 +388,8 @@ def test_skipped_steps_are_counted(tmp_path: Path):
 
 def test_start_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO, logger="lorapro_hf.trainer.trainer")
-    trainer = run(tmp_path, lora_pro_x_mode="zero", max_steps=2)
+    settings = {"lora_pro_mode": "full", "lora_pro_x_mode": "zero", "lora_pro_trust_region": 0.03}
+    trainer = run(tmp_path, max_steps=2, **settings)
     trainer.train()
     messages = [r.getMessage() for r in caplog.records if r.name == "lorapro_hf.trainer.trainer"]
     size = readable_bytes(trainer.optimizer.optimizer.estimated_state_bytes())

@@ -47,7 +47,7 @@ def frozen() -> Any:
             "optimizer_cls_and_kwargs= names SGD.*LoRAProOptimizerFactory.*--no_lora_pro",
         ),
         (
-            {},
+            {"lora_pro_mode": "full"},
             {"optimizer_cls_and_kwargs": lambda: (LoRAProOptimizerFactory, {"lr": 1.0, "mode": "efficient"})},
             "optimizer_cls_and_kwargs= was built with .*'efficient'.*told .*'full'.*State the settings once",
         ),
@@ -85,7 +85,7 @@ def test_model_init_is_checked_at_construction(tmp_path: Path):
 
 
 def test_settings_changed_between_trainings_raise(tmp_path: Path):
-    trainer = run(tmp_path, max_steps=1)
+    trainer = run(tmp_path, lora_pro_mode="full", max_steps=1)
     trainer.args.lora_pro_mode = "efficient"  # the optimizer stays, as in Trainer
     with pytest.raises(ValueError, match=r"built with .*'full'.*told .*'efficient'"):
         trainer.train()
@@ -107,7 +107,7 @@ def test_lora_pro_turned_off_for_a_checkpoint_raises_before_anything_is_loaded(t
 
 def test_lora_pro_turned_on_for_a_checkpoint_raises_before_anything_is_loaded(tmp_path: Path):
     run(tmp_path, lora_pro=False, save_strategy="steps", save_steps=1, max_steps=1)
-    trainer = build(LoRAProTrainer, arguments(tmp_path, LoRAProTrainingArguments))
+    trainer = build(LoRAProTrainer, arguments(tmp_path, LoRAProTrainingArguments, lora_pro_mode="full"))
     before = factors(trainer)
     with pytest.raises(ValueError, match=r"the checkpoint is of another optimizer, but .* has LoRA-Pro mode 'full'"):
         trainer.train(resume_from_checkpoint=True)

@@ -17,7 +17,7 @@ from peft import PeftModel
 from grids import rest_slow
 from killable import Nursery
 from killable_jobs import SAVED_EVERY, STEPS, trainer_of
-from lorapro_hf import LoRAProTrainer, LoRAProTrainingArguments
+from lorapro_hf import LoRAProConfig, LoRAProTrainer, LoRAProTrainingArguments
 from lorapro_hf.checkpoints.manifest import read_manifest
 from lorapro_hf.checkpoints.resume import find_flaw
 from trainer_helpers import arguments, assert_same, build, differ, factors, run, tiny_base, tiny_lora
@@ -32,6 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bfloat16": {"lora_pro_mode": "full", "lora_pro_moments_dtype": "bfloat16"},
     "masters": {"lora_pro_mode": "full", "lora_pro_master_factors": True},  # of factors in bfloat16
 }
+DEFAULT_MODE = LoRAProConfig().mode
 DEFAULT: dict[int, tuple[str, ...]] = {1: (), 2: ("full",)}
 RANKS = pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 distributed = pytest.mark.distributed
@@ -335,7 +336,7 @@ def test_a_file_with_something_else_is_named(
 @pytest.mark.parametrize(
     ("settings", "adapter", "message"),
     [
-        ({"lora_pro_mode": "efficient"}, {}, r"checkpoint-6/optimizer.pt: .*'full'.* mode 'efficient'"),
+        ({"lora_pro_mode": "efficient"}, {}, rf"checkpoint-6/optimizer.pt: .*'{DEFAULT_MODE}'.* mode 'efficient'"),
         ({}, {"r": 2}, r"checkpoint-6/adapter_model.safetensors: .* has shape \[4, \d+\].* has shape \[2, \d+\]"),
         (
             {},

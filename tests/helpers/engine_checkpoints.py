@@ -27,7 +27,8 @@ DATA, META = "optimizer_0/__0_0.distcp", "optimizer_0/.metadata"
 
 def train(folder: Path, **settings: Any) -> Path:
     """A checkpoint of one process."""
-    run(folder, max_steps=STEP, save_strategy="steps", save_steps=STEP, **settings)
+    settings = {"lora_pro_mode": "full", "max_steps": STEP, **settings}
+    run(folder, save_strategy="steps", save_steps=STEP, **settings)
     return folder / f"checkpoint-{STEP}"
 
 

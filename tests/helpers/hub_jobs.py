@@ -39,7 +39,7 @@ def push(folder: Path) -> dict[str, Any]:
     trainer.save_model()  # pushes, as the arguments say
 
     model = model_of(folder / "base")
-    optimizer = create_lorapro_optimizer(model, lr=1e-3, config={"mode": "factored"})
+    optimizer = create_lorapro_optimizer(model, lr=1e-3, config={"mode": "factored", "trust_region": 0.03})
     model(PROMPT, labels=PROMPT).loss.backward()
     optimizer.step()
     about = {"datasets": "someone/sums", "hyperparameters": {"batch size": 1}, "metrics": {"accuracy": 0.5}}

@@ -52,9 +52,8 @@ def trainer_in(folder: Path, **settings: Any) -> LoRAProTrainer:
 def trainer(tmp_path_factory: pytest.TempPathFactory) -> LoRAProTrainer:
     """A trainer after two steps, each with an evaluation and a checkpoint."""
     settings = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    made = trainer_in(
-        tmp_path_factory.mktemp("trained") / "run", lora_pro_mode="factored", weight_decay=0.1, **settings
-    )
+    settings |= {"lora_pro_mode": "factored", "lora_pro_trust_region": 0.03, "weight_decay": 0.1}
+    made = trainer_in(tmp_path_factory.mktemp("trained") / "run", **settings)
     made.train()
     return made
 

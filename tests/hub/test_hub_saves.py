@@ -30,7 +30,7 @@ def test_every_save_writes_our_card(tmp_path: Path) -> None:
     trainer = trainer_in(run, model_of(base), save_strategy="steps", save_steps=1)
     trainer.save_model()
     early = (run / "README.md").read_text()
-    assert "| mode | full |" in early and "held-out loss" not in early
+    assert f"| mode | {trainer.args.lora_pro_mode} |" in early and "held-out loss" not in early
     trainer.train()
     trainer.save_model()
     for folder, losses in ((run, 2), (run / "checkpoint-1", 1)):
@@ -84,7 +84,7 @@ def test_card_of_another_library_gets_a_section_until_it_is_edited(tmp_path: Pat
         trainer.save_model()
         written = ModelCard.load(card)
         assert "# Theirs\n\n\nTwo lines apart.\n" in written.text and written.data.license == "mit"
-        assert written.text.count("## LoRA-Pro\n") == 1 and "| mode | full |" in written.text
+        assert written.text.count("## LoRA-Pro\n") == 1 and f"| mode | {trainer.args.lora_pro_mode} |" in written.text
         assert "## Use it" not in written.text and "lora-pro" in written.data.tags
     edited = card.read_text().replace("Theirs", "Mine")
     card.write_text(edited)

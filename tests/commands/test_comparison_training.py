@@ -195,7 +195,7 @@ def test_an_exception_while_scoring_is_no_divergence(
 def test_code_is_held_out_by_the_package() -> None:
     packages = {name: set() for name in ("train", "validation", "test")}
     for package, _ in sources.standard_modules():
-        packages[sources._set_of(f"0 {package}")].add(package)
+        packages[sources.set_of(f"0 {package}")].add(package)
     assert all(packages.values()) and len(packages["train"]) > len(packages["test"])
     assert not packages["train"] & packages["test"] and not packages["train"] & packages["validation"]
     assert all(next(texts) for texts in library_code(0).values())

@@ -13,10 +13,16 @@ from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.yaml_files import parse_yaml, read_yaml
 
 # Options that only some kinds of task have.
+_OF_GIVEN_MODELS = frozenset({"model", "dataset", "dataset_config", "max_length"})
 KINDS: Mapping[str, frozenset[str]] = {
-    "questions": frozenset({"generate"}),
-    "text": frozenset({"text_column"}),
-    "classification": frozenset({"classes", "text_column", "label_column", "head_learning_rate"}),
+    "questions": _OF_GIVEN_MODELS | {"generate"},
+    "text": _OF_GIVEN_MODELS | {"text_column"},
+    "classification": _OF_GIVEN_MODELS | {"classes", "text_column", "label_column", "head_learning_rate"},
+    "characters": frozenset({"learn", "width", "layers", "pretraining_steps"}),
+}
+# Defaults of a kind where they are not those of `TaskSettings`.
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "characters": {"batch_size": 32, "validation_size": 1000, "test_size": 2000},
 }
 _PRECISIONS = ("fp32", "bf16")
 # The schedules of `transformers.get_scheduler` that need no more than steps and warm-up.
@@ -25,7 +31,10 @@ _SCHEDULES = (
     *("constant", "constant_with_warmup", "inverse_sqrt"),
 )
 _NEED_DATASET = {"text_column", "label_column", "dataset_config"}
-_COUNTS = ("steps", "batch_size", "max_length", "validation_size", "test_size", "classes", "train_size")
+_COUNTS = (
+    *("steps", "batch_size", "max_length", "validation_size", "test_size", "classes", "train_size"),
+    *("width", "layers", "pretraining_steps"),
+)
 
 
 @dataclass(frozen=True)
@@ -33,8 +42,12 @@ class TaskSettings:
     """A task: the model, the data and the length of the training. Options of one kind of task name it in brackets."""
 
     name: str
-    kind: str  # "questions" (exact match of the final number), "text" (language modeling) or "classification"
+    kind: str  # one of `KINDS`
     model: str | None = None  # hub name or folder; None for the packaged one, "tiny-random" for a tiny random one
+    width: int = 64  # of the hidden states (characters)
+    layers: int = 3  # blocks of the model (characters)
+    learn: tuple[str, ...] = ("multiply", "reverse", "sort_set", "sum_three")  # puzzles (characters)
+    pretraining_steps: int = 3000  # before all runs, once (characters)
     dataset: str | None = None  # hub name or file; None for word problems, the standard library or its docstrings
     dataset_config: str | None = None
     text_column: str = "text"  # (text, classification)
@@ -180,7 +193,7 @@ def _task(name: str, entry: Any) -> TaskSettings:
     grids = entry.get("learning_rates") or {}
     require_mapping(f"Task {name}", "learning_rates", grids)
     rates = {method: learning_rates(f"{method} in task {name}", grid) for method, grid in grids.items()}
-    plain = {key: value for key, value in entry.items() if key != "learning_rates"}
+    plain = {key: value for key, value in {**_DEFAULTS.get(kind, {}), **entry}.items() if key != "learning_rates"}
     return TaskSettings(name, **typed(f"Task {name}: ", plain, get_type_hints(TaskSettings)), learning_rates=rates)
 
 

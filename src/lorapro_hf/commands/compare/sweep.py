@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from lorapro_hf.commands.common.console import prepare_output, progress_bars
 from lorapro_hf.commands.compare.methods import require_usable
 from lorapro_hf.commands.compare.plan import PlannedRun, plan
 from lorapro_hf.commands.compare.references import reference_losses, references_key
-from lorapro_hf.commands.compare.settings import CompareSettings, TaskSettings
+from lorapro_hf.commands.compare.settings import KINDS, CompareSettings, TaskSettings
 from lorapro_hf.commands.compare.store import FAILED, FINISHED, RunRecord, Store
 from lorapro_hf.commands.compare.tasks.base import LoadedTask
 from lorapro_hf.commands.compare.tasks.kinds import load_task
@@ -109,7 +110,8 @@ class Sweep:
     def _load(self, settings: TaskSettings) -> LoadedTask:
         if self._task is None or self._task.settings != settings:
             self._task = None  # not two models at a time
-            with self.console.status(f"Loading {settings.name}"):
+            has_bar = "pretraining_steps" in KINDS[settings.kind]  # of its own, which a second one would run through
+            with nullcontext() if has_bar else self.console.status(f"Loading {settings.name}"):
                 self._task = load_task(settings)
         return self._task
 

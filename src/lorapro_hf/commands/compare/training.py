@@ -223,7 +223,7 @@ def _trainer(
     )
     adapted = make_trainable(model, run, layers, settings.scaling, take_gradients, inputs)
     record.examples = task.digest
-    record.data = digest([[list(example["input_ids"]) for example in batch] for batch in batches])
+    record.data = digest([task.digest, task.order(run.seed)])
     record.adapted_layers = len(layers)
     trainer = RunTrainer(
         task,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,12 +12,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lorapro_hf.commands.compare.plan import digest
 from lorapro_hf.commands.compare.settings import TaskSettings
 
 Features = Mapping[str, Any]
 Batch = dict[str, Tensor]
 IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Rows(Sequence[Features]):
+    """Examples of one shape in a tensor for each name, the rows of which are the examples."""
+
+    columns: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, index: Any) -> Any:
+        rows = {name: column[index] for name, column in self.columns.items()}
+        return Rows(rows) if isinstance(index, slice) else rows
+
+    @staticmethod
+    def collate(examples: Sequence[Features]) -> Batch:
+        """The examples as one batch."""
+        if isinstance(examples, Rows):
+            return dict(examples.columns)
+        return {name: torch.stack([each[name] for each in examples]) for name in examples[0]}
 
 
 @dataclass
@@ -27,22 +48,23 @@ class LoadedTask:
     model: Any  # pretrained, never trained: each run trains a copy
     head: str | None  # name of the module that every method trains in full
     sets: Mapping[str, Sequence[Features]]  # "train", "validation" and "test"
-    collate: Callable[[list[Features]], Batch]
+    collate: Callable[[Sequence[Features]], Batch]
     loss_of: Callable[[Any, Batch], tuple[Tensor, int]]  # of a model on a batch: the mean, and of how many targets
     measure: Callable[[Any], Mapping[str, float]] = lambda model: {}  # metrics on the test set beside the loss
+    held_out_batch: int | None = None  # examples of a batch that needs no gradients; None for twice the batch size
 
     @cached_property
     def digest(self) -> str:
         """A hash of all examples of all sets, targets included: equal for runs on the same data."""
-
-        def plain(labels: Any) -> Any:
-            return list(labels) if isinstance(labels, Sequence) else labels
-
-        content = {
-            name: [[list(example["input_ids"]), plain(example.get("labels"))] for example in examples]
-            for name, examples in self.sets.items()
-        }
-        return digest(content)
+        content = hashlib.sha256()
+        for name in sorted(self.sets):
+            content.update(f"{name} {len(self.sets[name])}".encode())
+            for example in self.sets[name]:
+                for key in sorted(example):
+                    values = torch.as_tensor(example[key]).contiguous()
+                    content.update(f"{key} {values.dtype} {list(values.shape)}".encode())
+                    content.update(values.numpy().tobytes())
+        return content.hexdigest()[:16]
 
     def start_head(self, model: nn.Module, seed: int) -> nn.Module | None:
         """The module of `model` that every method trains in full, with the initial values of the seed."""
@@ -76,10 +98,12 @@ class LoadedTask:
 
     def batches(self, which: str) -> Iterator[Batch]:
         """The examples of a set in batches of similar lengths."""
-        examples = sorted(self.sets[which], key=lambda example: len(example["input_ids"]))
-        size = 2 * self.settings.batch_size  # there are no gradients to keep
+        examples = self.sets[which]
+        if not isinstance(examples, Rows):
+            examples = sorted(examples, key=lambda example: len(example["input_ids"]))
+        size = self.held_out_batch or 2 * self.settings.batch_size  # there are no gradients to keep
         for start in range(0, len(examples), size):
-            yield self.collate(list(examples[start : start + size]))
+            yield self.collate(examples[start : start + size])
 
     def order(self, seed: int) -> list[list[int]]:
         """The indices of the training examples of each step: the same for all methods with the same seed."""
@@ -105,7 +129,7 @@ def language_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
     targets = batch["labels"][:, 1:]
     counts = targets != IGNORED
     places = counts.any(dim=0).nonzero().squeeze(1)
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    inputs = {name: values for name, values in batch.items() if name != "labels"}
     logits = model(**inputs, logits_to_keep=places).logits
     loss = cross_entropy(logits.flatten(0, 1).float(), targets[:, places].flatten(), ignore_index=IGNORED)
     return loss, int(counts.sum())

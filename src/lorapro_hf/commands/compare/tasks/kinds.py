@@ -16,6 +16,7 @@ from lorapro_hf.commands.common.problems import encode, load_problems
 from lorapro_hf.commands.common.scoring import Evaluator
 from lorapro_hf.commands.compare.settings import TaskSettings
 from lorapro_hf.commands.compare.tasks.base import IGNORED, Batch, Features, LoadedTask, language_loss, to_device
+from lorapro_hf.commands.compare.tasks.characters import load_characters
 from lorapro_hf.commands.compare.tasks.models import causal_model, sentence_classifier
 from lorapro_hf.commands.compare.tasks.sources import docstrings, library_code, table
 from lorapro_hf.options import UsageError
@@ -63,7 +64,7 @@ def _load_questions(settings: TaskSettings) -> LoadedTask:
     return task
 
 
-def _padded(batch: list[Features]) -> Batch:
+def _padded(batch: Sequence[Features]) -> Batch:
     """The examples as rows of one length; a masked place may hold any token."""
     padding = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
     return {
@@ -106,7 +107,7 @@ def _blocks(texts: Iterable[str], tokenizer: Any, length: int, count: int) -> li
     return blocks[:count]
 
 
-def _stacked(batch: list[Features]) -> Batch:
+def _stacked(batch: Sequence[Features]) -> Batch:
     ids = torch.tensor([example["input_ids"] for example in batch])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
@@ -155,4 +156,5 @@ _LOADERS: Mapping[str, Callable[[TaskSettings], LoadedTask]] = {
     "questions": _load_questions,
     "text": _load_text,
     "classification": _load_classification,
+    "characters": load_characters,
 }

@@ -54,7 +54,7 @@ def library_code(seed: int) -> dict[str, Iterator[str]]:
     """
     by_set: dict[str, list[Path]] = defaultdict(list)
     for package, path in standard_modules():
-        by_set[_set_of(f"{seed} {package}")].append(path)
+        by_set[set_of(f"{seed} {package}")].append(path)
     for paths in by_set.values():
         random.Random(seed).shuffle(paths)
     return {name: (path.read_text(encoding="utf-8", errors="ignore") for path in by_set[name]) for name in _SETS}
@@ -79,7 +79,7 @@ def docstrings(classes: int, seed: int) -> dict[str, list[tuple[str, str]]]:
     for text, (package, *others) in owners.items():
         if not others:
             masked = re.sub(rf"\b{re.escape(package)}\b", "module", text, flags=re.IGNORECASE)
-            by_set[_set_of(f"{seed} {text}")][package].append((masked, package))
+            by_set[set_of(f"{seed} {text}")][package].append((masked, package))
     return {name: _in_turns(list(groups.values()), seed) for name, groups in by_set.items()}
 
 
@@ -100,7 +100,7 @@ def _in_turns(groups: list[list[tuple[str, str]]], seed: int) -> list[tuple[str,
     return [group[place] for place in range(longest) for group in shuffled if place < len(group)]
 
 
-def _set_of(text: str) -> str:
+def set_of(text: str) -> str:
     """The set that the hash of a text decides on: 15 % validation, 15 % test."""
     part = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % 20
     return "validation" if part < 3 else "test" if part < 6 else "train"

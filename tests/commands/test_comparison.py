@@ -197,8 +197,9 @@ def test_a_key_is_of_everything_that_decides() -> None:
 
 
 def test_a_default_that_is_spelled_out_is_the_same_run() -> None:
-    spelled = method_of("mine", {"like": "pro_full_linear", "optimizer": {"trust_region": TRUST_REGION, "rtol": None}})
-    other = method_of("other", {"like": "pro_full_linear", "optimizer": {"trust_region": TRUST_REGION / 2}})
+    settings = {"trust_region": TRUST_REGION or 0, "rtol": None}
+    spelled = method_of("mine", {"like": "pro_full_linear", "optimizer": settings})
+    other = method_of("other", {"like": "pro_full_linear", "optimizer": {"trust_region": 0.015}})
     assert spelled.decides() == METHODS["pro_full_linear"].decides() != other.decides()
     assert METHODS["pro_full_paper"].decides()["settings"]["trust_region"] is None
 

@@ -102,7 +102,7 @@ def test_the_trainer_trains_as_a_plain_loop(kind: str, method: str, tmp_path: Pa
 
         optimizers: list[Any] = [LoRARite(own, lr=run.learning_rate)]
     elif method == "pro_full_linear":
-        optimizers = [create_lorapro_optimizer(model, lr=run.learning_rate)]
+        optimizers = [create_lorapro_optimizer(model, lr=run.learning_rate, mode="full", update="linear")]
     else:
         optimizers = [torch.optim.AdamW(own, lr=run.learning_rate, weight_decay=0.0, fused=True)]
     of_head = [] if head is None else list(head.requires_grad_(True).parameters())

@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorapro_hf.config import TRUST_REGION
-
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGE, GAP = DOCS / "results.md", DOCS / "pictures" / "gradient_gap.json"
@@ -220,7 +218,6 @@ def page(summaries: Mapping[str, Summary], gap: Mapping[str, Any]) -> str:
         gap=gap,
         whole=by_method(summaries[WHOLE]["comparisons"], {", test loss": loss, ", right answers": right}),
         limits=by_method([without_references(each) for each in summaries[LIMITS]["comparisons"]], {"": loss}),
-        default=f"{TRUST_REGION:g}",
         neighbours=neighbours(summaries[NEIGHBOURS]["comparisons"][0]),
         costs=costs(cost["comparisons"][0]),
         timed=title(cost["comparisons"][0]),
@@ -275,14 +272,15 @@ The accuracy on docstrings at the same rates:
 ## The whole model
 
 The whole SmolLM2-135M is trained on other word problems for the 24 steps of `make demo`, and writes the answers \
-itself. The default limit would shorten most of these steps, so LoRA-Pro has a wider limit here.
+itself. The limit of 0.03 would shorten most of these steps, so LoRA-Pro has a wider limit here.
 
 {whole}
 
 ## The limit of a step
 
-These are limits of the [trust region](how_it_works.md#linear-and-sequential) in mode `full`. The default, {default}, \
-was chosen on these same tasks: the modes `full` and `factored` have one more tuned setting than the other methods.
+These are limits of the [trust region](how_it_works.md#linear-and-sequential) in mode `full`. That of the other \
+comparisons, 0.03, was chosen on these same tasks: the modes `full` and `factored` have one more tuned setting than \
+the other methods.
 
 {limits}
 

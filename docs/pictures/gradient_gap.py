@@ -28,7 +28,12 @@ LAYERS = ["*.layers.0.*", "*.layers.15.*", "*.layers.29.*"]
 RUNS = {
     "lora": {"lora_pro": False, "learning_rate": 1e-3},
     # Without a limit: the figure shows how exact the step is, not how long.
-    "lora_pro": {"lora_pro_update": "sequential", "lora_pro_trust_region": 0, "learning_rate": 2e-4},
+    "lora_pro": {
+        "lora_pro_mode": "full",
+        "lora_pro_update": "sequential",
+        "lora_pro_trust_region": 0,
+        "learning_rate": 2e-4,
+    },
 }
 
 

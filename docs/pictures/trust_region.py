@@ -46,6 +46,7 @@ def train(folder: Path, limit: float) -> None:
         per_device_train_batch_size=BATCH,
         learning_rate=RATE,
         lr_scheduler_type="constant",
+        lora_pro_mode="full",
         lora_pro_trust_region=limit,
         lora_pro_log_gap=EVERY,
         lora_pro_gap_layers=LAYERS,

@@ -26,6 +26,7 @@ from comparison_helpers import (
     only,
     record_of,
     run_all,
+    runs_of,
     settings,
     sweep_of,
 )
@@ -53,6 +54,17 @@ def test_rates_are_numbers_however_yaml_reads_them(tmp_path: Path) -> None:
     changed = read_settings(path, ["methods.full=[1e-5]", "tasks.t.steps=7", "seeds=[4]"], tmp_path / "out")
     assert [method.name for method in changed.methods] == ["lora", "full"]
     assert (changed.tasks[0].steps, changed.seeds, changed.output_dir) == (7, (4,), tmp_path / "out")
+
+
+def test_a_single_rate_is_the_centre_of_three(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "seeds: [0]\nmethods: {lora: 1e-2, full: }\ntasks: {t: {kind: text, learning_rates: {full: 1e-4}}}\n"
+    )
+    chosen = read_settings(path)
+    assert chosen.methods[0].learning_rates == (3.16e-3, 1e-2, 3.16e-2)
+    assert chosen.methods[1].learning_rates == METHODS["full"].learning_rates
+    assert chosen.tasks[0].learning_rates == {"full": (3.16e-5, 1e-4, 3.16e-4)}
 
 
 def test_shipped_comparisons_are_valid_and_open_with_their_launch_line() -> None:
@@ -86,7 +98,7 @@ def test_a_variant_adds_to_its_method() -> None:
     [
         ({"methods": {"lora": [0.0]}}, "positive numbers"),
         ({"methods": {"lora": [1e-3, 1e-3]}}, "different positive"),
-        ({"methods": {"lora": {"learning_rates": "13"}}}, "list of different positive"),
+        ({"methods": {"lora": "much"}}, "a positive number, or a list of different positive"),
         ({"methods": {"lora": [True]}}, "list of different positive"),
         ({"methods": {"loro": None}}, "choose from lora"),
         ({"methods": {"mine": {"like": ["lora"]}}}, "is unknown; choose from"),
@@ -110,11 +122,18 @@ def test_a_variant_adds_to_its_method() -> None:
         ({"tasks": {"t": {**TINY, "step": 3}}}, r"\['step'\] unknown"),
         ({"tasks": {"t": {**TINY, "classes": 3}}}, r"\['classes'\] unknown"),
         ({"tasks": {"t": {**TINY, "dataset_config": "main"}}}, "without a `dataset`"),
-        ({"tasks": {"t": {**TINY, "steps": 0}}}, "steps=0"),
+        ({"tasks": {"t": {**TINY, "steps": 0}}}, r"steps=\[0\] must be different whole numbers"),
+        ({"tasks": {"t": {**TINY, "steps": [3, 3]}}}, r"steps=\[3, 3\] must be different"),
+        ({"tasks": {"t": {**TINY, "steps": "all"}}}, "steps='all' must be a whole number or a list"),
+        ({"tasks": {"t": {**TINY, "methods": ["dora"]}}}, r"has methods \['dora'\], not under methods"),
+        ({"seeds": [0, 1], "tuning_seeds": [1, 2]}, r"tuning_seeds=\[1, 2\] must be different and others than seeds"),
         ({"tasks": {"t": {**TINY, "ranks": 8}}}, "must be a list"),
         ({"tasks": {"t": {**TINY, "ranks": [2, 2]}}}, "must be different"),
         ({"tasks": {"t": {**TINY, "generate": 5}}}, "from 0 to test_size"),
-        ({"tasks": {"t": {**TINY, "learning_rates": {"dora": [1]}}}}, "not under methods"),
+        (
+            {"tasks": {"t": {**TINY, "learning_rates": {"dora": [1]}}}},
+            r"learning rates for \['dora'\], not under methods",
+        ),
         ({"tasks": {"t": {**TINY, "learning_rates": {"lora": [0]}}}}, "of lora in task t must be"),
         ({"tasks": {"t": {**TINY, "target_modules": []}}}, "target_modules=.* must be 'all-linear' or a list"),
         ({"tasks": {"t": {**TINY, "target_modules": 3}}}, "target_modules=3 must be a text or a list of texts"),
@@ -182,7 +201,7 @@ def test_a_key_that_is_there_twice_is_refused_and_a_merge_may_be_overridden(tmp_
 def test_a_key_is_of_everything_that_decides() -> None:
     key = only("lora").key
     assert key == only("lora", output_dir="elsewhere").key
-    assert key in {run.key for run in plan(settings_of(content(methods={"lora": [1e-2], "lorarite": [1e-2]})))}
+    assert key in {run.key for run in runs_of(settings_of(content(methods={"lora": [1e-2], "lorarite": [1e-2]})))}
     assert key == only("lora", tasks={"another-name": {**TINY, "ranks": [2, 4]}}).key
     others = [
         only("lora", 2e-2),
@@ -205,14 +224,28 @@ def test_a_default_that_is_spelled_out_is_the_same_run() -> None:
 
 
 def test_full_fine_tuning_has_no_rank_and_runs_once() -> None:
-    runs = plan(settings_of(content(tasks={"tiny": {**TINY, "ranks": [2, 4]}})))
-    assert [(run.method.name, run.rank) for run in runs] == [("lora", 2), ("lora", 4), ("full", None)]
+    cells = plan(settings_of(content(tasks={"tiny": {**TINY, "ranks": [2, 4]}})))
+    assert [(cell.method.name, cell.rank) for cell in cells] == [("lora", 2), ("lora", 4), ("full", None)]
 
 
-def test_seeds_are_outermost_so_that_methods_take_turns() -> None:
-    runs = plan(settings_of(content(seeds=[3, 1], methods={"lora": [1e-3, 1e-2], "full": [1e-2]})))
-    turns = [("lora", 1e-3), ("lora", 1e-2), ("full", 1e-2)]
-    assert [(run.seed, run.method.name, run.learning_rate) for run in runs] == [(s, *t) for s in (3, 1) for t in turns]
+def test_the_longest_cells_come_first_and_a_task_may_have_methods_of_its_own() -> None:
+    tasks = {"few": {**TINY, "methods": ["full"]}, "long": {**TINY, "steps": [2, 5]}}
+    cells = plan(settings_of(content(tasks=tasks)))
+    shown = [(cell.task.name, cell.steps, cell.method.name) for cell in cells]
+    long = [[("long", steps, name) for name in ("lora", "full")] for steps in (5, 2)]
+    assert shown == [*long[0], ("few", 3, "full"), *long[1]]
+
+
+def test_horizons_share_the_first_part_of_one_order() -> None:
+    """The data of several numbers of steps are those of the longest."""
+    tasks = [settings_of(content(tasks={"t": {**TINY, "steps": steps}})).tasks[0] for steps in ([2, 5], 5, 2)]
+    assert [task.examples for task in tasks] == [10, 10, 4]
+    assert tasks[0].decides() == tasks[1].decides() != tasks[2].decides()
+    keys = [
+        {(cell.method.name, cell.steps): cell.key for cell in plan(settings_of(content(tasks={"t": entry})))}
+        for entry in ({**TINY, "steps": [2, 5]}, {**TINY, "steps": 5})
+    ]
+    assert keys[1].items() <= keys[0].items() and len(set(keys[0].values())) == 4
 
 
 # The store and a comparison that is stopped
@@ -242,7 +275,7 @@ def compare(folder: Path, *more: str, methods: str = "{lora: [1e-3, 1e-2], full:
 
 def test_a_half_written_line_costs_one_run(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    one, two = plan(settings(tmp_path))
+    one, two = runs_of(settings(tmp_path))
     store.append(record_of(one, losses=[float("nan")]))
     with (tmp_path / RECORDS).open("a") as file:
         file.write('{"key": "b", "status": "fini')
@@ -262,11 +295,11 @@ def test_runs_that_are_done_are_not_done_again(tmp_path: Path, trained: list[str
     run_all(settings(tmp_path))
     assert trained == [] and (tmp_path / RECORDS).read_text() == lines
     run_all(settings(tmp_path, methods={"lora": [1e-2, 2e-2], "full": [1e-2]}))
-    assert trained == ["tiny r=2: LoRA (AdamW), lr 0.02, seed 0"]
+    assert trained == ["tiny r=2, 3 steps: LoRA (AdamW), lr 0.02, seed 0"]
 
 
 def test_failed_runs_are_pointed_out_and_tried_again_on_demand(tmp_path: Path, trained: list[str]) -> None:
-    for run in plan(settings(tmp_path)):
+    for run in runs_of(settings(tmp_path)):
         Store(tmp_path).append(record_of(run, status="failed", scores=None, error="OutOfMemoryError"))
     shown = io.StringIO()
     run_all(settings(tmp_path), console=Console(file=shown, width=200))
@@ -373,11 +406,32 @@ def test_a_worker_is_that_of_accelerate_and_trainer_sees_one_process(monkeypatch
     assert Worker.of_environment() == Worker(0, 1) and os.environ["CUDA_VISIBLE_DEVICES"] == "6"
 
 
-def test_processes_share_the_runs_out(tmp_path: Path) -> None:
-    chosen = settings(tmp_path, seeds=[0, 1, 2], methods={"lora": [1e-3, 1e-2], "dora": [1e-2]})
+def test_a_process_leaves_the_cells_that_another_has_claimed(tmp_path: Path, trained: list[str]) -> None:
+    chosen = settings(tmp_path, methods={"lora": [1e-3, 1e-2], "dora": [1e-2], "full": [1e-3]})
     sweeps = [Sweep(chosen, Worker(index, 2), CPU, Console(quiet=True)) for index in range(2)]
-    keys = [{run.key for run in sweep.announced()} for sweep in sweeps]
-    assert not keys[0] & keys[1] and len(keys[0] | keys[1]) == 9
+    first = plan(chosen)[0]
+    with sweeps[0].store.claimed(first.key) as ours:
+        assert ours
+        sweeps[1].run()
+    assert len(trained) == 2 and not any("LoRA (AdamW)" in title for title in trained)
+    sweeps[0].run()  # the claim has ended, as it does with a killed process
+    assert len(trained) == len(set(trained)) == 4
+
+
+def test_runs_that_another_process_has_trained_meanwhile_are_not_trained_again(
+    tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = settings(tmp_path)
+    pretend = sweep_module.train_run
+
+    def meanwhile(task: Any, run: Any, *rest: Any) -> Any:
+        if len(trained) == 0:  # another process does the other cell
+            Store(tmp_path).append(record_of(runs_of(chosen)[1]))
+        return pretend(task, run, *rest)
+
+    monkeypatch.setattr(sweep_module, "train_run", meanwhile)
+    run_all(chosen)
+    assert trained == ["tiny r=2, 3 steps: LoRA (AdamW), lr 0.01, seed 0"]
 
 
 def test_devices_are_processes_and_their_parent_reports(
@@ -433,7 +487,7 @@ def test_a_killed_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
     assert command_line(*arguments, "--device", "cpu") == 0
     after = Store(tmp_path).records()
     assert before.items() <= after.items()
-    assert len(after) == len(plan(read_settings(CONFIGS / "smoke.yaml", arguments[4::2])))
+    assert len(after) == len(runs_of(read_settings(CONFIGS / "smoke.yaml", arguments[4::2])))
 
 
 @pytest.mark.slow

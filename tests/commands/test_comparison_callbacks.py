@@ -12,11 +12,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import get_scheduler
 
-from comparison_helpers import CLASSES, CPU, TINY, content, settings
+from comparison_helpers import CLASSES, CPU, TINY, content, runs_of, settings
 from lorapro_hf import LoRAMethod, add_lora_sb, create_lorapro_optimizer, gelora_ranks, init_from_gradients
 from lorapro_hf.commands.compare import methods, training
 from lorapro_hf.commands.compare.methods import METHODS, method_of
-from lorapro_hf.commands.compare.plan import PlannedRun, plan
+from lorapro_hf.commands.compare.plan import PlannedRun
 from lorapro_hf.commands.compare.settings import settings_of
 from lorapro_hf.commands.compare.tasks.base import LoadedTask
 from lorapro_hf.commands.compare.tasks.kinds import load_task
@@ -33,7 +33,7 @@ def task() -> LoadedTask:
 
 
 def run_of(name: str, entry: dict[str, Any]) -> PlannedRun:
-    return plan(settings_of(content(methods={name: {**entry, "learning_rates": [1e-2]}})))[0]
+    return runs_of(settings_of(content(methods={name: {**entry, "learning_rates": [1e-2]}})))[0]
 
 
 def loop(task: LoadedTask, run: PlannedRun) -> list[float]:
@@ -87,7 +87,7 @@ def test_chosen_ranks_need_no_labels(tmp_path: Path) -> None:
     """The model of a classification has no loss of its own."""
     more = {"tasks": {"t": CLASSES}, "methods": {"gelora": {**TOKENS, "learning_rates": [1e-2]}}}
     chosen = settings(tmp_path, **more)
-    record = training.train_run(load_task(chosen.tasks[0]), plan(chosen)[0], chosen, CPU)
+    record = training.train_run(load_task(chosen.tasks[0]), runs_of(chosen)[0], chosen, CPU)
     assert record.status == "finished", record.error
 
 
@@ -118,7 +118,7 @@ def test_a_method_gets_all_its_calls(task: LoadedTask, tmp_path: Path, monkeypat
 
 def test_chosen_ranks_are_one_run_for_all_ranks() -> None:
     chosen = content(tasks={"tiny": {**TINY, "ranks": [2, 4]}}, methods={"mine": GELORA_PRO, "lora_one": [1e-2]})
-    runs = [run for run in plan(settings_of(chosen)) if run.learning_rate == run.method.learning_rates[0]]
+    runs = [run for run in runs_of(settings_of(chosen)) if run.learning_rate == run.method.learning_rates[0]]
     assert [(run.method.name, run.rank) for run in runs] == [("mine", None), ("lora_one", 2), ("lora_one", 4)]
 
 

@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from comparison_helpers import record_of, settings
+from comparison_helpers import TINY, record_of, runs_of, settings
 from lorapro_hf.commands.compare import report
 from lorapro_hf.commands.compare.command import _report as report_on
-from lorapro_hf.commands.compare.plan import plan
+from lorapro_hf.commands.compare.plan import content_of, plan
 from lorapro_hf.commands.compare.report import write_report
-from lorapro_hf.commands.compare.settings import settings_of
-from lorapro_hf.commands.compare.significance import holm, paired, smallest_p
+from lorapro_hf.commands.compare.significance import holm, paired, paired_with, verdict
 from lorapro_hf.commands.compare.store import RunRecord, Store
 from lorapro_hf.commands.compare.summary import MethodSummary, StepSpread, TaskSummary, summarize
 from lorapro_hf.options import UsageError
@@ -35,13 +34,11 @@ Change = Callable[[dict[str, Any]], dict[str, Any] | None]
 def made_up(folder: Path, change: Change = lambda record: record, seeds: tuple[int, ...] = (0, 1, 2)) -> Store:
     """A comparison whose runs ended as `change` says; those for which it returns None are still to come."""
     task = {"kind": "classification", "model": "tiny-random", "steps": 4, "ranks": [4]}
-    chosen = settings_of(
-        {"seeds": list(seeds), "methods": dict.fromkeys(LOSSES, GRID), "tasks": {"t": task}, "output_dir": str(folder)}
-    )
+    chosen = settings(folder, seeds=list(seeds), methods=dict.fromkeys(LOSSES, GRID), tasks={"t": task})
     folder.mkdir(exist_ok=True, parents=True)
     store = Store(folder)
-    runs = plan(chosen)
-    store.write_sweep(chosen, runs)
+    runs = runs_of(chosen)
+    store.write_sweep(content_of(chosen, plan(chosen)))
     for run in runs:
         loss = LOSSES[run.method.name][run.learning_rate] + 0.01 * run.seed
         record = {
@@ -97,7 +94,7 @@ def test_each_method_has_its_own_best_rate(tmp_path: Path) -> None:
         "full": 3e-4,
     }
     assert {name: each.at_edge for name, each in methods.items() if each.at_edge} == {"pro_full_linear": "lowest"}
-    assert "| LoRA-Pro full, linear | 0.0001 ↓ | 1.1500 ± 0.0100 |" in text_of(store)
+    assert "| LoRA-Pro full, linear | 0.0001 ↓ | 1.1500 ± 0.0058 |" in text_of(store)
 
 
 def test_validation_chooses_and_the_test_set_reports(tmp_path: Path) -> None:
@@ -108,7 +105,7 @@ def test_validation_chooses_and_the_test_set_reports(tmp_path: Path) -> None:
     method = of(made_up(tmp_path, contradict), "lora")
     assert method.learning_rate == 3e-4 and method.best is not None
     assert method.best.test["loss"] == pytest.approx({"0": -1.2, "1": -1.21, "2": -1.22})
-    assert method.test["loss"] == pytest.approx({"mean": -1.21, "std": 0.01})
+    assert (method.test["loss"].mean, method.test["loss"].error) == pytest.approx((-1.21, 0.01 / 3**0.5))
     assert method.loss_curve == pytest.approx([3.0, 2.5, 2.0, 1.21])
 
 
@@ -117,6 +114,38 @@ def test_gap_closed(tmp_path: Path) -> None:
     assert compared(store).gap == pytest.approx(0.2) and compared(store).gap_seeds == 3
     assert of(store, "pro_full_linear").gap_closed == pytest.approx((1.2 - 1.04) / 0.2)
     assert "| 80% | -0.1600 | 3/3 |" in text_of(store)
+
+
+def test_methods_are_judged_at_their_begin_and_their_end(tmp_path: Path) -> None:
+    def shape(record: dict[str, Any]) -> dict[str, Any]:
+        begin = {"lora": 3.0, "pro_full_linear": 2.0, "full": 2.0}[record["method"]] + 0.1 * (record["seed"] % 2)
+        noise = 0.001 * record["seed"] if record["method"] == "full" else 0.0
+        return {**record, "losses": [begin + noise, 1.5, 1.4, 1.3]}
+
+    store = made_up(tmp_path, shape)
+    ours, full = of(store, "pro_full_linear"), of(store, "full")
+    assert ours.early is not None and ours.early.mean == pytest.approx(2.0 + 0.1 / 3)
+    assert ours.early_against_baseline is not None and ours.early_against_baseline.difference == pytest.approx(-1.0)
+    assert ours.early_against_reference is not None
+    assert ours.early_against_reference.difference == pytest.approx(-0.001)
+    assert full.early_against_reference is None and of(store, "lora").early_against_baseline is None
+    assert ours.steps_to_baseline["half"].mean == pytest.approx(0.5) and ours.steps_to_baseline["end"].reached == 3
+    assert ours.good_rates is not None and ours.good_rates.open == ["lowest"]
+    verdicts = compared(store).verdicts
+    assert {name: each.better for name, each in verdicts.items()} == {
+        "loss": ["pro_full_linear", "full"],
+        "early": ["pro_full_linear", "full"],
+    }
+
+
+def test_each_number_of_steps_is_a_comparison(tmp_path: Path) -> None:
+    chosen = settings(tmp_path, tasks={"tiny": {**TINY, "ranks": [2, 4], "steps": [5, 3]}})
+    store = Store(tmp_path)
+    store.write_sweep(content_of(chosen, plan(chosen)))
+    for run in runs_of(chosen):
+        store.append(record_of(run, losses=[float(run.steps)] * 2))
+    shown = [(each.rank, each.steps, [m.loss_curve for m in each.methods]) for each in summarize(store).comparisons]
+    assert shown == [(rank, steps, 2 * [2 * [float(steps)]]) for rank in (2, 4) for steps in (5, 3)]
 
 
 def test_without_a_gap_none_is_closed(tmp_path: Path) -> None:
@@ -153,7 +182,9 @@ def test_a_method_without_a_finished_rate_is_shown(tmp_path: Path, capsys: pytes
     method = of(store, "pro_full_linear")
     assert method.learning_rate is None and method.runs["failed"] == 9
     assert report_on(tmp_path, as_json=False) == 1
-    assert "No learning rate at which all seeds finished: t r=4: LoRA-Pro full, linear" in capsys.readouterr().err
+    assert (
+        "No learning rate at which all seeds finished: t r=4, 4 steps: LoRA-Pro full, linear" in capsys.readouterr().err
+    )
     text = (tmp_path / "report.md").read_text()
     assert "| LoRA-Pro full, linear | none finished |" in text and "--retry_failed" in text
     assert text.count(r"OutOfMemoryError: \<no\> \| room") == 9
@@ -221,15 +252,15 @@ def test_unequal_data_are_noticed(tmp_path: Path) -> None:
 def test_records_of_another_comparison_do_not_count(tmp_path: Path) -> None:
     store = made_up(tmp_path)
     before = summarize(store)
-    store.append(RunRecord("of another", "t", 4, "lora", 1e-3, 0, status="finished"))
+    store.append(RunRecord("of another", "t", 4, 4, "lora", 1e-3, 0, status="finished"))
     assert summarize(store) == before
 
 
 def test_methods_that_share_a_run_show_it_alike(tmp_path: Path) -> None:
     methods = {"lora": [1e-3], "mine": {"like": "lora", "learning_rates": [1e-3]}}
     chosen, store = settings(tmp_path, methods=methods), Store(tmp_path)
-    runs = plan(chosen)
-    store.write_sweep(chosen, runs)
+    runs = runs_of(chosen)
+    store.write_sweep(content_of(chosen, plan(chosen)))
     store.append(record_of(runs[0]))
     assert len({run.key for run in runs}) == 1 and summarize(store).missing == 0
     assert [(each.method, each.learning_rate) for each in compared(store).methods] == [("lora", 1e-3), ("mine", 1e-3)]
@@ -248,22 +279,23 @@ def test_paired_tests_are_those_of_scipy() -> None:
     assert result is not None and (result.seeds, result.better) == (5, 4)
     assert result.difference == pytest.approx(-0.11)
     assert result.t_test == pytest.approx(stats.ttest_rel(own, others).pvalue)
-    assert result.wilcoxon == pytest.approx(stats.wilcoxon(own, others).pvalue)
-
-
-def test_few_seeds_cannot_show_much() -> None:
-    result = paired(by_seed(1.0, 1.1, 1.2), by_seed(2.0, 2.3, 2.1))
-    assert result is not None and result.better == 3
-    assert result.wilcoxon == smallest_p(3) == 0.25
-    assert smallest_p(1) == 1.0 and smallest_p(6) == pytest.approx(1 / 32)
+    assert result.error == pytest.approx(stats.sem([a - b for a, b in zip(own, others, strict=True)]))
 
 
 def test_without_differences_nothing_is_claimed() -> None:
     same = paired(by_seed(1.0, 2.0), by_seed(1.0, 2.0))
-    assert same is not None and (same.t_test, same.wilcoxon, same.better) == (None, None, 0)
+    assert same is not None and (same.t_test, same.better) == (None, 0)
     constant = paired(by_seed(1.0, 2.0), by_seed(2.0, 3.0))
     assert constant is not None and constant.t_test is None and constant.better == 2
     assert paired({}, {}) is None
+
+
+def test_a_verdict_takes_two_standard_errors_of_the_paired_difference() -> None:
+    base = by_seed(1.0, 2.0, 3.0)
+    figures = {"base": base, "better": by_seed(0.8, 1.9, 2.7), "level": by_seed(0.6, 1.9, 3.1)}
+    figures |= {"worse": by_seed(1.3, 2.1, 3.2), "once": {"0": 0.0}, "always": by_seed(0.5, 1.5, 2.5)}
+    found = verdict(paired_with("base", figures))
+    assert (found.better, found.level, found.worse) == (["better", "always"], ["level"], ["worse"])
 
 
 def test_holm_corrects_in_order() -> None:
@@ -281,7 +313,7 @@ def test_the_report_is_made_of_the_folder_alone(tmp_path: Path) -> None:
     moved = (tmp_path / "runs").rename(tmp_path / "moved")
     assert text_of(Store(moved)) == text and json.loads((moved / "summary.json").read_text()) == first
     assert text.count("| LoRA-Pro full, linear |") == 5
-    assert "1.3100 ± 0.0100" in text and "0.25" in text
+    assert "1.3100 ± 0.0058" in text
     with pytest.raises(UsageError, match="no comparison"):
         write_report(tmp_path)
 
@@ -303,7 +335,7 @@ def test_figures_are_at_most_four_and_survive_empty_and_odd_records(tmp_path: Pa
 
 def test_numbers_of_one_seed_have_no_spread(tmp_path: Path) -> None:
     method = of(made_up(tmp_path, seeds=(0,)), "pro_full_linear")
-    assert method.test["loss"] == pytest.approx({"mean": 1.14, "std": None})
+    assert (method.test["loss"].mean, method.test["loss"].error) == (pytest.approx(1.14), None)
     assert method.against_baseline is not None and method.against_baseline.t_test is None
 
 
@@ -315,7 +347,7 @@ def test_unequal_treatment_is_said(tmp_path: Path, max_grad_norm: float, said: s
     methods = {"lora": [1e-3], "loraga": [1e-3], "lorarite": [1e-3], "full": [1e-4]}
     tasks = {"code": {"kind": "text", "steps": 4, "batch_size": 2}}
     chosen = settings(tmp_path, methods=methods, tasks=tasks, max_grad_norm=max_grad_norm)
-    Store(tmp_path).write_sweep(chosen, [])
+    Store(tmp_path).write_sweep(content_of(chosen, []))
     text = text_of(Store(tmp_path))
     assert r"clip\_unmagnified\_grad=1, update\_skipping=1" in text
     assert said in text and "LoRA-GA sees its first batches once more" in text

@@ -16,13 +16,12 @@ import torch
 from peft import optimizers
 from transformers import get_scheduler
 
-from comparison_helpers import CLASSES, CPU, SIZES, TINY, content, only, settings
+from comparison_helpers import CLASSES, CPU, SIZES, TINY, content, only, runs_of, settings
 from grids import rest_slow
 from lorapro_hf import create_lorapro_optimizer
 from lorapro_hf.commands.compare import training
 from lorapro_hf.commands.compare.adapters import layers_to_adapt, make_trainable
 from lorapro_hf.commands.compare.methods import METHODS
-from lorapro_hf.commands.compare.plan import plan
 from lorapro_hf.commands.compare.references import reference_losses
 from lorapro_hf.commands.compare.settings import settings_of
 from lorapro_hf.commands.compare.tasks import sources
@@ -57,7 +56,7 @@ def test_every_method_trains_on_the_same_data(task: LoadedTask, tmp_path: Path, 
     if "beamlora" in entries:
         entries["beamlora"]["callbacks"] = {"BeamLoRACallback": {"every": 2, "keep": 1.0}}  # three steps are too few
     chosen = settings(tmp_path, methods=entries)
-    records = {run.method.name: training.train_run(task, run, chosen, CPU) for run in plan(chosen)}
+    records = {run.method.name: training.train_run(task, run, chosen, CPU) for run in runs_of(chosen)}
     assert {name: record.error for name, record in records.items()} == dict.fromkeys(names)
     assert len({record.data for record in records.values()}) == 1
     # the same model before the first step, whatever has been done to its weights, unless the start is a step itself
@@ -123,6 +122,15 @@ def test_the_trainer_trains_as_a_plain_loop(kind: str, method: str, tmp_path: Pa
         model.zero_grad()
     assert record.losses == losses
     assert record.scores == task.score(model)
+
+
+def test_a_shorter_run_sees_the_first_part_of_the_same_order(tmp_path: Path) -> None:
+    more: dict[str, Any] = {"tasks": {"t": {**TINY, "steps": [2, 4]}}, "schedule": "constant"}
+    chosen = settings(tmp_path, methods={"lora": [1e-2]}, **more)
+    task = load_task(chosen.tasks[0])
+    long, short = (training.train_run(task, run, chosen, CPU) for run in runs_of(chosen))
+    assert len(long.losses) == 4 and short.losses == long.losses[:2] and short.steps == 2
+    assert long.examples == short.examples and long.data != short.data
 
 
 def test_the_task_is_left_as_it_was(task: LoadedTask, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from lorapro_hf.commands.compare.command import add_compare
-from lorapro_hf.commands.compare.plan import PlannedRun, plan
+from lorapro_hf.commands.compare.plan import PlannedRun, next_runs, plan
 from lorapro_hf.commands.compare.settings import CompareSettings, settings_of
 from lorapro_hf.commands.compare.store import RunRecord
 from lorapro_hf.commands.compare.sweep import Sweep
@@ -24,7 +24,10 @@ CLASSES = {"kind": "classification", "classes": 2, "max_length": 16, **SIZES, "b
 
 
 def content(**more: Any) -> dict[str, Any]:
-    return {"seeds": [0], "methods": {"lora": [1e-2], "full": [1e-2]}, "tasks": {"tiny": dict(TINY)}, **more}
+    """Without more, untuned and with the recipe of the plain loops of the tests."""
+    recipe = {"schedule": "cosine", "warmup": 0.0, "max_grad_norm": 0.0}
+    compared = {"methods": {"lora": [1e-2], "full": [1e-2]}, "tasks": {"tiny": dict(TINY)}}
+    return {"seeds": [0], "tuning_seeds": [], **recipe, **compared, **more}
 
 
 def settings(folder: Path, **more: Any) -> CompareSettings:
@@ -41,8 +44,13 @@ def run_all(chosen: CompareSettings, **more: Any) -> Sweep:
     return sweep
 
 
+def runs_of(chosen: CompareSettings) -> list[PlannedRun]:
+    """The first runs of all cells."""
+    return [run for cell in plan(chosen) for run in next_runs(cell, {})]
+
+
 def only(method: str, rate: float = 1e-2, **more: Any) -> PlannedRun:
-    return plan(settings_of(content(methods={method: [rate]}, **more)))[0]
+    return runs_of(settings_of(content(methods={method: [rate]}, **more)))[0]
 
 
 def record_of(run: PlannedRun, **more: Any) -> RunRecord:

@@ -119,7 +119,7 @@ def _report(folder: Path, as_json: bool) -> int:
     summary = write_report(folder)
     print((folder / SUMMARY).read_text(encoding="utf-8") if as_json else f"Report: {folder / MARKDOWN}")
     hopeless = [
-        f"{comparison.task} r={comparison.rank}: {method.title}"
+        f"{comparison.task} r={comparison.rank}, {comparison.steps} steps: {method.title}"
         for comparison in summary.comparisons
         for method in comparison.methods
         if method.learning_rate is None and not method.runs["missing"]

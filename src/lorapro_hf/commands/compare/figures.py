@@ -38,7 +38,11 @@ def _figure(summary: Summary, ours: Sequence[str], title: str, panel: Panel) -> 
     count = len(summary.comparisons)
     figure = new_figure(10, 4.2 * count)
     for axes, comparison in zip(figure.subplots(count, squeeze=False)[:, 0], summary.comparisons, strict=True):
-        axes.set_title(f"{comparison.task}, rank {comparison.rank}: {title}", fontsize="medium", parse_math=False)
+        axes.set_title(
+            f"{comparison.task}, rank {comparison.rank}, {comparison.steps} steps: {title}",
+            fontsize="medium",
+            parse_math=False,
+        )
         axes.grid(which="both", alpha=0.2)
         panel(axes, comparison, _styles(comparison, summary.settings, ours))
         if axes.has_data():
@@ -69,7 +73,7 @@ def _curves(axes: Any, comparison: TaskSummary, styles: dict[str, Style]) -> Non
         curve = method.loss_curve
         if curve:
             style = {**styles[method.method], "marker": None, "linewidth": 1.6}
-            axes.plot(range(1, len(curve) + 1), smooth(curve, max(2, len(curve) // 30)), **style)
+            axes.plot(method.curve_steps, smooth(curve, max(2, len(curve) // 30)), **style)
     axes.set(xlabel="step", ylabel="training loss (log scale)", yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _plain_numbers(axes.yaxis)

@@ -13,6 +13,7 @@ from torch import nn
 
 import lorapro_hf
 from lorapro_hf.commands.common.optimizers import build
+from lorapro_hf.commands.compare.tuning import grid_around
 from lorapro_hf.commands.compare.values import require_mapping, require_name, typed
 from lorapro_hf.config import MODES, UPDATES, LoRAProConfig
 from lorapro_hf.methods.base import LoRAMethod, require_compatible
@@ -21,10 +22,10 @@ from lorapro_hf.methods.gradient_starts import GradientStart
 from lorapro_hf.optim.rules import rule_of
 from lorapro_hf.options import UsageError, require_packages
 
-_LORA_RATES = (3e-4, 1e-3, 3e-3)
-_LOW_RATES = (1e-4, 3e-4, 1e-3)
-_WEIGHT_RATES = (3e-5, 1e-4, 3e-4)  # each element of a weight moves by about one rate a step
-_LIMITED_RATES = (1e-4, 3e-4, 1e-3, 3e-3)  # a limit on the first steps permits higher ones
+_LORA_RATES = grid_around(3e-3)
+_LOW_RATES = grid_around(1e-3)
+_WEIGHT_RATES = grid_around(3e-4)  # each element of a weight moves by about one rate a step
+_LIMITED_RATES = grid_around(1e-3)  # a limit on the first steps permits higher ones
 _SET_BY_US = {"r", "lora_alpha", "target_modules", "task_type"}
 _GELORA_SET_BY_US = {"model", "batches", "alpha_over_r", "group"}
 _MAPPINGS = ("optimizer", "adapter", "callbacks", "gelora")
@@ -154,16 +155,14 @@ METHODS: Mapping[str, ComparedMethod] = {
 def method_of(name: str, entry: Any) -> ComparedMethod:
     """The method of an entry under `methods` of the YAML; raises `UsageError`.
 
-    The entry is nothing, for one of `METHODS` as it is; a list of learning rates; or a mapping with any of `like` (the
-    method it is a variant of), `title`, `learning_rates`, `optimizer`, `adapter`, `callbacks` and `gelora`. The last
-    four hold keywords that are added to those of the method: for its optimizer (LoRA-Pro: settings of `LoRAProConfig`),
-    for `LoraConfig`, for each `LoRAMethod` by the name of its class, and for `gelora_ranks`.
+    The entry is nothing, for one of `METHODS` as it is; learning rates (see `learning_rates`); or a mapping with any of
+    `like` (the method it is a variant of), `title`, `learning_rates`, `optimizer`, `adapter`, `callbacks` and `gelora`.
+    The last four hold keywords that are added to those of the method: for its optimizer (LoRA-Pro: settings of
+    `LoRAProConfig`), for `LoraConfig`, for each `LoRAMethod` by the name of its class, and for `gelora_ranks`.
     """
     require_name("method", name)
-    if entry is None or isinstance(entry, list):
-        entry = {} if entry is None else {"learning_rates": entry}
     if not isinstance(entry, Mapping):
-        raise UsageError(f"Method {name}: {entry!r} is neither a list of learning rates nor a mapping.")
+        entry = {} if entry is None else {"learning_rates": entry}
     if unknown := sorted(set(entry) - set(_KEYS)):
         raise UsageError(f"Method {name}: {unknown} is unknown; use {', '.join(_KEYS)}.")
     like = entry.get("like", name)
@@ -187,14 +186,16 @@ def method_of(name: str, entry: Any) -> ComparedMethod:
 
 
 def learning_rates(name: str, values: Any) -> tuple[float, ...]:
-    """The grid of a method in ascending order; refuses all but a list of different positive numbers."""
+    """The grid of a method in ascending order: a list of different positive numbers, or three around a number."""
     try:
-        rates = sorted(typed("", {"rates": values}, {"rates": tuple[float, ...]})["rates"])
+        found = typed("", {"rates": values}, {"rates": tuple[float, ...] | float})["rates"]
     except UsageError:
-        rates = []
+        found = ()
+    rates = sorted(found if isinstance(found, tuple) else (found,))
     if not rates or len(set(rates)) < len(rates) or rates[0] <= 0:
-        raise UsageError(f"The learning rates {values!r} of {name} must be a list of different positive numbers.")
-    return tuple(rates)
+        message = "must be a positive number, or a list of different positive numbers"
+        raise UsageError(f"The learning rates {values!r} of {name} {message}.")
+    return tuple(rates) if isinstance(found, tuple) else grid_around(rates[0])
 
 
 def _require_lora_pro(name: str, settings: Mapping[str, Any]) -> None:

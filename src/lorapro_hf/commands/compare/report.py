@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 
 from lorapro_hf.commands.common.records import write_json
 from lorapro_hf.commands.compare.figures import draw
-from lorapro_hf.commands.compare.significance import has_scipy, smallest_p
+from lorapro_hf.commands.compare.significance import has_scipy
 from lorapro_hf.commands.compare.store import Store
 from lorapro_hf.commands.compare.summary import UNEVEN, Summary, summarize
 from lorapro_hf.optim.memory import readable_bytes
@@ -46,7 +46,6 @@ def _render(summary: Summary, sweep: dict[str, Any], pictures: list[str]) -> str
         tasks={task["name"]: task for task in summary.settings["tasks"]},
         pictures=pictures,
         folder=FIGURES,
-        smallest_p=smallest_p(len(summary.settings["seeds"])),
         has_scipy=has_scipy(),
         uneven=UNEVEN - 1,
     )

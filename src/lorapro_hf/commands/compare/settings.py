@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from lorapro_hf.commands.compare.methods import FULL, LORA, ComparedMethod, learning_rates, method_of
+from lorapro_hf.commands.compare.tuning import Procedure
 from lorapro_hf.commands.compare.values import require_mapping, require_name, typed
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.yaml_files import parse_yaml, read_yaml
@@ -32,7 +33,7 @@ _SCHEDULES = (
 )
 _NEED_DATASET = {"text_column", "label_column", "dataset_config"}
 _COUNTS = (
-    *("steps", "batch_size", "max_length", "validation_size", "test_size", "classes", "train_size"),
+    *("batch_size", "max_length", "validation_size", "test_size", "classes", "train_size"),
     *("width", "layers", "pretraining_steps"),
 )
 
@@ -55,7 +56,7 @@ class TaskSettings:
     classes: int = 20  # packages to tell apart (classification, built-in data)
     target_modules: str | tuple[str, ...] = "all-linear"  # or a list of ends of their names
     ranks: tuple[int, ...] = (8,)  # each a comparison of its own
-    steps: int = 100
+    steps: int | tuple[int, ...] = 100  # or several numbers, each a comparison of its own
     batch_size: int = 8
     max_length: int = 128  # tokens of an example; longer texts are cut, longer questions left out
     train_size: int | None = None  # None for as many examples as are needed to see each once
@@ -65,15 +66,18 @@ class TaskSettings:
     head_learning_rate: float = 1e-3  # of the classifier, the same for all methods (classification)
     data_seed: int = 0  # which examples are in which set; the seed of a run decides order and initial values
     learning_rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # grids for this task alone
+    methods: tuple[str, ...] | None = None  # names of those that are compared on this task; None for all
 
     def __post_init__(self) -> None:
         refusals = [
             (f"{name}={value!r} must be a whole number from 1 on", value is not None and value < 1)
             for name, value in ((name, getattr(self, name)) for name in _COUNTS)
         ]
-        ranks, rate = list(self.ranks), self.head_learning_rate
+        rate = self.head_learning_rate
+        for name, each in (("ranks", list(self.ranks)), ("steps", list(self.horizons))):
+            wrong = not each or min(each) < 1 or _repeats(each)
+            refusals.append((f"{name}={each} must be different whole numbers from 1 on", wrong))
         refusals += [
-            (f"{ranks=} must be different whole numbers from 1 on", not ranks or min(ranks) < 1 or _repeats(ranks)),
             ("target_modules=[] must be 'all-linear' or a list of ends of names", not self.target_modules),
             (f"head_learning_rate={rate} must be positive", rate <= 0.0),
             (f"generate={self.generate} must be from 0 to test_size", not 0 <= self.generate <= self.test_size),
@@ -81,13 +85,26 @@ class TaskSettings:
         _refuse(f"Task {self.name}: ", refusals)
 
     @property
+    def horizons(self) -> tuple[int, ...]:
+        """The numbers of steps. All take their batches from the start of one order."""
+        return self.steps if isinstance(self.steps, tuple) else (self.steps,)
+
+    @property
+    def longest(self) -> int:
+        """The largest number of steps."""
+        return max(self.horizons)
+
+    @property
     def examples(self) -> int:
         """The number of training examples."""
-        return self.train_size or self.steps * self.batch_size
+        return self.train_size or self.longest * self.batch_size
 
     def decides(self) -> dict[str, Any]:
-        """The settings that decide how a run ends."""
-        return {key: value for key, value in asdict(self).items() if key not in ("name", "ranks", "learning_rates")}
+        """The settings that decide how a run ends, but for rank and steps."""
+        left_out = ("name", "ranks", "steps", "learning_rates", "methods")
+        return {key: value for key, value in asdict(self).items() if key not in left_out} | {
+            "train_size": self.examples
+        }
 
 
 @dataclass(frozen=True)
@@ -98,10 +115,11 @@ class CompareSettings:
     methods: tuple[ComparedMethod, ...]  # see `method_of`
     seeds: tuple[int, ...]  # each decides order and initial values
     output_dir: Path
+    tuning_seeds: tuple[int, ...] = (100, 101)  # choose the learning rates; empty to run `seeds` at all given rates
     scaling: float = 2.0  # alpha over r, the same at all ranks (rsLoRA's is larger by √r)
-    schedule: str = "cosine"
-    warmup: float = 0.1  # fraction of the steps in which the rate rises from 0
-    max_grad_norm: float = 0.0  # 0 for no clipping
+    schedule: str = "linear"
+    warmup: float = 0.05  # fraction of the steps in which the rate rises from 0
+    max_grad_norm: float = 1.0  # as `Trainer`; 0 for no clipping
     precision: str = "fp32"  # or "bf16" for autocast
     baseline: str = LORA  # the others are tested against it
     reference: str = FULL  # the other end of the gap
@@ -122,15 +140,27 @@ class CompareSettings:
             (f"max_grad_norm={self.max_grad_norm} must be at least 0", self.max_grad_norm < 0.0),
             (f"scaling={self.scaling} must be positive", self.scaling <= 0.0),
         ]
+        shared = sorted(set(self.seeds) & set(self.tuning_seeds))
+        message = f"tuning_seeds={list(self.tuning_seeds)} must be different and others than seeds"
+        refusals.append((f"{message}, since they choose what is reported", bool(shared) or _repeats(self.tuning_seeds)))
         for task in self.tasks:
-            strangers = sorted(set(task.learning_rates) - set(names["method"]))
-            message = f"Task {task.name} has learning rates for {strangers}, which are not under methods"
-            refusals.append((message, bool(strangers)))
+            for noun, used in (("learning rates for", task.learning_rates), ("methods", task.methods or ())):
+                strangers = sorted(set(used) - set(names["method"]))
+                refusals.append((f"Task {task.name} has {noun} {strangers}, not under methods", bool(strangers)))
         _refuse("", refusals)
 
-    def warmup_steps(self, task: TaskSettings) -> int:
-        """The steps of a task in which the learning rate rises."""
-        return round(self.warmup * task.steps)
+    @property
+    def procedure(self) -> Procedure:
+        """The tuning of each method."""
+        return Procedure(self.seeds, self.tuning_seeds)
+
+    def methods_of(self, task: TaskSettings) -> list[ComparedMethod]:
+        """The methods that are compared on a task."""
+        return [method for method in self.methods if task.methods is None or method.name in task.methods]
+
+    def warmup_steps(self, steps: int) -> int:
+        """The steps of so many in which the learning rate rises."""
+        return round(self.warmup * steps)
 
     def decides(self) -> dict[str, Any]:
         """The settings that decide how every run ends."""
@@ -210,7 +240,7 @@ def _override(content: dict[str, Any], override: str) -> None:
     place[last] = parse_yaml(text, f"--set {override!r}")
 
 
-def _repeats(values: list[Any]) -> bool:
+def _repeats(values: Sequence[Any]) -> bool:
     return len(set(values)) < len(values)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -13,13 +15,13 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lorapro_hf.commands.common.records import as_json, environment, write_json
-from lorapro_hf.commands.compare.plan import PlannedRun
-from lorapro_hf.commands.compare.settings import CompareSettings
+from lorapro_hf.commands.compare.tuning import Score
 from lorapro_hf.options import UsageError
 from lorapro_hf.utils.text_files import parse_json
 
-RECORDS, SWEEP = "runs.jsonl", "sweep.json"
+RECORDS, SWEEP, CLAIMS = "runs.jsonl", "sweep.json", ".claims"
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
+LAST = 4  # the last of so many parts of a training says how it ended
 
 
 @dataclass
@@ -29,6 +31,7 @@ class RunRecord:
     key: str
     task: str
     rank: int | None
+    steps: int
     method: str
     learning_rate: float
     seed: int
@@ -53,9 +56,21 @@ class RunRecord:
     finished_at: str | None = None  # UTC
     environment: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def no_better(self) -> bool:
+        """Whether the mean training loss of the last quarter is not below the first loss."""
+        count = len(self.losses)
+        return count > 1 and statistics.fmean(self.losses[-max(1, count // LAST) :]) >= self.losses[0]
+
+    def score(self) -> Score:
+        """How good it is among runs of other rates."""
+        if self.status != FINISHED or self.scores is None:
+            return Score(True, math.inf)
+        return Score(self.no_better, self.scores["validation"]["loss"])
+
 
 class Store:
-    """The folder of a comparison: `sweep.json` lists its runs, `runs.jsonl` has a line for each that is done."""
+    """The folder of a comparison: `sweep.json` lists its cells, `runs.jsonl` has a line for each run that is done."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder  # it need not exist to be read
@@ -85,13 +100,9 @@ class Store:
             records[record.key] = record
         return records
 
-    def write_sweep(
-        self, settings: CompareSettings, runs: Sequence[PlannedRun], levels: Mapping[str, Any] | None = None
-    ) -> None:
-        """Write settings, environment, all planned runs, and by task the reference losses that are known."""
-        methods = {m.name: {"title": m.title, "is_lora_pro": m.is_lora_pro, **m.decides()} for m in settings.methods}
-        planned = {"settings": settings.to_dict(), "methods": methods, "runs": [run.entry() for run in runs]}
-        write_json(self.folder / SWEEP, {**planned, "environment": environment(), "levels": dict(levels or {})})
+    def write_sweep(self, content: Mapping[str, Any], levels: Mapping[str, Any] | None = None) -> None:
+        """Write the content of a plan, the environment, and by task the reference losses that are known."""
+        write_json(self.folder / SWEEP, {**content, "environment": environment(), "levels": dict(levels or {})})
 
     def sweep(self) -> dict[str, Any]:
         """The content that `write_sweep` wrote; raises `UsageError` if there is none."""
@@ -103,10 +114,11 @@ class Store:
         return content
 
     @contextmanager
-    def locked(self, index: int, warn: Callable[[str], None]) -> Iterator[None]:
+    def locked(self, index: int, warn: Callable[[str], None]) -> Iterator[bool]:
         """Keep a second comparison out of the folder; raises `UsageError` if another process has the lock.
 
-        Every comparison has a process 0, so that two always meet. `warn` gets a line where the lock cannot be made.
+        Every comparison has a process 0, so that two always meet. Where locks cannot be made, `warn` gets a line, and
+        the value is false.
         """
         lock = FileLock(self.folder / f".lock-{index}")
         try:
@@ -118,6 +130,22 @@ class Store:
         except (OSError, NotImplementedError) as error:
             warn(f"{self.folder} cannot be locked ({error}): make sure that no other comparison writes there.")
         try:
-            yield
+            yield lock.is_locked
+        finally:
+            lock.release()
+
+    @contextmanager
+    def claimed(self, key: str) -> Iterator[bool]:
+        """Keep other processes off a cell; false if one has it. A claim ends with its process, however that ends."""
+        folder = self.folder / CLAIMS
+        folder.mkdir(exist_ok=True)
+        lock = FileLock(folder / f"{key}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
         finally:
             lock.release()

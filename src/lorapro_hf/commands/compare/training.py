@@ -98,7 +98,7 @@ class RunTrainer(LoRAProTrainerMixin, _TaskTrainer):
     def __init__(
         self, task: LoadedTask, run: PlannedRun, head: nn.Module | None, max_head_norm: float, **kwargs: Any
     ) -> None:
-        examples = [task.sets["train"][index] for step in task.order(run.seed) for index in step]
+        examples = [task.sets["train"][index] for step in task.order(run.seed)[: run.steps] for index in step]
         super().__init__(train_dataset=examples, data_collator=task.collate, **kwargs)
         self.task, self.run, self.head, self.max_head_norm = task, run, head, max_head_norm
         self.losses: list[float] = []
@@ -205,7 +205,7 @@ def _trainer(
     record: RunRecord, task: LoadedTask, run: PlannedRun, settings: CompareSettings, times: _StepTimes
 ) -> RunTrainer:
     """The trainer of a run; the record gets the data and the number of layers."""
-    batches = [[task.sets["train"][index] for index in step] for step in task.order(run.seed)]
+    batches = [[task.sets["train"][index] for index in step] for step in task.order(run.seed)[: run.steps]]
     model = copy.deepcopy(task.model).to(times.device)
     head = task.start_head(model, run.seed)
     layers = layers_to_adapt(model, task.settings.target_modules, head)
@@ -223,7 +223,7 @@ def _trainer(
     )
     adapted = make_trainable(model, run, layers, settings.scaling, take_gradients, inputs)
     record.examples = task.digest
-    record.data = digest([task.digest, task.order(run.seed)])
+    record.data = digest([task.digest, task.order(run.seed)[: run.steps]])
     record.adapted_layers = len(layers)
     trainer = RunTrainer(
         task,
@@ -246,8 +246,8 @@ def _training_arguments(run: PlannedRun, settings: CompareSettings, device: torc
         **{f"lora_pro_{name}": value for name, value in pro.items()},
         learning_rate=run.learning_rate,
         lr_scheduler_type=settings.schedule,
-        warmup_steps=settings.warmup_steps(run.task),
-        max_steps=run.task.steps,
+        warmup_steps=settings.warmup_steps(run.steps),
+        max_steps=run.steps,
         per_device_train_batch_size=run.task.batch_size,
         max_grad_norm=settings.max_grad_norm if run.method.clips else 0.0,
         bf16=settings.precision == "bf16",

@@ -15,7 +15,7 @@ _RANK, _COUNT, _LOCAL = "RANK", "WORLD_SIZE", "LOCAL_RANK"
 
 @dataclass(frozen=True)
 class Worker:
-    """The number of this process among several, which share only the folder of results: each takes every n-th run."""
+    """The number of this process among several, which share only the folder of results."""
 
     index: int = 0
     count: int = 1

@@ -106,9 +106,9 @@ class LoadedTask:
             yield self.collate(examples[start : start + size])
 
     def order(self, seed: int) -> list[list[int]]:
-        """The indices of the training examples of each step: the same for all methods with the same seed."""
+        """The indices of the training examples of each step of the longest run: the same for all methods of a seed."""
         generator, size = torch.Generator().manual_seed(seed), self.settings.batch_size
-        wanted = self.settings.steps * size
+        wanted = self.settings.longest * size
         indices: list[int] = []
         while len(indices) < wanted:
             indices += torch.randperm(len(self.sets["train"]), generator=generator).tolist()

@@ -17,7 +17,10 @@ X_MODES = ("sylvester", "zero", "symmetric")
 UPDATES = ("linear", "sequential")
 MOMENTS_DTYPES = ("float32", "bfloat16")
 BACKENDS = ("auto", "torch", "triton")
-TRUST_REGION = 0.03  # of every mode that has one, where the settings leave it open
+# Where the settings leave it open: the mode, and in every mode that has a choice the update and the trust region.
+MODE = "full"
+UPDATE = "linear"
+TRUST_REGION: float | None = 0.03  # None is no limit
 # Other keywords of the optimizer: a mistyped one gets the nearest name as a hint.
 _BESIDE_SETTINGS = ("lr", "betas", "eps", "weight_decay", "decay_parameters", "check_memory", "saved_collectively")
 
@@ -58,6 +61,7 @@ class LoRAProConfig:
         update: How a step is spent on the two factors. `"linear"`, the paper's, moves both at once along their
             gradients. `"sequential"` moves B first and then A against the new B, so that the weight moves as meant and
             not only to first order; in `"efficient"` the change that AdamW asks of A then acts through the new B.
+            `None` is `"linear"`.
         rtol: Directions of a factor whose squared singular value is at most `rtol` times the largest one count as
             absent. `None` picks a value from the dtype, see `project_lora_gradients`.
         trust_region: The paper ignores the product of the changes of both factors. While B is small that product is
@@ -90,7 +94,7 @@ class LoRAProConfig:
     """
 
     mode: str = _setting(
-        "full",
+        MODE,
         "The mode: 'full' and 'full_8bit' keep Adam's moments of the adapted weights and need memory of their size; "
         "'factored' needs memory of the size of the factors. Learning rates of these three are those of full "
         "fine-tuning, and upwards. 'spectral' (orthogonalised steps), 'rite' (LoRA-RITE) and 'efficient' (AdamW on "
@@ -103,10 +107,10 @@ class LoRAProConfig:
         "update, except in mode 'efficient'.",
         X_MODES,
     )
-    update: str = _setting(
-        "linear",
+    update: str | None = _setting(
+        None,
         "How a step is spent on the two factors: 'linear' (the paper) moves both at once, 'sequential' B first and A "
-        "against the new B.",
+        f"against the new B. By default {UPDATE!r}, and 'linear' in modes 'efficient' and 'rite'.",
         UPDATES,
     )
     rtol: float | None = _setting(
@@ -117,8 +121,12 @@ class LoRAProConfig:
     trust_region: float | None = _setting(
         None,
         "How large the product of the changes of both factors may be, as a fraction (below 1) of the first-order "
-        f"change: longer steps are shortened. 0 for no limit, as in the paper. By default {TRUST_REGION:g}, and no "
-        "limit in modes 'efficient' and 'rite'.",
+        "change: longer steps are shortened. 0 for no limit, as in the paper"
+        + (
+            f". By default {TRUST_REGION:g}, and no limit in modes 'efficient' and 'rite'."
+            if TRUST_REGION
+            else ", the default."
+        ),
     )
     moments_dtype: str = _setting("float32", "'bfloat16' halves the optimizer state of mode 'full'.", MOMENTS_DTYPES)
     backend: str = _setting(
@@ -167,7 +175,7 @@ class LoRAProConfig:
 
     def __post_init__(self) -> None:
         for setting in fields(self):
-            if "choices" in setting.metadata:
+            if "choices" in setting.metadata and getattr(self, setting.name) is not setting.default:
                 check_choice(setting.name, getattr(self, setting.name), setting.metadata["choices"])
         check_choice("shard_states", self.shard_states, (None, True, False))
         check_choice("rite_escape", self.rite_escape, (True, False))
@@ -191,14 +199,9 @@ class LoRAProConfig:
         limit = self.trust_region
         if isinstance(limit, bool) or not (isinstance(limit, int | float) and 0.0 <= limit < 1.0):
             raise ValueError(
-                f"trust_region={shown(limit)} must be a fraction below 1 such as 0.1, 0 for no limit, or None for "
-                f"{TRUST_REGION:g}: from 1 on, the product of both changes may undo the first-order change."
+                f"trust_region={shown(limit)} must be a fraction below 1 such as 0.1, 0 for no limit, or None for the "
+                "default: from 1 on, the product of both changes may undo the first-order change."
             )
-
-    @property
-    def is_sequential(self) -> bool:
-        """Whether a step moves B first and then A against the new B."""
-        return self.update == "sequential"
 
     @classmethod
     def of(cls, settings: LoRAProConfig | Mapping[str, Any] | None = None, /, **keywords: Any) -> LoRAProConfig:

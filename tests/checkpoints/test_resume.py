@@ -18,8 +18,9 @@ from grids import rest_slow
 from killable import Nursery
 from killable_jobs import SAVED_EVERY, STEPS, trainer_of
 from lorapro_hf import LoRAProConfig, LoRAProTrainer, LoRAProTrainingArguments
-from lorapro_hf.checkpoints.manifest import read_manifest
+from lorapro_hf.checkpoints.manifest import MANIFEST, read_manifest
 from lorapro_hf.checkpoints.resume import find_flaw
+from lorapro_hf.optim.rules import rule_of
 from trainer_helpers import arguments, assert_same, build, differ, factors, run, tiny_base, tiny_lora
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -255,6 +256,29 @@ def test_saved_model_and_state(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     warning, announcement = (each.getMessage() for each in caplog.records if each.name.startswith("lorapro_hf"))
     assert "holds no optimizer state" in warning and announcement.startswith("LoRA-Pro: 14 pairs")
     assert differ(factors(again), factors(trainer))
+
+
+def test_a_training_of_an_earlier_version_goes_on_as_it_began(tmp_path: Path):
+    """Its checkpoints do not hold the settings that were left open, whose defaults were these."""
+    settings = {"lora_pro_mode": "full", "lora_pro_trust_region": 0.03}
+    whole = fresh(tmp_path, **settings)
+    whole.train()
+    folder = tmp_path / "checkpoint-3"
+    state = torch.load(folder / "optimizer.pt", weights_only=True)
+    for group in state["param_groups"]:
+        del group["trust_region"], group["update"]
+    torch.save(state, folder / "optimizer.pt")
+    (folder / MANIFEST).unlink()
+    stated: dict[str, Any] = {}
+    for name, value in settings.items():
+        config, short = LoRAProConfig(mode=stated.get("lora_pro_mode", LoRAProConfig().mode)), name[len("lora_pro_") :]
+        if {"mode": config.mode, **rule_of(config).in_force}[short] != value:
+            with pytest.raises(ValueError, match=rf"{short}={value!r} \(--{name}"):
+                fresh(tmp_path, **stated).train(resume_from_checkpoint=str(folder))
+            stated[name] = value
+    again = fresh(tmp_path, **stated)
+    again.train(resume_from_checkpoint=str(folder))
+    assert_same(factors(again), factors(whole))
 
 
 # ---- damaged and foreign ----

@@ -283,7 +283,7 @@ def test_step_is_compared_with_adams_direction(name, starts_at_zero):
             oracle, s = oracles[pair.name], pair.scaling
             oracle.A, oracle.B = A, B
             u = oracle.direction(true[pair.name])
-            if optimizer.config.is_sequential:
+            if optimizer.rule.is_sequential:
                 new_A, new_B = sequential_step(u, keep * A, keep * B, s, LR, trust_region=optimizer.rule.trust_region)
                 free_A, _ = sequential_step(u, keep * A, keep * B, s, LR)
                 intended = s * (new_B @ new_A - keep**2 * B @ A)
@@ -304,8 +304,8 @@ def test_step_is_compared_with_adams_direction(name, starts_at_zero):
             assert gaps[pair.name].step_error == pytest.approx(error, rel=1e-6, abs=1e-8)
             assert gaps[pair.name].step_share == pytest.approx(float(share), rel=1e-6)
             assert gaps[pair.name].step_length == pytest.approx(float(realised.norm() / (LR * u).norm()), rel=1e-6)
-            assert (gaps[pair.name].step_error < 1e-8) == optimizer.config.is_sequential
-            assert not optimizer.config.is_sequential or gaps[pair.name].step_length <= 1 + 1e-9
+            assert (gaps[pair.name].step_error < 1e-8) == optimizer.rule.is_sequential
+            assert not optimizer.rule.is_sequential or gaps[pair.name].step_length <= 1 + 1e-9
             # What a linear step leaves out is the product of both changes, which a trust region limits, and the decay.
             assert gaps[pair.name].step_error <= (optimizer.rule.trust_region or math.inf) + 1 - keep
 

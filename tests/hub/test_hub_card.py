@@ -200,7 +200,7 @@ def test_settings_travel_with_the_adapter(trainer: LoRAProTrainer) -> None:
     for folder in (run, run / "checkpoint-1"):
         content = json.loads((folder / "lorapro_config.json").read_text())
         assert content["learning_rate"] == 0.01 and content["betas"] == [0.9, 0.999]
-        assert load_lora_pro_config(folder) == LoRAProConfig(mode="factored", trust_region=0.03)
+        assert load_lora_pro_config(folder) == LoRAProConfig(mode="factored", update="linear", trust_region=0.03)
     assert "lora-pro" in ModelCard.load(run / "checkpoint-1" / "README.md").data.tags
 
 

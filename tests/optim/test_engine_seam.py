@@ -142,6 +142,15 @@ def test_an_engine_refuses_the_state_of_another_mode() -> None:
     assert str(optimizer.state_dict()) == str(before)
 
 
+def test_an_engine_refuses_a_limit_that_a_default_would_change() -> None:
+    _, optimizer, _ = built("full")
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        group["trust_region"] = 0.2
+    with pytest.raises(ValueError, match=r"was written with trust_region=0\.2.* Set trust_region=0\.2"):
+        optimizer.load_state_dict(saved)
+
+
 def test_pairs_step_within_a_step_alone_and_once() -> None:
     model, optimizer, _ = built("factored")
     with pytest.raises(RuntimeError, match=r"Call it within `with engine_step\(\):`"):

@@ -6,9 +6,8 @@ import pickle
 import pytest
 import torch
 
-from lorapro_hf import (
-    create_lorapro_optimizer,
-)
+from lorapro_hf import create_lorapro_optimizer
+from lorapro_hf.optim.rules import base
 from optimizer_helpers import assert_same, backward, both_modes, reloaded, small_model, snapshot, take, trained
 
 
@@ -179,3 +178,31 @@ def test_foreign_checkpoints_are_refused_and_change_nothing(make, message):
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(make())
     assert_same(before, snapshot(optimizer))
+
+
+@pytest.mark.parametrize(("name", "value", "other"), [("trust_region", 0.1, 0.2), ("update", "sequential", "linear")])
+def test_a_setting_that_is_left_open_does_not_change_on_resume(name, value, other):
+    _, optimizer = trained(mode="full", **{name: value})
+    saved = reloaded(optimizer.state_dict())
+    _, again = trained(0, mode="full")
+    before = snapshot(again)
+    with pytest.raises(ValueError, match=f"was written with {name}={value!r}.* Set {name}={value!r} .*to go on as be"):
+        again.load_state_dict(saved)
+    assert_same(before, snapshot(again))
+    for stated in (value, other):
+        _, again = trained(0, mode="full", **{name: stated})
+        again.load_state_dict(saved)
+        assert {group[name] for group in again.state_dict()["param_groups"]} == {stated}
+    _, again = trained(0, mode="rite", rite_clip=0.0)  # which leaves nothing open
+    again.load_state_dict(again.state_dict())
+
+
+def test_a_checkpoint_of_an_earlier_version_keeps_the_limit_of_then(monkeypatch):
+    saved = trained(mode="full")[1].state_dict()
+    for group in saved["param_groups"]:
+        del group["trust_region"], group["update"]
+    monkeypatch.setattr(base, "TRUST_REGION", None)
+    _, again = trained(0, mode="full")
+    with pytest.raises(ValueError, match=r"trust_region=0\.03, or by an earlier .*default is now 0\.0\. Set"):
+        again.load_state_dict(saved)
+    trained(0, mode="full", trust_region=0.03)[1].load_state_dict(saved)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lorapro_hf.distributed.zero import ZeroAccess
+from lorapro_hf.optim.checkpoint import check_open_settings
 from lorapro_hf.optim.lora_pro import LoRAProAdamW
 
 _NAME = "lora_pro_rank{}.safetensors"
@@ -143,6 +144,7 @@ def _opened(folder: Path, optimizer: LoRAProAdamW) -> Iterator[_Saved]:
                 raise ValueError(reason) from error
             files.update(dict.fromkeys(file.keys(), file))
         _check(folder, abouts, _identity(optimizer))
+        check_open_settings(abouts[0]["groups"], optimizer.rule)
         yield _Saved(folder, abouts[0], files)
 
 

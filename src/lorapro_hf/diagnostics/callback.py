@@ -230,5 +230,4 @@ def _title(optimizer: Any) -> str:
     optimizer = unwrap_optimizer(optimizer)
     if not isinstance(optimizer, LoRAProAdamW):
         return type(optimizer).__name__
-    config = optimizer.config
-    return f"LoRA-Pro {config.mode} ({'sequential' if config.is_sequential else 'linear'})"
+    return f"LoRA-Pro {optimizer.rule.name} ({optimizer.rule.update})"

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.factors.recording import row_blocks
 from lorapro_hf.functional.bases import row_basis
 from lorapro_hf.functional.factor_steps import kept_fraction_of_A, kept_fractions, square
 from lorapro_hf.functional.projection import project_lora_gradients
 from lorapro_hf.functional.step_options import Rates
+from lorapro_hf.optim.rules.base import UpdateRule
 
 _ROUNDING = 1e-7
 
@@ -132,7 +132,7 @@ def shared_scale(scales: Sequence[float], residuals: Sequence[float]) -> float:
 
 
 def intended_step(
-    u: Tensor, A: Tensor, B: Tensor, new_B: Tensor, scaling: float, rates: Rates, config: LoRAProConfig
+    u: Tensor, A: Tensor, B: Tensor, new_B: Tensor, scaling: float, rates: Rates, rule: UpdateRule
 ) -> tuple[Halves, float]:
     """The step of the weight that LoRA-Pro intends along Adam's direction u `(m, n)`, apart from weight decay.
 
@@ -142,9 +142,9 @@ def intended_step(
         the step, and the fraction that the trust region kept: of A's part in a sequential step.
     """
     share: Tensor | float = 1.0
-    lr_A, lr_B = float(rates.lr_A), float(rates.lr_B)
+    config, lr_A, lr_B = rule.config, float(rates.lr_A), float(rates.lr_B)
     kept = float(rates.keep_A) * A, float(rates.keep_B) * B.mT
-    if not config.is_sequential:
+    if not rule.is_sequential:
         gradients = (scaling * (B.mT @ u), scaling * (u @ A.mT))
         h_A, h_B = project_lora_gradients(A, B, *gradients, scaling, x_mode=config.x_mode, rtol=config.rtol)
         step_A, step_B = -lr_A * h_A, -lr_B * h_B

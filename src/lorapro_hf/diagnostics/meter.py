@@ -260,12 +260,12 @@ def _step_figures(before: _Before, access: Access, optimizer: Any) -> tuple[floa
         return None, None, None
     realised, first_order = steps_between(before.factors, (new_A, new_B), pair.scaling, before.rates)
     if before.u is None:
-        if isinstance(optimizer, LoRAProAdamW) and optimizer.config.is_sequential:
+        if isinstance(optimizer, LoRAProAdamW) and optimizer.rule.is_sequential:
             return None, None, None  # the step that AdamW asked of A is not known afterwards
         return relative_difference(realised, first_order), None, None
     if "exp_avg" not in optimizer.state.get(pair.A, {}):
         return None, None, None
     new_B = new_B.to(compute_dtype(A, B))
-    intended, share = intended_step(before.u, A, B, new_B, pair.scaling, before.rates, optimizer.config)
+    intended, share = intended_step(before.u, A, B, new_B, pair.scaling, before.rates, optimizer.rule)
     asked = max(float(before.rates.lr_A), float(before.rates.lr_B)) * float(before.u.norm())
     return relative_difference(realised, intended), realised.norm() / asked if asked else None, share

@@ -61,7 +61,7 @@ class Hyperparameters:
     eps: float = 1e-8
     weight_decay: float = 0.0
     x_mode: str = "sylvester"
-    trust_region: float = TRUST_REGION
+    trust_region: float | None = TRUST_REGION
 
 
 class DenseFullAdamW(Hyperparameters):

@@ -37,8 +37,9 @@ class Settings:
         return cls(given.config, {name: _plain(stated[name]) for name in _OF_OPTIMIZER})
 
     def save(self, folder: Path) -> None:
-        """Write `lorapro_config.json` into an existing folder, with the trust region that the mode chose."""
-        config = replace(self.config, trust_region=rule_of(self.config).trust_region or 0)
+        """Write `lorapro_config.json` into an existing folder, with the settings that the mode chose."""
+        rule = rule_of(self.config)
+        config = replace(self.config, **{"trust_region": 0, **rule.in_force})
         content = {**config.to_dict(), **self.optimizer, _VERSION: __version__}
         write_text(folder / SETTINGS_FILE, json.dumps(content, indent=2) + "\n")
 

@@ -12,9 +12,12 @@ from lorapro_hf.distributed.access import local
 from lorapro_hf.factors.pairs import LoRAPair, unwrapped_name
 from lorapro_hf.optim.finite import find_broken
 from lorapro_hf.optim.rules import rule_of
+from lorapro_hf.optim.rules.base import UpdateRule
 from lorapro_hf.utils.text_files import shown
 
 _ADVICE = "It is a checkpoint of another model or rank; resume with the model it was written for."
+# Of settings that checkpoints of earlier versions do not hold.
+_EARLIER_DEFAULTS = {"update": "linear", "trust_region": 0.03}
 # Raised where a pair has its step count but no moments: another rank held them.
 _PARTIAL = (
     "the checkpoint has only part of the optimizer's state, as the state_dict() of a rank other than 0 does. Call "
@@ -41,9 +44,11 @@ def check_state_dict(
     own_mode = _kind(param_groups[0])
     if modes != {own_mode}:
         found = "of another optimizer" if None in modes else f"of LoRA-Pro mode {modes.pop()}"
+        before = {group.get("lora_pro_mode") for group in saved_groups} - {None, config.mode}
+        named = "".join(f", mode={shown(mode)} (--lora_pro_mode)" for mode in before)
         raise ValueError(
             f"the checkpoint is {found}, but this optimizer has LoRA-Pro mode {own_mode}. Resume with the settings it "
-            "was written with, or start a new training from the saved adapter: PeftModel.from_pretrained(base, "
+            f"was written with{named}, or start a new training from the saved adapter: PeftModel.from_pretrained(base, "
             "checkpoint, is_trainable=True)."
         )
     if len(saved_groups) != len(param_groups):
@@ -52,6 +57,7 @@ def check_state_dict(
         )
     for saved, own in zip(saved_groups, param_groups, strict=True):
         _check_group(saved, own)
+    check_open_settings(saved_groups, rule_of(config))
     of_needed = {id(factor) for pair in (pairs if needed is None else needed) for factor in (pair.A, pair.B)}
     rule = rule_of(config)
     expected: dict[int, dict[str, tuple[int, ...]]] = {}
@@ -73,6 +79,19 @@ def check_state_dict(
             held += [(f"{kind!r} of {name}", local(x)) for kind, x in state.items() if isinstance(x, Tensor)]
     if broken := find_broken(held):
         raise ValueError(f"the checkpoint holds NaN or Inf in {broken}. Resume from an earlier one.")
+
+
+def check_open_settings(saved_groups: Sequence[dict[str, Any]], rule: UpdateRule) -> None:
+    """Raise a `ValueError` if a setting that is left open would change, because its default is another one now."""
+    for name, now in rule.in_force.items():
+        before = {group.get(name, _EARLIER_DEFAULTS[name]) for group in saved_groups}
+        if getattr(rule.config, name) is None and before != {now}:
+            was = (before - {now}).pop()
+            raise ValueError(
+                f"the checkpoint was written with {name}={was!r}, or by an earlier version with this default. "
+                f"The settings leave {name} open, and its default is now {now!r}. Set {name}={was!r} "
+                f"(--lora_pro_{name} {was}) to go on as before, or {name}={now!r}."
+            )
 
 
 def _check_shapes(name: str, state: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:

@@ -84,6 +84,7 @@ class HeldPairs(torch.optim.Optimizer):
         group["master_factors"] = self.config.master_factors
         if self.config.rite_escape:  # it adds to the state
             group["rite_escape"] = True
+        group.update(self.rule.in_force)  # these may differ, but not because a default did
         group["param_shapes"] = [list(parameter.shape) for parameter in group["params"]]
 
     def estimated_state_bytes(self) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorapro_hf.factors.pairs import LoRAPair
-from lorapro_hf.optim.checkpoint import check_state_dict
+from lorapro_hf.optim.checkpoint import check_open_settings, check_state_dict
 from lorapro_hf.optim.consolidation import (
     States,
     await_all,
@@ -179,6 +179,7 @@ class SavedPairs(FiniteChecks):
                 "settings and the model it was written with, or load the weights alone: with DeepSpeed "
                 "load_checkpoint(..., load_optimizer_states=False)."
             )
+        check_open_settings(state_dict["param_groups"], self.rule)
         super().load_state_dict(state_dict)
         self._begin_loaded()
         for parameter, state in self.state.items():
@@ -188,6 +189,8 @@ class SavedPairs(FiniteChecks):
     def _begin_loaded(self) -> None:
         """Begin a training whose groups have been loaded, the number of skipped steps among them."""
         self._skipped, self._starts_finite = None, False
+        for group in self.param_groups:
+            group.update(self.rule.in_force)
         self._begin_training()
 
     def _state_as_kept(self, pair: LoRAPair, parameter: Tensor, state: dict[str, Any]) -> dict[str, Tensor]:

@@ -66,7 +66,7 @@ class LoRAProTrainingArguments(TrainingArguments):
     )
     lora_pro_mode: str = _setting("mode")
     lora_pro_x_mode: str = _setting("x_mode")
-    lora_pro_update: str = _setting("update")
+    lora_pro_update: str | None = _setting("update")
     lora_pro_rtol: float | None = _setting("rtol")
     lora_pro_trust_region: float | None = _setting("trust_region")
     lora_pro_moments_dtype: str = _setting("moments_dtype")
@@ -179,8 +179,9 @@ class LoRAProTrainingArguments(TrainingArguments):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false (in YAML without quotes).")
         for name, setting in _SETTINGS.items():
-            if "choices" in setting.metadata:
-                check_choice(f"lora_pro_{name}", getattr(self, f"lora_pro_{name}"), setting.metadata["choices"])
+            value = getattr(self, f"lora_pro_{name}")
+            if "choices" in setting.metadata and value is not setting.default:
+                check_choice(f"lora_pro_{name}", value, setting.metadata["choices"])
         if type(self.lora_pro_log_gap) is not int or self.lora_pro_log_gap < 0:
             raise ValueError(
                 f"lora_pro_log_gap={self.lora_pro_log_gap!r} must be a whole number of steps, or 0 for no measurement."

@@ -68,10 +68,11 @@ class LoRAProCallback(TrainerCallback):
             config = {"mode": OF_ANY_OPTIMIZER, **(config or {})}
         config = LoRAProConfig.of(config)
         refusal = None
-        if not rule_of(config).projects_gradients:
+        rule = rule_of(config)
+        if not rule.projects_gradients:
             remedy = f'Use LoRAProConfig(mode="{OF_ANY_OPTIMIZER}")'
             refusal = f"run mode={config.mode!r}: its moments live in LoRAProAdamW. {remedy}"
-        elif config.is_sequential:
+        elif rule.is_sequential:
             refusal = "run update='sequential': your optimizer steps the factors. Use update='linear'"
         elif config.master_factors:
             refusal = "keep master_factors: your optimizer steps the factors. Leave them out"

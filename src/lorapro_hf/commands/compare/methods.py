@@ -66,7 +66,8 @@ class ComparedMethod:
             config = LoRAProConfig(**settings)
             of_mode = {each.name for each in fields(config) if each.metadata.get("mode", config.mode) == config.mode}
             settings = {name: value for name, value in asdict(config).items() if name in of_mode}
-            settings["trust_region"] = rule_of(config).trust_region
+            rule = rule_of(config)
+            settings |= {"update": rule.update, "trust_region": rule.trust_region}
         adapter = None if self.adapter is None else dict(self.adapter)
         decided = {"optimizer": self.optimizer, "settings": settings, "adapter": adapter, "clips": self.clips}
         more = {"callbacks": self.callbacks, "gelora": self.gelora}

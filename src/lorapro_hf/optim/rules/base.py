@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from lorapro_hf.config import TRUST_REGION, LoRAProConfig
+from lorapro_hf.config import TRUST_REGION, UPDATE, LoRAProConfig
 from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.factors.stacks import Gradient, NativeGradient, Rows, Stack, StackGradient, stacked
 from lorapro_hf.functional.bases import Bases, compute_dtype, row_bases
@@ -181,6 +181,8 @@ class UpdateRule(ABC):
     """Whether its state is of the size of the adapted weights."""
     moments_dtypes: ClassVar[tuple[str, ...]] = ("float32",)
     """The values of `moments_dtype` that it knows."""
+    default_update: ClassVar[str] = UPDATE
+    """The value of `update` where the settings leave it open."""
     has_trust_region: ClassVar[bool] = True
     """Whether `trust_region` limits its steps."""
     takes_lora_rates: ClassVar[bool] = False
@@ -197,7 +199,8 @@ class UpdateRule(ABC):
 
     def __init__(self, config: LoRAProConfig) -> None:
         self.config = config
-        self._is_sequential = config.is_sequential
+        self.update = config.update or self.default_update
+        self.is_sequential = self.update == "sequential"
         self.check()
 
     # ---- a rule must implement these ----
@@ -261,7 +264,7 @@ class UpdateRule(ABC):
     @property
     def described_update(self) -> str:
         """The update, and the choice of X where it matters, for people to read."""
-        return "sequential" if self._is_sequential else f"linear ({self.config.x_mode})"
+        return "sequential" if self.is_sequential else f"linear ({self.config.x_mode})"
 
     def scratch_bytes(self, pairs: Sequence[LoRAPair], device: torch.device) -> int:
         """Bytes that a step of pairs may need on a device beside the state: an allowance, not a count."""
@@ -333,6 +336,11 @@ class UpdateRule(ABC):
         return TRUST_REGION if self.config.trust_region is None else self.config.trust_region or None
 
     @property
+    def in_force(self) -> dict[str, Any]:
+        """The values of the settings that a user may leave open, as far as the rule has them."""
+        return {"update": self.update, **({"trust_region": self.trust_region or 0.0} if self.has_trust_region else {})}
+
+    @property
     def description(self) -> str:
         """Mode, update and trust region on one line."""
         limit = f", trust_region={self.trust_region or 0:g}" if self.has_trust_region else ""
@@ -363,7 +371,7 @@ class UpdateRule(ABC):
             self.rates(groups),
             groups[0]["betas"],
             groups[0]["eps"],
-            sequential=self._is_sequential,
+            sequential=self.is_sequential,
             x_mode=config.x_mode,
             rtol=config.rtol,
             active=active,

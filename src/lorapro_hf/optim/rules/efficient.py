@@ -20,6 +20,7 @@ class Efficient(UpdateRule):
     """AdamW with moments of the factors; `update="sequential"` has its change of A act through the new B."""
 
     name = "efficient"
+    default_update = "linear"
     has_trust_region = False
     takes_lora_rates = True
     projects_gradients = True
@@ -49,7 +50,7 @@ class Efficient(UpdateRule):
     @property
     def described_update(self) -> str:
         """The update and the choice of X, which matters to both."""
-        return f"{self.config.update} ({self.config.x_mode})"
+        return f"{self.update} ({self.config.x_mode})"
 
     def rates(self, groups: tuple[Group, Group]) -> Rates:
         """Learning rates and AdamW's decoupled decay of each factor."""

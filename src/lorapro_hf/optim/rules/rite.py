@@ -21,6 +21,7 @@ class Rite(TangentMoment):
     """Each factor steps along its gradient without the magnitude of the other, preconditioned by r x r moments."""
 
     name = "rite"
+    default_update = "linear"
     has_trust_region = False
     takes_lora_rates = True
     takes_clipped_gradients = False
@@ -29,8 +30,8 @@ class Rite(TangentMoment):
     def check(self) -> None:
         """Refuse `update` and `x_mode` too: the direction of each factor is the rule's own."""
         super().check()
-        for setting, default in (("update", "linear"), ("x_mode", "sylvester")):
-            if getattr(self.config, setting) != default:
+        for setting, value, known in (("update", self.update, "linear"), ("x_mode", self.config.x_mode, "sylvester")):
+            if value != known:
                 self._refuse(setting, "has one way to move both factors", "Leave it out, or use another mode.")
 
     @property

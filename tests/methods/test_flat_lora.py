@@ -394,6 +394,10 @@ def test_a_checkpoint_of_another_seed_or_model_is_refused():
 def test_arguments_that_would_be_ignored_are_refused(tmp_path):
     with pytest.raises(ValueError, match="flat_lora_beta would be ignored: set flat_lora_sigma, too"):
         LoRAProTrainingArguments(str(tmp_path), flat_lora_beta=0.1)
+    with pytest.raises(ValueError, match=r"flat_lora_beta=0\.1 would be ignored: set flat_lora_sigma above 0, or"):
+        LoRAProTrainingArguments(str(tmp_path), flat_lora_sigma=0, flat_lora_beta=0.1)
+    with pytest.raises(ValueError, match=r"^beta=0\.1 would be ignored: set sigma above 0, or leave it out"):
+        FlatLoRACallback(0, 0.1)
     with pytest.raises(ValueError, match=r"flat_lora_sigma=-1\.0 must be a finite number"):
         LoRAProTrainingArguments(str(tmp_path), flat_lora_sigma="-1e0")
     args = arguments(tmp_path, LoRAProTrainingArguments, flat_lora_sigma=0.1)

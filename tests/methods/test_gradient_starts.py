@@ -17,7 +17,14 @@ from transformers import Trainer, default_data_collator
 
 import lorapro_hf
 from lora_layers import ALL_ROWS
-from lorapro_hf import GradientStart, LoRAProTrainer, LoRAProTrainingArguments, find_lora_pairs, init_from_gradients
+from lorapro_hf import (
+    FusedLoRA,
+    GradientStart,
+    LoRAProTrainer,
+    LoRAProTrainingArguments,
+    find_lora_pairs,
+    init_from_gradients,
+)
 from lorapro_hf.methods import base
 from lorapro_hf.methods.gradient_starts import first_batches
 from processes import run
@@ -398,6 +405,8 @@ def test_an_engine_is_refused_with_the_way_around_it(monkeypatch):
     way = r"cannot work under FSDP.*--num_train_epochs 0 .*--adapter_name_or_path start"
     with pytest.raises(RuntimeError, match=way):
         base.require_compatible([GradientStart()], {})
+    with pytest.raises(RuntimeError, match=r"under FSDP.*call fuse_lora_layers\(model\) before the trainer"):
+        base.require_compatible([FusedLoRA()], {})
 
 
 def test_a_plain_trainer_and_a_trainer_that_generates(tmp_path):

@@ -87,8 +87,7 @@ class FlatLoRACallback(LoRAMethod):
         gradient: str = "projected",
         total_steps: int | None = None,
     ) -> None:
-        check_size("sigma", sigma)
-        check_size("beta", beta)
+        check_sizes(sigma, beta)
         check_choice("schedule", schedule, SCHEDULES)
         check_choice("gradient", gradient, GRADIENTS)
         for name, value in (("every", every), ("total_steps", total_steps)):
@@ -208,8 +207,7 @@ def perturbed_weights(model: nn.Module, *, sigma: float, beta: float = 0.0, seed
             be perturbed.
         RuntimeError: sharded parameters (FSDP, tensor parallelism, DeepSpeed), or weights that are perturbed already.
     """
-    check_size("sigma", sigma)
-    check_size("beta", beta)
+    check_sizes(sigma, beta)
     _check_seed(seed)
     weights = NoisyWeights(model, beta)
     norms = weights.gradient_norms(GRADIENTS[0], {}) if beta else {}
@@ -283,10 +281,13 @@ class NoisyWeights:
         return found
 
 
-def check_size(name: str, value: float) -> None:
-    """Raise a `ValueError` unless a setting is a finite number, not below 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"{name}={value!r} must be a finite number, 0 or above.")
+def check_sizes(sigma: float, beta: float, prefix: str = "") -> None:
+    """Raise a `ValueError` unless both settings are finite numbers, not below 0, and β has a σ to act with."""
+    for name, value in ((f"{prefix}sigma", sigma), (f"{prefix}beta", beta)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value!r} must be a finite number, 0 or above.")
+    if beta and not sigma:
+        raise ValueError(f"{prefix}beta={beta!r} would be ignored: set {prefix}sigma above 0, or leave it out.")
 
 
 def _thin_gradient(pair: LoRAPair, kind: str) -> tuple[Tensor, Tensor] | None:

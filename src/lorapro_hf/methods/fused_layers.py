@@ -153,6 +153,9 @@ class FusedLoRA(LoRAMethod):
 
     name: ClassVar[str] = "fused_lora"
     has_state: ClassVar[bool] = False
+    without_engine: ClassVar[str] = (
+        "Leave out fuse_lora or FusedLoRA, and call fuse_lora_layers(model) before the trainer: that works there."
+    )
 
     def __init__(self, criterion: str = "flops") -> None:
         check_choice("criterion", criterion, CRITERIA)

@@ -114,7 +114,7 @@ class MGPOCallback(LoRAMethod):
         """Follow the first moments of this optimizer from now on.
 
         Raises:
-            ValueError: it keeps none.
+            ValueError: it keeps none, or in a format of 8 bits.
         """
         optimizer = unwrap_optimizer(optimizer)
         if optimizer is not self._optimizer:

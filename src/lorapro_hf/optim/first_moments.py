@@ -13,16 +13,19 @@ from lorapro_hf.optim.lora_pro import LoRAProAdamW
 from lorapro_hf.optim.rules.base import UpdateRule, moment_of_product
 
 _NAMES = ("exp_avg", "momentum_buffer")  # under which the optimizers of torch keep it
+_LOW_BIT = ("bitsandbytes", "torchao")  # libraries whose optimizers keep moments in 8 bits and under other names
 _REMEDY = "Use AdamW (optim='adamw_torch'), SGD with momentum, or LoRA-Pro."
 
 
 def require_first_moment(optimizer: torch.optim.Optimizer) -> None:
-    """Raise a `ValueError` if an optimizer, out of its wrappers, will keep no first moment."""
+    """Raise a `ValueError` if an optimizer, out of its wrappers, will keep no first moment that can be read."""
     if isinstance(optimizer, LoRAProAdamW):
         if type(optimizer.rule).weight_moment is UpdateRule.weight_moment:
             raise ValueError(f"mode {optimizer.rule.name!r} keeps no first moment. Use mode 'efficient' or 'full'.")
     elif not all("betas" in group or group.get("momentum") for group in optimizer.param_groups):
         raise ValueError(f"{type(optimizer).__name__} keeps no first moment to follow. {_REMEDY}")
+    elif any(kind.__module__.split(".")[0] in _LOW_BIT for kind in type(optimizer).__mro__):
+        raise ValueError(f"{type(optimizer).__name__} keeps its moments in formats that cannot be read. {_REMEDY}")
 
 
 @torch.no_grad()

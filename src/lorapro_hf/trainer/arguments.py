@@ -14,7 +14,7 @@ from lorapro_hf.config import LoRAProConfig, check_choice
 from lorapro_hf.diagnostics.settings import check_gap_layers, check_gap_max_bytes
 from lorapro_hf.methods.beamlora import check_every
 from lorapro_hf.methods.boosting import check_steps_per_booster
-from lorapro_hf.methods.flat_lora import check_size
+from lorapro_hf.methods.flat_lora import check_sizes
 from lorapro_hf.methods.gradient_starts import SAMPLES, SPECTRAL_NORM, STARTS, check_samples, check_step_size
 from lorapro_hf.methods.lora_sb import FIXED, PLAIN_ADAMW
 from lorapro_hf.methods.mgpo import BETA, check_beta, check_rho
@@ -239,9 +239,7 @@ class LoRAProTrainingArguments(TrainingArguments):
     def _check_flat_lora(self) -> None:
         if self.flat_lora_sigma is None and self.flat_lora_beta is not None:
             raise ValueError("flat_lora_beta would be ignored: set flat_lora_sigma, too.")
-        for name in ("flat_lora_sigma", "flat_lora_beta"):
-            if (value := getattr(self, name)) is not None:
-                check_size(name, value)
+        check_sizes(self.flat_lora_sigma or 0.0, self.flat_lora_beta or 0.0, "flat_lora_")
 
     def _check_mgpo(self) -> None:
         if self.mgpo_rho is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback
 
 from grids import rest_slow
@@ -48,11 +50,11 @@ LAYERS = [*QUICK, "linear with DoRA", *(pytest.param(n, marks=pytest.mark.slow) 
 LAYERS += [pytest.param(name, marks=pytest.mark.slow) for name in SLOW_ROWS if name.endswith("g with DoRA")]
 
 
-def network() -> Any:
+def network(**settings: Any) -> Any:
     """Two adapted layers of different shapes, in float64, with r = 2 and s = 1.5."""
     torch.manual_seed(0)
     body = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
-    config = LoraConfig(r=2, lora_alpha=3, target_modules=["0", "2"], init_lora_weights=False)
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["0", "2"], init_lora_weights=False, **settings)
     return get_peft_model(body, config).double()
 
 
@@ -307,19 +309,61 @@ def test_several_adapters_each_add_a_change():
 
 
 def test_the_next_operation_may_write_to_the_output():
-    """Also where the change is not added in place: to the output of a fused layer, or to a second change."""
-    model = network()
-    model.base_model.model[1] = nn.ReLU(inplace=True)
-    fused = copy.deepcopy(model)
-    assert fuse_lora_layers(fused) == 2
+    """Also where the change is added to the output, in place, or not: to that of a fused layer."""
     x, outputs = torch.ones(0, 6, dtype=torch.float64), []
-    for each in (model, fused):
-        method = MGPOCallback(0.5)
-        run(method, each, batches(2))
+    for settings, is_fused in [({}, False), ({}, True), ({"lora_dropout": 0.5}, False), ({"lora_dropout": 0.5}, True)]:
+        model, method = network(**settings).eval(), MGPOCallback(0.5)
+        model.base_model.model[1] = nn.ReLU(inplace=True)
+        if is_fused:
+            fuse_lora_layers(model)
+        run(method, model, batches(2))
         with method.forward_context():
-            assert each(x).shape == (0, 4)  # a shape that is fused
-            outputs.append(each(batches(1)[0][0]))
-    torch.testing.assert_close(*outputs, rtol=1e-9, atol=1e-11)
+            assert model(x).shape == (0, 4)  # a shape that is fused
+            outputs.append(model(batches(1)[0][0]))
+    for out in outputs[1:]:
+        torch.testing.assert_close(out, outputs[0], rtol=1e-9, atol=1e-11)
+
+
+def test_dropout_before_the_factors_hides_no_input_from_the_changed_weight():
+    model, method = network(lora_dropout=0.5), MGPOCallback(0.5)
+    optimizer = run(method, model, batches(1))
+    dense = copy.deepcopy(model)
+    for pair, of_dense, average in zip(
+        find_lora_pairs(model), find_lora_pairs(dense), torch.cat(method.state_dict()["gradient_norms"]), strict=True
+    ):
+        v = product(pair, pair.A, *(optimizer.state[p]["exp_avg"] for p in (pair.B, pair.A)), pair.B)
+        own_weight(of_dense).data -= 0.5 * v / v.norm() * min(1 / float(average), 10)
+    x = batches(1)[0][0]
+    with method.forward_context():
+        torch.manual_seed(3)
+        out = model(x)
+        loss_of(out).backward()
+    torch.manual_seed(3)
+    torch.testing.assert_close(out, dense(x), rtol=1e-9, atol=1e-11)
+    torch.manual_seed(3)
+    loss_of(dense(x)).backward()
+    for p, q in zip(trained(model), trained(dense), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-11)
+
+
+class Products(TorchDispatchMode):
+    """Counts the matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        return func(*args, **kwargs or {})
+
+
+def test_a_changed_step_takes_no_more_products_than_a_plain_one():
+    model, method, counts = network(), MGPOCallback(0.5), []
+    run(method, model, batches(1))
+    for context in (method.forward_context(), contextlib.nullcontext()):
+        with context, Products() as products:
+            loss_of(model(batches(1)[0][0])).backward()
+        counts.append(products.count)
+    assert counts[0] == counts[1] > 6
 
 
 # ---- moments of LoRA-Pro ----
@@ -548,6 +592,7 @@ def test_settings_without_a_meaning(settings, message):
 
 
 def test_optimizers_without_a_first_moment():
+    from bitsandbytes.optim import AdamW8bit
     from transformers import Adafactor
 
     class Hiding(torch.optim.AdamW):
@@ -560,6 +605,8 @@ def test_optimizers_without_a_first_moment():
     for optimizer in (torch.optim.SGD(trained(model), lr=0.1), Adafactor(trained(model))):
         with pytest.raises(ValueError, match=f"{type(optimizer).__name__} keeps no first moment to follow. Use AdamW"):
             run(MGPOCallback(), model, batches(1), optimizer)
+    with pytest.raises(ValueError, match=r"AdamW8bit keeps its moments in formats that cannot be read\. Use AdamW"):
+        MGPOCallback().watch(AdamW8bit(trained(model)))  # before the first step
     with pytest.raises(ValueError, match=r"Hiding keeps 'state1' of each parameter, but no first moment .* Use AdamW"):
         run(MGPOCallback(), model, batches(2), Hiding(trained(model)))
     run(MGPOCallback(), model, batches(2), torch.optim.SGD(trained(model), lr=0.1, momentum=0.9))

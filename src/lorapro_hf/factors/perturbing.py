@@ -1,8 +1,9 @@
 """How does a forward pass run with another weight or with other factors, while no parameter is written to?
 
-A change of low rank of the frozen weight is computed beside its layer, from the layer's input, and added to the output.
-Where a layer computes more than the product of weight and input (experts, DoRA), its factors are replaced for the time
-of its forward pass, and so are factors that change themselves. Gradient checkpointing runs all of this again.
+The factors of a layer are replaced for the time of its forward pass. A change of low rank of the frozen weight becomes
+further rows of A and columns of B: on CPUs a thin product takes about as long at three times the rank, and the layer
+reads its input and writes its output once. Where factors do not see the whole input (dropout, variants), the change is
+computed beside the layer and added to its output. Gradient checkpointing runs all of this again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorapro_hf.factors.pairs import LoRAPair
-from lorapro_hf.utils.private_names import is_before, private
+from lorapro_hf.utils.private_names import private
 
 Changed = Callable[[], tuple[Tensor, Tensor]]  # gives A and B to compute with, in the shapes of their parameters
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -82,8 +83,7 @@ def add_to_weight(pair: LoRAPair, left: Tensor, right: Tensor, is_on: WithGradie
         is_on: whether a pass is changed.
         hooks: takes the callbacks that remove the hooks.
     """
-    variant = type(getattr(pair.layer, "lora_variant", {}).get(pair.adapter_name)).__name__
-    if hasattr(pair.layer, "parameter_name") or variant.startswith("Dora"):
+    if not _drops_inputs(pair):
         replace_factors(pair, lambda: _extended(pair, left, right), is_on, hooks)
         return
     cast: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -99,6 +99,15 @@ def add_to_weight(pair: LoRAPair, left: Tensor, right: Tensor, is_on: WithGradie
 
     handle = pair.layer.register_forward_hook(beside, with_kwargs=True, prepend=True)
     hooks.callback(handle.remove)
+
+
+def _drops_inputs(pair: LoRAPair) -> bool:
+    """Whether the factors may see less of the input than the weight does."""
+    layer: Any = pair.layer
+    variant = type(getattr(layer, "lora_variant", {}).get(pair.adapter_name)).__name__
+    if variant != "NoneType":
+        return not variant.startswith("Dora")
+    return pair.adapter_name in layer.lora_A and not isinstance(layer.lora_dropout[pair.adapter_name], nn.Identity)
 
 
 def replace_factors(pair: LoRAPair, changed: Changed, is_on: WithGradients, hooks: ExitStack) -> None:
@@ -150,16 +159,8 @@ def _extended(pair: LoRAPair, left: Tensor, right: Tensor) -> tuple[Tensor, Tens
     return matrix_A.reshape(-1, *A.shape[1:]), matrix_B.reshape(len(B), -1, *B.shape[2:])
 
 
-def embedding_scale(layer: Any) -> Tensor | None:
-    """The factor by which PEFT multiplies the change of an embedding whose base scales its output; from 0.18 on."""
-    if is_before("peft", "0.18"):
-        return None
-    scale: Tensor | None = private(layer, "_get_embed_scale")()
-    return scale
-
-
 def _plus(output: Tensor, x: Tensor, left: Tensor, right: Tensor, pair: LoRAPair) -> Tensor:
-    """`output + x rightᵀ left` for the kind of layer."""
+    """`output + x rightᵀ left` for a linear layer or a convolution."""
     base = pair.layer.get_base_layer()
     if isinstance(base, _CONVOLUTIONS):
         dense = copy.copy(base)
@@ -169,10 +170,6 @@ def _plus(output: Tensor, x: Tensor, left: Tensor, right: Tensor, pair: LoRAPair
         kernel = left.mT.reshape(-1, right.shape[-2], *(1,) * len(base.kernel_size))
         convolution = (F.conv1d, F.conv2d, F.conv3d)[len(base.kernel_size) - 1]
         return output + convolution(between, kernel, groups=batch)
-    if not x.is_floating_point():
-        scale = embedding_scale(pair.layer)
-        added = F.embedding(x, right.mT) @ left
-        return output + (added if scale is None else added * scale.to(added.dtype))
     # PEFT's last operation is a sum or a cast, which keeps no output; a copy would cost as much as both products.
     is_own = output.grad_fn is None or output.grad_fn.name() in ("AddBackward0", "ToCopyBackward0")
     if is_own and output.is_contiguous():

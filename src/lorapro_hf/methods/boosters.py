@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from lorapro_hf.checkpoints.adapters import active_adapters, is_peft_model
 from lorapro_hf.factors.pairs import LoRAPair
-from lorapro_hf.factors.perturbing import embedding_scale
+from lorapro_hf.utils.private_names import is_before, private
 
 _PATCHED = ("get_delta_weight", "get_delta_factors")  # methods of PEFT's layers, by which they merge an adapter
 
@@ -123,7 +123,7 @@ def _add_to_output(layer: Any, args: Any, kwargs: Any, output: Tensor) -> Tensor
     x = args[0] if args else kwargs["x"]
     if name in layer.lora_embedding_A:
         change = F.embedding(x, A.T) @ B.T
-        scale = embedding_scale(layer)
+        scale = _embedding_scale(layer)
         change = change if scale is None else change * scale.to(change.dtype)
     elif isinstance(layer.lora_A[name], nn.Linear):
         change = F.linear(F.linear(x.to(A.dtype), A), B)
@@ -261,3 +261,11 @@ def save_whole(model: nn.Module) -> None:
 def _save_pretrained(part: Any, *args: Any, **kwargs: Any) -> Any:
     with as_one_adapter(part):
         return type(part).save_pretrained(part, *args, **kwargs)
+
+
+def _embedding_scale(layer: Any) -> Tensor | None:
+    """The factor by which PEFT multiplies the change of an embedding whose base scales its output; from 0.18 on."""
+    if is_before("peft", "0.18"):
+        return None
+    scale: Tensor | None = private(layer, "_get_embed_scale")()
+    return scale

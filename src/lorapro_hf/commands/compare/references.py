@@ -28,7 +28,8 @@ def reference_losses(task: LoadedTask, seed: int, device: torch.device) -> dict[
         size, added = int(model.get_submodule(task.head).out_features), 0.0
     targets = {}
     for which in ("train", "test"):
-        labels = [batch["labels"] if task.head else batch["labels"][:, 1:] for batch in task.batches(which)]
+        labels = [batch["labels"] for batch in task.batches(which)]
+        labels = [each[:, 1:] if each.dim() > 1 else each for each in labels]  # next tokens, or classes
         targets[which] = torch.cat([each[each != IGNORED] for each in labels])
     counts = torch.bincount(targets["train"], minlength=size).double() + added
     scores = (counts / counts.sum()).log()

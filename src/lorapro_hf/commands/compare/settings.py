@@ -20,10 +20,12 @@ KINDS: Mapping[str, frozenset[str]] = {
     "text": _OF_GIVEN_MODELS | {"text_column"},
     "classification": _OF_GIVEN_MODELS | {"classes", "text_column", "label_column", "head_learning_rate"},
     "characters": frozenset({"learn", "width", "layers", "pretraining_steps"}),
+    "digits": frozenset({"width", "layers", "pretraining_steps"}),
 }
 # Defaults of a kind where they are not those of `TaskSettings`.
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "characters": {"batch_size": 32, "validation_size": 1000, "test_size": 2000},
+    "digits": {"batch_size": 32, "validation_size": 400, "test_size": 600, "pretraining_steps": 600},
 }
 _PRECISIONS = ("fp32", "bf16")
 # The schedules of `transformers.get_scheduler` that need no more than steps and warm-up.
@@ -45,10 +47,10 @@ class TaskSettings:
     name: str
     kind: str  # one of `KINDS`
     model: str | None = None  # hub name or folder; None for the packaged one, "tiny-random" for a tiny random one
-    width: int = 64  # of the hidden states (characters)
-    layers: int = 3  # blocks of the model (characters)
+    width: int = 64  # of the hidden states (characters, digits)
+    layers: int = 3  # blocks of the model (characters, digits)
     learn: tuple[str, ...] = ("multiply", "reverse", "sort_set", "sum_three")  # puzzles (characters)
-    pretraining_steps: int = 3000  # before all runs, once (characters)
+    pretraining_steps: int = 3000  # before all runs, once (characters, digits)
     dataset: str | None = None  # hub name or file; None for word problems, the standard library or its docstrings
     dataset_config: str | None = None
     text_column: str = "text"  # (text, classification)

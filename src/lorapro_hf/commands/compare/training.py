@@ -98,8 +98,8 @@ class RunTrainer(LoRAProTrainerMixin, _TaskTrainer):
     def __init__(
         self, task: LoadedTask, run: PlannedRun, head: nn.Module | None, max_head_norm: float, **kwargs: Any
     ) -> None:
-        examples = [task.sets["train"][index] for step in task.order(run.seed)[: run.steps] for index in step]
-        super().__init__(train_dataset=examples, data_collator=task.collate, **kwargs)
+        indices: Any = [index for step in task.order(run.seed)[: run.steps] for index in step]
+        super().__init__(train_dataset=indices, **kwargs)
         self.task, self.run, self.head, self.max_head_norm = task, run, head, max_head_norm
         self.losses: list[float] = []
         if head is not None:
@@ -109,11 +109,11 @@ class RunTrainer(LoRAProTrainerMixin, _TaskTrainer):
             self.head_scheduler = get_scheduler(self.args.lr_scheduler_type, self.head_optimizer, *steps)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """The examples as they are: they are in their order already."""
+        """The examples by their indices, which are in their order already."""
         dataset: Any = self.train_dataset
 
-        def collate(examples: list[Any]) -> Any:
-            return to_device(self.task.collate(examples), self.model)
+        def collate(indices: list[int]) -> Any:
+            return to_device(self.task.batch(indices), self.model)
 
         return DataLoader(dataset, batch_size=self.args.train_batch_size, collate_fn=collate)
 
@@ -205,25 +205,25 @@ def _trainer(
     record: RunRecord, task: LoadedTask, run: PlannedRun, settings: CompareSettings, times: _StepTimes
 ) -> RunTrainer:
     """The trainer of a run; the record gets the data and the number of layers."""
-    batches = [[task.sets["train"][index] for index in step] for step in task.order(run.seed)[: run.steps]]
+    order = task.order(run.seed)[: run.steps]
     model = copy.deepcopy(task.model).to(times.device)
     head = task.start_head(model, run.seed)
     layers = layers_to_adapt(model, task.settings.target_modules, head)
 
     def take_gradients() -> None:
-        for batch in batches[:GRADIENT_BATCHES]:
-            loss, _ = task.loss_of(model, to_device(task.collate(batch), model))
+        for indices in order[:GRADIENT_BATCHES]:
+            loss, _ = task.loss_of(model, to_device(task.batch(indices), model))
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Full backward hook")  # PEFT's, on a model whose inputs need no grads
                 loss.backward()
 
     inputs = (
-        {name: value for name, value in to_device(task.collate(batch), model).items() if name != "labels"}
-        for batch in batches
+        {name: value for name, value in to_device(task.batch(indices), model).items() if name != "labels"}
+        for indices in order
     )
     adapted = make_trainable(model, run, layers, settings.scaling, take_gradients, inputs)
     record.examples = task.digest
-    record.data = digest([task.digest, task.order(run.seed)[: run.steps]])
+    record.data = digest([task.digest, order])
     record.adapted_layers = len(layers)
     trainer = RunTrainer(
         task,
@@ -254,6 +254,7 @@ def _training_arguments(run: PlannedRun, settings: CompareSettings, device: torc
         seed=run.seed,
         use_cpu=device.type == "cpu",
         logging_strategy="no",
+        logging_nan_inf_filter=False,  # each loss is looked at anyway
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

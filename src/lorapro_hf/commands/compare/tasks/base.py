@@ -30,7 +30,7 @@ class Rows(Sequence[Features]):
 
     def __getitem__(self, index: Any) -> Any:
         rows = {name: column[index] for name, column in self.columns.items()}
-        return Rows(rows) if isinstance(index, slice) else rows
+        return Rows(rows) if isinstance(index, slice) else rows  # a list of indices gives a batch
 
     @staticmethod
     def collate(examples: Sequence[Features]) -> Batch:
@@ -50,7 +50,7 @@ class LoadedTask:
     sets: Mapping[str, Sequence[Features]]  # "train", "validation" and "test"
     collate: Callable[[Sequence[Features]], Batch]
     loss_of: Callable[[Any, Batch], tuple[Tensor, int]]  # of a model on a batch: the mean, and of how many targets
-    measure: Callable[[Any], Mapping[str, float]] = lambda model: {}  # metrics on the test set beside the loss
+    measure: Callable[[Any], Mapping[str, float]] = lambda model: {}  # metrics on the test set, its loss if at hand
     held_out_batch: int | None = None  # examples of a batch that needs no gradients; None for twice the batch size
 
     @cached_property
@@ -93,8 +93,16 @@ class LoadedTask:
     def score(self, model: Any) -> dict[str, dict[str, float]]:
         """The loss on the validation set, and all metrics on the test set; `model` is left in evaluation mode."""
         model.eval()
-        test = {"loss": self.loss(model, "test"), **self.measure(model)}
+        measured = self.measure(model)
+        test = dict(measured) if "loss" in measured else {"loss": self.loss(model, "test"), **measured}
         return {"validation": {"loss": self.loss(model, "validation")}, "test": test}
+
+    def batch(self, indices: list[int]) -> Batch:
+        """The batch of some training examples."""
+        examples = self.sets["train"]
+        if isinstance(examples, Rows):
+            return dict(examples[indices])
+        return self.collate([examples[index] for index in indices])
 
     def batches(self, which: str) -> Iterator[Batch]:
         """The examples of a set in batches of similar lengths."""

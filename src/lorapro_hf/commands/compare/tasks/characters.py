@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorapro_hf.commands.compare.settings import TaskSettings
@@ -82,16 +83,18 @@ def load_characters(settings: TaskSettings) -> LoadedTask:
     sets = {name: _rows(_examples(chosen, name, settings.data_seed), size) for name, size in sizes.items()}
     task = LoadedTask(settings, _model(settings), None, sets, Rows.collate, language_loss, held_out_batch=500)
 
-    def exact_match(trained: Any) -> Mapping[str, float]:
-        right = 0
+    def measured(trained: Any) -> Mapping[str, float]:
+        total, right, count = 0.0, 0, 0
         for batch in task.batches("test"):
             inputs = to_device(batch, trained)
             labels = inputs.pop("labels")[:, 1:]
-            guesses = trained(**inputs).logits[:, :-1].argmax(dim=-1)
-            right += int(((guesses == labels) | (labels == IGNORED)).all(dim=1).sum())
-        return {"exact_match": right / len(sets["test"])}
+            logits = trained(**inputs).logits[:, :-1].float()
+            total += float(cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="sum"))
+            right += int(((logits.argmax(dim=-1) == labels) | (labels == IGNORED)).all(dim=1).sum())
+            count += int((labels != IGNORED).sum())
+        return {"loss": total / count, "exact_match": right / len(sets["test"])}
 
-    task.measure = exact_match
+    task.measure = measured
     return task
 
 

@@ -17,6 +17,7 @@ from lorapro_hf.commands.common.scoring import Evaluator
 from lorapro_hf.commands.compare.settings import TaskSettings
 from lorapro_hf.commands.compare.tasks.base import IGNORED, Batch, Features, LoadedTask, language_loss, to_device
 from lorapro_hf.commands.compare.tasks.characters import load_characters
+from lorapro_hf.commands.compare.tasks.digits import load_digits
 from lorapro_hf.commands.compare.tasks.models import causal_model, sentence_classifier
 from lorapro_hf.commands.compare.tasks.sources import docstrings, library_code, table
 from lorapro_hf.options import UsageError
@@ -157,4 +158,5 @@ _LOADERS: Mapping[str, Callable[[TaskSettings], LoadedTask]] = {
     "text": _load_text,
     "classification": _load_classification,
     "characters": load_characters,
+    "digits": load_digits,
 }

@@ -16,6 +16,7 @@ from lorapro_hf.commands.compare import report
 from lorapro_hf.commands.compare.command import _report as report_on
 from lorapro_hf.commands.compare.plan import content_of, plan
 from lorapro_hf.commands.compare.report import write_report
+from lorapro_hf.commands.compare.settings import KINDS
 from lorapro_hf.commands.compare.significance import holm, paired, paired_with, verdict
 from lorapro_hf.commands.compare.store import RunRecord, Store
 from lorapro_hf.commands.compare.summary import MethodSummary, StepSpread, TaskSummary, summarize
@@ -337,6 +338,12 @@ def test_numbers_of_one_seed_have_no_spread(tmp_path: Path) -> None:
     method = of(made_up(tmp_path, seeds=(0,)), "pro_full_linear")
     assert (method.test["loss"].mean, method.test["loss"].error) == (pytest.approx(1.14), None)
     assert method.against_baseline is not None and method.against_baseline.t_test is None
+
+
+def test_every_kind_of_task_is_described(tmp_path: Path) -> None:
+    chosen = settings(tmp_path, tasks={kind: {"kind": kind} for kind in KINDS})
+    Store(tmp_path).write_sweep(content_of(chosen, []))
+    assert text_of(Store(tmp_path)).count("100 steps of") == len(KINDS)
 
 
 @pytest.mark.parametrize(

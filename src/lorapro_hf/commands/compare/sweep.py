@@ -99,19 +99,20 @@ class Sweep:
 
     def _train(self, progress: Progress, locks: bool) -> None:
         """Train cells until all are done or with other processes."""
-        whole = progress.add_task("Runs", total=None, note="")
+        done, total = self._counts()
+        whole = progress.add_task("Runs", completed=done, total=total, note="")
         for cell in self._claims(locks):
             while runs := next_runs(cell, self.scores):
                 for run in runs:
-                    done, total = self._counts()
-                    progress.update(whole, completed=done, total=total)
                     bar = progress.add_task(run.title, total=run.steps, note="")
                     advance = partial(progress.advance, bar)
                     record = train_run(self._load(run.task), run, self.settings, self.device, advance)
                     self.store.append(record)
                     self.scores[run.key] = record.score()
                     progress.remove_task(bar)
-                    self._say(f"[{done + 1}/{total}] {run.title}: {outcome(record)}")
+                    done, total = self._counts()
+                    progress.update(whole, completed=done, total=total)
+                    self._say(f"[{done}/{total}] {run.title}: {outcome(record)}")
 
     def _claims(self, locks: bool) -> Iterator[Cell]:
         """The cells that have runs to do, one at a time, while no other process trains them."""

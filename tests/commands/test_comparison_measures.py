@@ -17,7 +17,7 @@ def test_an_estimate_has_the_standard_error_of_the_mean() -> None:
 
 
 def test_early_is_the_first_quarter() -> None:
-    assert early([4.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]) == 3.0
+    assert early([4.0, 2.0, 0.0, *[1.0] * 9]) == 2.0
     assert early([7.0, 1.0]) == 7.0
 
 

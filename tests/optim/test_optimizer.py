@@ -30,7 +30,7 @@ def test_full_mode_equals_the_dense_run(x_mode, zero_B):
     model = Row("", lambda: Net(nn.Linear(12, 9, bias=False)), {"r": 3}).build(init_lora_weights=zero_B)
     hyper = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-7, "weight_decay": 0.1}
     settings = {"x_mode": x_mode, "trust_region": 0.03}
-    optimizer = create_lorapro_optimizer(model, config={"mode": "full", **settings}, **hyper)
+    optimizer = create_lorapro_optimizer(model, config={"mode": "full", "update": "linear", **settings}, **hyper)
     (pair,) = optimizer.pairs
     dense = DenseFullAdamW(pair.A, pair.B, pair.scaling, **settings, **hyper)
     inputs, target = torch.randn(20, 12, dtype=torch.float64), torch.randn(20, 9, dtype=torch.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from scipy import stats
 from comparison_helpers import TINY, record_of, runs_of, settings
 from lorapro_hf.commands.compare import report
 from lorapro_hf.commands.compare.command import _report as report_on
+from lorapro_hf.commands.compare.figures import View
+from lorapro_hf.commands.compare.findings import sentences
 from lorapro_hf.commands.compare.plan import content_of, plan
 from lorapro_hf.commands.compare.report import write_report
 from lorapro_hf.commands.compare.settings import KINDS
-from lorapro_hf.commands.compare.significance import holm, paired, paired_with, verdict
+from lorapro_hf.commands.compare.significance import estimate, holm, paired, paired_with, verdict
 from lorapro_hf.commands.compare.store import RunRecord, Store
 from lorapro_hf.commands.compare.summary import MethodSummary, StepSpread, TaskSummary, summarize
+from lorapro_hf.commands.compare.tables import shown, spread
 from lorapro_hf.options import UsageError
 
 GRID = [1e-4, 3e-4, 1e-3]
@@ -65,7 +69,7 @@ def made_up(folder: Path, change: Change = lambda record: record, seeds: tuple[i
 def _figures_only_where_they_matter(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes most of a report's time."""
     if "figure" not in request.node.name:
-        monkeypatch.setattr(report, "draw", lambda summary, ours: {})
+        monkeypatch.setattr(report, "draw", lambda summary: {})
 
 
 def compared(store: Store) -> TaskSummary:
@@ -95,7 +99,7 @@ def test_each_method_has_its_own_best_rate(tmp_path: Path) -> None:
         "full": 3e-4,
     }
     assert {name: each.at_edge for name, each in methods.items() if each.at_edge} == {"pro_full_linear": "lowest"}
-    assert "| LoRA-Pro full, linear | 0.0001 ↓ | 1.1500 ± 0.0058 |" in text_of(store)
+    assert "| LoRA-Pro full, linear | 0.0001 ↓ | **1.1500 ± 0.0058** |" in text_of(store)
 
 
 def test_validation_chooses_and_the_test_set_reports(tmp_path: Path) -> None:
@@ -114,7 +118,8 @@ def test_gap_closed(tmp_path: Path) -> None:
     store = made_up(tmp_path)
     assert compared(store).gap == pytest.approx(0.2) and compared(store).gap_seeds == 3
     assert of(store, "pro_full_linear").gap_closed == pytest.approx((1.2 - 1.04) / 0.2)
-    assert "| 80% | -0.1600 | 3/3 |" in text_of(store)
+    text = text_of(store)
+    assert re.search(r"\| LoRA-Pro full, linear \|.*\| 80% \|", text) and "| -0.1600 ± 0.0000 | 3/3 |" in text
 
 
 def test_methods_are_judged_at_their_begin_and_their_end(tmp_path: Path) -> None:
@@ -157,7 +162,8 @@ def test_without_a_gap_none_is_closed(tmp_path: Path) -> None:
 
     store = made_up(tmp_path, spoil)
     assert of(store, "pro_full_linear").gap_closed is None
-    assert "nothing to close" in text_of(store)
+    text = text_of(store)
+    assert "nothing to close" in text and "| gap closed |" not in text
 
 
 def test_a_rate_at_which_a_seed_diverged_is_no_candidate(tmp_path: Path) -> None:
@@ -313,7 +319,7 @@ def test_the_report_is_made_of_the_folder_alone(tmp_path: Path) -> None:
     first = json.loads((tmp_path / "runs" / "summary.json").read_text())
     moved = (tmp_path / "runs").rename(tmp_path / "moved")
     assert text_of(Store(moved)) == text and json.loads((moved / "summary.json").read_text()) == first
-    assert text.count("| LoRA-Pro full, linear |") == 5
+    assert text.count("| LoRA-Pro full, linear |") == 6
     assert "1.3100 ± 0.0058" in text
     with pytest.raises(UsageError, match="no comparison"):
         write_report(tmp_path)
@@ -326,12 +332,77 @@ def test_figures_are_at_most_four_and_survive_empty_and_odd_records(tmp_path: Pa
     sweep["methods"]["lora"]["title"] = r"LoRA $\frac$ for $5"  # no formula
     (tmp_path / "sweep.json").write_text(json.dumps(sweep))
     names = re.findall(r"\]\((figures/[^)]+)\)", text_of(store))
-    assert sorted(names) == [f"figures/{name}.png" for name in ("cost", "loss", "rates")]
+    assert sorted(names) == [f"figures/t-{name}.png" for name in ("cost", "loss", "methods", "rates")]
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
     write_report(made_up(tmp_path / "none", diverged).folder)
-    assert {path.name for path in (tmp_path / "none" / "figures").iterdir()} == {"rates.png"}  # the crosses
+    assert {path.name for path in (tmp_path / "none" / "figures").iterdir()} == {"t-rates.png"}  # the crosses
     write_report(made_up(tmp_path / "empty", lambda record: None).folder)
     assert not list((tmp_path / "empty" / "figures").iterdir())
+
+
+def test_the_report_opens_with_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = made_up(tmp_path)
+    assert report_on(tmp_path, as_json=False) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    first, second, third = sentences(summarize(store))
+    assert first == (
+        "By more than two standard errors of the final test loss, LoRA (AdamW) is beaten by "
+        "LoRA-Pro full, linear; it beats no method."
+    )
+    assert "LoRA-Pro full, linear has the lowest final loss: 1.04 times that of full fine-tuning" in second
+    assert "1.00 times in the first quarter" in second and "(LoRA (AdamW): 1.18 times and 1.00 times)" in second
+    assert third.endswith("takes 1.00 times the time of LoRA (AdamW), and its optimizer keeps 3.75 times the state.")
+    assert (tmp_path / "report.md").read_text().startswith(f"# Comparison of methods\n\n{first}")
+    assert "0.0003 1.3100" in printed and "better" not in printed and second in printed
+
+
+def test_several_cells_have_an_overview(tmp_path: Path) -> None:
+    tasks = {"tiny": {**TINY, "ranks": [2, 4], "steps": [5, 3]}}
+    chosen = settings(tmp_path, seeds=[0, 1], tasks=tasks, methods={"lora": [1e-2], "loraplus": [1e-2]})
+    store = Store(tmp_path)
+    store.write_sweep(content_of(chosen, plan(chosen)))
+    for run in runs_of(chosen):
+        worse = run.method.name == "loraplus" and run.steps == 3
+        loss = {"loss": 2.0 if worse else 1.0 - 0.5 * (run.method.name == "loraplus") + 0.01 * run.seed}
+        store.append(record_of(run, scores={"validation": loss, "test": loss}, state_bytes=100))
+    summary = summarize(store)
+    assert [grid.rows for grid in shown(summary)] == [
+        [
+            ["LoRA+", "2, 0, 2", "×1.00", "×1.00", "–", "–", "×1.00"],
+            ["LoRA (AdamW)", "–", "×1.00", "×1.00", "–", "–", "×1.00"],
+        ]
+    ]
+    (first,) = sentences(summary)
+    assert "over 4 cells" in first and "is beaten by LoRA+ (2 of 4 cells); it beats LoRA+ (2 of 4 cells)" in first
+    assert "## All cells" in text_of(store)
+
+
+def test_a_gap_within_the_noise_is_not_shared_out(tmp_path: Path) -> None:
+    def blur(record: dict[str, Any]) -> dict[str, Any]:
+        if record["method"] == "full":
+            record["scores"]["test"]["loss"] = 1.3 + 0.3 * (record["seed"] - 1.1)
+        return record
+
+    store = made_up(tmp_path, blur)
+    assert compared(store).gap == pytest.approx(0.04)
+    text = text_of(store)
+    assert "within two standard errors, so no share" in text and "| gap closed |" not in text
+
+
+def test_digits_follow_the_standard_error() -> None:
+    assert spread(estimate({"0": 1.0, "1": 1.1})) == "1.050 ± 0.050"
+    assert spread(estimate({"0": 12.0, "1": 52.0})) == "32.00 ± 20.00"
+    assert spread(estimate({"0": 1.0})) == "1.0000" and spread(None) == "–"
+
+
+def test_a_figure_highlights_a_dozen_methods_at_most(tmp_path: Path) -> None:
+    summary = summarize(made_up(tmp_path))
+    (cell,) = summary.comparisons
+    cell.methods += [replace(cell.methods[1], method=f"ours {number}") for number in range(12)]
+    cell.methods += [replace(cell.methods[0], method=f"peer {number}") for number in range(12)]
+    view = View([cell], "lora", "full", [f"ours {number}" for number in range(12)] + ["pro_full_linear"])
+    colors = [style["color"] for style in view.styles().values()]
+    assert len(colors) == 27 and sum(color != colors[-1] for color in colors) == 8
 
 
 def test_numbers_of_one_seed_have_no_spread(tmp_path: Path) -> None:

@@ -114,10 +114,21 @@ def _run(arguments: argparse.Namespace, settings: Any, worker: Worker) -> int:
 
 
 def _report(folder: Path, as_json: bool) -> int:
+    from rich.console import Console
+
+    from lorapro_hf.commands.compare.findings import sentences
     from lorapro_hf.commands.compare.report import MARKDOWN, SUMMARY, write_report
+    from lorapro_hf.commands.compare.tables import shown
 
     summary = write_report(folder)
-    print((folder / SUMMARY).read_text(encoding="utf-8") if as_json else f"Report: {folder / MARKDOWN}")
+    if as_json:
+        print((folder / SUMMARY).read_text(encoding="utf-8"))
+    else:
+        console = Console(highlight=False, markup=False)
+        for grid in shown(summary):
+            console.print(grid.rich())
+        console.print("\n".join(sentences(summary)))
+        print(f"Report: {folder / MARKDOWN}")
     hopeless = [
         f"{comparison.task} r={comparison.rank}, {comparison.steps} steps: {method.title}"
         for comparison in summary.comparisons

@@ -4,126 +4,263 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from matplotlib.ticker import MaxNLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from lorapro_hf.commands.common.plots import as_png, new_figure, smooth
+from lorapro_hf.commands.compare.findings import best_of, method_of, ours_of, standings
+from lorapro_hf.commands.compare.significance import standard_error
 from lorapro_hf.commands.compare.store import FINISHED
-from lorapro_hf.commands.compare.summary import MISSING, Summary, TaskSummary
+from lorapro_hf.commands.compare.summary import MISSING, MethodSummary, Summary, TaskSummary
 
-_OURS = ("#D55E00", "#E69F00", "#CC79A7", "#882255", "#009E73", "#44AA99", "#6A3D9A", "#56B4E9")
-_THEIRS = ("#4d4d4d", "#7f7f7f", "#a6a6a6", "#8c6d4f", "#8c9fb3", "#b59f7f", "#5f6f5f", "#9a7f9a")
-_MARKERS = "os^vDPX*<>hp"
+_OURS = ("#D55E00", "#E69F00", "#CC79A7", "#882255", "#009E73")
+_BASELINE, _REFERENCE, _PEER, _OTHER = "black", "#0072B2", "#56B4E9", "#b8b8b8"
+_MARKERS = ("o", "D", "^", "v", "P")
+_WIDTH = 8.0  # inches
+_WORST = 4.0  # losses beyond so many times the best are off the picture of rates
+_RATIOS = (0.5, 2.0)  # of losses to the baseline's; those beyond are drawn at the edge
 
 Style = dict[str, Any]
-Panel = Callable[[Any, TaskSummary, dict[str, Style]], None]
 
 
-def draw(summary: Summary, ours: Sequence[str]) -> dict[str, bytes]:
-    """PNGs by name with a panel for each task and rank; `ours` are the names of the methods that are LoRA-Pro."""
-    panels: dict[str, tuple[str, Panel]] = {
-        "loss": ("training loss at the best rate, mean over the seeds, smoothed", _curves),
-        "rates": ("test loss by learning rate, mean and range over the seeds", _by_rate),
-        "cost": ("test loss at the best rate by training time", _by_time),
+@dataclass(frozen=True)
+class View:
+    """The cells of a picture, and the role of each method."""
+
+    cells: Sequence[TaskSummary]
+    baseline: str
+    reference: str
+    ours: Sequence[str]  # names of the methods that are LoRA-Pro
+    tuning_seeds: Sequence[int] = field(default_factory=tuple)
+
+    @property
+    def methods(self) -> list[MethodSummary]:
+        """Each method once, as in the first cell that has it."""
+        return list({m.method: m for cell in reversed(self.cells) for m in reversed(cell.methods)}.values())[::-1]
+
+    def styles(self) -> dict[str, Style]:
+        """Looks of the baseline, the reference, the best five of ours and the best other one; the rest is grey."""
+        found = standings(self.cells, self.baseline, self.reference)
+        ends = {self.baseline: (_BASELINE, "-", "s"), self.reference: (_REFERENCE, "--", "X")}
+        ours = [each.method for each in found if each.method in self.ours and each.method not in ends][: len(_OURS)]
+        others = [each.method for each in found if each.method not in {*ends, *self.ours}]
+        peer = best_of(found, others)
+        looks = {name: (color, "-", mark) for name, color, mark in zip(ours, _OURS, _MARKERS, strict=False)}
+        looks |= ends if peer is None else {**ends, peer.method: (_PEER, "-.", "*")}
+        styles: dict[str, Style] = {}
+        for method in self.methods:
+            color, line, marker = looks.get(method.method, (_OTHER, "-", "."))
+            styles[method.method] = {"color": color, "linestyle": line, "marker": marker, "label": method.title}
+            styles[method.method] |= {"zorder": 3 if method.method in looks else 2}
+        return styles
+
+
+def draw(summary: Summary) -> dict[str, bytes]:
+    """PNGs by name: for each task the losses by step, method, rate and cost, with a panel for each cell."""
+    settings, ours, pictures = summary.settings, ours_of(summary), {}
+    for task in dict.fromkeys(cell.task for cell in summary.comparisons):
+        cells = [cell for cell in summary.comparisons if cell.task == task]
+        view = View(cells, settings["baseline"], settings["reference"], ours, settings["tuning_seeds"])
+        for name, picture in pictures_of(view).items():
+            pictures[f"{task}-{name}"] = picture
+    return pictures
+
+
+def pictures_of(view: View) -> dict[str, bytes]:
+    """PNGs by name, without those that would be empty."""
+    longest = {}
+    for cell in sorted(view.cells, key=lambda cell: cell.steps):
+        longest[cell.task, cell.rank] = cell
+    makers: dict[str, Callable[[], bytes | None]] = {
+        "loss": partial(_panels, view, view.cells, _curves, 2, "loss by step"),
+        "methods": partial(_by_method, view),
+        "rates": partial(_panels, view, view.cells, _by_rate, 2, "loss by rate"),
+        "cost": partial(_by_cost, view, list(longest.values())),
     }
-    drawn = {name: _figure(summary, ours, title, panel) for name, (title, panel) in panels.items()}
-    return {name: picture for name, picture in drawn.items() if picture is not None}
+    made = {name: make() for name, make in makers.items()}
+    return {name: picture for name, picture in made.items() if picture is not None}
 
 
-def _figure(summary: Summary, ours: Sequence[str], title: str, panel: Panel) -> bytes | None:
-    """A picture with the panels one below the other; `None` if all are empty."""
-    count = len(summary.comparisons)
-    figure = new_figure(10, 4.2 * count)
-    for axes, comparison in zip(figure.subplots(count, squeeze=False)[:, 0], summary.comparisons, strict=True):
-        axes.set_title(
-            f"{comparison.task}, rank {comparison.rank}, {comparison.steps} steps: {title}",
-            fontsize="medium",
-            parse_math=False,
-        )
+Panel = Callable[[Any, TaskSummary, View, dict[str, Style]], None]
+
+
+def _panels(view: View, cells: Sequence[TaskSummary], panel: Panel, columns: int, kind: str) -> bytes | None:
+    """A picture with a panel for each cell and one legend; `None` if all are empty."""
+    columns = min(columns, len(cells))
+    rows = math.ceil(len(cells) / columns)
+    figure = new_figure(_WIDTH, 3.0 * rows + 1.0 if columns > 1 else 4.4)
+    styles = view.styles()
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, cell in zip(grid, cells, strict=False):
+        axes.set_title(title_of(cell), fontsize=10, parse_math=False)
         axes.grid(which="both", alpha=0.2)
-        panel(axes, comparison, _styles(comparison, summary.settings, ours))
-        if axes.has_data():
-            legend = axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
-            for text in legend.get_texts():
-                text.set_parse_math(False)  # a title may have dollars
-    return as_png(figure, dpi=80) if any(axes.has_data() for axes in figure.axes) else None
+        panel(axes, cell, view, styles)
+    free = figure.axes[len(cells) :]
+    for axes in free:
+        axes.set_axis_off()
+    if not any(axes.has_data() for axes in figure.axes):
+        return None
+    _legend(free[0] if free else figure, styles)
+    return as_png(figure, dpi=130)
 
 
-def _styles(comparison: TaskSummary, settings: dict[str, Any], ours: Sequence[str]) -> dict[str, Style]:
-    """Color, marker and line of each method: strong colors for LoRA-Pro, black for the baseline, blue for the goal."""
-    looks = {True: [(color, "-") for color in _OURS], False: [(color, ":") for color in _THEIRS]}
-    ends = {settings["baseline"]: ("black", "-"), settings["reference"]: ("#0072B2", "--")}
-    used = Counter[bool]()
-    styles: dict[str, Style] = {}
-    for place, method in enumerate(comparison.methods):
-        name, is_ours = method.method, method.method in ours
-        color, line = ends.get(name, looks[is_ours][used[is_ours] % len(_OURS)])
-        used[is_ours] += name not in ends
-        rate = "" if method.learning_rate is None else f", lr {method.learning_rate:g}"
-        styles[name] = {"color": color, "linestyle": line, "label": method.title + rate}
-        styles[name]["marker"] = _MARKERS[place % len(_MARKERS)]
-    return styles
+def title_of(cell: TaskSummary) -> str:
+    """The cell in one line."""
+    return f"{cell.task.replace('_', ' ')}, r = {cell.rank}, {cell.steps:,} steps"
 
 
-def _curves(axes: Any, comparison: TaskSummary, styles: dict[str, Style]) -> None:
-    for method in comparison.methods:
-        curve = method.loss_curve
-        if curve:
-            style = {**styles[method.method], "marker": None, "linewidth": 1.6}
-            axes.plot(method.curve_steps, smooth(curve, max(2, len(curve) // 30)), **style)
-    axes.set(xlabel="step", ylabel="training loss (log scale)", yscale="log")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _plain_numbers(axes.yaxis)
+def _legend(place: Any, styles: Mapping[str, Style]) -> None:
+    """One legend, in a free panel or below all: the highlighted methods, and a word for the others."""
+    shown = [Line2D([], [], **style) for style in styles.values() if style["color"] != _OTHER]
+    if len(shown) < len(styles):
+        shown.append(Line2D([], [], color=_OTHER, linewidth=1, label="other methods"))
+    of_all = hasattr(place, "subplots")
+    where = {"loc": "outside lower center", "ncols": 3} if of_all else {"loc": "center", "labelspacing": 1.0}
+    for text in place.legend(handles=shown, fontsize=8.5, frameon=False, **where).get_texts():
+        text.set_parse_math(False)  # a title may have dollars
 
 
-def _by_rate(axes: Any, comparison: TaskSummary, styles: dict[str, Style]) -> None:
-    axes.set(xlabel="learning rate (log scale)", ylabel="test loss (log scale)", xscale="log", yscale="log")
-    crosses: Counter[float] = Counter()
-    for method in comparison.methods:
+def _curves(axes: Any, cell: TaskSummary, view: View, styles: dict[str, Style]) -> None:
+    drawn = []
+    for method in cell.methods:
+        if method.loss_curve:
+            style, losses = styles[method.method], smooth(method.loss_curve, max(2, len(method.loss_curve) // 30))
+            strong = style["color"] != _OTHER
+            axes.plot(method.curve_steps, losses, **{**style, "marker": None, "linewidth": 1.6 if strong else 0.8})
+            drawn += losses if strong else []
+    axes.set(xlabel="step", ylabel="training loss", yscale="log")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    if drawn and min(drawn) > 0:
+        axes.set_ylim(0.92 * min(drawn), 1.08 * max(drawn))  # others may blow up
+    _plain_losses(axes.yaxis)
+
+
+def _by_rate(axes: Any, cell: TaskSummary, view: View, styles: dict[str, Style]) -> None:
+    """The test loss of the seeds that choose the rate, and a ring around the chosen one."""
+    axes.set(xlabel="learning rate", ylabel="test loss", xscale="log", yscale="log")
+    best, crosses = [], set()
+    for method in cell.methods:
         style = styles[method.method]
-        whole = {rate.learning_rate: rate.test["loss"] for rate in method.rates if rate.validation_loss is not None}
-        means = _errorbar(axes, {rate: list(losses.values()) for rate, losses in whole.items()}, style, markersize=5)
-        if method.learning_rate is not None:
-            ring = {"markersize": 11, "markerfacecolor": "none", "linestyle": "none", "marker": "o"}
-            axes.plot(method.learning_rate, means[method.learning_rate], markeredgecolor=style["color"], **ring)
+        strong = style["color"] != _OTHER
+        size = {"markersize": 4, "linewidth": 1.4} if strong else {"markersize": 0, "linewidth": 0.8}
+        losses = {rate.learning_rate: _deciding(rate.test.get("loss", {}), view) for rate in method.rates}
+        found = {rate: values for rate, values in losses.items() if values}
+        if found:
+            means = [statistics.fmean(values) for values in found.values()]
+            errors = [standard_error(values) or 0.0 for values in found.values()]
+            axes.errorbar(list(found), means, yerr=errors if strong else None, capsize=2, **{**style, **size})
+            best.append(min(means))
+            if method.learning_rate in found and strong:
+                ring = {"markersize": 10, "markerfacecolor": "none", "linestyle": "none", "marker": "o"}
+                place = list(found).index(method.learning_rate)
+                axes.plot(method.learning_rate, means[place], markeredgecolor=style["color"], **ring)
         for rate in method.rates:
-            value, bad = rate.learning_rate, sum(status not in (FINISHED, MISSING) for status in rate.status.values())
-            if bad:
-                # a cross at the upper edge, side by side where several methods have one
-                label = f"{method.title}: {bad} of {len(rate.status)} diverged or failed at {value:g}"
-                cross = {"marker": "x", "markersize": 8, "linestyle": "none", "color": style["color"], "label": label}
-                height = 0.98 - 0.035 * crosses[value]
-                axes.plot(value, height, transform=axes.get_xaxis_transform(), clip_on=False, **cross)
-                crosses[value] += 1
-    if any(rate.validation_loss is not None for method in comparison.methods for rate in method.rates):
-        _plain_numbers(axes.yaxis)
+            if any(status not in (FINISHED, MISSING) for status in rate.status.values()):
+                crosses.add((rate.learning_rate, style["color"]))
+    for value, color in sorted(crosses):
+        mark = {"marker": "x", "markersize": 7, "linestyle": "none", "color": color}
+        axes.plot(value, 0.97, transform=axes.get_xaxis_transform(), **mark)
+    if best and min(best) > 0:
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, 0.9 * min(best)), min(high, _WORST * min(best)))
+    _plain_losses(axes.yaxis)
+    _plain_rates(axes.xaxis)
 
 
-def _by_time(axes: Any, comparison: TaskSummary, styles: dict[str, Style]) -> None:
-    axes.set(xlabel="training time, s", ylabel="test loss")
-    for method in comparison.methods:
-        seconds, best = method.cost.get("train_s"), method.best
-        if seconds and best is not None:
-            _errorbar(axes, {seconds: list(best.test["loss"].values())}, styles[method.method], linestyle="none")
+def _deciding(by_seed: Mapping[str, float], view: View) -> list[float]:
+    """The figures of the tuning seeds, or of all seeds where there are none."""
+    chosen = [value for seed, value in by_seed.items() if int(seed) in view.tuning_seeds]
+    return chosen or list(by_seed.values())
 
 
-def _errorbar(axes: Any, losses: dict[float, list[float]], style: Style, **more: Any) -> dict[float, float]:
-    """Draw the mean and the range of losses by place, and return the means."""
-    means = {place: statistics.fmean(values) for place, values in losses.items()}
-    if means:
-        low = [means[place] - min(values) for place, values in losses.items()]
-        high = [max(values) - means[place] for place, values in losses.items()]
-        axes.errorbar(list(means), list(means.values()), yerr=[low, high], capsize=2, **{**style, **more})
-    return means
+def _by_method(view: View) -> bytes | None:
+    """Final and early loss over the baseline's: a row for each method, a column for each cell."""
+    cells = [cell for cell in view.cells if (base := method_of(cell, view.baseline)) is not None and base.test]
+    found = standings(cells, view.baseline, view.reference)
+    names = [each.method for each in reversed(found) if each.final is not None]
+    if not names:
+        return None
+    columns = min(3, len(cells))
+    rows, styles = math.ceil(len(cells) / columns), view.styles()
+    figure = new_figure(_WIDTH, rows * (0.24 * len(names) + 1.1) + 0.4)
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for axes, cell in zip(grid.flat, cells, strict=False):
+        axes.set_title(title_of(cell).replace(", ", "\n", 1), fontsize=9, parse_math=False)
+        axes.set(xscale="log", xlabel="loss over the baseline's")
+        axes.axvline(1.0, color="black", linewidth=0.8)
+        axes.grid(axis="both", alpha=0.2)
+        _ratios(axes, cell, view.baseline, names, styles)
+        axes.set_yticks(range(len(names)), [styles[name]["label"] for name in names], fontsize=8.5, parse_math=False)
+        _plain_losses(axes.xaxis, 3)
+    for axes in grid.flat[len(cells) :]:
+        axes.set_axis_off()
+    kinds = [("final test loss", "black"), ("early: training loss of the first quarter", "white")]
+    marks = [Line2D([], [], marker="o", ls="", c="black", mfc=fill, label=label) for label, fill in kinds]
+    figure.legend(handles=marks, loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
+    return as_png(figure, dpi=130)
 
 
-def _plain_numbers(axis: Any) -> None:
-    plain: Callable[[float, int], str] = lambda value, place: f"{value:.3g}"  # noqa: E731
-    axis.set_major_formatter(plain)
+def _ratios(axes: Any, cell: TaskSummary, baseline: str, names: Sequence[str], styles: dict[str, Style]) -> None:
+    base = method_of(cell, baseline)
+    assert base is not None
+    for place, name in enumerate(names):
+        method = method_of(cell, name)
+        if method is None or not method.test:
+            continue
+        color = styles[name]["color"] if styles[name]["color"] != _OTHER else "#7a7a7a"
+        pairs = [(method.test["loss"], base.test["loss"], method.against_baseline, color, 0.13)]
+        if method.early is not None and base.early is not None:
+            pairs.append((method.early, base.early, method.early_against_baseline, "white", -0.13))
+        for own, other, test, fill, offset in pairs:
+            if own.mean > 0 and other.mean > 0:
+                value = min(max(own.mean / other.mean, _RATIOS[0]), _RATIOS[1])
+                error = 0.0 if test is None or test.error is None else test.error / other.mean
+                look = {"marker": "o", "markersize": 5, "color": color, "markerfacecolor": fill, "capsize": 2}
+                axes.errorbar(value, place + offset, xerr=min(error, value / 2), **look)
+
+
+def _by_cost(view: View, cells: Sequence[TaskSummary]) -> bytes | None:
+    """The final loss by the optimizer's state and by the time of a step, one row for each cell."""
+    kinds = {"state_bytes": ("optimizer state, MiB", 2.0**-20), "step_ms": ("time of a step, ms", 1.0)}
+    figure = new_figure(_WIDTH, 3.0 * len(cells) + 1.0)
+    styles = view.styles()
+    for row, cell in zip(figure.subplots(len(cells), 2, squeeze=False), cells, strict=True):
+        for axes, (kind, (label, unit)) in zip(row, kinds.items(), strict=True):
+            axes.set_title(title_of(cell), fontsize=10, parse_math=False)
+            axes.set(xlabel=label, ylabel="test loss", xscale="log")
+            axes.grid(alpha=0.2)
+            for method in cell.methods:
+                if method.test and (cost := method.cost.get(kind)):
+                    own, style = method.test["loss"], {**styles[method.method], "linestyle": "none"}
+                    axes.errorbar(cost * unit, own.mean, yerr=own.error or 0.0, capsize=2, **style)
+            _plain_losses(axes.xaxis)
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+    if not any(axes.has_data() for axes in figure.axes):
+        return None
+    _legend(figure, styles)
+    return as_png(figure, dpi=130)
+
+
+def _plain_losses(axis: Any, most: int = 5) -> None:
+    """Few plain numbers on a logarithmic axis."""
     low, high = axis.get_view_interval()
-    # within one decade the ticks between the powers of ten are all there is
-    axis.set_minor_formatter(plain if low > 0 and math.log10(high / low) < 1.2 else (lambda value, place: ""))
-    axis.axes.tick_params(which="minor", labelsize="x-small")
+    wide = low > 0 and high / low > 6.0
+    decades = math.log10(high / low) if wide else 0.0
+    parts = (1.0, 2.0, 5.0) if decades < 1.6 else (1.0, 3.0) if decades < 2.5 else (1.0,)
+    axis.set_major_locator(LogLocator(subs=parts) if wide else MaxNLocator(most))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, place: f"{value:.3g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _plain_rates(axis: Any) -> None:
+    """Rates as 1e-3 and 3e-3."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0, 3.0) if low > 0 and high / low < 1e3 else (1.0,)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, place: f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e+"))

@@ -37,7 +37,7 @@ help: ## show this list
 
 install: $(STAMP) ## create .venv and install the package with its tools
 
-demo: $(STAMP) ## fine-tune a small language model with LoRA and LoRA-Pro and compare them
+demo: $(STAMP) ## show what LoRA-Pro does: its steps, its trainings, a real model
 	$(BIN)/lorapro demo $(ARGS)
 
 bench: $(STAMP) ## measure the optimizer steps beside those of other optimizers for LoRA

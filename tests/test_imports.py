@@ -35,13 +35,13 @@ FLOORS = (
         "commands.aggregate",
         "commands.bench",
         "commands.compare",
-        "commands.demo",
         "commands.evaluate",
         "commands.inspect",
         "commands.plot",
         "commands.ranks",
         "commands.train",
     ),
+    ("commands.demo",),
     ("cli",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -180,7 +180,7 @@ def test_module_keeps_the_import_rule(path: Path) -> None:
         ("trainer.trainer", "from trl import SFTTrainer"),
         ("cli", "from rich.table import Table"),
         ("optim.lora_pro", "import lora_pro"),
-        ("commands.demo.run", "from lorapro_hf.commands.bench import run"),
+        ("commands.compare.sweep", "from lorapro_hf.commands.demo import run"),
         ("commands.bench.run", "from lorapro_hf.commands.compare.store import anything"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The demo: its problems, its metric, its command line, and a whole run on a tiny model."""
+"""The demo: its problems, its metric, its figures, its command line, and a whole run on tiny models."""
 
 from __future__ import annotations
 
@@ -28,12 +28,18 @@ from lorapro_hf import cli
 from lorapro_hf.commands.common import models as packaged
 from lorapro_hf.commands.common.plots import smooth
 from lorapro_hf.commands.common.problems import encode, load_problems
-from lorapro_hf.commands.common.scoring import Evaluator, Score, final_answer_scores
+from lorapro_hf.commands.common.scoring import Evaluator, final_answer_scores
 from lorapro_hf.commands.common.word_problems import TEMPLATES, generate_problems, word_problems
-from lorapro_hf.commands.demo import run
+from lorapro_hf.commands.compare.significance import Estimate
+from lorapro_hf.commands.compare.store import RunRecord
+from lorapro_hf.commands.compare.tasks import pretrained
+from lorapro_hf.commands.demo import closeness, curves, language, run
+from lorapro_hf.commands.demo.language import stop_request
 from lorapro_hf.commands.demo.report import results_table
-from lorapro_hf.commands.demo.settings import METHODS, DemoSettings
-from lorapro_hf.commands.demo.training import MethodResult, stop_request, train_method, training_arguments
+from lorapro_hf.commands.demo.run import ADAPTER
+from lorapro_hf.commands.demo.settings import PARTS, RATES, TASK, DemoSettings
+from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.factors.pairs import find_lora_pairs, unwrapped_name
 from lorapro_hf.options import UsageError
 
 STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+) [a-z]+")
@@ -73,7 +79,7 @@ def _short_answers() -> Iterator[None]:
         return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "Evaluator", evaluator)
+        patch.setattr(language, "Evaluator", evaluator)
         yield
 
 
@@ -152,7 +158,7 @@ def test_batched_scores_are_those_of_single_problems(tiny: str) -> None:
     base = packaged.load_base_model(tiny)
     _, held_out = word_problems(0, 3, seed=0)
     examples = encode(held_out, base.tokenizer, 512)
-    model = run.add_adapter(base, seed=0)
+    model = language.add_adapter(base, seed=0)
     batched = Evaluator(examples, base.tokenizer, batch_size=3)
     assert batched.max_new_tokens == max(len(example.answer_ids) for example in examples) + 8
     batched.max_new_tokens = 12
@@ -184,6 +190,112 @@ def test_smoothing_is_a_centred_mean() -> None:
     assert smooth([4.0, 2.0, 0.0, 1.0], reach=1) == [3.0, 2.0, 1.0, 0.5]
 
 
+# How close are the directions to the gradient?
+
+
+def test_closeness_is_that_of_dense_float64_algebra(tiny: str) -> None:
+    model = language.add_adapter(packaged.load_base_model(tiny), seed=0).double()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    ids = torch.arange(40).view(2, 20)
+    batch = {"input_ids": ids, "labels": ids}
+    measured = {each.layer: each for each in closeness.measure(model, [batch])}
+    assert len(measured) == 14
+    pair = next(pair for pair in find_lora_pairs(model) if pair.name.endswith("down_proj"))
+    A, B, weight = pair.A.detach(), pair.B.detach(), pair.layer.base_layer.weight
+    weight.requires_grad_(True)
+    (g,) = torch.autograd.grad(model(**batch).loss, weight)
+    own = B @ (B.T @ g) + (g @ A.T) @ A
+    projections = torch.linalg.pinv(A) @ A, B @ torch.linalg.pinv(B)
+    closest = g - (torch.eye(len(B)) - projections[1]).double() @ g @ (torch.eye(A.shape[1]) - projections[0]).double()
+    U, S, V = torch.linalg.svd(g)
+    best = U[:, :16] @ torch.diag(S[:16]) @ V[:16]
+    found = measured[unwrapped_name(pair.name)]
+    for value, direction in ((found.lora, own), (found.lora_pro, closest), (found.best, best)):
+        assert value == pytest.approx(float((g * direction).sum() / (g.norm() * direction.norm())), rel=1e-6)
+    assert found.lora < found.lora_pro < found.best < 1
+    text = closeness.sentence(list(measured.values()), rank=8)
+    assert "medians over 14 layers; closer in 14 of them" in text and f"{closeness.medians([found])['lora']:.2f}"
+
+
+# The trainings of the loss curves
+
+
+@pytest.fixture
+def tiny_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task that is pretrained in no time, in this process alone."""
+    sizes = {"width": 16, "layers": 1, "pretraining_steps": 2, "validation_size": 8, "test_size": 8}
+    monkeypatch.setattr(curves, "TASK", {**TASK, **sizes})
+    monkeypatch.setattr(pretrained, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(curves, "PROCESSES", 1)
+
+
+def test_lora_pro_is_the_librarys_default() -> None:
+    ours = curves.compared(DemoSettings()).methods[1]
+    assert LoRAProConfig(**ours.settings) == LoRAProConfig()
+    arguments = language.training_arguments(Path("out"), 4)
+    assert arguments.lora_pro and arguments.lora_pro_config == LoRAProConfig()
+    assert LoRAProConfig().mode in ours.title and LoRAProConfig().update in ours.title
+
+
+def test_methods_differ_in_optimizer_adapter_and_rate_alone() -> None:
+    compared = curves.compared(DemoSettings(seeds=2, steps=7))
+    runs = curves.planned(compared)
+    assert [(run.method.name, run.seed) for run in runs] == [
+        (name, seed) for seed in (1, 2) for name in ("lora", "lora_pro", "full")
+    ]
+    assert {run.method.name: run.learning_rate for run in runs} == RATES
+    assert {run.steps for run in runs} == {7}
+
+
+def test_figures_are_means_and_standard_errors_over_the_seeds() -> None:
+    compared = curves.compared(DemoSettings(seeds=3, steps=4))
+    names = {"task": "characters", "rank": 4, "steps": 4, "method": "lora", "learning_rate": RATES["lora"]}
+    records = [
+        RunRecord(
+            **names, key=str(seed), seed=seed, status=status, losses=[4.0 + seed, 3.0, 2.0, 1.0], state_bytes=96,
+            scores={"validation": {"loss": 9.0}, "test": {"loss": float(seed), "exact_match": 0.5}}, step_ms=2.0,
+        )
+        for seed, status in ((1, "finished"), (3, "finished"), (2, "diverged"))
+    ]  # fmt: skip
+    (found,) = curves.figures(compared, records)
+    assert (found.figures["loss"].mean, found.figures["loss"].error) == (2.0, 1.0)
+    assert found.figures["early"].by_seed == {"1": 5.0, "3": 7.0}
+    assert found.figures["step_ms"].error == 0.0 and found.state_bytes == 96 and len(found.losses) == 2
+
+
+def test_a_failed_run_ends_the_demo(tiny_task: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curves, "train_run", lambda task, run, *_: RunRecord(**run.entry(), error="no memory"))
+    with pytest.raises(RuntimeError, match=r"LoRA \(AdamW\).*seed 1: no memory"):
+        curves.train_all(curves.compared(DemoSettings(seeds=1, steps=1)), lambda run, record: None)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))  # of the processes
+    monkeypatch.setattr(pretrained, "cache_folder", lambda: tmp_path / "lorapro_hf")
+    sizes = {"width": 16, "layers": 1, "pretraining_steps": 2, "validation_size": 8, "test_size": 8}
+    monkeypatch.setattr(curves, "TASK", {**TASK, **sizes})
+    settings = curves.compared(DemoSettings(seeds=1, steps=3, output_dir=tmp_path))
+    losses: dict[int, dict[str, list[float]]] = {1: {}, 2: {}}
+    steps: list[str] = []
+
+    for count, found in losses.items():
+
+        def report(run, record, found=found, count=count) -> None:
+            if record is None:
+                steps.extend([run.method.name] * (count == 2))
+            else:
+                found[run.method.name] = record.losses
+
+        monkeypatch.setattr(curves, "PROCESSES", count)
+        curves.train_all(settings, report)
+    assert losses[1].keys() == losses[2].keys() == RATES.keys()
+    for name in RATES:
+        assert losses[2][name] == pytest.approx(losses[1][name], rel=1e-4) and steps.count(name) == 3
+
+
 # A whole run
 
 
@@ -194,145 +306,137 @@ class Whole(NamedTuple):
     printed: str
 
 
-@pytest.fixture(scope="module")
-def whole(tiny: str, _short_answers: None, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    folder, printed = tmp_path_factory.mktemp("demo"), StringIO()
-    (folder / "answer.py").write_text("import json, sys; print(json.dumps(sys.argv[1:]))")
-    options = ["--model", tiny, "--steps", "2", "--batch_size", "2", "--eval_size", "2"]
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
-        patch.setattr(run, "STOCK_PEFT_SCRIPT", folder / "answer.py")
-        options += ["--methods", "lora", "lora_pro", "--output_dir", str(folder / "out")]
-        assert cli.main(["demo", *options]) == 0
-    return Whole(folder / "out", printed.getvalue())
+SMALL = {"model_steps": 2, "seeds": 2, "steps": 4}
+
+
+@pytest.fixture
+def whole(tiny: str, tiny_task: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Whole:
+    printed = StringIO()
+    (tmp_path / "answer.py").write_text("import json, sys; print(json.dumps(sys.argv[1:]))")
+    monkeypatch.setattr(language, "STOCK_PEFT_SCRIPT", tmp_path / "answer.py")
+    options = [text for name, value in SMALL.items() for text in (f"--{name}", str(value))]
+    with redirect_stdout(printed):
+        assert cli.main(["demo", "--model", tiny, *options, "--output_dir", str(tmp_path / "out")]) == 0
+    return Whole(tmp_path / "out", printed.getvalue())
+
+
+def test_a_whole_run(whole: Whole, tiny: str) -> None:
+    output, printed = whole
+    results = json.loads((output / "results.json").read_text())
+    assert len(results["closeness"]) == 14 and results["closeness_medians"]["best"] > 0
+    assert results["times_s"].keys() == set(PARTS) and not results["stopped"]
+    assert [row["method"] for row in results["methods"]] == ["lora", "lora_pro", "full"]
+    for row in results["methods"]:
+        assert [len(losses) for losses in row["losses"]] == [4, 4]
+        assert {"loss", "exact_match", "early", "step_ms"} == row["figures"].keys() and row["state_bytes"] > 0
+    # same data, order and adapter: the methods part after the first step only
+    assert len({row["losses"][0][0] for row in results["methods"]}) == 1
+    assert len({row["losses"][0][-1] for row in results["methods"]}) == 3
+    model = results["model"]
+    assert len(model["losses"]) == 2 and 0 < model["after"]["loss"] < 20 and model["adapter"] == str(output / ADAPTER)
+    assert json.loads(model["answer"])[:4] == ["--base", tiny, "--adapter", str(output / ADAPTER)]
+    assert {"adapter_model.safetensors", "lorapro_config.json", "README.md"} <= set(os.listdir(output / ADAPTER))
+    card = (output / ADAPTER / "README.md").read_text()
+    assert "More Information Needed" not in card and tiny not in card and "on word problems." in card
+    for name in ("closeness", "loss_curves", "demo"):
+        assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert results["environment"]["torch"] == torch.__version__ and results["settings"]["steps"] == 4
+    for words in ("closer in", "exact", curves.default_title().split()[1], "fresh process", "lorapro train"):
+        assert words in printed
+    # a file shows the progress in lines
+    assert re.search(r"characters r=4, 4 steps: LoRA \(AdamW\), lr 0.01, seed 1: loss \d", printed)
 
 
 @pytest.mark.slow
 def test_a_fresh_process_answers_with_peft_alone(whole: Whole) -> None:
     results = json.loads((whole.output / "results.json").read_text())
-    command = [sys.executable, str(run.STOCK_PEFT_SCRIPT), *json.loads(results["stock_peft_answer"]["answer"])]
+    script = Path(language.__file__).parent / "stock_peft" / "answer.py"
+    command = [sys.executable, str(script), *json.loads(results["model"]["answer"])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_whole_run(whole: Whole, tiny: str) -> None:
-    output = whole.output
-    results = json.loads((output / "results.json").read_text())
-    methods = {row["method"]: row for row in results["methods"]}
-    assert list(methods) == ["lora", "lora_pro"]
-    for name, row in methods.items():
-        assert row["steps"] == len(row["train_losses"]) == len(row["optimizer_ms"]) == 2
-        assert row["learning_rate"] == METHODS[name].learning_rate
-        assert not row["interrupted"] and row["optimizer_ms_per_step_median"] > 0 and row["wall_time_s"] > 0
-        assert 0 < row["heldout"]["loss"] < 20 and 0 <= row["heldout"]["exact_match"] <= 1
-        assert (output / name / "adapter_model.safetensors").exists()
-        assert (output / name / "lorapro_config.json").is_file() == (output / name / "README.md").is_file()
-        assert (output / name / "README.md").is_file() == (name != "lora")
-    card = (output / "lora_pro" / "README.md").read_text()
-    assert "lorapro_config.json" in card and "More Information Needed" not in card and tiny not in card
-    assert "# LoRA-Pro full\n" in card and "on word problems." in card
-    # same data, order and adapter: the methods part after the first step only
-    assert len({row["train_losses"][0] for row in methods.values()}) == 1
-    assert len({row["train_losses"][-1] for row in methods.values()}) == 2
-    factors = sum(2 * 8 * sum(shape) * 4 for shape in [(32, 32)] * 8 + [(32, 48)] * 6)
-    dense = sum(2 * m * n * 4 for m, n in [(32, 32)] * 8 + [(32, 48)] * 6)
-    assert methods["lora"]["optimizer_state_mb"] * 1e6 == pytest.approx(factors, rel=0.02)
-    assert methods["lora_pro"]["optimizer_state_mb"] * 1e6 == pytest.approx(dense, rel=0.02)
-    assert (output / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
-    assert results["environment"]["torch"] == torch.__version__ and results["settings"]["steps"] == 2
-    assert results["stock_peft_answer"]["adapter"] == str(output / "lora_pro")
-    asked = json.loads(results["stock_peft_answer"]["answer"])
-    assert asked[:4] == ["--base", tiny, "--adapter", str(output / "lora_pro")]
-    assert all(words in whole.printed for words in ("exact", "LoRA-Pro full", "fresh process"))
-
-
-def test_methods_differ_in_learning_rate_and_lora_pro_alone(tmp_path: Path) -> None:
-    settings = DemoSettings(learning_rates={"lora_pro": 3e-5}, output_dir=tmp_path)
-    every = {name: training_arguments(settings, method) for name, method in METHODS.items()}
-    assert [name for name, arguments in every.items() if not arguments.lora_pro] == ["lora"]
-    assert every["lora_pro"].learning_rate == 3e-5 and every["lora"].learning_rate == METHODS["lora"].learning_rate
-    own = {"output_dir", "logging_dir", "learning_rate", "lora_pro", "lora_pro_mode", "lora_pro_trust_region"}
-    common = [{key: value for key, value in each.to_dict().items() if key not in own} for each in every.values()]
-    assert all(each == common[0] for each in common)
-
-
 def test_adapter_in_the_folder_is_the_trained_one(tiny: str, tmp_path: Path) -> None:
-    base = packaged.load_base_model(tiny)
-    settings = DemoSettings(steps=2, batch_size=2, output_dir=tmp_path)
-    examples = encode(load_problems(4, 64)[0], base.tokenizer, 512)
-    model = run.add_adapter(base, settings.seed)
-    initial = {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
-    train_method(model, initial, base.tokenizer, examples, settings, METHODS["lora_pro"])
+    made = language.LanguageModel(DemoSettings(model=tiny, output_dir=tmp_path), Console(quiet=True))
+    first = made.train(2, lambda loss: None, tmp_path / "lora_pro")
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "lora_pro")
-    expected = get_peft_model_state_dict(model)
+    expected = get_peft_model_state_dict(made.model)
     for name, value in get_peft_model_state_dict(loaded).items():
         assert torch.equal(value, expected[name])
+    assert made.train(2, lambda loss: None) == first, "each training starts with a new adapter"
 
 
 # Ctrl-C
 
 
-def interrupt_at(step: int, times: int = 1):
-    """A replacement for `run.train_method` that presses Ctrl-C at a step."""
+def press(times: int = 1) -> None:
+    for _ in range(times):
+        os.kill(os.getpid(), signal.SIGINT)
 
-    def train(*args, **kwargs):
-        on_step, seen = args[6], []
 
-        def press(loss: float) -> None:
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_keeps_what_is_done(
+    times: int,
+    tiny: str,
+    tiny_task: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    train = language.LanguageModel.train
+
+    def interrupted(self, steps, on_step, folder=None):
+        seen = []
+
+        def on_step_and_press(loss: float) -> None:
             on_step(loss)
             seen.append(loss)
-            if len(seen) == step:
-                for _ in range(times):
-                    os.kill(os.getpid(), signal.SIGINT)
+            if len(seen) == 3:
+                press(times)
 
-        return train_method(*args[:6], press)
+        return train(self, steps, on_step_and_press, folder)
 
-    return train
-
-
-def test_ctrl_c_keeps_what_is_trained(
-    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(run, "train_method", interrupt_at(step=3))
-    settings = DemoSettings(model=tiny, steps=50, batch_size=2, eval_size=2, output_dir=tmp_path)
-    console = Console(record=True, width=150, quiet=True)
+    monkeypatch.setattr(language.LanguageModel, "train", interrupted)
+    settings = DemoSettings(("curves", "model"), tmp_path, model=tiny, model_steps=50, seeds=1, steps=2)
     before = signal.getsignal(signal.SIGINT)
-    assert run.run_demo(settings, console, as_json=True) == 130
+    assert run.run_demo(settings, Console(record=True, width=150, quiet=True), as_json=True) == 130
     assert signal.getsignal(signal.SIGINT) is before
     results = json.loads((tmp_path / "results.json").read_text())
     assert json.loads(capsys.readouterr().out) == results
-    (row,) = results["methods"]
-    assert results["stopped"] and row["interrupted"] and row["steps"] in (3, 4) and row["heldout"] is None
-    assert (tmp_path / "loss_curves.png").exists() and not (tmp_path / "lora_pro").exists()
-    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "lora")
+    assert results["stopped"] and len(results["methods"]) == 3 and (tmp_path / "loss_curves.png").exists()
+    if times == 1:
+        assert len(results["model"]["losses"]) in (3, 4) and results["model"]["after"] is None
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / ADAPTER)
+    else:  # the second one aborts at once
+        assert results["model"] is None and not (tmp_path / ADAPTER / "adapter_model.safetensors").exists()
 
 
-def test_second_ctrl_c_aborts_at_once(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "train_method", interrupt_at(step=2, times=2))
-    options = ["--model", tiny, "--steps", "50", "--batch_size", "2", "--eval_size", "2", "--output_dir", str(tmp_path)]
-    assert cli.main(["demo", *options]) == 130
-    assert not (tmp_path / "results.json").exists()
-
-
-def test_ctrl_c_while_evaluating_keeps_the_method_and_the_log(
-    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_ctrl_c_keeps_the_runs_that_have_finished(
+    tiny_task: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    score, calls = Evaluator.score, []
+    train_run, done = curves.train_run, []
 
-    def interrupted(self, model, advance):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return score(self, model, advance)
+    def interrupted(*args):
+        if len(done) == 2:
+            press()
+        done.append(args)
+        return train_run(*args)
 
-    monkeypatch.setattr(Evaluator, "score", interrupted)
-    settings = DemoSettings(model=tiny, methods=("lora",), steps=9, batch_size=2, eval_size=2, output_dir=tmp_path)
+    monkeypatch.setattr(curves, "train_run", interrupted)
     log = StringIO()
+    settings = DemoSettings(("curves",), tmp_path, seeds=1, steps=2)
     assert run.run_demo(settings, Console(file=log, width=150)) == 130
-    (row,) = json.loads((tmp_path / "results.json").read_text())["methods"]
-    assert not row["interrupted"] and row["steps"] == 9 and row["heldout"] is None
-    # a file shows the progress in lines
-    assert re.findall(r"Training LoRA \(AdamW\): step (\d+) of 9, loss \d", log.getvalue()) == ["2", "4", "6", "8"]
-    assert re.search(r"Evaluating the base model: loss \d.*\n.*Training LoRA", log.getvalue())
+    assert [row["method"] for row in json.loads((tmp_path / "results.json").read_text())["methods"]] == [
+        "lora",
+        "lora_pro",
+    ]
+    assert "Stopped by Ctrl-C" in log.getvalue()
+
+
+def test_ctrl_c_before_there_is_anything_to_keep(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(closeness, "measure", lambda *args: press())
+    assert cli.main(["demo", "--model", tiny, "--parts", "closeness", "--output_dir", str(tmp_path)]) == 130
+    assert not (tmp_path / "results.json").exists()
 
 
 def test_stop_request_works_outside_the_main_thread() -> None:
@@ -346,45 +450,39 @@ def test_stop_request_works_outside_the_main_thread() -> None:
 
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_the_table_is_whole_at_every_width(width: int) -> None:
-    score = Score(loss=0.123, exact_match=0.125, answered=1.0)
-    results = [
-        MethodResult(method, 1e-3, Path(name), [0.3], [123.4], 1034.1, 312.2, heldout=score)
-        for name, method in METHODS.items()
+    values = {"loss": (0.177, 0.005), "exact_match": (0.795, 0.012), "early": (12.34, 0.05), "step_ms": (123.4, 1.7)}
+    figures = {name: Estimate(mean, error, {}) for name, (mean, error) in values.items()}
+    settings = DemoSettings()
+    methods = [
+        curves.MethodFigures(m.name, m.title, RATES[m.name], figures, 987_654, [])
+        for m in curves.compared(settings).methods
     ]
     console = Console(width=width, record=True, file=StringIO())
-    console.print(results_table(score, results))
+    console.print(results_table(methods, settings))
     words = console.export_text().split()
-    for figure in ("0.300", "123.4", "1034.1", "312"):
-        assert words.count(figure) == len(METHODS)
-    for word in ("efficient", "full_8bit", "factored", "(AdamW)"):
-        assert words.count(word) == 1
+    for figure in ("0.177±.005", "79.5±1.2", "12.34±.05", "988", "123.4±1.7"):
+        assert words.count(figure) == len(methods)
 
 
 @pytest.mark.slow
-def test_ctrl_c_on_the_command_line(tiny: str, tmp_path: Path) -> None:
-    problems = tmp_path / "problems.json"
-    word_problems(20, 0, seed=0)[0].to_json(problems)
+def test_ctrl_c_on_the_command_line(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    command = [sys.executable, "-m", "lorapro_hf.cli", "demo", "--model", tiny, "--dataset", str(problems)]
-    command += ["--steps", "100000", "--batch_size", "2", "--eval_size", "2", "--output_dir", str(output)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "150"}
+    command = [sys.executable, "-m", "lorapro_hf.cli", "demo", "--parts", "curves", "--steps", "100000"]
+    command += ["--output_dir", str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "150", "HF_HOME": str(tmp_path)}
     # a parent that ignores Ctrl-C, as a shell's background job does, hands that on
     default = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     signal.signal(signal.SIGINT, default)
     try:
-        while not (output / "lora").exists() and process.poll() is None:
+        while not list((tmp_path / "lorapro_hf").glob("*.lock")) and process.poll() is None:
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=240)
+        _, err = process.communicate(timeout=240)
     finally:
         process.kill()
-    assert process.returncode == 130, err
-    assert "Stopping after this step" in err or "Stopping after this step" in out
-    (row,) = json.loads((output / "results.json").read_text())["methods"]
-    assert row["interrupted"] and 1 <= row["steps"] < 100000
-    assert (output / "lora" / "adapter_model.safetensors").exists()
-    assert "(interrupted after" in out and str(output / "lora") in out.replace("\n", "")
+    assert process.returncode == 130 and "stopped by Ctrl-C" in err
+    assert not (output / "results.json").exists()
 
 
 # Bad arguments
@@ -394,11 +492,9 @@ def test_ctrl_c_on_the_command_line(tiny: str, tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["--steps", "0"], "argument --steps: '0' is not a whole number from 1 on"),
-        (["--batch_size", "many"], "'many' is not a whole number"),
-        (["--lora_pro_lr", "-1"], "'-1' is not a positive number"),
-        (["--lora_lr", "nan"], "'nan' is not a positive number"),
-        (["--methods", "qlora"], "invalid choice: 'qlora'"),
-        (["--methods"], "expected at least one argument"),
+        (["--seeds", "many"], "'many' is not a whole number"),
+        (["--parts", "qlora"], "invalid choice: 'qlora'"),
+        (["--parts"], "expected at least one argument"),
         (["--stesp", "3"], "unrecognized arguments: --stesp"),
     ],
 )
@@ -412,7 +508,9 @@ def test_the_parser_refuses(options: list[str], message: str, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--methods", "lora", "lora"], "A method is named twice"),
+        (["--parts", "model", "model"], "A part is named twice"),
+        (["--parts", "model", "--seeds", "4"], "--seeds is for curves: leave it out, or change --parts"),
+        (["--parts", "curves", "--model", "x"], "--model is for closeness and model"),
         (["--dataset_config", "main"], "--dataset_config goes with --dataset"),
         (["--dataset", "no/such_dataset"], "Cannot load the dataset 'no/such_dataset'"),
         (["--dataset", "{tmp}/notes.txt"], "has the columns ['text']; 'question' and 'answer' are needed"),
@@ -422,7 +520,6 @@ def test_the_parser_refuses(options: list[str], message: str, capsys: pytest.Cap
         (["--model", "no/such_model"], "Cannot load the model 'no/such_model'"),
         (["--model", "{tmp}"], "holds no config.json and 0 GGUF files"),
         (["--output_dir", "{tmp}/notes.txt"], "Choose another folder"),
-        (["--eval_size", "1000000"], "Lower --eval_size"),
     ],
 )
 def test_the_demo_refuses(options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,1 +1,1 @@
-"""The demo: a small language model learns arithmetic word problems, once with LoRA and once with LoRA-Pro."""
+"""The demo: how close LoRA-Pro's steps are to the full gradient, how it trains to the end, and a real model."""

@@ -1,110 +1,175 @@
-"""Which table, figures and curves does a demo run show and keep?"""
+"""Which table, pictures and figures does a demo run show and keep?"""
 
 from __future__ import annotations
 
+import re
+import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
+from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.table import Table
 
-from lorapro_hf.commands.common.plots import as_png, finish_loss_axes, new_figure, smooth
+from lorapro_hf.commands.common.plots import as_png, new_figure, smooth
 from lorapro_hf.commands.common.records import environment, write_json
 from lorapro_hf.commands.common.scoring import Score
-from lorapro_hf.commands.demo.settings import METHODS, DemoSettings
-from lorapro_hf.commands.demo.training import MethodResult
+from lorapro_hf.commands.compare.significance import Estimate
+from lorapro_hf.commands.demo.closeness import Closeness, medians
+from lorapro_hf.commands.demo.curves import MethodFigures
+from lorapro_hf.commands.demo.settings import CLOSENESS_STEPS, MODEL_RANK, TASK, DemoSettings
 
-_CAPTION = (
-    "train loss: mean of the last quarter of the steps; step: median of the optimizer's step; state: the optimizer's; "
-    "time: of the whole training. A check that training works, not a benchmark: few steps, one seed."
-)
-_COLOURS = dict(zip(METHODS, ("#0072B2", "#D55E00", "#56B4E9", "#CC79A7", "#009E73"), strict=True))
-_MARKERS = dict(zip(METHODS, "os>D^", strict=True))
-
-
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+_LORA, _PRO, _GOAL = ("#0072B2", "o", "-"), ("#D55E00", "s", "-"), ("#4d4d4d", "^", "--")
+_STYLES = {"lora": _LORA, "lora_pro": _PRO, "best": _GOAL, "full": _GOAL}
+_DPI = 160
+_DIGITS = 4  # of losses and cosines in the JSON
+_WINDOW = 40  # a drawn loss is a mean over one part of so many of the steps
 
 
-def _title(result: MethodResult) -> str:
-    if not result.interrupted:
-        return result.method.title
-    count = len(result.train_losses)
-    return f"{result.method.title} (interrupted after {count} step{'' if count == 1 else 's'})"
+@dataclass
+class ModelFigures:
+    """How the language model was fine-tuned; `answer` is that of stock PEFT."""
+
+    losses: list[float]
+    adapter: str
+    before: Score
+    after: Score | None = None
+    prompt: str | None = None
+    answer: str | None = None
+    expected: str | None = None
 
 
-def results_table(base: Score | None, results: Sequence[MethodResult]) -> Table:
-    """The figures of the base model and of every method side by side."""
-    table = Table(title="Held-out problems", caption=_CAPTION, caption_justify="left", box=box.SIMPLE_HEAD)
+@dataclass
+class DemoFigures:
+    """All figures so far."""
+
+    closeness: list[Closeness] = field(default_factory=list)
+    methods: list[MethodFigures] = field(default_factory=list)
+    model: ModelFigures | None = None
+    times_s: dict[str, float] = field(default_factory=dict)  # of the parts
+    stopped: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.closeness or self.methods or self.model)
+
+
+def results_table(methods: Sequence[MethodFigures], settings: DemoSettings) -> Table:
+    """The methods of the loss curves side by side."""
+    title = f"Puzzles in characters, rank {TASK['ranks'][0]}, {settings.steps} steps, {settings.seeds} seeds"
+    caption = (
+        "Loss and exact match on held-out puzzles; early: mean training loss of the first quarter of the steps; state: "
+        "the optimizer's. Means ± standard errors over the seeds."
+    )
+    table = Table(title=title, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
     table.show_edge, table.padding = False, (0, 1, 0, 0)
     table.add_column("method", overflow="fold")
-    # narrow enough for 60 columns
-    for title in ("lr", "train\nloss", "held-\nout\nloss", "exact\nmatch", "step\nms", "state\nMB", "time\ns"):
-        table.add_column(title, justify="right", no_wrap=True)
-    if base is not None:
-        table.add_row("base model", "–", "–", f"{base.loss:.3f}", f"{base.exact_match:.1%}", "–", "–", "–")
-    for result in results:
-        score = result.heldout
+    for name in ("rate", "final\nloss", "exact\nmatch", "early\nloss", "state\nkB", "step\nms"):  # for 60 columns
+        table.add_column(name, justify="right", no_wrap=True)
+    for each in methods:
         table.add_row(
-            _title(result),
-            f"{result.learning_rate:.0e}".replace("e-0", "e-"),
-            _number(result.train_loss, ".3f"),
-            _number(None if score is None else score.loss, ".3f"),
-            _number(None if score is None else score.exact_match, ".1%"),
-            _number(result.median_optimizer_ms, ".1f"),
-            _number(result.optimizer_state_mb, ".1f"),
-            _number(result.wall_time_s, ".0f"),
+            each.title,
+            f"{each.learning_rate:g}",
+            _cell(each.figures.get("loss"), ".3f"),
+            _cell(each.figures.get("exact_match"), ".1f", 100.0),
+            _cell(each.figures.get("early"), ".2f"),
+            "–" if each.state_bytes is None else f"{each.state_bytes / 1e3:.0f}",
+            _cell(each.figures.get("step_ms"), ".1f"),
         )
     return table
 
 
-def _row(result: MethodResult) -> dict[str, Any]:
-    return {
-        **asdict(result),
-        "method": result.method.name,
-        "title": result.method.title,
-        "lora_pro_mode": result.method.lora_pro_mode,
-        "lora_pro_trust_region": result.method.trust_region,
-        "steps": len(result.train_losses),
-        "train_loss_last_quarter": result.train_loss,
-        "optimizer_ms_per_step_median": result.median_optimizer_ms,
-        "adapter": str(result.adapter),
-    }
+def _cell(found: Estimate | None, form: str, scale: float = 1.0) -> str:
+    if found is None:
+        return "–"
+    error = "" if found.error is None else f"±{scale * found.error:{form}}".replace("±0.", "±.")
+    return f"{scale * found.mean:{form}}{error}"
 
 
-def write_results(
-    path: Path, settings: DemoSettings, base: Score | None, results: Sequence[MethodResult], **more: Any
-) -> None:
-    """Write settings, environment and all figures as JSON."""
+def draw(figures: DemoFigures, settings: DemoSettings) -> dict[str, bytes]:
+    """PNGs by name: closeness, loss curves, and both side by side."""
+    panels: dict[str, Any] = {}
+    if figures.closeness:
+        panels["closeness"] = lambda axes: _closeness(axes, figures.closeness)
+    if any(method.losses for method in figures.methods):
+        panels["loss_curves"] = lambda axes: _curves(axes, figures.methods, settings)
+    pictures = {name: _picture([panel]) for name, panel in panels.items()}
+    return {**pictures, "demo": _picture(list(panels.values()))} if len(panels) == 2 else pictures
+
+
+def _picture(panels: Sequence[Any]) -> bytes:
+    figure = new_figure(8.0 if len(panels) > 1 else 6.4, 3.7)
+    for panel, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        panel(axes)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.2)
+        axes.tick_params(labelsize=9)
+    return as_png(figure, dpi=_DPI)
+
+
+def _closeness(axes: Any, measured: Sequence[Closeness]) -> None:
+    """Cosines by transformer block: the median of its layers and their range."""
+    blocks: dict[int, list[Closeness]] = {}
+    for place, each in enumerate(measured):
+        number = re.search(r"\.(\d+)\.", each.layer)
+        blocks.setdefault(int(number[1]) if number else place, []).append(each)
+    middle = medians(measured)
+    titles = {"best": f"best possible at rank {MODEL_RANK}", "lora_pro": "LoRA-Pro", "lora": "LoRA"}
+    for name, title in titles.items():
+        colour, marker, line = _STYLES[name]
+        values = [[getattr(each, name) for each in layers] for layers in blocks.values()]
+        label = f"{title}: {middle[name]:.2f}"
+        axes.plot(list(blocks), [statistics.median(v) for v in values], line, color=colour, lw=2, label=label)
+        axes.fill_between(list(blocks), list(map(min, values)), list(map(max, values)), color=colour, alpha=0.15, lw=0)
+    axes.set_ylim(0.0, 1.03)
+    axes.set_title(f"Direction of the update, after {CLOSENESS_STEPS} steps", fontsize=10)
+    axes.set_xlabel("transformer block", fontsize=9)
+    axes.set_ylabel("cosine to the full gradient", fontsize=9)
+    axes.legend(fontsize=8.5, title="median of all layers", title_fontsize=8.5, loc="best")
+
+
+def _curves(axes: Any, methods: Sequence[MethodFigures], settings: DemoSettings) -> None:
+    """The smoothed training losses: the mean over the seeds, and each seed."""
+    for method in methods:
+        colour, _, line = _STYLES[method.method]
+        runs = [smooth(losses, max(1, settings.steps // (2 * _WINDOW))) for losses in method.losses]
+        if not runs:
+            continue
+        steps = range(1, settings.steps + 1)
+        for losses in runs if len(runs) > 1 else ():
+            axes.plot(steps, losses, color=colour, alpha=0.25, lw=0.7)
+        mean = [statistics.fmean(each) for each in zip(*runs, strict=True)]
+        axes.plot(steps, mean, line, color=colour, lw=2, label=method.title)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="y", which="minor", labelsize=8)
+    axes.set_title(f"Training to the end, {settings.seeds} seeds, r = {TASK['ranks'][0]}", fontsize=10)
+    axes.set_xlabel("step", fontsize=9)
+    axes.set_ylabel("training loss (log scale)", fontsize=9)
+    axes.legend(fontsize=8.5)
+
+
+def write(figures: DemoFigures, settings: DemoSettings) -> list[str]:
+    """Write `results.json` and the pictures; gives the paths of the pictures."""
     content = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "settings": {**asdict(settings), "output_dir": str(settings.output_dir)},
         "environment": environment(),
-        "base_model_heldout": None if base is None else asdict(base),
-        "methods": [_row(result) for result in results],
-        "interrupted": any(result.interrupted for result in results),
-        **more,
+        **_rounded(asdict(figures)),
+        "closeness_medians": _rounded(medians(figures.closeness)) if figures.closeness else None,
     }
-    write_json(path, content)
+    write_json(settings.output_dir / "results.json", content)
+    pictures = draw(figures, settings)
+    for name, picture in pictures.items():
+        (settings.output_dir / f"{name}.png").write_bytes(picture)
+    return [str(settings.output_dir / f"{name}.png") for name in pictures]
 
 
-def plot_curves(path: Path, base: Score | None, results: Sequence[MethodResult]) -> None:
-    """Draw the training loss of every method, raw and smoothed, with the held-out loss before and after."""
-    figure = new_figure(7.5, 4.5)
-    axes = figure.add_subplot()
-    for result in results:
-        colour, marker = _COLOURS[result.method.name], _MARKERS[result.method.name]
-        steps = range(1, len(result.train_losses) + 1)
-        axes.plot(steps, result.train_losses, color=colour, alpha=0.25, linewidth=1)
-        label = f"{_title(result)}, lr {result.learning_rate:g}"
-        axes.plot(steps, smooth(result.train_losses), color=colour, linewidth=2, label=label)
-        if result.heldout is not None:
-            point, label = ([len(result.train_losses)], [result.heldout.loss]), f"held-out: {result.heldout.loss:.3f}"
-            axes.plot(*point, marker, color=colour, label=label, markersize=9, markeredgecolor="black", zorder=3)
-    if base is not None:
-        axes.plot([0], [base.loss], "D", color="black", label=f"held-out, base model: {base.loss:.3f}")
-    finish_loss_axes(axes, "LoRA and LoRA-Pro")
-    path.write_bytes(as_png(figure, dpi=100))
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value

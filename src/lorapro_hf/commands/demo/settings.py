@@ -1,87 +1,73 @@
-"""What can be chosen about a demo run?"""
+"""What can be chosen about a demo run, and at which rates do its trainings run?"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from lorapro_hf.commands.common.arguments import option
 from lorapro_hf.options import UsageError, at_least_one
 
+CLOSENESS, CURVES, MODEL = "closeness", "curves", "model"
+PARTS = (CLOSENESS, CURVES, MODEL)
 
-@dataclass(frozen=True)
-class DemoMethod:
-    """A way of training the adapter."""
+# The task of the loss curves, an entry of a YAML for `lorapro compare`, and the best rates that `lorapro compare` found
+# for it at the default number of steps, under other seeds.
+TASK: Mapping[str, Any] = {"kind": "characters", "ranks": [4]}
+RATES: Mapping[str, float] = {"lora": 1e-2, "lora_pro": 6e-3, "full": 3e-3}
+# SmolLM2-135M: adapter, and the rate of the library's default with the lowest held-out loss on other word problems.
+MODEL_RANK, MODEL_RATE, BATCH_SIZE, HELD_OUT = 8, 1e-3, 8, 32
+CLOSENESS_STEPS, CLOSENESS_BATCHES = 6, 2  # of the training before the gradients are compared, and of their data
 
-    name: str  # on the command line, and the folder of its adapter
-    title: str  # in the table
-    lora_pro_mode: str | None  # `None` for plain LoRA with AdamW
-    learning_rate: float  # the default, tuned on the demo's own task
-    trust_region: float | None = None  # LoRA-Pro's, tuned likewise; `None` for its own default
-
-
-# Learning rates with the lowest held-out loss after 24 steps on other problems than the demo's: out of 5e-4 to 8e-3 for
-# LoRA and 5e-4 to 4e-3 for efficient under one seed; full and factored have the best of configs/compare/whole.yaml
-# under three seeds, and full_8bit that of full. The trust region is tuned likewise: within 24 steps the default, 0.03,
-# still shortens every step.
-METHODS: Mapping[str, DemoMethod] = {
-    method.name: method
-    for method in (
-        DemoMethod("lora", "LoRA (AdamW)", None, 4e-3),
-        DemoMethod("lora_pro", "LoRA-Pro full", "full", 1e-3, 0.1),
-        DemoMethod("lora_pro_8bit", "LoRA-Pro full_8bit", "full_8bit", 1e-3, 0.1),
-        DemoMethod("lora_pro_factored", "LoRA-Pro factored", "factored", 1e-3, 0.1),
-        DemoMethod("lora_pro_efficient", "LoRA-Pro efficient", "efficient", 2e-3),
-    )
+CLOSE_UP, LANGUAGE = "loss curves", "language model"
+_USED_BY = {
+    (CURVES,): ("seeds", "steps"),
+    (MODEL,): ("model_steps",),
+    (CLOSENESS, MODEL): ("model", "dataset", "dataset_config", "max_length"),
 }
-COMPARED = ("lora", "lora_pro", "lora_pro_efficient")
-DATA, TRAINING = "model and data", "training"
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """The settings of a demo run; each field but `learning_rates` (by method name) is an option of `lorapro demo`.
+    """The settings of a demo run; each is an option of `lorapro demo`.
 
     Raises:
-        UsageError: a method is repeated, or a configuration is given without its dataset.
+        UsageError: a part is repeated, or an option has no meaning without another.
     """
 
-    model: str | None = option(None, "hub name or local folder of a causal LM", DATA, metavar="NAME")
+    parts: tuple[str, ...] = option(
+        PARTS, f"any of {', '.join(PARTS)}; they run in this order", choices=PARTS, metavar="PART"
+    )
+    output_dir: Path = option(  # noqa: RUF009
+        Path("runs/demo"),
+        "for the pictures (demo.png, closeness.png, loss_curves.png), the figures (results.json) and the adapter",
+        type=Path,
+        metavar="FOLDER",
+    )
+    seeds: int = option(3, "trainings of each method", CLOSE_UP, type=at_least_one, metavar="N")
+    steps: int = option(400, "optimizer steps of each training", CLOSE_UP, type=at_least_one, metavar="N")
+    model: str | None = option(None, "hub name or local folder of a causal LM", LANGUAGE, metavar="NAME")
     dataset: str | None = option(
         None,
         "hub name, local folder, or JSON, CSV or Parquet file with the columns 'question' and 'answer'; the answers "
         "end with '#### ' and a number",
-        DATA,
+        LANGUAGE,
         metavar="NAME",
     )
-    dataset_config: str | None = option(None, "configuration of a hub dataset", DATA, metavar="NAME")
-    max_length: int = option(512, "leave out problems with more tokens than this", DATA, type=at_least_one, metavar="N")
-    methods: tuple[str, ...] = option(
-        COMPARED,
-        f"what to train, in this order: any of {', '.join(METHODS)}",
-        TRAINING,
-        choices=tuple(METHODS),
-        metavar="METHOD",
+    dataset_config: str | None = option(None, "configuration of a hub dataset", LANGUAGE, metavar="NAME")
+    max_length: int = option(
+        512, "leave out problems with more tokens than this", LANGUAGE, type=at_least_one, metavar="N"
     )
-    learning_rates: Mapping[str, float] = field(default_factory=dict)
-    steps: int = option(24, "optimizer steps of each method", TRAINING, type=at_least_one, metavar="N")
-    batch_size: int = option(8, "problems a step", TRAINING, type=at_least_one, metavar="N")
-    eval_size: int = option(64, "held-out problems", TRAINING, type=at_least_one, metavar="N")
-    seed: int = option(0, "decides problems, order and initial adapter", TRAINING, type=int)
-    output_dir: Path = option(  # noqa: RUF009
-        Path("runs/demo"),
-        "for the table (results.json), the curves (loss_curves.png) and an adapter folder per method",
-        type=Path,
-        metavar="FOLDER",
-    )
+    model_steps: int = option(16, "optimizer steps of its fine-tuning", LANGUAGE, type=at_least_one, metavar="N")
 
     def __post_init__(self) -> None:
-        if len(set(self.methods)) < len(self.methods):
-            raise UsageError(f"A method is named twice in {', '.join(self.methods)}; name each once.")
+        if len(set(self.parts)) < len(self.parts):
+            raise UsageError(f"A part is named twice in {', '.join(self.parts)}; name each once.")
         if self.dataset_config is not None and self.dataset is None:
             raise UsageError("--dataset_config goes with --dataset; the built-in word problems have none.")
-
-    def learning_rate(self, method: DemoMethod) -> float:
-        """The learning rate that `method` trains with."""
-        return self.learning_rates.get(method.name, method.learning_rate)
+        changed = {each.name for each in fields(self) if getattr(self, each.name) != each.default}
+        for parts, names in _USED_BY.items():
+            if (useless := sorted(changed & set(names))) and not set(parts) & set(self.parts):
+                raise UsageError(f"--{useless[0]} is for {' and '.join(parts)}: leave it out, or change --parts.")

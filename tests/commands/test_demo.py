@@ -40,6 +40,7 @@ from lorapro_hf.commands.demo.run import ADAPTER
 from lorapro_hf.commands.demo.settings import PARTS, RATES, TASK, DemoSettings
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.factors.pairs import find_lora_pairs, unwrapped_name
+from lorapro_hf.optim.rules import rule_of
 from lorapro_hf.options import UsageError
 
 STEP = re.compile(r"(\d+)([-+*/])(\d+)=(\d+) [a-z]+")
@@ -236,7 +237,7 @@ def test_lora_pro_is_the_librarys_default() -> None:
     assert LoRAProConfig(**ours.settings) == LoRAProConfig()
     arguments = language.training_arguments(Path("out"), 4)
     assert arguments.lora_pro and arguments.lora_pro_config == LoRAProConfig()
-    assert LoRAProConfig().mode in ours.title and LoRAProConfig().update in ours.title
+    assert ours.title == f"LoRA-Pro ({LoRAProConfig().mode}, {rule_of(LoRAProConfig()).update})"
 
 
 def test_methods_differ_in_optimizer_adapter_and_rate_alone() -> None:
@@ -265,10 +266,10 @@ def test_figures_are_means_and_standard_errors_over_the_seeds() -> None:
     assert found.figures["step_ms"].error == 0.0 and found.state_bytes == 96 and len(found.losses) == 2
 
 
-def test_a_failed_run_ends_the_demo(tiny_task: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_run_ends_the_demo(tiny_task: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(curves, "train_run", lambda task, run, *_: RunRecord(**run.entry(), error="no memory"))
-    with pytest.raises(RuntimeError, match=r"LoRA \(AdamW\).*seed 1: no memory"):
-        curves.train_all(curves.compared(DemoSettings(seeds=1, steps=1)), lambda run, record: None)
+    with pytest.raises(RuntimeError, match=r"LoRA \(AdamW\), lr 0.01, seed 1: no memory"):
+        cli.main(["demo", "--parts", "curves", "--output_dir", str(tmp_path)])
 
 
 @pytest.mark.slow
@@ -374,7 +375,7 @@ def press(times: int = 1) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_keeps_what_is_done(
     times: int,
     tiny: str,
@@ -555,7 +556,7 @@ def test_help_needs_neither_torch_nor_transformers() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "--lora_pro_efficient_lr" in done.stdout and "exit codes" in done.stdout
+    assert "--model_steps" in done.stdout and "exit codes" in done.stdout
 
 
 @pytest.mark.parametrize(("option", "name"), [("--dataset", "nonexist.json"), ("--model", "./nowhere")])

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich import progress
 from rich.console import Console
@@ -54,3 +59,16 @@ def progress_bars(console: Console) -> progress.Progress:
         console=console,
         expand=True,
     )
+
+
+@contextmanager
+def ctrl_c(handler: Any) -> Iterator[None]:
+    """Handle Ctrl-C with `handler`; outside the main thread, where Python handles no signals, change nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -24,7 +24,7 @@ examples:
   lorapro demo --parts curves --seeds 5 --steps 2000
   lorapro demo --parts closeness model --model Qwen/Qwen2.5-0.5B --dataset openai/gsm8k --dataset_config main
 
-exit codes: 0 done, 1 a training failed, 2 bad arguments, 130 stopped by Ctrl-C
+exit codes: 0 done, 2 bad arguments, 130 stopped by Ctrl-C
 """
 
 

@@ -5,21 +5,20 @@ from __future__ import annotations
 import os
 import queue
 import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.multiprocessing import get_context
 
+from lorapro_hf.commands.common.console import ctrl_c
 from lorapro_hf.commands.compare.measures import early
 from lorapro_hf.commands.compare.methods import FULL, LORA, ComparedMethod
 from lorapro_hf.commands.compare.plan import PlannedRun, next_runs, plan
 from lorapro_hf.commands.compare.settings import CompareSettings, settings_of
 from lorapro_hf.commands.compare.significance import Estimate, estimate
-from lorapro_hf.commands.compare.store import FAILED, FINISHED, RunRecord
+from lorapro_hf.commands.compare.store import FINISHED, RunRecord
 from lorapro_hf.commands.compare.tasks.base import LoadedTask
 from lorapro_hf.commands.compare.tasks.kinds import load_task
 from lorapro_hf.commands.compare.training import train_run
@@ -47,8 +46,8 @@ class MethodFigures:
 
 def default_title() -> str:
     """The title of LoRA-Pro in its default mode."""
-    config = LoRAProConfig()
-    return f"LoRA-Pro ({config.mode}, {config.update})"
+    rule = rule_of(LoRAProConfig())
+    return f"LoRA-Pro ({rule.name}, {rule.update})"
 
 
 def compared(settings: DemoSettings) -> CompareSettings:
@@ -75,28 +74,17 @@ def train_all(settings: CompareSettings, report: Report) -> None:
     """Train all runs, on a CPU in two processes.
 
     Raises:
-        RuntimeError: a run has failed, or a process has ended.
+        RuntimeError: a process has ended.
     """
     runs, cuda = planned(settings), torch.cuda.is_available()
     task = load_task(settings.tasks[0])  # also pretrains the model, once: the other processes find it
     count = 1 if cuda else min(PROCESSES, os.cpu_count() or 1, len(runs))
     if count > 1:
-        _share_out(settings, runs, count, _failing(report))
+        _share_out(settings, runs, count, report)
         return
     device = torch.device("cuda" if cuda else "cpu")
     for run in runs:
-        _train(task, run, settings, device, _failing(report))
-
-
-def _failing(report: Report) -> Report:
-    """The report, which raises if a run has failed."""
-
-    def checked(run: PlannedRun, record: RunRecord | None) -> None:
-        if record is not None and record.status == FAILED:
-            raise RuntimeError(f"{run.title}: {record.error}\n{record.traceback}")
-        report(run, record)
-
-    return checked
+        _train(task, run, settings, device, report)
 
 
 def _train(task: LoadedTask, run: PlannedRun, settings: CompareSettings, device: torch.device, report: Report) -> None:
@@ -111,7 +99,7 @@ def _share_out(settings: CompareSettings, runs: Sequence[PlannedRun], count: int
     threads = max(1, (os.cpu_count() or 1) // count)
     workers = [context.Process(target=_work, args=(settings, threads, jobs, events), daemon=True) for _ in range(count)]
     try:
-        with _ctrl_c_ignored():  # which the processes inherit: this one ends them
+        with ctrl_c(signal.SIG_IGN):  # which the processes inherit: this one ends them
             for worker in workers:
                 worker.start()
         left = len(runs)
@@ -140,18 +128,6 @@ def _work(settings: CompareSettings, threads: int, jobs: Any, events: Any) -> No
             events.put((place, record))
 
         _train(task, runs[place], settings, torch.device("cpu"), report)
-
-
-@contextmanager
-def _ctrl_c_ignored() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # Python handles signals only there
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def figures(settings: CompareSettings, records: Sequence[RunRecord]) -> list[MethodFigures]:

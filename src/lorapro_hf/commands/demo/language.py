@@ -18,6 +18,7 @@ from rich.console import Console
 from transformers import DataCollatorForSeq2Seq, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from lorapro_hf.commands.common.console import ctrl_c
 from lorapro_hf.commands.common.models import BaseModel, load_base_model
 from lorapro_hf.commands.common.problems import encode, load_problems
 from lorapro_hf.commands.common.scoring import Evaluator, Score
@@ -25,6 +26,7 @@ from lorapro_hf.commands.demo.settings import (
     BATCH_SIZE,
     CLOSENESS_BATCHES,
     CLOSENESS_STEPS,
+    EVALUATED,
     HELD_OUT,
     MODEL_RANK,
     MODEL_RATE,
@@ -60,7 +62,7 @@ class LanguageModel:
             self.base = load_base_model(settings.model)
             self.train_set = encode(train, self.base.tokenizer, settings.max_length)
             self.held_out = encode(held_out, self.base.tokenizer, settings.max_length)
-            self.evaluator = Evaluator(self.held_out, self.base.tokenizer)
+            self.evaluator = Evaluator(self.held_out[:EVALUATED], self.base.tokenizer)
             self.model = add_adapter(self.base, 0)
         weights = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         self._initial = {name: value.clone() for name, value in weights.items()}
@@ -146,14 +148,8 @@ def stop_request() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         print("\nStopping after this step; the adapter is kept. Ctrl-C again aborts.", file=sys.stderr)
 
-    if threading.current_thread() is not threading.main_thread():  # Python handles signals only there
+    with ctrl_c(make):
         yield made
-        return
-    previous = signal.signal(signal.SIGINT, make)
-    try:
-        yield made
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 class _Watcher(TrainerCallback):

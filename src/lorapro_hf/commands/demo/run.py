@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 from lorapro_hf.commands.common.console import INTERRUPTED, prepare_output, progress_bars
 from lorapro_hf.commands.common.scoring import Score
 from lorapro_hf.commands.compare.plan import PlannedRun
-from lorapro_hf.commands.compare.store import RunRecord
+from lorapro_hf.commands.compare.store import FAILED, RunRecord
 from lorapro_hf.commands.compare.sweep import outcome
 from lorapro_hf.commands.demo import closeness, curves
 from lorapro_hf.commands.demo.language import LanguageModel
@@ -65,6 +65,8 @@ class _Demo:
             if record is None:
                 progress.advance(bars[run.method.name])
                 return
+            if record.status == FAILED:
+                raise RuntimeError(f"{run.title}: {record.error}\n{record.traceback}")
             records.append(record)
             self.figures.methods = curves.figures(compared, records)
             progress.update(bars[run.method.name], note=f"seed {run.seed}: {outcome(record)}")

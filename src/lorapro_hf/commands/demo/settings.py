@@ -18,10 +18,11 @@ PARTS = (CLOSENESS, CURVES, MODEL)
 TASK: Mapping[str, Any] = {"kind": "characters", "ranks": [4]}
 RATES: Mapping[str, float] = {"lora": 1e-2, "lora_pro": 6e-3, "full": 3e-3}
 # SmolLM2-135M: adapter, and the rate of the library's default with the lowest held-out loss on other word problems.
-MODEL_RANK, MODEL_RATE, BATCH_SIZE, HELD_OUT = 8, 1e-3, 8, 32
+MODEL_RANK, MODEL_RATE, BATCH_SIZE = 8, 1e-3, 8
+HELD_OUT, EVALUATED = 64, 32  # problems, and those that are answered
 CLOSENESS_STEPS, CLOSENESS_BATCHES = 6, 2  # of the training before the gradients are compared, and of their data
 
-CLOSE_UP, LANGUAGE = "loss curves", "language model"
+TRAININGS, LANGUAGE = "loss curves", "language model"
 _USED_BY = {
     (CURVES,): ("seeds", "steps"),
     (MODEL,): ("model_steps",),
@@ -46,8 +47,8 @@ class DemoSettings:
         type=Path,
         metavar="FOLDER",
     )
-    seeds: int = option(3, "trainings of each method", CLOSE_UP, type=at_least_one, metavar="N")
-    steps: int = option(400, "optimizer steps of each training", CLOSE_UP, type=at_least_one, metavar="N")
+    seeds: int = option(3, "trainings of each method", TRAININGS, type=at_least_one, metavar="N")
+    steps: int = option(400, "optimizer steps of each training", TRAININGS, type=at_least_one, metavar="N")
     model: str | None = option(None, "hub name or local folder of a causal LM", LANGUAGE, metavar="NAME")
     dataset: str | None = option(
         None,

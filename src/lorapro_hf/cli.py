@@ -25,7 +25,7 @@ LoRA-Pro for the Hugging Face stack: LoRA fine-tuning whose steps follow those o
 """
 EPILOG = """\
 `lorapro COMMAND --help` shows the options and examples of a command. To begin with:
-  lorapro demo                                      watch a training, without a download
+  lorapro demo                                      see what LoRA-Pro does, without a download
   lorapro inspect MODEL --lora_r 16                 see which layers would be trained, and at which cost
   lorapro train --list                              list the recipes
 
@@ -34,7 +34,7 @@ Results go to stdout, errors to stderr. With --json, which some commands have, s
 """
 
 _COMMANDS = (
-    ("demo", add_demo, "compare LoRA and LoRA-Pro on a small language model", DEMO, DEMO_EXAMPLES),
+    ("demo", add_demo, "show what LoRA-Pro does, without a download", DEMO, DEMO_EXAMPLES),
     ("train", add_train, "train from a recipe, the package's or your own", TRAIN, TRAIN_EXAMPLES),
     ("evaluate", add_evaluate, "evaluate a language model or adapter", EVALUATE, EVALUATE_EXAMPLES),
     ("inspect", add_inspect, "show a model, adapter or checkpoint, and its cost", INSPECT, INSPECT_EXAMPLES),

@@ -33,6 +33,7 @@ from lorapro_hf.commands.common.word_problems import TEMPLATES, generate_problem
 from lorapro_hf.commands.compare.significance import Estimate
 from lorapro_hf.commands.compare.store import RunRecord
 from lorapro_hf.commands.compare.tasks import pretrained
+from lorapro_hf.commands.compare.tasks.kinds import load_task
 from lorapro_hf.commands.demo import closeness, curves, language, run
 from lorapro_hf.commands.demo.language import stop_request
 from lorapro_hf.commands.demo.report import results_table
@@ -291,7 +292,7 @@ def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 found[run.method.name] = record.losses
 
         monkeypatch.setattr(curves, "PROCESSES", count)
-        curves.train_all(settings, report)
+        curves.train_all(settings, load_task(settings.tasks[0]), report)
     assert losses[1].keys() == losses[2].keys() == RATES.keys()
     for name in RATES:
         assert losses[2][name] == pytest.approx(losses[1][name], rel=1e-4) and steps.count(name) == 3

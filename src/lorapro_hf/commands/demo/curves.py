@@ -70,14 +70,13 @@ def planned(settings: CompareSettings) -> list[PlannedRun]:
     return sorted((run for cell in plan(settings) for run in next_runs(cell, {})), key=lambda run: run.seed)
 
 
-def train_all(settings: CompareSettings, report: Report) -> None:
-    """Train all runs, on a CPU in two processes.
+def train_all(settings: CompareSettings, task: LoadedTask, report: Report) -> None:
+    """Train all runs of the task, on a CPU in two processes, which load it again.
 
     Raises:
         RuntimeError: a process has ended.
     """
     runs, cuda = planned(settings), torch.cuda.is_available()
-    task = load_task(settings.tasks[0])  # also pretrains the model, once: the other processes find it
     count = 1 if cuda else min(PROCESSES, os.cpu_count() or 1, len(runs))
     if count > 1:
         _share_out(settings, runs, count, report)

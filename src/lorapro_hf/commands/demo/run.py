@@ -15,6 +15,7 @@ from lorapro_hf.commands.common.scoring import Score
 from lorapro_hf.commands.compare.plan import PlannedRun
 from lorapro_hf.commands.compare.store import FAILED, RunRecord
 from lorapro_hf.commands.compare.sweep import outcome
+from lorapro_hf.commands.compare.tasks.kinds import load_task
 from lorapro_hf.commands.demo import closeness, curves
 from lorapro_hf.commands.demo.language import LanguageModel
 from lorapro_hf.commands.demo.report import DemoFigures, ModelFigures, results_table, write
@@ -59,6 +60,7 @@ class _Demo:
         """Train the methods of the comparison under all seeds."""
         compared, records = curves.compared(self.settings), list[RunRecord]()
         self.say("Loading the small model for the puzzles; its pretraining takes a minute, once.")
+        task = load_task(compared.tasks[0])  # the pretraining has a bar of its own
         steps = self.settings.seeds * self.settings.steps
 
         def report(run: PlannedRun, record: RunRecord | None) -> None:
@@ -74,7 +76,7 @@ class _Demo:
 
         with progress_bars(self.console) as progress:
             bars = {method.name: progress.add_task(method.title, total=steps, note="") for method in compared.methods}
-            curves.train_all(compared, report)
+            curves.train_all(compared, task, report)
         self.console.print(results_table(self.figures.methods, self.settings))
 
     def model(self) -> None:

@@ -19,7 +19,7 @@ TASK: Mapping[str, Any] = {"kind": "characters", "ranks": [4]}
 RATES: Mapping[str, float] = {"lora": 1e-2, "lora_pro": 6e-3, "full": 3e-3}
 # SmolLM2-135M: adapter, and the rate of the library's default with the lowest held-out loss on other word problems.
 MODEL_RANK, MODEL_RATE, BATCH_SIZE = 8, 1e-3, 8
-HELD_OUT, EVALUATED = 64, 32  # problems, and those that are answered
+HELD_OUT, EVALUATED = 64, 24  # problems, and those that are answered
 CLOSENESS_STEPS, CLOSENESS_BATCHES = 6, 2  # of the training before the gradients are compared, and of their data
 
 TRAININGS, LANGUAGE = "loss curves", "language model"
@@ -61,7 +61,7 @@ class DemoSettings:
     max_length: int = option(
         512, "leave out problems with more tokens than this", LANGUAGE, type=at_least_one, metavar="N"
     )
-    model_steps: int = option(16, "optimizer steps of its fine-tuning", LANGUAGE, type=at_least_one, metavar="N")
+    model_steps: int = option(12, "optimizer steps of its fine-tuning", LANGUAGE, type=at_least_one, metavar="N")
 
     def __post_init__(self) -> None:
         if len(set(self.parts)) < len(self.parts):

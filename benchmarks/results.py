@@ -1,6 +1,6 @@
-"""Writes docs/results.md from the summaries in docs/results and docs/pictures/gradient_gap.json.
+"""Writes docs/results.md and its pictures from the summaries in docs/results and docs/pictures/gradient_gap.json.
 
-    python benchmarks/results.py                # rewrites the page
+    python benchmarks/results.py                # rewrites page and pictures
     python benchmarks/results.py --take small   # before, takes the summary of runs/compare-small: `make compare-small`
     python benchmarks/results.py --check        # exit code 1 if docs/results.md says something else
 
@@ -11,321 +11,270 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from results_parts import facts
+from results_parts.summaries import Cell, cells_of, default_of, read
+
+from lorapro_hf.commands.compare.findings import Standing, listed, ours_of, standings
+from lorapro_hf.commands.compare.summary import Summary
+from lorapro_hf.commands.compare.tables import spread
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGE, GAP = DOCS / "results.md", DOCS / "pictures" / "gradient_gap.json"
-MAIN = ("small", "long", "ranks")  # of configs/compare, each with a folder in docs/results
-WHOLE, LIMITS, COSTS, NEIGHBOURS = "whole", "limits", "costs", "neighbours"  # have sections of their own
-LORA, FULL = "lora", "full"
-OURS = ("pro_full_linear", "pro_full_paper", "pro_factored_linear")
-ANSWERS = {"exact_match", "accuracy"}  # a task has one of these metrics at most
-BAD = ("diverged", "failed", "missing")
-FIGURES = ("loss.png", "rates.png")  # of MAIN[0], which the page shows
+PAGE, KEPT, GAP = DOCS / "results.md", DOCS / "results", DOCS / "pictures" / "gradient_gap.json"
+TABLED = ("small", "long", "whole", "held_out")  # of configs/compare, each with a folder in docs/results
+NEIGHBOURS, COSTS = "neighbours", "costs"  # have sections of their own
+PICTURES = {
+    "loss": "Training loss against step, mean over the seeds",
+    "methods": "Final and early loss over tuned LoRA's, with standard errors",
+    "rates": "Test loss against learning rate, under the tuning seeds",
+    "cost": "Test loss against optimizer state and time of a step",
+}
+ANSWERS = ("exact_match", "accuracy")  # a task has one of these metrics at most
 DIGITS = 6
-EDGES = {"lowest": " ↓", "highest": " ↑", None: ""}
-
-Summary = Mapping[str, Any]
-Method = Mapping[str, Any]
-
-
-def method(comparison: Summary, name: str) -> Method | None:
-    """A method of a comparison, if it is part of it."""
-    return next((each for each in comparison["methods"] if each["method"] == name), None)
-
-
-def title(comparison: Summary) -> str:
-    """The name of a comparison."""
-    return f"{comparison['task'].replace('_', ' ')}, r = {comparison['rank']}"
-
-
-def spread(values: Mapping[str, float | None], form: str) -> str:
-    """Mean and standard deviation over the seeds."""
-    return "±".join(format(values[name], form) for name in ("mean", "std") if values[name] is not None)
-
-
-def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table of Markdown."""
-    lines = ["| " + " | ".join(line) + " |" for line in (list(header), *map(list, rows))]
-    return "\n".join([lines[0], f"|{'---|' * (lines[0].count(' | ') + 1)}", *lines[1:]])
-
-
-def loss(row: Method) -> str:
-    """The test loss at the best rate: bold or italic where every seed is better or worse than with LoRA."""
-    test = row["against_baseline"]
-    mark = "" if test is None else {test["seeds"]: "**", 0: "*"}.get(test["better"], "")
-    return f"{mark}{spread(row['test']['loss'], '.3f')}{mark} ({row['learning_rate']:g}{EDGES[row['at_edge']]})"
-
-
-def right(row: Method) -> str:
-    """The fraction of right answers."""
-    return spread(row["test"][min(ANSWERS & row["test"].keys())], ".1%")
-
-
-def by_method(comparisons: list[Summary], cells: Mapping[str, Callable[[Method], str]]) -> str:
-    """A line for each method and columns for each comparison."""
-    rows = []
-    for name, label in {each["method"]: each["title"] for c in comparisons for each in c["methods"]}.items():
-        line = [label]
-        for row in (method(comparison, name) for comparison in comparisons):
-            missing = "–" if row is None else "none finished"
-            line += [missing if row is None or row["learning_rate"] is None else cell(row) for cell in cells.values()]
-        rows.append(line)
-    return table(["method", *(f"{title(c)}{column}" for c in comparisons for column in cells)], rows)
-
-
-def without_references(comparison: Summary) -> Summary:
-    """The comparison without plain LoRA and full fine-tuning, which the first table shows."""
-    return {**comparison, "methods": [row for row in comparison["methods"] if row["method"] not in (LORA, FULL)]}
-
-
-def answers(comparisons: list[Summary]) -> str:
-    """The fraction of right answers of LoRA, LoRA-Pro and full fine-tuning, and the range of all methods."""
-    found = [each for each in comparisons if any(ANSWERS & (row["test"] or {}).keys() for row in each["methods"])]
-    means = [
-        row["test"][min(ANSWERS & row["test"].keys())]["mean"]
-        for each in found
-        for row in each["methods"]
-        if row["learning_rate"] is not None
-    ]
-    main = [
-        {**each, "methods": [row for row in each["methods"] if row["method"] in (LORA, *OURS, FULL)]} for each in found
-    ]
-    return f"{by_method(main, {'': right})}\n\nAll methods are between {min(means):.1%} and {max(means):.1%}."
-
-
-def closed(comparisons: list[Summary]) -> str:
-    """The fraction of the gap between LoRA and full fine-tuning that LoRA-Pro closes, beside the gap."""
-    found = [each for each in comparisons if each["gap"] is not None]
-    rows = [["gap", *(f"{each['gap']:.3f}" for each in found)]]
-    for name in OURS:
-        row_of = [method(each, name) for each in found]
-        label = next((row["title"] for row in row_of if row is not None), name)
-        rows.append([label, *(_closed(each, row) for each, row in zip(found, row_of, strict=True))])
-    return table(["", *map(title, found)], rows)
-
-
-def _closed(comparison: Summary, row: Method | None) -> str:
-    full = method(comparison, FULL)
-    if row is None or row["learning_rate"] is None or full is None:
-        return "–"
-    if row["gap_closed"] is None:
-        return "no gap"
-    seeds = full["against_baseline"]["seeds"]
-    return f"{row['gap_closed']:.0%}" if comparison["gap_seeds"] == seeds else "noise"
-
-
-def references(comparisons: list[Summary]) -> str:
-    """The reference losses of each task, and the tasks on which a unigram model beats tuned LoRA."""
-    noted = {each["task"]: each for each in comparisons if each.get("levels")}
-    rows, beaten = [], []
-    for task, comparison in noted.items():
-        found, base = comparison["levels"], method(comparison, LORA)
-        rows.append([task.replace("_", " "), f"{found['untrained']:.3f}", f"{found['frequencies']:.3f}"])
-        if base is not None and found["frequencies"] < base["test"]["loss"]["mean"]:
-            beaten.append(
-                f"{task.replace('_', ' ')} ({found['frequencies']:.3f} to {base['test']['loss']['mean']:.3f})"
-            )
-    text = table(["task", "untrained model", "unigram model"], rows)
-    if beaten:
-        text += (
-            f"\n\nThe unigram model beats tuned LoRA on {' and '.join(beaten)}: that task measures how fast a model "
-        )
-        text += "returns to token frequencies, and little else."
-    return text
-
-
-def costs(comparison: Summary) -> str:
-    """Time and memory of each method."""
-    rows = [
-        [
-            row["title"],
-            f"{row['cost']['step_ms']:.0f}",
-            f"{row['cost']['optimizer_ms']:.1f}",
-            f"{row['cost']['state_bytes'] / 2**20:.1f}",
-        ]
-        for row in comparison["methods"]
-        if row["learning_rate"] is not None
-    ]
-    return table(["method", "step, ms", "optimizer, ms", "state, MiB"], rows)
-
-
-def neighbours(comparison: Summary) -> str:
-    """The test loss of each method beside an optimizer, with AdamW and with LoRA-Pro."""
-    rows = []
-    for row in comparison["methods"]:
-        name = row["method"]
-        ours = method(comparison, "pro_full_linear" if name == LORA else f"pro_{name}")
-        if not name.startswith("pro_"):
-            losses = (
-                "–" if x is None else f"{x['test']['loss']['mean']:.3f} ({x['learning_rate']:g}{EDGES[x['at_edge']]})"
-                for x in (row, ours)
-            )
-            rows.append([row["title"], *losses])
-    return table(["method", "AdamW", "LoRA-Pro full"], rows)
-
-
-def evenness(comparison: Summary) -> str:
-    """How far times can be trusted, by how far they differ where nothing differs but the seed."""
-    spread = comparison["step_spread"]
-    if spread is None or spread["best"] is None:
-        return "With one seed there is no telling how far the times can be trusted."
-    text = f"From seed to seed the median step of a method differs by up to {spread['best'] - 1:.0%}"
-    return f"{text}: other work was on the machine, and smaller differences say nothing." * bool(spread["uneven"]) or (
-        f"{text}."
-    )
-
-
-def all_runs(summaries: Mapping[str, Summary]) -> str:
-    """The number of runs and how they ended, in a sentence's part; a run in several comparisons counts once."""
-    found: dict[str, tuple[str, bool, set[str]]] = {}
-    for folder, summary in summaries.items():
-        for rate in (rate for c in summary["comparisons"] for row in c["methods"] for rate in row["rates"]):
-            for seed, key in rate["keys"].items():
-                folders = found[key][2] if key in found else set()
-                found[key] = (rate["status"][seed], int(seed) in rate["no_better"], folders | {folder})
-    statuses = [status for status, _, _ in found.values()]
-    bad = ", ".join(f"{statuses.count(kind)} {kind}" for kind in BAD)
-    shared = sum(len(folders) > 1 for _, _, folders in found.values())
-    several = f" ({shared} of them in more than one comparison)" if shared else ""
-    no_better = sum(worse for _, worse, _ in found.values())
-    ended = f"{no_better} ended no better than they began, by their training loss"
-    return f"{len(found)} runs{several}, of which {bad}; {ended}"
-
-
-def page(summaries: Mapping[str, Summary], gap: Mapping[str, Any]) -> str:
-    """The whole page.
-
-    Args:
-        summaries: By the names of the comparisons.
-        gap: The figures of the gap of the gradients.
-    """
-    main = [each for name in MAIN for each in summaries[name]["comparisons"]]
-    first, cost = summaries[MAIN[0]], summaries[COSTS]
-    shared = set.intersection(*(set(summaries[name]["environment"].items()) for name in MAIN))
-    return PAGE_TEXT.format(
-        runs=all_runs({name: summaries[name] for name in (*MAIN, LIMITS)}),
-        seeds=len(first["settings"]["seeds"]),
-        losses=by_method(main, {"": loss}),
-        references=references(main),
-        answers=answers(main),
-        closed=closed(main),
-        gap=gap,
-        whole=by_method(summaries[WHOLE]["comparisons"], {", test loss": loss, ", right answers": right}),
-        limits=by_method([without_references(each) for each in summaries[LIMITS]["comparisons"]], {"": loss}),
-        neighbours=neighbours(summaries[NEIGHBOURS]["comparisons"][0]),
-        costs=costs(cost["comparisons"][0]),
-        timed=title(cost["comparisons"][0]),
-        steps=cost["settings"]["tasks"][0]["steps"],
-        evenness=evenness(cost["comparisons"][0]),
-        environment=", ".join(f"{k} {v}" for k, v in first["environment"].items() if (k, v) in shared),
-    )
-
+COLUMNS = 4  # of a table, beside the method
 
 PAGE_TEXT = """# Results
 
 <!-- Written by benchmarks/results.py from the summaries in results and pictures/gradient_gap.json. -->
 
-Methods are trained at several learning rates under {seeds} seeds, on the same batches in the same order: {runs}. \
-These are short trainings of small models on two CPU cores. They show how fast methods learn at their own best rate, \
-not how a large model ends. Nobody has run `configs/compare/gpu.yaml` or `configs/paper/` on large models yet.
+Small models were trained on CPU cores ({runs}). [Every method is tuned alike](compare.md#a-fair-comparison). Figures \
+are means ± standard errors over the reported seeds, on data that chose no rate. A cell is a task at one rank and \
+number of steps. "Better" and "worse" mean a paired difference from tuned LoRA of more than two standard errors. \
+Nobody has run `configs/compare/gpu.yaml` or `configs/paper/` yet.{absent}
 
-`make compare-small` and its siblings make the runs again and rewrite this page. The summaries have all rates and \
-seeds: [small](results/small/summary.json), [long](results/long/summary.json), [ranks](results/ranks/summary.json), \
-[whole](results/whole/summary.json), [limits](results/limits/summary.json), [costs](results/costs/summary.json), \
-[neighbours](results/neighbours/summary.json).
+## In short
 
-## Test loss
-
-Mean ± standard deviation at the learning rate (in brackets) with the best validation loss. **Bold**: better than \
-tuned LoRA on every seed; *italic*: worse on every seed. ↓, ↑: the rate ends its grid, so a better one may lie beyond. \
-The first blocks of SmolLM2-135M, with a smaller vocabulary, learn word problems and code; MiniLM learns docstrings.
-
-{losses}
-
-Reference losses:
-
-{references}
-
-## Gap closed
-
-The table shows how far LoRA-Pro gets from tuned LoRA's test loss (0 %) to that of full fine-tuning (100 %). "noise": \
-not every seed shows a gap; "no gap": full fine-tuning is not better.
-
-{closed}
+{short}
 
 In two trainings that [measure the gradients](diagnostics.md#plots), the equivalent gradient was closer to the true \
-one than plain LoRA's in {gap[closer]} of {gap[measured]} measurements, and the sequential step equalled its formula \
-up to {gap[largest_step_error]:.1e}.
+one than plain LoRA's in {gap[closer]} of {gap[measured]} measurements.
 
-## Right answers
+## Targets
 
-The accuracy on docstrings at the same rates:
+{targets}
 
-{answers}
+## Losses
 
-## The whole model
+Each entry has the final test loss, the early loss (training loss of the first quarter of the steps) and the right \
+answers. **Bold**: better than tuned LoRA; *italic*: worse.
 
-The whole SmolLM2-135M is trained on other word problems for the 24 steps of `make demo`, and writes the answers \
-itself. The limit of 0.03 would shorten most of these steps, so LoRA-Pro has a wider limit here.
+{tables}
 
-{whole}
+## Pictures
 
-## The limit of a step
-
-These are limits of the [trust region](how_it_works.md#linear-and-sequential) in mode `full`. That of the other \
-comparisons, 0.03, was chosen on these same tasks: the modes `full` and `factored` have one more tuned setting than \
-the other methods.
-
-{limits}
+{pictures}
 
 ## Methods beside LoRA-Pro
 
-The [methods](methods.md) with AdamW and with LoRA-Pro, on MiniLM's docstrings for 60 steps (test loss, one seed). \
-Seeds differ by 0.035, so that LoRA-SB alone is clearly behind.
-
 {neighbours}
+
+RunLoRA and LoRA-FAIR change no training step of a client; [their figures](methods.md#fused-layers) are times.
+
+## Two published claims
+
+**LoRA-TSD's table has LoRA-Pro below AdamW** on six classification tasks, all methods started from gradients. Our \
+closest cells, LoRA-Pro against AdamW from the same start:
+
+{starts}
+
+**[arXiv 2602.04998](https://arxiv.org/abs/2602.04998) finds tuned LoRA equal to its variants.** {variants}
 
 ## Cost
 
-The times are medians of {steps} steps on {timed}, in one process, at the best rate. {evenness} \
-[Memory and speed](speed.md) has the times of large models.
-
 {costs}
 
-## Curves
+## One command for each figure
 
-![Loss against steps, small](results/small/figures/loss.png)
-
-![Test loss against learning rate, small](results/small/figures/rates.png)
+{commands}
 
 Versions: {environment}.
 """
 
 
-def summary(name: str) -> Summary:
-    """The summary of a comparison."""
-    found: Summary = json.loads((DOCS / "results" / name / "summary.json").read_text(encoding="utf-8"))
-    return found
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table of Markdown."""
+    head, *lines = [list(header), *map(list, rows)]
+    return "\n".join(f"|{'|'.join(line)}|" for line in (head, ["---"] * len(head), *lines))
+
+
+def bullets(lines: Sequence[str], otherwise: str) -> str:
+    """A list of Markdown."""
+    return "\n".join(f"- {line}" for line in lines) if lines else otherwise
+
+
+def entry(cell: Cell, name: str) -> str:
+    """The figures of a method in a cell: bold where better than LoRA, italic where worse."""
+    row = next((row for row in cell.found.methods if row.method == name), None)
+    if row is None:
+        return "–"
+    if not row.test:
+        return "none finished"
+    lines = []
+    for figure, kind in ((row.test["loss"], "loss"), (row.early, "early")):
+        verdict = cell.found.verdicts[kind]
+        mark = "**" if name in verdict.better else "*" if name in verdict.worse else ""
+        text = "–" if figure is None else spread(figure) if kind == "loss" else f"{figure.mean:.3f}"
+        lines.append(f"{mark}{text.replace(' ', '')}{mark}")
+    lines += [f"{row.test[answers].mean:.1%}" for answers in ANSWERS if answers in row.test]
+    return "<br>".join(lines)
+
+
+def tables(cells: Sequence[Cell]) -> str:
+    """A table for each number of steps: a row for each method, a column for each task and rank."""
+    parts = []
+    most = max(cells, key=lambda cell: len(cell.found.methods))
+    titles = {row.method: row.title for cell in (most, *cells) for row in cell.found.methods}
+    order = [*(name for name in titles if name != facts.FULL), facts.FULL]
+    for steps in dict.fromkeys(cell.found.steps for cell in cells):
+        parts.append(f"### {steps:,} steps")
+        for columns in _that_fit([cell for cell in cells if cell.found.steps == steps]):
+            there = {row.method for cell in columns for row in cell.found.methods}
+            header = ["method", *(f"{cell.found.task}<br>r = {cell.found.rank}" for cell in columns)]
+            rows = [[titles[name], *(entry(cell, name) for cell in columns)] for name in order if name in there]
+            parts.append(table(header, rows))
+    return "\n\n".join(parts)
+
+
+def _that_fit(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """The columns of tables that fit a page: those with few methods get one of their own."""
+    if len(cells) <= COLUMNS:
+        return [[*cells]]
+    most = max(len(cell.found.methods) for cell in cells)
+    kinds = [[cell for cell in cells if (2 * len(cell.found.methods) > most) is many] for many in (True, False)]
+    return [kind[place : place + COLUMNS] for kind in kinds for place in range(0, len(kind), COLUMNS)]
+
+
+def short(cells: Sequence[Cell], ours: Sequence[str]) -> str:
+    """The best of LoRA-Pro, today's default and the best of the others: how good, and at what cost."""
+    found = standings([cell.found for cell in cells], facts.LORA, facts.FULL)
+    defaults = {cell.default for cell in cells} - {None}
+    lines = [_standing(each, "The default, ") for each in found if each.method in defaults]
+    for names, start in ((ours, "Lowest of LoRA-Pro's modes, "), (facts.PEERS[1:], "Lowest of the peers, ")):
+        own = [each for each in found if each.method in names]
+        most = max((each.cells for each in own), default=0)
+        # a method of few cells has other rivals
+        best = next((each for each in own if 2 * each.cells >= most and each.final is not None), None)
+        if best is not None and best.method not in defaults:
+            lines.append(_standing(best, start))
+    full = next((each for each in found if each.method == facts.FULL and each.final is not None), None)
+    if full is not None:
+        lines.append(f"Full fine-tuning ends at ×{full.final:.2f} LoRA's loss, with ×{full.state or 0:.0f} its state.")
+    behind = [each.title for each in found if each.worse > each.better and each.method in ours]
+    lines.append(f"More often worse than better than tuned LoRA: {listed(behind)}.")
+    return bullets(lines, "")
+
+
+def _standing(each: Standing, start: str) -> str:
+    ratios = {"final": each.final, "early": each.early, "early to full fine-tuning's": each.early_of_reference}
+    ratios |= {"time of a step": each.time, "state": each.state}
+    shown = ", ".join(f"{name} ×{value:.2f}" for name, value in ratios.items() if value is not None)
+    counts = f"better in {each.better}, level in {each.level}, worse in {each.worse} of {each.cells} cells"
+    return f"{start}{each.title}: {counts} (means beside LoRA: {shown})."
+
+
+def costs(found: Summary | None) -> str:
+    """Time and memory of each method, and how far the times can be trusted."""
+    if found is None:
+        return "`make compare-costs` has not been run in this form."
+    (cell, *_) = found.comparisons
+    size = lambda row: "–" if row.cost["state_bytes"] is None else f"{row.cost['state_bytes'] / 2**20:.1f}"  # noqa: E731
+    time = lambda row, name: "–" if row.cost[name] is None else f"{row.cost[name]:.1f}"  # noqa: E731
+    rows = [[row.title, time(row, "step_ms"), time(row, "optimizer_ms"), size(row)] for row in cell.methods if row.test]
+    spread_ = cell.step_spread
+    sure = "" if spread_ is None or spread_.best is None else f" Seeds differ by up to {spread_.best - 1:.0%}."
+    text = f"Medians of {cell.steps} steps on {cell.task.replace('_', ' ')}, r = {cell.rank}, in one process.{sure}"
+    return f"{text}\n\n{table(['method', 'step, ms', 'optimizer, ms', 'state, MiB'], rows)}"
+
+
+def shown_cells(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """The cells of each picture: of each task the longest for curves and rates, the one with most methods else."""
+    tasks = list(dict.fromkeys(cell.found.task for cell in cells))
+    by_task = [[cell for cell in cells if cell.found.task == task] for task in tasks]
+    longest = [max(own, key=lambda cell: (cell.found.steps, len(cell.found.methods))) for own in by_task]
+    widest = [max(own, key=lambda cell: (len(cell.found.methods), cell.found.steps)) for own in by_task]
+    return {"loss": longest, "methods": widest, "rates": longest, "cost": widest}
+
+
+def all_ours(summaries: Mapping[str, Summary]) -> list[str]:
+    """The names of all methods that are LoRA-Pro."""
+    return list(dict.fromkeys(name for summary in summaries.values() for name in ours_of(summary)))
+
+
+def draw(cells: Sequence[Cell], summaries: Mapping[str, Summary]) -> dict[str, bytes]:
+    """The four pictures over all comparisons."""
+    from lorapro_hf.commands.compare.figures import View, pictures_of
+
+    tuning = [seed for summary in summaries.values() for seed in summary.settings["tuning_seeds"]]
+    defaults = [cell.default for cell in cells if cell.default is not None]
+    made = {}
+    for name, chosen in shown_cells(cells).items():
+        found = [cell.found for cell in chosen]
+        view = View(
+            found, facts.LORA, facts.FULL, all_ours(summaries), tuning, [cell.found for cell in cells], defaults
+        )
+        made |= pictures_of(view, [name])
+    return made
+
+
+def page(found: Mapping[str, Summary], gap: Mapping[str, Any]) -> str:
+    """The whole page, from the comparisons that there are."""
+    tabled = {name: found[name] for name in TABLED if name in found}
+    cells = cells_of(tabled)
+    ours = all_ours(found)
+    absent = [name for name in (*TABLED, NEIGHBOURS, COSTS) if name not in found]
+    started = {name: found[name] for name in (*TABLED, NEIGHBOURS) if name in found}
+    environments = [summary.environment for summary in found.values()]
+    shared = environments[0] if environments else {}
+    shared = {key: value for key, value in shared.items() if all(each.get(key) == value for each in environments)}
+    none = "No comparison has been run in this form."
+    alone = {name: default_of(summary) or "" for name, summary in started.items()}
+    alone |= {NEIGHBOURS: facts.alone(found[NEIGHBOURS])} if NEIGHBOURS in found else {}
+    lines = facts.neighbours(found[NEIGHBOURS]) if NEIGHBOURS in found else []
+    pictures = [f"![{text}](results/{name}.png)" for name, text in PICTURES.items()] if cells else []
+    return PAGE_TEXT.format(
+        runs=facts.all_runs(found),
+        absent=f" Not run in this form: {', '.join(absent)}." if absent else "",
+        short=short(cells, ours) if cells else none,
+        gap=gap,
+        targets=bullets(facts.targets(cells, ours), none) if cells else none,
+        tables=tables(cells) if cells else none,
+        pictures="\n\n".join(pictures) or none,
+        neighbours=bullets(lines, "`make compare-neighbours` has not been run in this form."),
+        starts=bullets(facts.starts(cells_of(started), alone), "No cell has a start in both yet."),
+        variants=facts.variants(cells) or "No cell has both yet.",
+        costs=costs(found.get(COSTS)),
+        commands=commands(found),
+        environment=", ".join(f"{key} {value}" for key, value in shared.items()) or "none",
+    )
+
+
+def commands(found: Mapping[str, Summary]) -> str:
+    """The command that makes each comparison's figures again, and this page."""
+    rows = []
+    for name in (*TABLED, NEIGHBOURS, COSTS):
+        places = "none yet"
+        if name in found:
+            tasks = dict.fromkeys(cell.task.replace("_", " ") for cell in found[name].comparisons)
+            places = f"{', '.join(tasks)} ([all rates and seeds](results/{name}/summary.json))"
+        rows.append([f"`make compare-{name}`", places])
+    rows.append(["`python benchmarks/results.py`", "the pictures and this page, from the summaries"])
+    return table(["command", "figures"], rows)
 
 
 def take(name: str) -> None:
-    """Keep the summary of a comparison's last run, without spaces and with fewer digits, and the figures shown."""
-    source, kept = ROOT / "runs" / f"compare-{name}", DOCS / "results" / name
+    """Keep the summary of a comparison's last run, without spaces and with fewer digits."""
+    source, kept = ROOT / "runs" / f"compare-{name}", KEPT / name
     found = json.loads((source / "summary.json").read_text(encoding="utf-8"))
     # the folder may have been copied from one that names a machine
     found["settings"]["output_dir"] = source.relative_to(ROOT).as_posix()
     kept.mkdir(parents=True, exist_ok=True)
     content = json.dumps(shortened(found), separators=(",", ":"), allow_nan=False)
     (kept / "summary.json").write_text(f"{content}\n", encoding="utf-8")
-    for figure in FIGURES if name == MAIN[0] else ():
-        (kept / "figures").mkdir(exist_ok=True)
-        shutil.copy(source / "figures" / figure, kept / "figures")
 
 
 def shortened(value: Any) -> Any:
@@ -338,14 +287,17 @@ def shortened(value: Any) -> Any:
 
 
 def main(check: bool, taken: str | None = None) -> int:
-    """Write the page, or say whether it is up to date."""
+    """Write the page and its pictures, or say whether the page is up to date."""
     if taken is not None:
         take(taken)
-    made = page(
-        {name: summary(name) for name in (*MAIN, WHOLE, LIMITS, COSTS, NEIGHBOURS)}, json.loads(GAP.read_text("utf-8"))
-    )
+    read_all = {name: read(KEPT / name) for name in (*TABLED, NEIGHBOURS, COSTS)}
+    found = {name: summary for name, summary in read_all.items() if summary is not None}
+    made = page(found, json.loads(GAP.read_text(encoding="utf-8")))
     if check:
         return int(PAGE.read_text(encoding="utf-8") != made)
+    tabled = {name: found[name] for name in TABLED if name in found}
+    for name, picture in (draw(cells_of(tabled), tabled) if tabled else {}).items():
+        (KEPT / f"{name}.png").write_bytes(picture)
     PAGE.write_text(made, encoding="utf-8")
     return 0
 
@@ -353,6 +305,6 @@ def main(check: bool, taken: str | None = None) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit with 1 if the page is not up to date, and leave it")
-    parser.add_argument("--take", metavar="NAME", help="keep the summary and figures of runs/compare-NAME first")
+    parser.add_argument("--take", metavar="NAME", help="keep the summary of runs/compare-NAME first")
     arguments = parser.parse_args()
     sys.exit(main(arguments.check, arguments.take))

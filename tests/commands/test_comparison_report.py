@@ -347,7 +347,7 @@ def test_the_report_opens_with_the_result(tmp_path: Path, capsys: pytest.Capture
     first, second, third = sentences(summarize(store))
     assert first == (
         "By more than two standard errors of the final test loss, LoRA (AdamW) is beaten by "
-        "LoRA-Pro full, linear; it beats no method."
+        "LoRA-Pro full linear; it beats no method."
     )
     assert "LoRA-Pro full, linear has the lowest final loss: 1.04 times that of full fine-tuning" in second
     assert "1.00 times in the first quarter" in second and "(LoRA (AdamW): 1.18 times and 1.00 times)" in second

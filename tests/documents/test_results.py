@@ -1,174 +1,152 @@
 """docs/results.md: the page that benchmarks/results.py makes of summaries."""
 
-import importlib.util
+from __future__ import annotations
+
 import json
-import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lorapro_hf.commands.compare.settings import read_settings
+from comparison_helpers import TINY, record_of, runs_of, settings
+from lorapro_hf.commands.common.records import write_json
+from lorapro_hf.commands.compare.plan import content_of, plan
+from lorapro_hf.commands.compare.store import Store
+from lorapro_hf.commands.compare.summary import Summary, summarize
 
 ROOT = Path(__file__).parents[2]
-RATES = {"lora": 1e-2, "full": 1e-3, "pro_full_paper": 1e-3, "pro_full_linear": 3e-3, "pro_factored_linear": 3e-3}
-GAP = {"measured": 8, "closer": 8, "measured_steps": 2, "largest_step_error": 2e-6}
+GAP = {"measured": 8, "closer": 7}
+LOSSES = {"lora": 1.0, "loraplus": 1.2, "lora_one": 0.8, "pro_full_linear": 0.9, "pro_lora_one": 0.85, "full": 0.5}
+METHODS = {name: [1e-2] for name in LOSSES}
 
 
-@pytest.fixture(scope="module")
-def program():
-    specification = importlib.util.spec_from_file_location("results", ROOT / "benchmarks" / "results.py")
-    module = sys.modules["results"] = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    yield module
-    del sys.modules["results"]
+@pytest.fixture
+def program(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import results
+
+    return results
 
 
-def rate(name, value, statuses, no_better=()):
-    seeds = range(len(statuses))
-    return {
-        "learning_rate": value,
-        "status": {str(seed): status for seed, status in zip(seeds, statuses, strict=True)},
-        "keys": {str(seed): f"{name} {value} {seed}" for seed in seeds},
-        "no_better": list(no_better),
+def made(folder: Path, losses: dict[str, float] = LOSSES, noise: float = 0.001, **tasks: Any) -> Summary:
+    """A comparison of three seeds, whose losses are those given and a little more for each seed."""
+    chosen = settings(folder, seeds=[0, 1, 2], methods=METHODS, tasks=tasks or {"tiny": {**TINY, "ranks": [4]}})
+    folder.mkdir(parents=True, exist_ok=True)
+    store = Store(folder)
+    store.write_sweep(content_of(chosen, plan(chosen)))
+    for run in runs_of(chosen):
+        loss = losses[run.method.name] + noise * (run.seed + (run.seed - 1) * (run.method.name != "lora"))
+        test = {"loss": loss, "accuracy": 1 - loss / 2}
+        store.append(
+            record_of(
+                run,
+                scores={"validation": {"loss": loss}, "test": test},
+                losses=[2 * loss, loss, loss, loss],
+                step_ms=10.0 * (1 + run.method.is_lora_pro),
+                optimizer_ms=1.0,
+                state_bytes=2**20,
+            )
+        )
+    return summarize(store)
+
+
+def test_losses_say_who_is_better_than_lora(program: Any, tmp_path: Path) -> None:
+    page = program.page({"small": made(tmp_path)}, GAP)
+    assert "|LoRA (AdamW)|1.00100±0.00058<br>2.002<br>50.0%|" in page
+    assert "|LoRA+|*1.2010±0.0012*<br>*2.402*<br>40.0%|" in page
+    assert "|LoRA-Pro full, linear|**0.9010±0.0012**<br>**1.802**<br>54.9%|" in page
+    assert page.index("### 3 steps") < page.index("|LoRA (AdamW)|") < page.index("|full fine-tuning|")
+    assert "in 7 of 8 measurements" in page and "18 runs: 0 diverged" in page
+    assert "Not run in this form: long, whole, held_out, neighbours, costs." in page
+
+
+def test_noise_makes_methods_level(program: Any, tmp_path: Path) -> None:
+    page = program.page({"small": made(tmp_path, noise=0.2)}, GAP)
+    assert "|LoRA-Pro full, linear|1.10±0.23<br>" in page
+
+
+def test_targets_are_computed_and_missed_ones_named(program: Any, tmp_path: Path) -> None:
+    tasks = {"tiny": {**TINY, "ranks": [2, 4], "steps": [3, 200]}}
+    lines = program.page({"small": made(tmp_path, **tasks)}, GAP).split("## Targets")[1].split("## Losses")[0]
+    early, sooner, last, first, rate = lines.strip().splitlines()
+    assert "**missed**, 0 of 2 cells (tiny 1.80)" in early  # rank 2 is not part of it
+    assert "at most 75% of them: **missed**, 0 of 4 cells (tiny 100%)" in sooner
+    assert "**met**, 2 of 2 cells (tiny 0.90)" in last  # 3 steps are not part of it
+    assert "**met**, 4 of 4 (first 4, tied 0, behind 0)" in first and "**met**, 4 of 4 cells (tiny 1.00)" in rate
+    behind = made(tmp_path / "behind", {**LOSSES, "pro_full_linear": 1.1, "pro_lora_one": 1.3}, **tasks)
+    page = program.page({"small": behind}, GAP)
+    assert "**missed**, 0 of 4 (first 0, tied 0, behind 4). Behind in: tiny, r = 2, 3 steps;" in page
+    assert "not worse by two standard errors from 200 steps: **missed**, 0 of 2 cells (tiny 1.10)" in page
+
+
+def test_neighbours_get_a_verdict_each(program: Any, tmp_path: Path) -> None:
+    page = program.page({"neighbours": made(tmp_path)}, GAP)
+    assert (
+        "- **LoRA-One** is better than LoRA with AdamW (loss, early: ×0.80, ×0.80) and is better than LoRA-Pro alone "
+        "(loss, early: ×0.94, ×0.94): it helps."
+    ) in page
+    assert "- no such start, tiny, r = 4, 3 steps: LoRA-Pro is better (0.9010 ± 0.0012 against" in page
+    assert "- LoRA-One, tiny, r = 4, 3 steps: LoRA-Pro is worse (0.8510 ± 0.0012 against" in page
+    assert "No comparison has been run in this form." in page  # the tables
+
+
+def test_variants_are_counted(program: Any, tmp_path: Path) -> None:
+    page = program.page({"small": made(tmp_path)}, GAP)
+    assert "Of 1 pairs of a variant (8 at most) and a cell, 0 better, 0 level, 1 worse; the loss is ×1.20" in page
+
+
+def test_tasks_that_differ_in_ranks_alone_have_one_name_and_wide_tables_are_split(program: Any, tmp_path: Path) -> None:
+    few = ["lora", "full"]
+    tasks = {
+        "tiny": {**TINY, "ranks": [4]},
+        "tiny_ranks": {**TINY, "ranks": [1, 2, 8], "methods": few, "train_size": 6},
+        "other": {**TINY, "ranks": [4], "data_seed": 1},
     }
+    page = program.page({"small": made(tmp_path, **tasks)}, GAP)
+    assert "|method|tiny<br>r = 4|other<br>r = 4|" in page
+    assert "|method|tiny<br>r = 1|tiny<br>r = 2|tiny<br>r = 8|" in page
 
 
-def row(name, loss, base, full):
-    better = 3 if loss < base else 0
-    return {
-        "method": name,
-        "title": name.replace("_", " "),
-        "learning_rate": RATES[name],
-        "at_edge": None,
-        "test": {"loss": {"mean": loss, "std": 0.05}, "accuracy": {"mean": 1 - loss / 2, "std": None}},
-        "gap_closed": (base - loss) / (base - full) if base > full else None,
-        "against_baseline": None if name == "lora" else {"difference": loss - base, "better": better, "seeds": 3},
-        "cost": {"step_ms": 10, "optimizer_ms": 1, "state_bytes": 9000, "trainable": 7},
-        "rates": [rate(name, RATES[name], 9 * ["finished"])],
-    }
+def test_costs_are_those_of_their_own_comparison(program: Any, tmp_path: Path) -> None:
+    page = program.page({"costs": made(tmp_path)}, GAP)
+    assert "|LoRA-Pro full, linear|20.0|1.0|1.0|" in page and "Seeds differ by up to 0%." in page
 
 
-def summary(**losses):
-    losses = {"lora": 1.0, "full": 0.5, "pro_full_paper": 1.1, "pro_full_linear": 0.56} | losses
-    return {
-        "settings": {"seeds": [0, 1, 2], "tasks": [{"steps": 12}]},
-        "environment": {"machine": "a machine"},
-        "comparisons": [
-            {
-                "task": "some_task",
-                "rank": 8,
-                "gap": 1.0 - losses["full"],
-                "gap_seeds": 3 if losses["full"] < 1 else 0,
-                "levels": None,
-                "step_spread": {"rates": 6, "uneven": 0, "largest": 1.1, "best": 1.04},
-                "methods": [row(name, loss, 1.0, losses["full"]) for name, loss in losses.items()],
-            }
-        ],
-    }
+def test_a_summary_is_read_as_it_was_and_one_of_an_older_form_is_absent(program: Any, tmp_path: Path) -> None:
+    from results_parts.summaries import read
+
+    found = made(tmp_path)
+    write_json(tmp_path / "summary.json", asdict(found))
+    again = read(tmp_path)
+    assert again is not None and asdict(again) == json.loads((tmp_path / "summary.json").read_text())
+    assert program.page({"small": again}, GAP) == program.page({"small": found}, GAP)
+    (tmp_path / "summary.json").write_text(json.dumps({"comparisons": [{"task": "old", "rank": 8}]}))
+    assert read(tmp_path) is None and read(tmp_path / "nothing") is None
 
 
-def made(program, **changed):
-    names = (*program.MAIN, program.WHOLE, program.LIMITS, program.COSTS, program.NEIGHBOURS)
-    return program.page({**{name: summary() for name in names}, **changed}, GAP)
-
-
-def test_losses_say_who_is_better_than_lora_and_which_rates_end_their_grid(program):
-    content = summary()
-    content["comparisons"][0]["methods"][2]["at_edge"] = "highest"
-    page = made(program, small=content)
-    assert "| pro full paper | *1.100±0.050* (0.001 ↑) |" in page and "| lora | 1.000±0.050 (0.01) |" in page
-    assert "| pro full linear | **0.560±0.050** (0.003) |" in page
-
-
-def test_a_method_that_never_finished_is_shown_and_one_that_is_not_compared_is_not(program):
-    content, less = summary(), summary()
-    content["comparisons"][0]["methods"][2] |= {"learning_rate": None, "against_baseline": None, "test": {}}
-    del less["comparisons"][0]["methods"][2]
-    comparisons = [*content["comparisons"], *less["comparisons"]]
-    assert "| pro full paper | none finished | – |" in program.by_method(comparisons, {"": program.loss})
-    assert "| pro full linear | 72.0% | 72.0% |" in program.answers(comparisons)
-    assert "| pro full paper | none finished |" in made(program, small=content)
-
-
-def test_a_gap_is_closed_only_where_every_seed_shows_one(program):
-    assert "| pro full linear | 88% |" in program.closed(summary()["comparisons"])
-    noisy = summary()["comparisons"]
-    noisy[0]["gap_seeds"] = 2
-    assert "| pro full linear | noise |" in program.closed(noisy)
-    assert "| pro full linear | no gap |" in program.closed(summary(full=1.2)["comparisons"])
-    assert "| pro_factored_linear | – |" in program.closed(summary()["comparisons"])
-
-
-def test_a_run_counts_once_in_however_many_comparisons_it_is(program):
-    one, other = summary(), summary()
-    methods = len(one["comparisons"][0]["methods"])
-    assert program.all_runs({"small": one}).startswith(f"{9 * methods} runs, of which 0 diverged")
-    other["comparisons"][0]["methods"][0]["rates"] = [rate("lora", 1, ["diverged", "finished", "missing"], [1])]
-    assert program.all_runs({"small": one, "limits": other}) == (
-        f"{9 * methods + 3} runs ({9 * (methods - 1)} of them in more than one comparison), of which 1 diverged, "
-        "0 failed, 1 missing; 1 ended no better than they began, by their training loss"
-    )
-
-
-def test_reference_losses_say_what_a_task_measures(program):
-    comparisons = summary()["comparisons"]
-    comparisons[0]["levels"] = {"untrained": 3.0, "frequencies": 1.5}
-    said = program.references(comparisons)
-    assert "| some task | 3.000 | 1.500 |" in said and "little else" not in said
-    comparisons[0]["levels"]["frequencies"] = 0.9
-    assert "beats tuned LoRA on some task (0.900 to 1.000)" in program.references(comparisons)
-
-
-def test_costs_are_those_of_their_own_comparison(program):
-    idle, busy = summary(), summary()
-    idle["comparisons"][0]["methods"][0]["cost"]["step_ms"] = 123
-    page = made(program, costs=idle)
-    assert "| lora | 123 | 1.0 |" in page and "differs by up to 4%. [Memory" in page
-    busy["comparisons"][0]["step_spread"] |= {"uneven": 2, "best": 1.6}
-    assert "up to 60%: other work was on the machine" in made(program, costs=busy)
-
-
-def test_a_taken_summary_has_fewer_digits_and_the_figures_of_the_page(program, tmp_path, monkeypatch):
+def test_a_taken_summary_has_fewer_digits(program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "ROOT", tmp_path)
-    monkeypatch.setattr(program, "DOCS", tmp_path / "docs")
-    settings = {"output_dir": str(tmp_path / "elsewhere")}
-    content = {"settings": settings, "losses": [1.23456789, 2e-12 / 3], "seed": 1234567, "none": None}
-    for name in ("small", "long"):
-        run = tmp_path / "runs" / f"compare-{name}"
-        (run / "figures").mkdir(parents=True)
-        for figure in ("cost.png", *program.FIGURES):
-            (run / "figures" / figure).write_text(figure)
-        (run / "summary.json").write_text(json.dumps(content))
-        program.take(name)
-        expected = {"settings": {"output_dir": f"runs/compare-{name}"}, "losses": [1.23457, 6.66667e-13]}
-        assert program.summary(name) == content | expected
-    kept = sorted(path.name for path in (tmp_path / "docs").rglob("*.png"))
-    assert kept == ["loss.png", "rates.png"]
+    monkeypatch.setattr(program, "KEPT", tmp_path / "kept")
+    run = tmp_path / "runs" / "compare-small"
+    run.mkdir(parents=True)
+    content = {"settings": {"output_dir": str(tmp_path)}, "losses": [1.23456789, 2e-12 / 3], "seed": 1234567}
+    (run / "summary.json").write_text(json.dumps(content))
+    program.take("small")
+    expected = {"settings": {"output_dir": "runs/compare-small"}, "losses": [1.23457, 6.66667e-13]}
+    assert json.loads((tmp_path / "kept" / "small" / "summary.json").read_text()) == content | expected
 
 
-def test_page_is_up_to_date(program):
+@pytest.mark.slow
+def test_pictures_are_drawn_beside_the_page(program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "KEPT", tmp_path)
+    monkeypatch.setattr(program, "PAGE", tmp_path / "results.md")
+    made(tmp_path / "small")
+    write_json(tmp_path / "small" / "summary.json", asdict(summarize(Store(tmp_path / "small"))))
+    assert program.main(check=False) == 0 and program.main(check=True) == 0
+    assert sorted(path.stem for path in tmp_path.glob("*.png")) == sorted(program.PICTURES)
+    assert all(f"(results/{name}.png)" in (tmp_path / "results.md").read_text() for name in program.PICTURES)
+
+
+def test_page_is_up_to_date(program: Any) -> None:
     assert program.main(check=True) == 0, "run: python benchmarks/results.py"
-    names = [*program.MAIN, program.WHOLE, program.LIMITS, program.COSTS, program.NEIGHBOURS]
-    found = {name: program.summary(name) for name in names}
-    assert all(each["missing"] == 0 for each in found.values())
-    assert {name: each["settings"]["output_dir"] for name, each in found.items()} == {
-        name: f"runs/compare-{name}" for name in names
-    }
-
-
-def test_costs_are_of_every_method_of_small_at_its_best_rate(program):
-    found = read_settings(ROOT / "configs" / "compare" / "costs.yaml")
-    small = next(each for each in program.summary("small")["comparisons"] if each["task"] == found.tasks[0].name)
-    assert [(m.name, list(m.learning_rates)) for m in found.methods] == [
-        (row["method"], [row["learning_rate"]]) for row in small["methods"]
-    ]
-
-
-def test_neighbours_are_shown_with_both_optimizers(program):
-    content = summary()
-    for number, name in enumerate(("mgpo", "pro_mgpo")):
-        added = {**row("lora", 0.5 + number, 1.0, 0.4), "method": name, "title": name.replace("_", " ")}
-        content["comparisons"][0]["methods"].append(added)
-    page = made(program, neighbours=content)
-    assert "| mgpo | 0.500 (0.01) | 1.500 (0.01) |" in page and "| lora | 1.000 (0.01) | 0.560 (0.003) |" in page
-    assert "| full | " in page and "| pro mgpo |" not in page.split("## Methods beside LoRA-Pro")[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from lorapro_hf.commands.compare.summary import MISSING, MethodSummary, Summary,
 _OURS = ("#D55E00", "#E69F00", "#CC79A7", "#882255", "#009E73")
 _BASELINE, _REFERENCE, _PEER, _OTHER = "black", "#0072B2", "#56B4E9", "#b8b8b8"
 _MARKERS = ("o", "D", "^", "v", "P")
+KINDS = ("loss", "methods", "rates", "cost")
 _WIDTH = 8.0  # inches
 _WORST = 4.0  # losses beyond so many times the best are off the picture of rates
 _RATIOS = (0.5, 2.0)  # of losses to the baseline's; those beyond are drawn at the edge
@@ -36,7 +37,9 @@ class View:
     baseline: str
     reference: str
     ours: Sequence[str]  # names of the methods that are LoRA-Pro
-    tuning_seeds: Sequence[int] = field(default_factory=tuple)
+    tuning_seeds: Sequence[int] = ()
+    ranked: Sequence[TaskSummary] = ()  # the cells that decide which methods are highlighted, if others than `cells`
+    first: Sequence[str] = ()  # of ours, highlighted in any case
 
     @property
     def methods(self) -> list[MethodSummary]:
@@ -45,7 +48,10 @@ class View:
 
     def styles(self) -> dict[str, Style]:
         """Looks of the baseline, the reference, the best five of ours and the best other one; the rest is grey."""
-        found = standings(self.cells, self.baseline, self.reference)
+        found = standings(self.ranked or self.cells, self.baseline, self.reference)
+        most = max((each.cells for each in found), default=0)
+        # a method of few cells has other rivals
+        found.sort(key=lambda each: (each.method not in self.first, 2 * each.cells < most))
         ends = {self.baseline: (_BASELINE, "-", "s"), self.reference: (_REFERENCE, "--", "X")}
         ours = [each.method for each in found if each.method in self.ours and each.method not in ends][: len(_OURS)]
         others = [each.method for each in found if each.method not in {*ends, *self.ours}]
@@ -71,7 +77,7 @@ def draw(summary: Summary) -> dict[str, bytes]:
     return pictures
 
 
-def pictures_of(view: View) -> dict[str, bytes]:
+def pictures_of(view: View, names: Sequence[str] = KINDS) -> dict[str, bytes]:
     """PNGs by name, without those that would be empty."""
     longest = {}
     for cell in sorted(view.cells, key=lambda cell: cell.steps):
@@ -82,7 +88,7 @@ def pictures_of(view: View) -> dict[str, bytes]:
         "rates": partial(_panels, view, view.cells, _by_rate, 2, "loss by rate"),
         "cost": partial(_by_cost, view, list(longest.values())),
     }
-    made = {name: make() for name, make in makers.items()}
+    made = {name: makers[name]() for name in names}
     return {name: picture for name, picture in made.items() if picture is not None}
 
 
@@ -181,28 +187,35 @@ def _deciding(by_seed: Mapping[str, float], view: View) -> list[float]:
 def _by_method(view: View) -> bytes | None:
     """Final and early loss over the baseline's: a row for each method, a column for each cell."""
     cells = [cell for cell in view.cells if (base := method_of(cell, view.baseline)) is not None and base.test]
-    found = standings(cells, view.baseline, view.reference)
-    names = [each.method for each in reversed(found) if each.final is not None]
-    if not names:
+    order = [each.method for each in standings(cells, view.baseline, view.reference)][::-1]
+    if not cells:
         return None
-    columns = min(3, len(cells))
-    rows, styles = math.ceil(len(cells) / columns), view.styles()
-    figure = new_figure(_WIDTH, rows * (0.24 * len(names) + 1.1) + 0.4)
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    for axes, cell in zip(grid.flat, cells, strict=False):
+    columns, styles = min(3, len(cells)), view.styles()
+    rows = [cells[place : place + columns] for place in range(0, len(cells), columns)]
+    names = [[name for name in order if any(_has(cell, name) for cell in row)] for row in rows]
+    heights = [0.24 * len(each) + 1.1 for each in names]
+    figure = new_figure(_WIDTH, sum(heights) + 0.4)
+    grid = figure.subplots(len(rows), columns, squeeze=False, sharey="row", height_ratios=heights)
+    for place, axes in enumerate(grid.flat):
+        if place >= len(cells):
+            axes.set_axis_off()
+            continue
+        cell, shown = cells[place], names[place // columns]
         axes.set_title(title_of(cell).replace(", ", "\n", 1), fontsize=9, parse_math=False)
         axes.set(xscale="log", xlabel="loss over the baseline's")
         axes.axvline(1.0, color="black", linewidth=0.8)
         axes.grid(axis="both", alpha=0.2)
-        _ratios(axes, cell, view.baseline, names, styles)
-        axes.set_yticks(range(len(names)), [styles[name]["label"] for name in names], fontsize=8.5, parse_math=False)
+        _ratios(axes, cell, view.baseline, shown, styles)
+        axes.set_yticks(range(len(shown)), [styles[name]["label"] for name in shown], fontsize=8.5, parse_math=False)
         _plain_losses(axes.xaxis, 3)
-    for axes in grid.flat[len(cells) :]:
-        axes.set_axis_off()
     kinds = [("final test loss", "black"), ("early: training loss of the first quarter", "white")]
     marks = [Line2D([], [], marker="o", ls="", c="black", mfc=fill, label=label) for label, fill in kinds]
     figure.legend(handles=marks, loc="outside lower center", ncols=2, fontsize=8.5, frameon=False)
     return as_png(figure, dpi=130)
+
+
+def _has(cell: TaskSummary, name: str) -> bool:
+    return (method := method_of(cell, name)) is not None and bool(method.test)
 
 
 def _ratios(axes: Any, cell: TaskSummary, baseline: str, names: Sequence[str], styles: dict[str, Style]) -> None:

@@ -140,7 +140,8 @@ def _counted(standing: Standing, count: int, cells: int) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names with commas, the first few and the number of the others; "no method" of none."""
+    """The first few names, without commas of their own, and the number of the others; "no method" of none."""
+    names = [name.replace(", ", " ") for name in names]
     shown = [*names] if len(names) <= _NAMED else [*names[: _NAMED - 1], f"{len(names) - _NAMED + 1} more"]
     return " and ".join([", ".join(shown[:-1]), shown[-1]]) if len(shown) > 1 else "".join(shown) or "no method"
 

@@ -57,7 +57,7 @@ class DemoFigures:
 
 def results_table(methods: Sequence[MethodFigures], settings: DemoSettings) -> Table:
     """The methods of the loss curves side by side."""
-    title = f"Puzzles in characters, rank {TASK['ranks'][0]}, {settings.steps} steps, {settings.seeds} seeds"
+    title = f"Puzzles in characters, rank {TASK['ranks'][0]}, {settings.steps} steps, {_seeds(settings)}"
     caption = (
         "Loss and exact match on held-out puzzles; early: mean training loss of the first quarter of the steps; state: "
         "the optimizer's. Means ± standard errors over the seeds."
@@ -78,6 +78,10 @@ def results_table(methods: Sequence[MethodFigures], settings: DemoSettings) -> T
             _cell(each.figures.get("step_ms"), ".1f"),
         )
     return table
+
+
+def _seeds(settings: DemoSettings) -> str:
+    return f"{settings.seeds} seed{'' if settings.seeds == 1 else 's'}"
 
 
 def _cell(found: Estimate | None, form: str, scale: float = 1.0) -> str:
@@ -145,7 +149,7 @@ def _curves(axes: Any, methods: Sequence[MethodFigures], settings: DemoSettings)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="y", which="minor", labelsize=8)
-    axes.set_title(f"Training to the end, {settings.seeds} seeds, r = {TASK['ranks'][0]}", fontsize=10)
+    axes.set_title(f"Training to the end, {_seeds(settings)}, r = {TASK['ranks'][0]}", fontsize=10)
     axes.set_xlabel("step", fontsize=9)
     axes.set_ylabel("training loss (log scale)", fontsize=9)
     axes.legend(fontsize=8.5)

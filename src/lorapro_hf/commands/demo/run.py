@@ -77,7 +77,6 @@ class _Demo:
         with progress_bars(self.console) as progress:
             bars = {method.name: progress.add_task(method.title, total=steps, note="") for method in compared.methods}
             curves.train_all(compared, task, report)
-        self.console.print(results_table(self.figures.methods, self.settings))
 
     def model(self) -> None:
         """Fine-tune the language model, and let stock PEFT answer with its adapter."""

@@ -130,8 +130,8 @@ def _closeness(axes: Any, measured: Sequence[Closeness]) -> None:
     axes.set_title(f"Direction of the update, after {CLOSENESS_STEPS} steps", fontsize=10)
     axes.set_xlabel("transformer block", fontsize=9)
     axes.set_ylabel("cosine to the full gradient", fontsize=9)
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.88)}  # between the best and the others
-    axes.legend(fontsize=8.5, title="median of all layers", title_fontsize=8.5, **place)
+    legend = axes.legend(fontsize=8.5, title="median of all layers", title_fontsize=8.5, loc="upper center")
+    legend.set_bbox_to_anchor((0.5, 0.88))  # between the best and the others
 
 
 def _curves(axes: Any, methods: Sequence[MethodFigures], settings: DemoSettings) -> None:

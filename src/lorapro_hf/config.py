@@ -53,11 +53,11 @@ class LoRAProConfig:
             memory of the factors. For these three start at the learning rate of full fine-tuning (2e-5 for a 7B model)
             and go up: with a trust region the best may be as high as that of LoRA. The others use learning rates of
             LoRA: `"spectral"` steps along the orthogonalised momentum and keeps half of AdamW's state, `"rite"` is
-            LoRA-RITE, whose step does not divide by the scaling, and `"efficient"` keeps AdamW's moments of the two
-            factors.
+            LoRA-RITE, whose step does not divide by the scaling, and `"efficient"` is AdamW on the two factors, with
+            longer steps of A while B is small.
         x_mode: Which of the equivalent factor gradients to take: `"sylvester"` (closest to LoRA's own gradients, the
             paper's choice), `"zero"` or `"symmetric"` (both factors contribute alike). A sequential update has this
-            freedom in mode `"efficient"` only.
+            freedom in mode `"efficient"` only, and that mode only with `efficient_projected`.
         update: How a step is spent on the two factors. `"linear"`, the paper's, moves both at once along their
             gradients. `"sequential"` moves B first and then A against the new B, so that the weight moves as meant and
             not only to first order; in `"efficient"` the change that AdamW asks of A then acts through the new B.
@@ -83,6 +83,9 @@ class LoRAProConfig:
             element by less than half a unit in its last place is lost. Wider factors get no copies.
         spectral_iterations: How often mode `"spectral"` takes the polar factor of its momentum and projects it on what
             the factors can follow: 1, or 3 to 5 for a direction whose singular values are closer to one.
+        efficient_projected: Whether AdamW sees the projected gradients in mode `"efficient"`, as in the paper. It starts
+            more slowly than plain LoRA and ends behind it, since the projected gradients of A shrink as B grows, and
+            the second moment remembers the largest.
         rite_clip: In mode `"rite"`, the largest norm of all pairs' gradients without the magnitude of the other factor;
             0 is no limit. It takes the place of `max_grad_norm`, which would make steps depend on how B A is split.
         rite_skip: In mode `"rite"`, such a gradient counts as zero if its root mean square is larger; 0 is no limit.
@@ -97,14 +100,14 @@ class LoRAProConfig:
         MODE,
         "The mode: 'full' and 'full_8bit' keep Adam's moments of the adapted weights and need memory of their size; "
         "'factored' needs memory of the size of the factors. Learning rates of these three are those of full "
-        "fine-tuning, and upwards. 'spectral' (orthogonalised steps), 'rite' (LoRA-RITE) and 'efficient' (AdamW on "
-        "projected gradients) need memory of the size of the factors and use learning rates of LoRA.",
+        "fine-tuning, and upwards. 'spectral' (orthogonalised steps), 'rite' (LoRA-RITE) and 'efficient' (AdamW with "
+        "longer steps of A while B is small) need memory of the size of the factors and use learning rates of LoRA.",
         MODES,
     )
     x_mode: str = _setting(
         "sylvester",
         "Which of the equivalent factor gradients to take; 'sylvester' is the paper's. Without effect on a sequential "
-        "update, except in mode 'efficient'.",
+        "update, except in mode 'efficient', which knows it with efficient_projected only.",
         X_MODES,
     )
     update: str | None = _setting(
@@ -150,6 +153,12 @@ class LoRAProConfig:
         "How often mode 'spectral' repeats its orthogonalisation and the projection on what the factors can follow.",
         mode="spectral",
     )
+    efficient_projected: bool = _setting(
+        False,
+        "Mode 'efficient': give AdamW the projected gradients, as in the paper, which starts and ends behind plain "
+        "LoRA.",
+        mode="efficient",
+    )
     rite_clip: float = _setting(
         1.0,
         "Mode 'rite': the largest norm that the gradients without the magnitude of the other factor have, all pairs "
@@ -178,7 +187,8 @@ class LoRAProConfig:
             if "choices" in setting.metadata and getattr(self, setting.name) is not setting.default:
                 check_choice(setting.name, getattr(self, setting.name), setting.metadata["choices"])
         check_choice("shard_states", self.shard_states, (None, True, False))
-        check_choice("rite_escape", self.rite_escape, (True, False))
+        for switch in ("rite_escape", "efficient_projected"):
+            check_choice(switch, getattr(self, switch), (True, False))
         for name in ("rite_clip", "rite_skip"):
             limit = getattr(self, name)
             if isinstance(limit, bool) or not (isinstance(limit, int | float) and 0.0 <= limit < float("inf")):

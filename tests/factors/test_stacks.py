@@ -152,8 +152,8 @@ def test_pairs_share_a_stack_only_if_they_are_alike():
 class Oracles:
     """Pair by pair in float64 what the optimizer does, fed with full gradients."""
 
-    def __init__(self, pairs, mode="full", update=None, **_):
-        self.pairs, self.mode, self.update = pairs, mode, update
+    def __init__(self, pairs, mode="full", update=None, efficient_projected=False, **_):
+        self.pairs, self.mode, self.update, self.is_projected = pairs, mode, update, efficient_projected
         hyper = {"lr": LR, "weight_decay": DECAY}
         limited = {**hyper, "trust_region": LIMIT}
         self.factors = [[f.detach().clone().requires_grad_() for f in (pair.A, pair.B)] for pair in pairs]
@@ -170,12 +170,19 @@ class Oracles:
     def step(self, index, g):
         if self.mode != "efficient":
             return self.each[index].step(g)
-        A, B = self.factors[index]
-        A.grad, B.grad = reference.factor_gradients(g, A.detach(), B.detach(), self.pairs[index].scaling)
+        (A, B), s = self.factors[index], self.pairs[index].scaling
+        A.grad, B.grad = s * B.detach().mT @ g, s * g @ A.detach().mT
+        if self.is_projected:
+            A.grad, B.grad = reference.factor_gradients(g, A.detach(), B.detach(), s)
+        old_B = B.detach().clone()
         kept_A, kept_B = ((1 - LR * DECAY) * factor.detach() for factor in (A, B))
         self.each[index].step()
+        change = A.data - kept_A
+        if not self.is_projected:
+            change = reference.lengthened(change, old_B, LR)
         if self.update == "sequential":
-            A.data = kept_A + reference.change_through(A.data - kept_A, kept_B, B.data)
+            change = reference.change_through(change, kept_B, B.data)
+        A.data = kept_A + change
 
     def check(self, tolerance=1e-7):
         for index, pair in enumerate(self.pairs):
@@ -193,6 +200,8 @@ WITH_ORACLE = [
     {"mode": "factored", "update": "linear"},
     {"mode": "efficient"},
     {"mode": "efficient", "update": "sequential"},
+    {"mode": "efficient", "efficient_projected": True},
+    {"mode": "efficient", "efficient_projected": True, "update": "sequential"},
 ]
 # Which of three pairs take part in each of six steps: none at first, then later than others, now and then, all.
 TURNS = [(1, 2), (2,), (0, 2), (0, 1, 2), (0, 1), (0, 1, 2)]

@@ -22,6 +22,7 @@ from lorapro_hf.functional.reference import (
     DenseRite,
     DenseSpectral,
     factor_gradients,
+    lengthened,
 )
 from support_cases import CASES, LAYERS, OTHER_FIELDS
 from support_rows import COLUMNS, Case, replaced
@@ -72,9 +73,12 @@ def gradient_of_the_weight(A, B, grad_A, grad_B, scaling) -> torch.Tensor:
 def oracle_step(column: str, lr: float, A, B, grad_A, grad_B, scaling, norm: float) -> torch.Tensor:
     """By how much the first step moves the weight, densely and in float64; `norm` is that of `clipped_norm`."""
     g = gradient_of_the_weight(A, B, grad_A, grad_B, scaling)
-    if column in ("efficient", "callback"):
+    if column == "callback":
         h_A, h_B = factor_gradients(g, A, B, scaling)
         new_A, new_B = A - lr * h_A / (h_A.abs() + EPS), B - lr * h_B / (h_B.abs() + EPS)
+    elif column == "efficient":
+        new_A = A + lengthened(-lr * grad_A / (grad_A.abs() + EPS), B, lr)
+        new_B = B - lr * grad_B / (grad_B.abs() + EPS)
     elif column == "rite":
         rite = DenseRite(A, B, scaling, skip=0.0, lr=lr, eps=EPS)
         rite.step(g, norm)

@@ -21,7 +21,13 @@ LIMIT = {name: {"trust_region": 0.03} if rule.has_trust_region else {} for name,
 CONFIGS = [
     *({"mode": mode, **LIMIT[mode]} for mode in NATIVE),
     *({"mode": mode, "update": "sequential", **LIMIT[mode]} for mode in NATIVE if mode != "rite"),
-    *({"mode": mode, "update": "linear", "x_mode": "symmetric", **LIMIT[mode]} for mode in NATIVE if mode != "rite"),
+    *(
+        {"mode": mode, "update": "linear", "x_mode": "symmetric", **LIMIT[mode]}
+        for mode in NATIVE
+        if mode not in ("rite", "efficient")
+    ),
+    {"mode": "efficient", "x_mode": "symmetric", "efficient_projected": True},
+    {"mode": "efficient", "update": "sequential", "efficient_projected": True},
     {"mode": "spectral", "update": "linear", "trust_region": 0, "spectral_iterations": 3},
     {"mode": "factored", "update": "linear", "trust_region": 0},
     {"mode": "rite", "rite_escape": True, "rite_skip": 1.5, "rite_clip": 0.5},

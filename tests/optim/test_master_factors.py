@@ -93,16 +93,17 @@ class Oracle:
     def step(self, g, A, B):
         """`A` and `B` are the parameters."""
         if self.mode == "efficient":
-            h = reference.factor_gradients(g, A, B, self.scaling)
-            for parameter, gradient in zip(self.parameters, h, strict=True):
-                parameter.grad = gradient
+            A, B = A.detach().double(), B.detach().double()
+            self.parameters[0].grad, self.parameters[1].grad = self.scaling * B.mT @ g, self.scaling * g @ A.mT
             before = self.A, self.B
             self.adamw.step()
             self.A, self.B = (parameter.detach().clone() for parameter in self.parameters)
+            kept_A, kept_B = ((1 - LR * DECAY) * factor for factor in before)
+            change = reference.lengthened(self.A - kept_A, before[1], LR)
             if self.update == "sequential":
-                kept_A, kept_B = ((1 - LR * DECAY) * factor for factor in before)
-                self.A = kept_A + reference.change_through(self.A - kept_A, kept_B, self.B)
-                self.parameters[0].data = self.A.clone()
+                change = reference.change_through(change, kept_B, self.B)
+            self.A = kept_A + change
+            self.parameters[0].data = self.A.clone()
             return
         projected = reference.projected_gradient(g, A, B)
         if self.mode in ("factored", "spectral", "rite"):

@@ -27,9 +27,11 @@ def test_command_line():
     args = parse(
         *("--output_dir", "unused", "--learning_rate", "1e-3", "--lora_pro_mode", "efficient"),
         *("--lora_pro_x_mode", "zero", "--lora_pro_update", "linear", "--lora_pro_rtol", "1e-5"),
+        *("--lora_pro_efficient_projected", "true"),
     )
     assert args.lora_pro is True
-    assert args.lora_pro_config == LoRAProConfig(mode="efficient", x_mode="zero", update="linear", rtol=1e-5)
+    settings = {"x_mode": "zero", "update": "linear", "rtol": 1e-5, "efficient_projected": True}
+    assert args.lora_pro_config == LoRAProConfig(mode="efficient", **settings)
     assert args.learning_rate == 1e-3
 
 

@@ -136,7 +136,8 @@ def test_full_mode_raises():
         LoRAProCallback("efficient")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"cannot run update='sequential'.*LoRAProTrainer"):
         LoRAProCallback({"update": "sequential"})
-    assert LoRAProCallback({"x_mode": "zero"}).config == LoRAProConfig(mode="efficient", x_mode="zero")
+    config = LoRAProConfig(mode="efficient", x_mode="zero", efficient_projected=True)
+    assert LoRAProCallback({"x_mode": "zero"}).config == config
 
 
 def test_callback_and_optimizer_both_active_raises(tmp_path: Path):

@@ -193,6 +193,10 @@ class NativeGradient(NamedTuple):
         singular = self.native.bases[:, :, -1].flatten(1)
         return torch.where(singular != 0, 1 / singular, 0).amax(-1).to(self.stack.dtype)
 
+    def largest_singular(self) -> Tensor:
+        """The largest singular value of A or of B, `(K,)`."""
+        return self.native.bases[:, :, -1].flatten(1).amax(-1).to(self.stack.dtype)
+
 
 class StackGradient(NamedTuple):
     """The input of a step: a stack's factors, their bases and the equivalent gradient."""
@@ -211,6 +215,10 @@ class StackGradient(NamedTuple):
     def largest_inverses(self) -> Tensor:
         """The largest inverse of a singular value of A or of B, `(K,)`."""
         return torch.maximum(self.bases.A.inverse.amax(-1), self.bases.B.inverse.amax(-1))
+
+    def largest_singular(self) -> Tensor:
+        """The largest singular value of A or of B, `(K,)`."""
+        return torch.maximum(self.bases.A.singular.amax(-1), self.bases.B.singular.amax(-1))
 
     def products(self) -> tuple[Tensor, Tensor]:
         """`left` `(K, 2r, m)` and `right` `(K, 2r, n)` whose product `leftᵀ right` is the equivalent gradient."""

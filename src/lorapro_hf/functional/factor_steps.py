@@ -44,6 +44,8 @@ from lorapro_hf.kernels.dense import DirectionProducts
 # hundreds of steps. Linear warm-ups from B = 0 stay above a tenth.
 FRESH_START = 0.03
 
+REACH = 0.5  # about the length of a row of PEFT's initial A, 1 / √3
+
 Keep = tuple[float | Tensor, float | Tensor]  # tensors as the steps, `(..., 1, 1)`
 
 
@@ -148,6 +150,24 @@ def change_through(change: Tensor, Bt: Tensor, basis_B: RowBasis) -> Tensor:
         basis_B: `row_basis` of the transpose of B'.
     """
     return (basis_B.whitening @ (basis_B.rows @ Bt.mT)) @ change
+
+
+def lengthened(change: Tensor, basis_B: RowBasis, lr: float | Tensor) -> Tensor:
+    """`(I + ρ² (BᵀB + n γ²)⁻¹)^½ change` `(K, r, n)`, with ρ = `REACH`.
+
+    A change of A moves the weight through B: not at all at B = 0, and hardly while B is small. Lengthened, it acts as
+    through singular values `√(σ² + ρ²)` in the place of σ. Where B has outgrown ρ it stays as it is. The elements of
+    AdamW's changes are of size γ, so that the second term keeps each direction of a change shorter than about ρ.
+
+    Args:
+        change: `(K, r, n)`.
+        basis_B: `row_basis` of the transpose of B.
+        lr: the learning rate γ of A.
+    """
+    rate = per_pair(lr, change)
+    squares = basis_B.singular[..., None, :].square() + change.shape[-1] * rate * rate
+    factors = (1 + REACH**2 / squares.clamp_min(torch.finfo(change.dtype).tiny)).sqrt()
+    return (basis_B.vectors * factors) @ (basis_B.vectors.mT @ change)
 
 
 def kept_fractions(

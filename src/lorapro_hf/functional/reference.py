@@ -148,6 +148,15 @@ def change_through(change: Tensor, B: Tensor, new_B: Tensor) -> Tensor:
     return torch.linalg.pinv(new_B.double(), rtol=RTOL) @ B.double() @ change.double()
 
 
+def lengthened(change: Tensor, B: Tensor, lr: float) -> Tensor:
+    """`(I + 0.25 (BᵀB + n γ²)⁻¹)^½ change` `(r, n)`: the change of A of mode efficient, by an eigendecomposition."""
+    B, change = B.double(), change.double()
+    identity = torch.eye(B.shape[1], dtype=torch.float64)
+    square = identity + 0.25 * torch.linalg.inv(B.T @ B + change.shape[1] * lr**2 * identity)
+    values, vectors = torch.linalg.eigh((square + square.T) / 2)
+    return vectors @ torch.diag(values.sqrt()) @ vectors.T @ change
+
+
 class DenseFactoredAdamW(DenseFullAdamW):
     """AdamW of mode factored on one pair, in float64, with a dense first moment in the tangent space."""
 

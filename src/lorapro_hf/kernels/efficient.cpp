@@ -70,21 +70,60 @@ void step_factor(Arena& arena, const Stored<T>& stored, const Lifted& on_gradien
     }
 }
 
-// The new A, whose change acts through the new B as AdamW's change acts through the old one; see `change_through`.
-template <class T>
-void act_through_new_B(Arena& arena, const Stack& stack, Index entry, const T* old_A, const T* old_Bt, const Options& o) {
-    const Index r = stack.r, m = stack.m, n = stack.n;
-    T *new_Bt = arena.take<T>(r * m), *change = arena.take<T>(r * n), *A = stored_A<T>(stack, entry).factor;
+// Weights that lengthen a change of A; see `lengthened`.
+Matrix lengthening(Arena& arena, const Basis& B, Index n, const Options& o) {
+    const Index r = B.vectors.rows;
+    double* factors = arena.take<double>(r);
+    for (Index i = 0; i < r; ++i) {
+        const double square = B.singular[i] * B.singular[i] + double(n) * o.lr_A * o.lr_A;
+        factors[i] = std::sqrt(1 + o.reach * o.reach / std::max(square, double(std::numeric_limits<float>::min())));
+    }
+    return product(arena, columns_times(arena, B.vectors, factors), transposed(arena, B.vectors));
+}
+
+// Weights by which a change of A acts through the new B as it acts through the old one; see `change_through`.
+template <class T> Matrix through_new_B(Arena& arena, const Stack& stack, Index entry, const T* old_Bt, const Options& o) {
+    const Index r = stack.r, m = stack.m;
+    T* new_Bt = arena.take<T>(r * m);
     transpose(new_Bt, stored_B<T>(stack, entry).factor, m, r);
     const Basis basis = basis_of(arena, new_Bt, r, m, stack.rtol);
     const T* rows = combined(arena, transposed(arena, basis.whitening), new_Bt, m);
-    const Matrix seen = scaled(arena, cross(arena, rows, r, old_Bt, r, m), o.keep_B);
+    return product(arena, basis.whitening, scaled(arena, cross(arena, rows, r, old_Bt, r, m), o.keep_B));
+}
+
+// Multiplies the change of A by weights.
+template <class T> void change_again(Arena& arena, T* A, const T* old_A, const Matrix& weights, Index n, const Options& o) {
+    const Index r = weights.columns;
+    T* change = arena.take<T>(r * n);
     for (Index i = 0; i < r * n; ++i) {
         const T decayed = T(o.keep_A) * old_A[i];
         change[i] = A[i] - decayed;
         A[i] = decayed;
     }
-    combine(arena, A, product(arena, basis.whitening, seen), change, n, true);
+    combine(arena, A, weights, change, n, true);
+}
+
+// AdamW of both factors along their projected gradients.
+template <class T> void step_projected(Arena& arena, const Stack& stack, Index entry, const Adam<T>& adam_A,
+                                       const Adam<T>& adam_B, const Options& o) {
+    const Index r = stack.r;
+    const Basis A = kept_basis(arena, stack, entry, 0), B = kept_basis(arena, stack, entry, 1);
+    Matrix across_A(arena, r, r), across_B(arena, r, r);
+    const double *across = stack.across + entry * 2 * r * r, s = stack.scaling[entry];
+    std::copy_n(across, r * r, across_A.data), std::copy_n(across + r * r, r * r, across_B.data);
+    const Matrix of_A = scaled(arena, A.whitening, 1 / s), of_Bt = scaled(arena, B.whitening, 1 / s);
+    const Matrix P = transposed(arena, of_Bt), Q = transposed(arena, of_A);
+    const Matrix core = product(arena, product(arena, P, across_A), A.whitening);
+    take_fraction_of_B(core, A, B, o.x_mode);
+    // h_A = of_Bt (a - core A^) and h_B = of_A (b + core^T B^), with the coordinates of `measure`
+    const Matrix on_A = product(arena, product(arena, of_Bt, core), transposed(arena, A.whitening));
+    const Matrix inside = product(arena, product(arena, Q, across_B), B.whitening);
+    const Matrix rest = difference(arena, transposed(arena, core), inside);
+    const Matrix on_B = product(arena, product(arena, of_A, rest), transposed(arena, B.whitening));
+    step_factor(arena, stored_A<T>(stack, entry), lifted<T>(arena, product(arena, of_Bt, P), of_Bt),
+                lifted<T>(arena, scaled(arena, on_A, -1), A.whitening), adam_A);
+    step_factor(arena, stored_B<T>(stack, entry), lifted<T>(arena, product(arena, of_A, Q), of_A),
+                lifted<T>(arena, on_B, B.whitening), adam_B);
 }
 
 // The options of B follow those of A in memory.
@@ -92,33 +131,28 @@ template <class T> void efficient(const Stack& stack, const LoraproState& state,
     const Options& of_B = (&o)[1];
     const Index r = stack.r, m = stack.m, n = stack.n;
     for_each_entry(stack, state.active, [&](Arena& arena, Index entry) {
-        const Basis A = kept_basis(arena, stack, entry, 0), B = kept_basis(arena, stack, entry, 1);
-        Matrix across_A(arena, r, r), across_B(arena, r, r);
-        const double *across = stack.across + entry * 2 * r * r, s = stack.scaling[entry];
-        std::copy_n(across, r * r, across_A.data), std::copy_n(across + r * r, r * r, across_B.data);
-        const Matrix of_A = scaled(arena, A.whitening, 1 / s), of_Bt = scaled(arena, B.whitening, 1 / s);
-        const Matrix P = transposed(arena, of_Bt), Q = transposed(arena, of_A);
-        const Matrix core = product(arena, product(arena, P, across_A), A.whitening);
-        take_fraction_of_B(core, A, B, o.x_mode);
-        // h_A = of_Bt (a - core A^) and h_B = of_A (b + core^T B^), with the coordinates of `measure`
-        const Matrix on_A = product(arena, product(arena, of_Bt, core), transposed(arena, A.whitening));
-        const Matrix inside = product(arena, product(arena, Q, across_B), B.whitening);
-        const Matrix rest = difference(arena, transposed(arena, core), inside);
-        const Matrix on_B = product(arena, product(arena, of_A, rest), transposed(arena, B.whitening));
         const double step = state.steps[entry];
         const Adam<T> adam_A(state.first_A, state.second_A, entry * r * n, o.lr_A, o.keep_A, step, o);
         const Adam<T> adam_B(state.first_B, state.second_B, entry * r * m, o.lr_B, o.keep_B, step, of_B);
-        const Stored<T> stored = stored_A<T>(stack, entry);
-        T *old_A = nullptr, *old_Bt = nullptr;
+        const Stored<T> A = stored_A<T>(stack, entry), B = stored_B<T>(stack, entry);
+        const T* old_A = copy_of(arena, A.factor, r * n);
+        T* old_Bt = nullptr;
         if (o.sequential) {
-            old_A = copy_of(arena, stored.factor, r * n), old_Bt = arena.take<T>(r * m);
-            transpose(old_Bt, stored_B<T>(stack, entry).factor, m, r);
+            old_Bt = arena.take<T>(r * m);
+            transpose(old_Bt, B.factor, m, r);
         }
-        step_factor(arena, stored, lifted<T>(arena, product(arena, of_Bt, P), of_Bt),
-                    lifted<T>(arena, scaled(arena, on_A, -1), A.whitening), adam_A);
-        step_factor(arena, stored_B<T>(stack, entry), lifted<T>(arena, product(arena, of_A, Q), of_A),
-                    lifted<T>(arena, on_B, B.whitening), adam_B);
-        if (o.sequential) act_through_new_B(arena, stack, entry, old_A, old_Bt, o);
+        if (o.reach == 0) {
+            step_projected(arena, stack, entry, adam_A, adam_B, o);
+        } else {
+            adam_A.step(A.factor, A.gradient, 0, r * n), adam_B.step(B.factor, B.gradient, 0, r * m);
+        }
+        if (o.reach == 0 && !o.sequential) return;
+        Matrix weights = o.sequential ? through_new_B(arena, stack, entry, old_Bt, o) : Matrix(arena, 0, 0);
+        if (o.reach != 0) {
+            const Matrix longer = lengthening(arena, kept_basis(arena, stack, entry, 1), n, o);
+            weights = o.sequential ? product(arena, weights, longer) : longer;
+        }
+        change_again(arena, A.factor, old_A, weights, n, o);
     });
 }
 

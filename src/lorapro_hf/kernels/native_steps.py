@@ -33,7 +33,7 @@ class _Options(ctypes.Structure):
         *((name, ctypes.c_double) for name in ("lr_A", "lr_B", "keep_A", "keep_B", "trust_region")),
         *((name, ctypes.c_double) for name in ("beta1", "beta2", "eps")),
         *((name, ctypes.c_int64) for name in ("sequential", "x_mode", "iterations")),
-        *((name, ctypes.c_double) for name in ("clipped", "skip")),
+        *((name, ctypes.c_double) for name in ("clipped", "skip", "reach")),
     ]
 
 

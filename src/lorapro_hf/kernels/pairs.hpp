@@ -22,7 +22,7 @@ struct LoraproOptions {
     double lr_A, lr_B, keep_A, keep_B, trust_region;  // 0 for no trust region
     double beta1, beta2, eps;
     Index sequential, x_mode, iterations;
-    double clipped, skip;
+    double clipped, skip, reach;  // a reach of 0: projected gradients in mode efficient
 };
 
 // The state of all pairs of a stack, and which of them step.

@@ -74,6 +74,7 @@ class LoRAProTrainingArguments(TrainingArguments):
     lora_pro_shard_states: bool | None = _setting("shard_states")
     lora_pro_master_factors: bool = _setting("master_factors")
     lora_pro_spectral_iterations: int = _setting("spectral_iterations")
+    lora_pro_efficient_projected: bool = _setting("efficient_projected")
     lora_pro_rite_clip: float = _setting("rite_clip")
     lora_pro_rite_skip: float = _setting("rite_skip")
     lora_pro_rite_escape: bool = _setting("rite_escape")
@@ -174,7 +175,7 @@ class LoRAProTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        switches = ("", "_master_factors", "_rite_escape", "_check_memory")
+        switches = ("", "_master_factors", "_efficient_projected", "_rite_escape", "_check_memory")
         for name in (*(f"lora_pro{switch}" for switch in switches), "fuse_lora"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false (in YAML without quotes).")

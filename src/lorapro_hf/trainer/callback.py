@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ class LoRAProCallback(TrainerCallback):
     trainer = Trainer(model, args, train_dataset=data, callbacks=[LoRAProCallback()])
     ```
 
-    The optimizer and its moments then see the projected gradients: with AdamW this is LoRA-Pro's efficient mode.
+    The optimizer and its moments then see the projected gradients: with AdamW this is the mode efficient
+    of the paper, `LoRAProConfig(mode="efficient", efficient_projected=True)`.
     `Trainer` clips the raw gradients to `max_grad_norm` before; the projected gradients are not clipped again.
     Gradients that are not finite reach the optimizer: it or the gradient scaler decides whether to skip the step. A
     factor that is not finite is an error at the next step, log or save. A warning names the pairs that had no gradient
@@ -50,8 +52,8 @@ class LoRAProCallback(TrainerCallback):
     instead, from `lorapro_hf.optim.projected_gradients`, with `pairs = find_lora_pairs(model)`.
 
     Args:
-        config: The settings, also as a dictionary; by default `LoRAProConfig(mode="efficient")`. Other modes are
-            refused, because their moments live in `LoRAProAdamW`.
+        config: The settings, also as a dictionary; by default `LoRAProConfig(mode="efficient")`, of which the
+            callback always takes the projected gradients. Other modes are refused, because their moments live in `LoRAProAdamW`.
 
     Attributes:
         last_grad_norm: Global norm of the last step's equivalent gradients, a 0-dim tensor; `None` before it.
@@ -67,6 +69,8 @@ class LoRAProCallback(TrainerCallback):
         if config is None or isinstance(config, Mapping):
             config = {"mode": OF_ANY_OPTIMIZER, **(config or {})}
         config = LoRAProConfig.of(config)
+        if config.mode == OF_ANY_OPTIMIZER:
+            config = replace(config, efficient_projected=True)
         refusal = None
         rule = rule_of(config)
         if not rule.projects_gradients:

@@ -83,8 +83,8 @@ class LoRAProConfig:
             element by less than half a unit in its last place is lost. Wider factors get no copies.
         spectral_iterations: How often mode `"spectral"` takes the polar factor of its momentum and projects it on what
             the factors can follow: 1, or 3 to 5 for a direction whose singular values are closer to one.
-        efficient_projected: Whether AdamW sees the projected gradients in mode `"efficient"`, as in the paper. It starts
-            more slowly than plain LoRA and ends behind it, since the projected gradients of A shrink as B grows, and
+        efficient_projected: Whether AdamW sees the projected gradients in mode `"efficient"`, as in the paper. It
+            starts more slowly than plain LoRA and ends behind it: the projected gradients of A shrink as B grows, and
             the second moment remembers the largest.
         rite_clip: In mode `"rite"`, the largest norm of all pairs' gradients without the magnitude of the other factor;
             0 is no limit. It takes the place of `max_grad_norm`, which would make steps depend on how B A is split.

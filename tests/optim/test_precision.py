@@ -360,8 +360,10 @@ def test_clipping_means_the_same_on_every_path(tmp_path: Path, max_grad_norm: fl
         pytest.skip("transformers 4 knows no optimizer factories")
     settings = {"max_grad_norm": max_grad_norm, "adam_epsilon": 1e-4, "weight_decay": 0.1}
     raw = Watch(lambda model: nn.utils.get_total_norm([p.grad for p in model.parameters() if p.requires_grad]).item())
-    trainer = run(tmp_path / "a", build_with={"callbacks": [raw]}, lora_pro_mode="efficient", **settings)
-    options = {"lr": 1e-2, "eps": 1e-4, "weight_decay": 0.1, "config": {"mode": "efficient"}}
+    of_mode = {"lora_pro_mode": "efficient", "lora_pro_efficient_projected": True}
+    trainer = run(tmp_path / "a", build_with={"callbacks": [raw]}, **of_mode, **settings)
+    config = {"mode": "efficient", "efficient_projected": True}
+    options = {"lr": 1e-2, "eps": 1e-4, "weight_decay": 0.1, "config": config}
     factory = run(tmp_path / "b", Trainer, {"optimizer_cls_and_kwargs": (LoRAProOptimizerFactory, options)}, **settings)
     callback = LoRAProCallback()
     with_callback = run(tmp_path / "c", Trainer, {"callbacks": [callback]}, **settings)

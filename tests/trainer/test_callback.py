@@ -78,7 +78,7 @@ def test_sgd_moves_the_weight_along_the_projected_gradient(tmp_path: Path, x_mod
     torch.testing.assert_close(callback.last_grad_norm, squares.sqrt(), rtol=1e-4, atol=0)
 
 
-def test_adamw_with_the_callback_is_the_efficient_mode(tmp_path: Path):
+def test_adamw_with_the_callback_is_the_efficient_mode_of_the_paper(tmp_path: Path):
     callback = LoRAProCallback()
     assert callback.last_grad_norm is None
     settings = {"weight_decay": 0.1, "gradient_accumulation_steps": 2}
@@ -86,7 +86,8 @@ def test_adamw_with_the_callback_is_the_efficient_mode(tmp_path: Path):
     assert float(callback.last_grad_norm) > 0
 
     def efficient(model: Any) -> torch.optim.Optimizer:
-        return create_lorapro_optimizer(model, lr=LR, weight_decay=0.1, config={"mode": "efficient"})
+        config = {"mode": "efficient", "efficient_projected": True}
+        return create_lorapro_optimizer(model, lr=LR, weight_decay=0.1, config=config)
 
     assert_same(factors(with_callback), factors(train(tmp_path / "b", [], efficient, **settings)), rtol=1e-5, atol=1e-6)
     assert differ(factors(with_callback), factors(train(tmp_path / "c", [], **settings)))

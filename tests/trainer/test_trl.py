@@ -72,9 +72,10 @@ def trainer_of(kind: str, way: str, folder: Path, model: Any = None, **settings:
     home = lorapro_hf if way == "mixin" else trl
     arguments: dict[str, Any] = {**COMMON, **case["settings"], "output_dir": str(folder), **settings}
     more: dict[str, Any] = {**case.get("more", {}), "callbacks": [record]}
-    factory = (LoRAProOptimizerFactory, {"lr": RATE, "config": {"mode": "efficient"}})
+    config = {"mode": "efficient", "efficient_projected": True}  # as the callback
+    factory = (LoRAProOptimizerFactory, {"lr": RATE, "config": config})
     if way == "mixin":
-        arguments.setdefault("lora_pro_mode", "efficient")
+        arguments = {**{f"lora_pro_{name}": value for name, value in config.items()}, **arguments}
     elif way == "factory" and kind in TAKES_A_FACTORY:
         more["optimizer_cls_and_kwargs"] = factory
     elif way == "callback":
@@ -127,7 +128,9 @@ def test_defaults_are_those_of_trl_and_train(kind: str, tmp_path: Path):
     case, record = KINDS[kind], FirstStep()
     given = {"output_dir": str(tmp_path), "use_cpu": True, "max_steps": 1, "per_device_train_batch_size": 4}
     given |= {**case["settings"], "report_to": "none"}
-    args = getattr(lorapro_hf, f"LoRAPro{kind}Config")(**given, lora_pro_mode="efficient")
+    args = getattr(lorapro_hf, f"LoRAPro{kind}Config")(
+        **given, lora_pro_mode="efficient", lora_pro_efficient_projected=True
+    )
     theirs = getattr(trl, f"{kind}Config")(**given)
     for field in fields(theirs):
         assert getattr(args, field.name) == getattr(theirs, field.name), field.name

@@ -53,7 +53,8 @@ class LoRAProCallback(TrainerCallback):
 
     Args:
         config: The settings, also as a dictionary; by default `LoRAProConfig(mode="efficient")`, of which the
-            callback always takes the projected gradients. Other modes are refused, because their moments live in `LoRAProAdamW`.
+            callback always takes the projected gradients. Other modes are refused, because their moments live in
+            `LoRAProAdamW`.
 
     Attributes:
         last_grad_norm: Global norm of the last step's equivalent gradients, a 0-dim tensor; `None` before it.

@@ -18,9 +18,9 @@ UPDATES = ("linear", "sequential")
 MOMENTS_DTYPES = ("float32", "bfloat16")
 BACKENDS = ("auto", "torch", "triton")
 # Where the settings leave it open: the mode, and in every mode that has a choice the update and the trust region.
-MODE = "full"
+MODE = "factored"
 UPDATE = "linear"
-TRUST_REGION: float | None = 0.03  # None is no limit
+TRUST_REGION: float | None = None  # no limit
 # Other keywords of the optimizer: a mistyped one gets the nearest name as a hint.
 _BESIDE_SETTINGS = ("lr", "betas", "eps", "weight_decay", "decay_parameters", "check_memory", "saved_collectively")
 
@@ -49,10 +49,10 @@ class LoRAProConfig:
 
     Args:
         mode: Decides memory and learning rate. `"full"` keeps Adam's moments of the equivalent gradient, of the size of
-            the adapted weights, in float32. `"full_8bit"` keeps the same in 8 bits an element, and `"factored"` in the
-            memory of the factors. For these three start at the learning rate of full fine-tuning (2e-5 for a 7B model)
-            and go up: with a trust region the best may be as high as that of LoRA. The others use learning rates of
-            LoRA: `"spectral"` steps along the orthogonalised momentum and keeps half of AdamW's state, `"rite"` is
+            the adapted weights, in float32. `"full_8bit"` keeps the same in 8 bits an element, and `"factored"`, the
+            default, in the memory of the factors. For these three start at the learning rate of full fine-tuning (2e-5
+            for a 7B model); with a trust region the best may be as high as that of LoRA. The others use learning rates
+            of LoRA: `"spectral"` steps along the orthogonalised momentum and keeps half of AdamW's state, `"rite"` is
             LoRA-RITE, whose step does not divide by the scaling, and `"efficient"` is AdamW on the two factors, with
             longer steps of A while B is small.
         x_mode: Which of the equivalent factor gradients to take: `"sylvester"` (closest to LoRA's own gradients, the
@@ -68,8 +68,8 @@ class LoRAProConfig:
             large, so each step is shortened until the product is at most this fraction of the first-order change: all
             of a linear step, the part of A of a sequential one. The limit acts mostly for 30 to 100 steps, as a warm-up
             for each layer, and allows higher learning rates; a larger limit acts for a shorter time. From 1 on the
-            product may undo the first-order change, so such limits are refused. `None` is 0.03, and 0 is no limit, the
-            paper's step. Modes `"efficient"` and `"rite"` have no limit: their moments decide how far the factors move.
+            product may undo the first-order change, so such limits are refused. `None` and 0 are no limit, the paper's
+            step. Modes `"efficient"` and `"rite"` have no limit: their moments decide how far the factors move.
         moments_dtype: `"bfloat16"` halves the memory of mode `"full"`, its only user. The second moment is then rounded
             stochastically: rounding to the nearest would freeze it.
         backend: The kernels that update moments of the size of the weight (modes `"full"` and `"full_8bit"`). `"auto"`
@@ -100,8 +100,8 @@ class LoRAProConfig:
         MODE,
         "The mode: 'full' and 'full_8bit' keep Adam's moments of the adapted weights and need memory of their size; "
         "'factored' needs memory of the size of the factors. Learning rates of these three are those of full "
-        "fine-tuning, and upwards. 'spectral' (orthogonalised steps), 'rite' (LoRA-RITE) and 'efficient' (AdamW with "
-        "longer steps of A while B is small) need memory of the size of the factors and use learning rates of LoRA.",
+        "fine-tuning. 'spectral' (orthogonalised steps), 'rite' (LoRA-RITE) and 'efficient' (AdamW with longer steps of "
+        "A while B is small) need memory of the size of the factors and use learning rates of LoRA.",
         MODES,
     )
     x_mode: str = _setting(
@@ -124,12 +124,7 @@ class LoRAProConfig:
     trust_region: float | None = _setting(
         None,
         "How large the product of the changes of both factors may be, as a fraction (below 1) of the first-order "
-        "change: longer steps are shortened. 0 for no limit, as in the paper"
-        + (
-            f". By default {TRUST_REGION:g}, and no limit in modes 'efficient' and 'rite'."
-            if TRUST_REGION
-            else ", the default."
-        ),
+        "change: longer steps are shortened. By default, and with 0, without a limit, as in the paper.",
     )
     moments_dtype: str = _setting("float32", "'bfloat16' halves the optimizer state of mode 'full'.", MOMENTS_DTYPES)
     backend: str = _setting(

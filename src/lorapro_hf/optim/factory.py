@@ -36,7 +36,7 @@ def create_lorapro_optimizer(
 
     Args:
         model: a model with trainable LoRA adapters, already on its device.
-        lr: the rate: in modes `"full"`, `"full_8bit"` and `"factored"` of full fine-tuning or higher, else of LoRA.
+        lr: the rate: in modes `"full"`, `"full_8bit"` and `"factored"` of full fine-tuning, else of LoRA.
         config: `LoRAProConfig`, a dictionary of its settings, or `None` for the default.
         betas: decay rates of the moments.
         eps: added to the denominator.

@@ -83,9 +83,9 @@ class LoRAProConfig:
             element by less than half a unit in its last place is lost. Wider factors get no copies.
         spectral_iterations: How often mode `"spectral"` takes the polar factor of its momentum and projects it on what
             the factors can follow: 1, or 3 to 5 for a direction whose singular values are closer to one.
-        efficient_projected: Whether AdamW sees the projected gradients in mode `"efficient"`, as in the paper. It
-            starts more slowly than plain LoRA and ends behind it: the projected gradients of A shrink as B grows, and
-            the second moment remembers the largest.
+        efficient_projected: Whether AdamW sees the projected gradients in mode `"efficient"`, as in the paper; `None`
+            is `False`. It starts more slowly than plain LoRA and ends behind it: the projected gradients of A shrink as
+            B grows, and the second moment remembers the largest.
         rite_clip: In mode `"rite"`, the largest norm of all pairs' gradients without the magnitude of the other factor;
             0 is no limit. It takes the place of `max_grad_norm`, which would make steps depend on how B A is split.
         rite_skip: In mode `"rite"`, such a gradient counts as zero if its root mean square is larger; 0 is no limit.
@@ -100,8 +100,8 @@ class LoRAProConfig:
         MODE,
         "The mode: 'full' and 'full_8bit' keep Adam's moments of the adapted weights and need memory of their size; "
         "'factored' needs memory of the size of the factors. Learning rates of these three are those of full "
-        "fine-tuning. 'spectral' (orthogonalised steps), 'rite' (LoRA-RITE) and 'efficient' (AdamW with longer steps of "
-        "A while B is small) need memory of the size of the factors and use learning rates of LoRA.",
+        "fine-tuning. 'spectral' (orthogonalised steps), 'rite' (LoRA-RITE) and 'efficient' (AdamW with longer steps "
+        "of A while B is small) need memory of the size of the factors and use learning rates of LoRA.",
         MODES,
     )
     x_mode: str = _setting(
@@ -148,10 +148,10 @@ class LoRAProConfig:
         "How often mode 'spectral' repeats its orthogonalisation and the projection on what the factors can follow.",
         mode="spectral",
     )
-    efficient_projected: bool = _setting(
-        False,
-        "Mode 'efficient': give AdamW the projected gradients, as in the paper, which starts and ends behind plain "
-        "LoRA.",
+    efficient_projected: bool | None = _setting(
+        None,
+        "Mode 'efficient': give AdamW the projected gradients, as in the paper (default: false), which starts and ends "
+        "behind plain LoRA.",
         mode="efficient",
     )
     rite_clip: float = _setting(
@@ -181,9 +181,9 @@ class LoRAProConfig:
         for setting in fields(self):
             if "choices" in setting.metadata and getattr(self, setting.name) is not setting.default:
                 check_choice(setting.name, getattr(self, setting.name), setting.metadata["choices"])
-        check_choice("shard_states", self.shard_states, (None, True, False))
-        for switch in ("rite_escape", "efficient_projected"):
-            check_choice(switch, getattr(self, switch), (True, False))
+        for switch in ("shard_states", "efficient_projected"):
+            check_choice(switch, getattr(self, switch), (None, True, False))
+        check_choice("rite_escape", self.rite_escape, (True, False))
         for name in ("rite_clip", "rite_skip"):
             limit = getattr(self, name)
             if isinstance(limit, bool) or not (isinstance(limit, int | float) and 0.0 <= limit < float("inf")):

@@ -209,3 +209,13 @@ def test_a_checkpoint_of_an_earlier_version_keeps_the_limit_of_then(monkeypatch)
     with pytest.raises(ValueError, match=r"trust_region=0\.03, or by an earlier .*default is now 0\.0\. Set"):
         again.load_state_dict(saved)
     trained(0, mode="full", update="linear", trust_region=0.03)[1].load_state_dict(saved)
+
+
+def test_efficient_mode_of_an_earlier_version_goes_on_with_projected_gradients():
+    saved = trained(mode="efficient", efficient_projected=True)[1].state_dict()
+    for group in saved["param_groups"]:
+        del group["efficient_projected"]
+    with pytest.raises(ValueError, match=r"efficient_projected=True, or by an earlier .* now False"):
+        trained(0, mode="efficient")[1].load_state_dict(saved)
+    for stated in (True, False):
+        trained(0, mode="efficient", efficient_projected=stated)[1].load_state_dict(saved)

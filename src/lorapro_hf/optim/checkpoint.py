@@ -17,7 +17,7 @@ from lorapro_hf.utils.text_files import shown
 
 _ADVICE = "It is a checkpoint of another model or rank; resume with the model it was written for."
 # Of settings that checkpoints of earlier versions do not hold.
-_EARLIER_DEFAULTS = {"update": "linear", "trust_region": 0.03}
+_EARLIER_DEFAULTS = {"update": "linear", "trust_region": 0.03, "efficient_projected": True}
 # Raised where a pair has its step count but no moments: another rank held them.
 _PARTIAL = (
     "the checkpoint has only part of the optimizer's state, as the state_dict() of a rank other than 0 does. Call "

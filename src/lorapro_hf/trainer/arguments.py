@@ -74,7 +74,7 @@ class LoRAProTrainingArguments(TrainingArguments):
     lora_pro_shard_states: bool | None = _setting("shard_states")
     lora_pro_master_factors: bool = _setting("master_factors")
     lora_pro_spectral_iterations: int = _setting("spectral_iterations")
-    lora_pro_efficient_projected: bool = _setting("efficient_projected")
+    lora_pro_efficient_projected: bool | None = _setting("efficient_projected")
     lora_pro_rite_clip: float = _setting("rite_clip")
     lora_pro_rite_skip: float = _setting("rite_skip")
     lora_pro_rite_escape: bool = _setting("rite_escape")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -58,6 +59,11 @@ class Efficient(UpdateRule):
 
     def check_groups(self, name: str, of_A: Group, of_B: Group) -> None:
         """Nothing: each factor has moments of its own."""
+
+    @property
+    def in_force(self) -> dict[str, Any]:
+        """Whether the gradients are projected, too."""
+        return {**super().in_force, "efficient_projected": bool(self.config.efficient_projected)}
 
     @property
     def described_update(self) -> str:

@@ -175,7 +175,7 @@ class LoRAProTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        switches = ("", "_master_factors", "_efficient_projected", "_rite_escape", "_check_memory")
+        switches = ("", "_master_factors", "_rite_escape", "_check_memory")
         for name in (*(f"lora_pro{switch}" for switch in switches), "fuse_lora"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false (in YAML without quotes).")

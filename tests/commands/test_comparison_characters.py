@@ -12,11 +12,12 @@ import pytest
 import torch
 from filelock import FileLock, Timeout
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from comparison_helpers import content, run_all, settings
 from lorapro_hf.commands.compare.settings import settings_of
 from lorapro_hf.commands.compare.tasks import pretrained as pretraining
-from lorapro_hf.commands.compare.tasks.base import LoadedTask, Rows
+from lorapro_hf.commands.compare.tasks.base import LoadedTask, Rows, next_tokens
 from lorapro_hf.commands.compare.tasks.characters import CHARACTERS, HELD_OUT, LEARNED, LENGTH, PRETRAINING
 from lorapro_hf.commands.compare.tasks.kinds import load_task
 from lorapro_hf.commands.compare.tasks.pretrained import pretrained
@@ -125,6 +126,19 @@ def test_exact_match_counts_the_answers_of_greedy_decoding() -> None:
         right += text == question + answer
     assert 10 <= right < 30
     assert task.score(task.model)["test"]["exact_match"] == pytest.approx(right / 30)
+
+
+def test_the_loss_is_that_of_all_logits_and_short_rows_are_cut_off() -> None:
+    task = loaded(learn=["multiply", "reverse"], test_size=60)
+    rows = [task.collate(task.sets["test"][start : start + 20]) for start in (0, 20, 40)]
+    lengths = [next_tokens(batch)[0]["input_ids"].shape[1] for batch in rows]
+    assert lengths[0] < lengths[2] < LENGTH  # no logits are needed after the last character
+    for batch in rows:
+        logits = task.model(input_ids=batch["input_ids"]).logits[:, :-1]
+        whole = cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], ignore_index=-100)
+        loss, count = task.loss_of(task.model, batch)
+        torch.testing.assert_close(loss, whole)
+        assert count == int((batch["labels"] != -100).sum())
 
 
 @pytest.mark.parametrize("change", [{"learn": ["add"]}, {"width": 20}, {"max_length": 5}, {"learn": []}])

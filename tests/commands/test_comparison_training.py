@@ -51,10 +51,10 @@ def test_every_method_trains_on_the_same_data(task: LoadedTask, tmp_path: Path, 
     old = {"riemannian": "create_riemannian_optimizer", "loraga": "LoraGAConfig"}  # which the oldest PEFT lacks
     names = [name for name in wanted if name not in old or hasattr(peft, old[name]) or hasattr(optimizers, old[name])]
     entries: dict[str, Any] = {name: {"learning_rates": [1e-2]} for name in names}
-    if "gelora" in entries:
-        entries["gelora"]["gelora"] = {"pooling": "tokens"}  # six questions are too few points
-    if "beamlora" in entries:
-        entries["beamlora"]["callbacks"] = {"BeamLoRACallback": {"every": 2, "keep": 1.0}}  # three steps are too few
+    for name in {"gelora", "pro_gelora"} & entries.keys():
+        entries[name]["gelora"] = {"pooling": "tokens"}  # six questions are too few points
+    for name in {"beamlora", "pro_beamlora"} & entries.keys():
+        entries[name]["callbacks"] = {"BeamLoRACallback": {"every": 2, "keep": 1.0}}  # three steps are too few
     chosen = settings(tmp_path, methods=entries)
     records = {run.method.name: training.train_run(task, run, chosen, CPU) for run in runs_of(chosen)}
     assert {name: record.error for name, record in records.items()} == dict.fromkeys(names)
@@ -169,6 +169,17 @@ def test_data_are_those_of_all_sets_with_their_targets(task: LoadedTask) -> None
     assert load_task(task.settings).digest == task.digest
     for change in ({"validation": []}, {"test": [{**task.sets["test"][0], "labels": [1]}]}):
         assert dataclasses.replace(task, sets={**task.sets, **change}).digest != task.digest
+
+
+def test_modes_of_a_model_change_once_and_in_all_its_layers() -> None:
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout()).eval()
+    model.training = True  # as PEFT's model around one in evaluation mode
+    training._change_modes_once(model)
+    assert model[0].training and model[1].training
+    model[0].training = False
+    assert model.train() is model and not model[0].training  # left out
+    assert model.eval() is model and not model[1].training
+    assert model.train() is model and model[0].training
 
 
 def test_divergence_is_recorded(task: LoadedTask, tmp_path: Path) -> None:

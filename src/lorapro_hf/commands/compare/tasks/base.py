@@ -129,15 +129,21 @@ def to_device(batch: Batch, model: Any) -> Batch:
 
 
 def language_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
-    """The mean loss of the next tokens that count, and their number.
+    """The mean loss of the next tokens that count, and their number."""
+    inputs, targets = next_tokens(batch)
+    logits = model(**inputs).logits
+    loss = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
+    return loss, int((targets != IGNORED).sum())
+
+
+def next_tokens(batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    """The input of a causal model, and the next token at each of its places of output, `IGNORED` if it does not count.
 
     Logits are computed only at places where some example of the batch has a token that counts: with a small model and a
-    large vocabulary they are most of the work.
+    large vocabulary they are most of the work. Tokens behind the last of these places are left out.
     """
     targets = batch["labels"][:, 1:]
-    counts = targets != IGNORED
-    places = counts.any(dim=0).nonzero().squeeze(1)
-    inputs = {name: values for name, values in batch.items() if name != "labels"}
-    logits = model(**inputs, logits_to_keep=places).logits
-    loss = cross_entropy(logits.flatten(0, 1).float(), targets[:, places].flatten(), ignore_index=IGNORED)
-    return loss, int(counts.sum())
+    places = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
+    length = int(places[-1]) + 1 if len(places) else targets.shape[1]
+    inputs = {name: values[:, :length] for name, values in batch.items() if name != "labels"}
+    return {**inputs, "logits_to_keep": places}, targets[:, places]

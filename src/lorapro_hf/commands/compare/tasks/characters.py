@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,7 +13,15 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorapro_hf.commands.compare.settings import TaskSettings
-from lorapro_hf.commands.compare.tasks.base import IGNORED, Batch, LoadedTask, Rows, language_loss, to_device
+from lorapro_hf.commands.compare.tasks.base import (
+    IGNORED,
+    Batch,
+    LoadedTask,
+    Rows,
+    language_loss,
+    next_tokens,
+    to_device,
+)
 from lorapro_hf.commands.compare.tasks.pretrained import pretrained
 from lorapro_hf.commands.compare.tasks.sources import set_of
 from lorapro_hf.options import UsageError
@@ -80,15 +89,17 @@ def load_characters(settings: TaskSettings) -> LoadedTask:
         raise UsageError(f"Task {settings.name}: learn={list(settings.learn)}; choose from {', '.join(puzzles)}.")
     chosen = [puzzles[name] for name in settings.learn]
     sizes = {"train": settings.examples, "validation": settings.validation_size, "test": settings.test_size}
-    sets = {name: _rows(_examples(chosen, name, settings.data_seed), size) for name, size in sizes.items()}
+    drawn = {name: [*islice(_examples(chosen, name, settings.data_seed), size)] for name, size in sizes.items()}
+    for name in ("validation", "test"):
+        drawn[name].sort(key=lambda example: len("".join(example)))  # so that batches leave out the ends of short rows
+    sets = {name: _rows(examples) for name, examples in drawn.items()}
     task = LoadedTask(settings, _model(settings), None, sets, Rows.collate, language_loss, held_out_batch=500)
 
     def measured(trained: Any) -> Mapping[str, float]:
         total, right, count = 0.0, 0, 0
         for batch in task.batches("test"):
-            inputs = to_device(batch, trained)
-            labels = inputs.pop("labels")[:, 1:]
-            logits = trained(**inputs).logits[:, :-1].float()
+            inputs, labels = next_tokens(to_device(batch, trained))
+            logits = trained(**inputs).logits.float()
             total += float(cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="sum"))
             right += int(((logits.argmax(dim=-1) == labels) | (labels == IGNORED)).all(dim=1).sum())
             count += int((labels != IGNORED).sum())
@@ -106,14 +117,13 @@ def _examples(puzzles: Sequence[Puzzle], name: str, seed: int) -> Iterator[tuple
             yield question, answer + END
 
 
-def _rows(examples: Iterator[tuple[str, str]], count: int) -> Rows:
-    """The next examples as rows of tokens, with labels at the places of the answers."""
-    drawn = [next(examples) for _ in range(count)]
-    text = "".join((question + answer).ljust(LENGTH) for question, answer in drawn)
+def _rows(examples: Sequence[tuple[str, str]]) -> Rows:
+    """Examples as rows of tokens, with labels at the places of the answers."""
+    text = "".join((question + answer).ljust(LENGTH) for question, answer in examples)
     codes = bytearray(text.translate(_CODES).encode("ascii"))
-    ids = torch.frombuffer(codes, dtype=torch.uint8).view(count, LENGTH).long()
-    begin = torch.tensor([[len(question)] for question, _ in drawn])
-    end = begin + torch.tensor([[len(answer)] for _, answer in drawn])
+    ids = torch.frombuffer(codes, dtype=torch.uint8).view(len(examples), LENGTH).long()
+    begin = torch.tensor([[len(question)] for question, _ in examples])
+    end = begin + torch.tensor([[len(answer)] for _, answer in examples])
     places = torch.arange(LENGTH)
     labels = ids.masked_fill((places < begin) | (places >= end), IGNORED)
     return Rows({"input_ids": ids, "labels": labels})
@@ -150,7 +160,7 @@ def _model(settings: TaskSettings) -> Any:
 
         endless = examples()
         for _ in range(settings.pretraining_steps):
-            yield dict(_rows(endless, _PRETRAINING_BATCH).columns)
+            yield dict(_rows([*islice(endless, _PRETRAINING_BATCH)]).columns)
 
     facts: dict[str, Any] = {**size, "batch": _PRETRAINING_BATCH, "puzzles": list(PRETRAINING)}
     facts["steps"] = settings.pretraining_steps

@@ -120,8 +120,8 @@ def entry(cell: Cell, name: str) -> str:
         mark = "**" if name in verdict.better else "*" if name in verdict.worse else ""
         text = "–" if figure is None else spread(figure) if kind == "loss" else f"{figure.mean:.3f}"
         lines.append(f"{mark}{text.replace(' ', '')}{mark}")
-    lines += [f"{row.test[answers].mean:.1%}" for answers in ANSWERS if answers in row.test]
-    return "<br>".join(lines)
+    right = [f"{row.test[answers].mean:.1%}" for answers in ANSWERS if answers in row.test]
+    return "<br>".join([lines[0], ", ".join([lines[1], *right])])
 
 
 def tables(cells: Sequence[Cell]) -> str:
@@ -235,7 +235,7 @@ def page(found: Mapping[str, Summary], gap: Mapping[str, Any]) -> str:
     alone = {name: default_of(summary) or "" for name, summary in started.items()}
     alone |= {NEIGHBOURS: facts.alone(found[NEIGHBOURS])} if NEIGHBOURS in found else {}
     lines = facts.neighbours(found[NEIGHBOURS]) if NEIGHBOURS in found else []
-    pictures = [f"![{text}](results/{name}.png)" for name, text in PICTURES.items()] if cells else []
+    pictures = [f"{text}:\n\n![{text}](results/{name}.png)" for name, text in PICTURES.items()] if cells else []
     return PAGE_TEXT.format(
         runs=facts.all_runs(found),
         absent=f" Not run in this form: {', '.join(absent)}." if absent else "",

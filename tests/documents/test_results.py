@@ -14,6 +14,7 @@ from lorapro_hf.commands.common.records import write_json
 from lorapro_hf.commands.compare.plan import content_of, plan
 from lorapro_hf.commands.compare.store import Store
 from lorapro_hf.commands.compare.summary import Summary, summarize
+from lorapro_hf.config import LoRAProConfig
 
 ROOT = Path(__file__).parents[2]
 GAP = {"measured": 8, "closer": 7}
@@ -53,20 +54,37 @@ def made(folder: Path, losses: dict[str, float] = LOSSES, noise: float = 0.001, 
 
 def test_losses_say_who_is_better_than_lora(program: Any, tmp_path: Path) -> None:
     page = program.page({"small": made(tmp_path)}, GAP)
-    assert "|LoRA (AdamW)|1.00100±0.00058<br>2.002<br>50.0%|" in page
-    assert "|LoRA+|*1.2010±0.0012*<br>*2.402*<br>40.0%|" in page
-    assert "|LoRA-Pro full, linear|**0.9010±0.0012**<br>**1.802**<br>54.9%|" in page
+    assert "|LoRA (AdamW)|1.00100±0.00058<br>2.002, 50.0%|" in page
+    assert "|LoRA+|*1.2010±0.0012*<br>*2.402*, 40.0%|" in page
+    assert "|LoRA-Pro full, linear|**0.9010±0.0012**<br>**1.802**, 54.9%|" in page
     assert page.index("### 3 steps") < page.index("|LoRA (AdamW)|") < page.index("|full fine-tuning|")
     assert "in 7 of 8 measurements" in page and "18 runs: 0 diverged" in page
     assert "Not run in this form: long, whole, held_out, neighbours, costs." in page
 
 
 def test_noise_makes_methods_level(program: Any, tmp_path: Path) -> None:
-    page = program.page({"small": made(tmp_path, noise=0.2)}, GAP)
-    assert "|LoRA-Pro full, linear|1.10±0.23<br>" in page
+    found = made(tmp_path, noise=0.2)
+    page = program.page({"small": found, "neighbours": found}, GAP)
+    assert "|LoRA-Pro full, linear|1.10±0.23<br>" in page and "**LoRA-One** is level with LoRA with AdamW" in page
 
 
-def test_targets_are_computed_and_missed_ones_named(program: Any, tmp_path: Path) -> None:
+def test_the_default_is_found_by_its_settings(program: Any, tmp_path: Path) -> None:
+    from results_parts.summaries import default_of
+
+    config = LoRAProConfig()
+    mine = {"like": "pro_full_linear", "optimizer": {"mode": config.mode, "update": config.update}}
+    for methods, expected in (({"pro_full_paper": None}, None), ({"pro_full_paper": None, "mine": mine}, "mine")):
+        chosen = settings(tmp_path, methods=methods)
+        Store(tmp_path).write_sweep(content_of(chosen, []))
+        assert default_of(summarize(Store(tmp_path))) == expected
+
+
+def test_targets_are_computed_and_missed_ones_named(
+    program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from results_parts import summaries
+
+    monkeypatch.setattr(summaries, "default_of", lambda summary: "pro_full_linear")
     tasks = {"tiny": {**TINY, "ranks": [2, 4], "steps": [3, 200]}}
     lines = program.page({"small": made(tmp_path, **tasks)}, GAP).split("## Targets")[1].split("## Losses")[0]
     early, sooner, last, first, rate = lines.strip().splitlines()

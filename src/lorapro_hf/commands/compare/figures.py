@@ -53,7 +53,7 @@ class View:
         # a method of few cells has other rivals
         found.sort(key=lambda each: (each.method not in self.first, 2 * each.cells < most))
         ends = {self.baseline: (_BASELINE, "-", "s"), self.reference: (_REFERENCE, "--", "X")}
-        ours = [each.method for each in found if each.method in self.ours and each.method not in ends][: len(_OURS)]
+        ours = [each.method for each in found if each.method in self.ours and each.method not in ends]
         others = [each.method for each in found if each.method not in {*ends, *self.ours}]
         peer = best_of(found, others)
         looks = {name: (color, "-", mark) for name, color, mark in zip(ours, _OURS, _MARKERS, strict=False)}

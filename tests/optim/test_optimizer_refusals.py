@@ -95,7 +95,10 @@ def test_bad_construction(changes, message):
             {"mode": "efficient", "x_mode": "zero"},
             "takes the gradients of the factors as they are, so x_mode='zero' has no meaning.*efficient_projected=True",
         ),
-        ({"efficient_projected": True}, "mode 'full' does not know it, so efficient_projected=True .*mode 'efficient'"),
+        (
+            {"mode": "full", "efficient_projected": True},
+            "mode 'full' does not know it, so efficient_projected=True .*mode 'efficient'",
+        ),
         ({"mode": "rite", "x_mode": "zero"}, "mode 'rite' has one way to move both factors, so x_mode='zero' has no"),
         ({"mode": "rite", "trust_region": 0.1}, "mode 'rite' has no trust region, so trust_region=0.1 has no meaning"),
         ({"mode": "spectral", "backend": "torch"}, "mode 'spectral' .* so backend='torch' has no meaning"),

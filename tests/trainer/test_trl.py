@@ -74,7 +74,7 @@ def trainer_of(kind: str, way: str, folder: Path, model: Any = None, **settings:
     more: dict[str, Any] = {**case.get("more", {}), "callbacks": [record]}
     config = {"mode": "efficient", "efficient_projected": True}  # as the callback
     factory = (LoRAProOptimizerFactory, {"lr": RATE, "config": config})
-    if way == "mixin":
+    if way == "mixin" and "lora_pro_mode" not in settings:
         arguments = {**{f"lora_pro_{name}": value for name, value in config.items()}, **arguments}
     elif way == "factory" and kind in TAKES_A_FACTORY:
         more["optimizer_cls_and_kwargs"] = factory

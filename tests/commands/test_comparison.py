@@ -263,7 +263,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(sweep_module, "train_run", pretend)
     monkeypatch.setattr(sweep_module, "load_task", lambda task: type("Loaded", (), {"settings": task})())
     monkeypatch.setattr(sweep_module, "reference_losses", lambda *_: LEVELS)
-    monkeypatch.setattr(report_module, "draw", lambda summary, ours: {})
+    monkeypatch.setattr(report_module, "draw", lambda summary: {})
     return titles
 
 

@@ -17,10 +17,10 @@ X_MODES = ("sylvester", "zero", "symmetric")
 UPDATES = ("linear", "sequential")
 MOMENTS_DTYPES = ("float32", "bfloat16")
 BACKENDS = ("auto", "torch", "triton")
-# Where the settings leave it open: the mode, and in every mode that has a choice the update and the trust region.
+# Where the settings leave it open: the mode, and in modes without a value of their own the update and the trust region.
 MODE = "factored"
 UPDATE = "linear"
-TRUST_REGION: float | None = None  # no limit
+TRUST_REGION: float | None = 0.04  # None is no limit
 # Other keywords of the optimizer: a mistyped one gets the nearest name as a hint.
 _BESIDE_SETTINGS = ("lr", "betas", "eps", "weight_decay", "decay_parameters", "check_memory", "saved_collectively")
 
@@ -64,12 +64,12 @@ class LoRAProConfig:
             `None` is `"linear"`.
         rtol: Directions of a factor whose squared singular value is at most `rtol` times the largest one count as
             absent. `None` picks a value from the dtype, see `project_lora_gradients`.
-        trust_region: The paper ignores the product of the changes of both factors. While B is small that product is
-            large, so each step is shortened until the product is at most this fraction of the first-order change: all
-            of a linear step, the part of A of a sequential one. The limit acts mostly for 30 to 100 steps, as a warm-up
-            for each layer, and allows higher learning rates; a larger limit acts for a shorter time. From 1 on the
-            product may undo the first-order change, so such limits are refused. `None` and 0 are no limit, the paper's
-            step. Modes `"efficient"` and `"rite"` have no limit: their moments decide how far the factors move.
+        trust_region: The largest step of an adapted weight: its largest singular value, or rather a bound of it that is
+            at most 1.2 times as large for r = 8, may be this fraction of `‖W0‖_F (1/√m + 1/√n)`, about the largest of a
+            random weight of the size of the frozen one. Longer steps are shortened, so that a high learning rate does
+            not destroy what the model has learned. It acts before weight decay, on each pair by itself, and the frozen
+            weight is read once, at the first step. `None` is 0.04, in modes `"rite"` and `"efficient"` no limit; 0 is
+            no limit, the paper's step.
         moments_dtype: `"bfloat16"` halves the memory of mode `"full"`, its only user. The second moment is then rounded
             stochastically: rounding to the nearest would freeze it.
         backend: The kernels that update moments of the size of the weight (modes `"full"` and `"full_8bit"`). `"auto"`
@@ -123,8 +123,9 @@ class LoRAProConfig:
     )
     trust_region: float | None = _setting(
         None,
-        "How large the product of the changes of both factors may be, as a fraction (below 1) of the first-order "
-        "change: longer steps are shortened. By default, and with 0, without a limit, as in the paper.",
+        "The largest step of an adapted weight, as a fraction of the size of the frozen weight, in spectral norm: "
+        "longer steps are shortened. 0 for no limit, as in the paper"
+        + (f". By default {TRUST_REGION:g}, and no limit in modes 'efficient' and 'rite'." if TRUST_REGION else "."),
     )
     moments_dtype: str = _setting("float32", "'bfloat16' halves the optimizer state of mode 'full'.", MOMENTS_DTYPES)
     backend: str = _setting(
@@ -204,8 +205,8 @@ class LoRAProConfig:
         limit = self.trust_region
         if isinstance(limit, bool) or not (isinstance(limit, int | float) and 0.0 <= limit < 1.0):
             raise ValueError(
-                f"trust_region={shown(limit)} must be a fraction below 1 such as 0.1, 0 for no limit, or None for the "
-                "default: from 1 on, the product of both changes may undo the first-order change."
+                f"trust_region={shown(limit)} must be a fraction below 1 such as 0.04, 0 for no limit, or None for the "
+                "default: from 1 on, a single step could replace the frozen weight."
             )
 
     @classmethod

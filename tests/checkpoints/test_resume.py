@@ -259,14 +259,14 @@ def test_saved_model_and_state(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 
 
 def test_a_training_of_an_earlier_version_goes_on_as_it_began(tmp_path: Path):
-    """Its checkpoints do not hold the settings that were left open, whose defaults were these."""
-    settings = {"lora_pro_mode": "full", "lora_pro_trust_region": 0.03}
+    """Its checkpoints do not hold the settings that were left open; the limit of then is gone."""
+    settings = {"lora_pro_mode": "full", "lora_pro_trust_region": 0}
     whole = fresh(tmp_path, **settings)
     whole.train()
     folder = tmp_path / "checkpoint-3"
     state = torch.load(folder / "optimizer.pt", weights_only=True)
     for group in state["param_groups"]:
-        del group["trust_region"], group["update"]
+        del group["trust_region"], group["trust_region_of"], group["update"]
     torch.save(state, folder / "optimizer.pt")
     (folder / MANIFEST).unlink()
     stated: dict[str, Any] = {}

@@ -108,7 +108,7 @@ def test_a_variant_adds_to_its_method() -> None:
         ({"methods": {"my method": {"like": "lora"}}}, "'my method' must be named with"),
         ({"methods": ["lora", "lora"]}, "name each method once"),
         ({"methods": {"pro_full_linear": {"optimizer": {"trust_region": -1}}}}, "pro_full_linear: trust_region=-1"),
-        ({"methods": {"pro_efficient_linear": {"optimizer": {"trust_region": 0.1}}}}, "mode 'efficient' has no"),
+        ({"methods": {"pro_efficient_linear": {"optimizer": {"rite_clip": 0.1}}}}, "mode 'efficient' does not know it"),
         ({"methods": {"pro_full_linear": {"optimizer": {"limit": 1}}}}, r"\['limit'\], unknown to LoRA-Pro"),
         ({"methods": {"lora": {"optimizer": "sgd"}}}, "optimizer='sgd' must be a mapping"),
         ({"methods": {"lora": {"adapter": {"lora_dropout": "much"}}}}, "lora_dropout='much' must be a number"),

@@ -12,7 +12,7 @@ from lorapro_hf import LoRAProAdamW, LoRAProConfig, find_lora_pairs
 from lorapro_hf.config import MODES
 from lorapro_hf.factors.stacks import stacks_of
 from lorapro_hf.functional import reference
-from optimizer_helpers import reloaded
+from optimizer_helpers import longest_step, reloaded
 
 BY_NAME = {row.name: row for row in ROWS}
 PLAIN = [row for row in ROWS if "base" not in row.name]  # quantised bases add no layout of their own
@@ -41,8 +41,7 @@ def several(name="linear", count=3):
 
 def optimizer_of(pairs, lr=LR, mode="full", **config):
     parameters = [factor for pair in pairs for factor in (pair.A, pair.B)]
-    limit = {} if mode in ("rite", "efficient") else {"trust_region": LIMIT}
-    settings = LoRAProConfig(mode=mode, **limit, **config)
+    settings = LoRAProConfig(mode=mode, trust_region=LIMIT, **config)
     return LoRAProAdamW(parameters, pairs, lr=lr, weight_decay=DECAY, config=settings)
 
 
@@ -155,17 +154,22 @@ class Oracles:
     def __init__(self, pairs, mode="full", update=None, efficient_projected=False, **_):
         self.pairs, self.mode, self.update, self.is_projected = pairs, mode, update, efficient_projected
         hyper = {"lr": LR, "weight_decay": DECAY}
-        limited = {**hyper, "trust_region": LIMIT}
+        self.limits = [longest_step(pair, LIMIT) for pair in pairs]
         self.factors = [[f.detach().clone().requires_grad_() for f in (pair.A, pair.B)] for pair in pairs]
         if mode == "efficient":
             self.each = [torch.optim.AdamW(factors, fused=True, **hyper) for factors in self.factors]
         elif mode == "full":
-            self.each = [reference.DenseFullAdamW(p.A, p.B, p.scaling, **limited) for p in pairs]
+            kind, more = reference.DenseFullAdamW, {}
         elif mode == "rite":
-            self.each = [reference.DenseRite(p.A, p.B, p.scaling, clip=0, skip=0, **hyper) for p in pairs]
+            kind, more = reference.DenseRite, {"clip": 0, "skip": 0}
         else:
             kind = reference.DenseSpectral if mode == "spectral" else reference.DenseFactoredAdamW
-            self.each = [kind(p.A, p.B, p.scaling, update=update or "linear", **limited) for p in pairs]
+            more = {"update": update or "linear"}
+        if mode != "efficient":
+            self.each = [
+                kind(pair.A, pair.B, pair.scaling, longest=limit, **hyper, **more)
+                for pair, limit in zip(pairs, self.limits, strict=True)
+            ]
 
     def step(self, index, g):
         if self.mode != "efficient":
@@ -174,15 +178,18 @@ class Oracles:
         A.grad, B.grad = s * B.detach().mT @ g, s * g @ A.detach().mT
         if self.is_projected:
             A.grad, B.grad = reference.factor_gradients(g, A.detach(), B.detach(), s)
-        old_B = B.detach().clone()
-        kept_A, kept_B = ((1 - LR * DECAY) * factor.detach() for factor in (A, B))
+        old_A, old_B = A.detach().clone(), B.detach().clone()
+        kept_A, kept_B = ((1 - LR * DECAY) * factor for factor in (old_A, old_B))
         self.each[index].step()
         change = A.data - kept_A
         if not self.is_projected:
             change = reference.lengthened(change, old_B, LR)
         if self.update == "sequential":
             change = reference.change_through(change, kept_B, B.data)
-        A.data = kept_A + change
+        step_B = B.data - kept_B
+        D = s * ((old_B + step_B) @ (old_A + change) - old_B @ old_A)
+        kept = reference.kept_fraction(D, self.limits[index])
+        A.data, B.data = kept_A + kept * change, kept_B + kept * step_B
 
     def check(self, tolerance=1e-7):
         for index, pair in enumerate(self.pairs):

@@ -159,28 +159,32 @@ def test_the_weight_moves_alike_however_the_factors_are_balanced(take, limit):
     A, Bt, u = random_pairs(2, 12, 17, 4, seed=9)
     R = torch.randn(4, 4, generator=torch.Generator().manual_seed(9), dtype=torch.float64) + 2 * torch.eye(4)
     balanced = R @ A, torch.linalg.solve(R.mT, Bt)
-    rates = Rates(0.1, 0.1, trust_region=limit)
-    moved, other = (realised(*factors, 2.0, rates, take(*factors, u, 2.0, rates)) for factors in ((A, Bt), balanced))
+    rates, longest = Rates(0.1, 0.1), None if limit is None else torch.full((2,), limit, dtype=torch.float64)
+    steps = [take(*factors, u, 2.0, rates, longest=longest) for factors in ((A, Bt), balanced)]
+    moved, other = (
+        realised(*factors, 2.0, rates, step) for factors, step in zip(((A, Bt), balanced), steps, strict=True)
+    )
     torch.testing.assert_close(other, moved, rtol=1e-8, atol=1e-10)
 
 
 @ROUTES
-@pytest.mark.parametrize("limit", [0.05, 1e3])
-def test_a_trust_region_shortens_the_part_of_A_alone(take, limit):
+def test_a_limit_shortens_the_changes_of_both_factors(take):
     A, Bt, u = random_pairs(4, 12, 17, 4, seed=8)
     Bt, A[2], Bt[3] = 1e-2 * Bt, 0, 0
-    step = take(A, Bt, u, 2.0, Rates(0.1, 0.1, 0.9, 0.8, limit))
-    free = take(A, Bt, u, 2.0, Rates(0.1, 0.1, 0.9, 0.8))
-    assert torch.equal(step.Bt, free.Bt)
+    rates = Rates(0.1, 0.1, 0.9, 0.8)
+    limits = [0.05, 1e3, 0.05, 0.05]
+    step = take(A, Bt, u, 2.0, rates, longest=torch.tensor(limits, dtype=torch.float64))
+    free = take(A, Bt, u, 2.0, rates)
     for k in range(4):
-        old_A, old_B = 0.9 * A[k], 0.8 * Bt[k].T
-        new_A, new_B = reference.sequential_step(u[k], old_A, old_B, 2.0, 0.1, trust_region=limit)
+        new_A, new_B = reference.sequential_step(
+            u[k], A[k], Bt[k].T, 2.0, 0.1, keep=(0.9, 0.8), longest=2.0 * limits[k]
+        )
         torch.testing.assert_close(step.A[k], new_A, rtol=1e-7, atol=1e-7)
-        if k != 2 and limit < 1:
-            d_A, d_B = step.A[k] - old_A, step.Bt[k].T - old_B
-            torch.testing.assert_close((d_B @ d_A).norm(), limit * (d_B @ old_A + old_B @ d_A).norm())
-    assert torch.equal(step.A[2], free.A[2])  # B does not move, there is no product
-    assert torch.equal(step.A, free.A) == (limit > 1)
+        torch.testing.assert_close(step.Bt[k].T, new_B, rtol=1e-7, atol=1e-7)
+        is_free = torch.equal(step.A[k], free.A[k]) and torch.equal(step.Bt[k], free.Bt[k])
+        assert is_free == (limits[k] > 1)
+    for found, factor in zip(step.bases(None), (step.A, step.Bt), strict=True):
+        assert torch.equal(found.rows, row_basis(factor).rows)
 
 
 @given(shape=shapes, size_of_B=st.sampled_from([1.0, 1e-3, 0.0]))
@@ -234,7 +238,7 @@ def test_pairs_that_do_not_take_part_stay_to_the_bit():
     assert torch.equal(some.A[1], A[1]) and torch.equal(some.Bt[1], Bt[1])
     for k in (0, 2):
         assert torch.equal(some.A[k], everyone.A[k]) and torch.equal(some.Bt[k], everyone.Bt[k])
-    torch.testing.assert_close(some.basis_B.rows[1], row_basis(Bt).rows[1])
+    torch.testing.assert_close(some.bases(None).B.rows[1], row_basis(Bt).rows[1])
 
 
 @pytest.mark.parametrize("narrow", ["AB", "A", "B"])

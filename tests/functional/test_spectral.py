@@ -18,6 +18,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 LR, BETAS, DECAY = 0.02, (0.9, 0.99), 0.5
 KEEP = (1 - LR * DECAY) ** 0.5
 SCALINGS = (2.0, 0.5, 1.0)
+LIMIT = 0.05  # of the step of a weight
 SHAPES = [(24, 33, 4), (20, 13, 1), (6, 9, 11), (40, 6, 8)]
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 
@@ -29,7 +30,8 @@ def zero_state(A, Bt):
 def train(A, Bt, gradients, state=None, rates=None, update="linear", iterations=1, **options):
     """Take a step for each of the gradients; gives the trajectory of `s B A`, the last factors and the state."""
     s = torch.tensor(SCALINGS[: len(A)], dtype=A.dtype)[:, None, None]
-    options = StepOptions(rates or Rates(LR, LR, KEEP, KEEP, 0.3), BETAS, sequential=update == "sequential", **options)
+    rates, longest = rates or Rates(LR, LR, KEEP, KEEP), LIMIT / s.flatten().double()
+    options = StepOptions(rates, BETAS, sequential=update == "sequential", longest=longest, **options)
     state = zero_state(A, Bt) if state is None else state
     weights = []
     for g in gradients.to(A.dtype):
@@ -43,7 +45,7 @@ def train(A, Bt, gradients, state=None, rates=None, update="linear", iterations=
 def train_oracle(A, Bt, gradients, **settings):
     trajectories = []
     for k in range(len(A)):
-        settings = {"lr": LR, "betas": BETAS, "weight_decay": DECAY, "trust_region": 0.3, **settings}
+        settings = {"lr": LR, "betas": BETAS, "weight_decay": DECAY, "longest": LIMIT, **settings}
         oracle = reference.DenseSpectral(A[k], Bt[k].T, SCALINGS[k], **settings)
         weights = []
         for g in gradients[:, k]:

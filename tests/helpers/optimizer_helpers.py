@@ -75,3 +75,13 @@ def assert_same(one, two):
     assert one[1]["state"].keys() == two[1]["state"].keys()
     for key, state in one[1]["state"].items():
         assert all(torch.equal(value, two[1]["state"][key][name]) for name, value in state.items())
+
+
+def longest_step(pair, trust_region):
+    """The largest norm of a step of a pair's weight, from its base weight; `None` for no limit."""
+    weight = pair.layer.get_base_layer().weight.detach().double().flatten(1)
+    return (
+        trust_region * float(weight.norm()) * (weight.shape[0] ** -0.5 + weight.shape[1] ** -0.5)
+        if trust_region
+        else None
+    )

@@ -13,8 +13,8 @@ BATCH = 12  # is divided by 1, 2 and 3 ranks
 
 def config_of(mode, **settings):
     """Settings of a mode, with limits that act on this training."""
-    limit = {"rite_clip": 0.05} if mode == "rite" else {} if mode == "efficient" else {"trust_region": 0.03}
-    return {"mode": mode, **limit, **settings}
+    limit = {"rite_clip": 0.05} if mode == "rite" else {}
+    return {"mode": mode, "trust_region": 0.03, **limit, **settings}
 
 
 def slow(cases):

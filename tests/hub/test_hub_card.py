@@ -182,7 +182,7 @@ def test_card_of_a_trainer(trainer: LoRAProTrainer) -> None:
     assert text.count("# run\n") == 1 and "![Loss against step](training_curves.png)" in text
     assert (folder / "training_curves.png").read_bytes().startswith(b"\x89PNG")
     for row in (
-        "| mode | factored |", "| update | linear (sylvester) |", "| trust region | 0.03 |",
+        "| mode | factored |", "| update | linear (sylvester) |", "| trust region | 0.03 of the weight |",
         "| rank r | 4 |", "| alpha | 8 |", "| DoRA | no |",
         "| pairs of factors | 14 |", "| learning rate | 0.01 |", "| trained parameters | 3,968 |",
     ):  # fmt: skip

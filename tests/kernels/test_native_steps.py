@@ -17,19 +17,20 @@ from lorapro_hf.optim.rules import RULES
 
 SHAPES = [(20, 13), (20, 13), (33, 40), (11, 64)]  # (m, n), two of them a stack
 NATIVE = [name for name, rule in RULES.items() if rule.steps_natively]
-LIMIT = {name: {"trust_region": 0.03} if rule.has_trust_region else {} for name, rule in RULES.items()}
+LIMIT = {"trust_region": 0.03}
 CONFIGS = [
-    *({"mode": mode, **LIMIT[mode]} for mode in NATIVE),
-    *({"mode": mode, "update": "sequential", **LIMIT[mode]} for mode in NATIVE if mode != "rite"),
+    *({"mode": mode, **LIMIT} for mode in NATIVE),
+    *({"mode": mode, "update": "sequential", **LIMIT} for mode in NATIVE if mode != "rite"),
     *(
-        {"mode": mode, "update": "linear", "x_mode": "symmetric", **LIMIT[mode]}
+        {"mode": mode, "update": "linear", "x_mode": "symmetric", **LIMIT}
         for mode in NATIVE
         if mode not in ("rite", "efficient")
     ),
-    {"mode": "efficient", "x_mode": "symmetric", "efficient_projected": True},
+    {"mode": "efficient", "x_mode": "symmetric", "efficient_projected": True, **LIMIT},
     {"mode": "efficient", "update": "sequential", "efficient_projected": True},
     {"mode": "spectral", "update": "linear", "trust_region": 0, "spectral_iterations": 3},
     {"mode": "factored", "update": "linear", "trust_region": 0},
+    {"mode": "efficient"},
     {"mode": "rite", "rite_escape": True, "rite_skip": 1.5, "rite_clip": 0.5},
 ]
 
@@ -72,7 +73,8 @@ def test_the_kernels_are_built_where_there_is_a_compiler():
 @pytest.mark.parametrize("rank", rest_slow([4, 1, 9]))
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: "-".join(map(str, config.values())))
 def test_a_step_is_that_of_torch(config, rank, from_zero, monkeypatch):
-    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-4)):
+    # In float32 a moment in 8 bits may be rounded to the next code.
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-2 if config["mode"] == "full_8bit" else 1e-4)):
         with mock.patch.object(NativePairs, "step", autospec=True, side_effect=NativePairs.step) as kernel:
             of_native = values(trained(config, dtype, rank, from_zero=from_zero))
         assert kernel.called

@@ -37,6 +37,7 @@ from lorapro_hf.functional.reference import (
 from lorapro_hf.functional.reference import _orthonormal as orthonormal
 from lorapro_hf.optim.first_moments import read_moments
 from mgpo_jobs import train
+from optimizer_helpers import longest_step
 from support_models import two_adapters
 from trainer_helpers import arguments, assert_same, build, differ, factors, logged, tiny_lora
 from weight_oracle import own_weight
@@ -384,13 +385,12 @@ def test_the_moment_of_each_mode_as_a_movement_of_the_weight(mode):
     ).double()
     (pair,) = find_lora_pairs(model)
     s = pair.scaling
-    settings = {} if mode in ("rite", "efficient") else {"trust_region": 0.1}
-    optimizer = create_lorapro_optimizer(model, lr=1e-2, weight_decay=0.0, config={"mode": mode, **settings})
-    oracle = None
+    optimizer = create_lorapro_optimizer(model, lr=1e-2, weight_decay=0.0, mode=mode, trust_region=0.1)
+    oracle, limit = None, longest_step(pair, 0.1)
     if mode in ORACLES:
-        oracle = ORACLES[mode](pair.A, pair.B, s, lr=1e-2, **settings)
+        oracle = ORACLES[mode](pair.A, pair.B, s, lr=1e-2, longest=limit)
     elif mode == "full_8bit":
-        oracle = DenseFullAdamW(pair.A, pair.B, s, lr=1e-2, **settings)
+        oracle = DenseFullAdamW(pair.A, pair.B, s, lr=1e-2, longest=limit)
     for seed in range(3):
         g = 0.01 * torch.randn(50, 70, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         pair.A.grad, pair.B.grad = s * pair.B.detach().T @ g, s * g @ pair.A.detach().T

@@ -23,7 +23,17 @@ from lorapro_hf.functional.bases import row_basis
 from lorapro_hf.functional.factor_steps import REACH, lengthened
 from lorapro_hf.functional.reference import DenseFullAdamW
 from lorapro_hf.optim.rules import efficient
-from optimizer_helpers import LINEAR, assert_same, backward, both_modes, ordinary, small_model, snapshot, trained
+from optimizer_helpers import (
+    LINEAR,
+    assert_same,
+    backward,
+    both_modes,
+    longest_step,
+    ordinary,
+    small_model,
+    snapshot,
+    trained,
+)
 
 
 @pytest.mark.parametrize("x_mode", X_MODES)
@@ -32,10 +42,10 @@ def test_full_mode_equals_the_dense_run(x_mode, zero_B):
     """Six steps from B = 0 or from random factors, for a loss whose full gradient depends on the weight."""
     model = Row("", lambda: Net(nn.Linear(12, 9, bias=False)), {"r": 3}).build(init_lora_weights=zero_B)
     hyper = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-7, "weight_decay": 0.1}
-    settings = {"x_mode": x_mode, "trust_region": 0.03}
+    settings = {"x_mode": x_mode, "trust_region": 0.005}
     optimizer = create_lorapro_optimizer(model, config={"mode": "full", "update": "linear", **settings}, **hyper)
     (pair,) = optimizer.pairs
-    dense = DenseFullAdamW(pair.A, pair.B, pair.scaling, **settings, **hyper)
+    dense = DenseFullAdamW(pair.A, pair.B, pair.scaling, x_mode=x_mode, longest=longest_step(pair, 0.005), **hyper)
     inputs, target = torch.randn(20, 12, dtype=torch.float64), torch.randn(20, 9, dtype=torch.float64)
     weight = pair.layer.base_layer.weight.detach()
     for _ in range(6):
@@ -396,4 +406,4 @@ def test_print_is_a_handful_of_lines():
         ")",
     ]
     plain = create_lorapro_optimizer(small_model(), torch.tensor(1e-2), config={"mode": "efficient"})
-    assert "mode=efficient, update=linear\n    group 0: lr=0.01," in repr(plain)
+    assert "mode=efficient, update=linear, trust_region=0\n    group 0: lr=0.01," in repr(plain)

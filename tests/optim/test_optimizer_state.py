@@ -8,7 +8,6 @@ import torch
 
 from lorapro_hf import create_lorapro_optimizer
 from lorapro_hf.config import UPDATE, UPDATES
-from lorapro_hf.optim.rules import base
 from optimizer_helpers import assert_same, backward, both_modes, reloaded, small_model, snapshot, take, trained
 
 OTHER = next(update for update in UPDATES if update != UPDATE)
@@ -200,17 +199,6 @@ def test_a_setting_that_is_left_open_does_not_change_on_resume(name, value, othe
     again.load_state_dict(again.state_dict())
 
 
-def test_a_checkpoint_of_an_earlier_version_keeps_the_limit_of_then(monkeypatch):
-    saved = trained(mode="full", update="linear")[1].state_dict()
-    for group in saved["param_groups"]:
-        del group["trust_region"], group["update"]
-    monkeypatch.setattr(base, "TRUST_REGION", None)
-    _, again = trained(0, mode="full", update="linear")
-    with pytest.raises(ValueError, match=r"trust_region=0\.03, or by an earlier .*default is now 0\.0\. Set"):
-        again.load_state_dict(saved)
-    trained(0, mode="full", update="linear", trust_region=0.03)[1].load_state_dict(saved)
-
-
 def test_efficient_mode_of_an_earlier_version_goes_on_with_projected_gradients():
     saved = trained(mode="efficient", efficient_projected=True)[1].state_dict()
     for group in saved["param_groups"]:
@@ -219,3 +207,25 @@ def test_efficient_mode_of_an_earlier_version_goes_on_with_projected_gradients()
         trained(0, mode="efficient")[1].load_state_dict(saved)
     for stated in (True, False):
         trained(0, mode="efficient", efficient_projected=stated)[1].load_state_dict(saved)
+
+
+@pytest.mark.parametrize("kept", [{"trust_region": 0.03}, {}])
+def test_a_trust_region_of_an_earlier_version_is_not_taken_for_one_of_today(kept):
+    """Those of early versions limited the product of both changes, at 0.03 where a checkpoint does not say it."""
+    saved = trained(mode="full", update="linear")[1].state_dict()
+    for group in saved["param_groups"]:
+        del group["trust_region"], group["trust_region_of"], group["update"]
+        group.update(kept)
+    for same in ({}, {"trust_region": 0.03}):
+        with pytest.raises(ValueError, match=r"trust_region=0\.03, a limit of the product .* Set trust_region=0 "):
+            trained(0, mode="full", update="linear", **same)[1].load_state_dict(saved)
+    for other in (0, 0.05):
+        _, again = trained(0, mode="full", update="linear", trust_region=other)
+        again.load_state_dict(saved)
+        assert {group["trust_region"] for group in again.state_dict()["param_groups"]} == {other}
+        assert {group["trust_region_of"] for group in again.state_dict()["param_groups"]} == {"weight"}
+    settings = {"mode": "efficient", "efficient_projected": True}
+    early = trained(**settings)[1].state_dict()
+    for group in early["param_groups"]:
+        del group["trust_region"], group["trust_region_of"]
+    trained(0, **settings)[1].load_state_dict(early)  # which had no limit then

@@ -287,7 +287,7 @@ def test_quantized_bases_train(tmp_path: Path, bits: int, mode: str):
     plain = train("plain", use_gradient_checkpointing=False)
     assert len(plain.optimizer.optimizer.pairs) == 14
     losses = logged(plain, "loss")
-    assert sum(losses[-3:]) < 0.97 * sum(losses[:3])
+    assert sum(losses[-3:]) < 0.985 * sum(losses[:3])
     if mode == "full":
         for use_reentrant in (True, False):
             checkpointed = train(

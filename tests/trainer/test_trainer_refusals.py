@@ -68,8 +68,8 @@ def test_given_optimizer_of_another_mode_raises(tmp_path: Path):
 
 
 def test_setting_without_a_meaning_in_the_mode_raises_at_construction(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"'efficient' has no trust region.*Leave it out"):
-        build(LoRAProTrainer, arguments(tmp_path), lora_pro_config={"mode": "efficient", "trust_region": 0.1})
+    with pytest.raises(ValueError, match=r"'efficient' does not know it, so rite_clip=0.1.*Leave it out"):
+        build(LoRAProTrainer, arguments(tmp_path), lora_pro_config={"mode": "efficient", "rite_clip": 0.1})
 
 
 def test_config_of_a_wrong_kind_raises(tmp_path: Path):

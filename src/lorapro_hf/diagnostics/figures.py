@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lorapro_hf.factors.recording import row_blocks
 from lorapro_hf.functional.bases import row_basis
-from lorapro_hf.functional.factor_steps import kept_fraction_of_A, kept_fractions, square
 from lorapro_hf.functional.projection import project_lora_gradients
+from lorapro_hf.functional.step_limit import kept_fraction
 from lorapro_hf.functional.step_options import Rates
 from lorapro_hf.optim.rules.base import UpdateRule
 
@@ -132,35 +132,52 @@ def shared_scale(scales: Sequence[float], residuals: Sequence[float]) -> float:
 
 
 def intended_step(
-    u: Tensor, A: Tensor, B: Tensor, new_B: Tensor, scaling: float, rates: Rates, rule: UpdateRule
+    u: Tensor,
+    A: Tensor,
+    B: Tensor,
+    new_B: Tensor,
+    scaling: float,
+    rates: Rates,
+    rule: UpdateRule,
+    longest: Tensor | None = None,
 ) -> tuple[Halves, float]:
     """The step of the weight that LoRA-Pro intends along Adam's direction u `(m, n)`, apart from weight decay.
 
-    A `(r, n)` and B `(m, r)` are the values before the step, `new_B` the value after it.
+    A `(r, n)` and B `(m, r)` are the values before the step, `new_B` the value after it; `longest` `(1,)` is that of
+    `StepOptions`.
 
     Returns:
-        the step, and the fraction that the trust region kept: of A's part in a sequential step.
+        the step, and the fraction that the trust region kept.
     """
-    share: Tensor | float = 1.0
     config, lr_A, lr_B = rule.config, float(rates.lr_A), float(rates.lr_B)
-    kept = float(rates.keep_A) * A, float(rates.keep_B) * B.mT
     if not rule.is_sequential:
         gradients = (scaling * (B.mT @ u), scaling * (u @ A.mT))
         h_A, h_B = project_lora_gradients(A, B, *gradients, scaling, x_mode=config.x_mode, rtol=config.rtol)
         step_A, step_B = -lr_A * h_A, -lr_B * h_B
-        if rates.trust_region is not None:
-            share, of_B = kept_fractions(*kept, step_A, step_B.mT, rates.trust_region)
-            step_A, step_B = share * step_A, of_B * step_B
-        return equivalent_halves(A, B, step_A, step_B, scaling), float(share)
-    of_A, basis_B = row_basis(A, config.rtol).rows, row_basis(new_B.mT.contiguous(), config.rtol)
-    of_B = basis_B.rows
-    through_A, through_B = u @ of_A.mT, of_B @ u
-    rest = through_B - (of_B @ through_A) @ of_A
-    if rates.trust_region is not None:
-        step_A, step_Bt = lr_A / scaling * (basis_B.whitening @ rest), new_B.mT - kept[1]
-        share = kept_fraction_of_A(*kept, step_A, square(step_Bt), rates.trust_region)
-        rest *= share
-    return Halves(torch.cat([-lr_B * through_A, -lr_A * of_B.mT], dim=1), torch.cat([of_A, rest])), float(share)
+        share = _share(A, B, step_A, step_B, longest)
+        return equivalent_halves(A, B, share * step_A, share * step_B, scaling), share
+    basis_A = row_basis(A, config.rtol)
+    of_A, through_A = basis_A.rows, u @ basis_A.rows.mT
+    if longest is not None:
+        kept_A, kept_B = float(rates.keep_A) * A, float(rates.keep_B) * B
+        step_B = -lr_B / (scaling * float(rates.keep_A)) * (through_A @ basis_A.whitening.mT)
+        basis_B = row_basis((kept_B + step_B).mT.contiguous(), config.rtol)
+        rest = basis_B.rows @ u - (basis_B.rows @ through_A) @ of_A
+        step_A = -lr_A / scaling * (basis_B.whitening @ rest)
+        share = _share(A, B, step_A, step_B, longest)
+        if share < 1:
+            step_A, step_B = share * step_A, share * step_B
+            return equivalent_halves(kept_A, kept_B + step_B, step_A, step_B, scaling), share
+    of_B = row_basis(new_B.mT.contiguous(), config.rtol).rows
+    rest = of_B @ u - (of_B @ through_A) @ of_A
+    return Halves(torch.cat([-lr_B * through_A, -lr_A * of_B.mT], dim=1), torch.cat([of_A, rest])), 1.0
+
+
+def _share(A: Tensor, B: Tensor, step_A: Tensor, step_B: Tensor, longest: Tensor | None) -> float:
+    """The fraction of a step that a trust region keeps."""
+    if longest is None:
+        return 1.0
+    return float(kept_fraction(A[None], B.mT[None], step_A[None], step_B.mT[None], longest.to(A.device)))
 
 
 def steps_between(

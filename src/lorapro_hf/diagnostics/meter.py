@@ -266,6 +266,7 @@ def _step_figures(before: _Before, access: Access, optimizer: Any) -> tuple[floa
     if "exp_avg" not in optimizer.state.get(pair.A, {}):
         return None, None, None
     new_B = new_B.to(compute_dtype(A, B))
-    intended, share = intended_step(before.u, A, B, new_B, pair.scaling, before.rates, optimizer.rule)
+    longest = optimizer.longest_step_of(pair)
+    intended, share = intended_step(before.u, A, B, new_B, pair.scaling, before.rates, optimizer.rule, longest)
     asked = max(float(before.rates.lr_A), float(before.rates.lr_B)) * float(before.u.norm())
     return relative_difference(realised, intended), realised.norm() / asked if asked else None, share

@@ -34,8 +34,7 @@ class LayerGap:
         lora_pro_cosine: between g and g̃.
         step_error: `‖realised − intended‖ / ‖intended‖` of the step of the weight.
         step_length: `‖realised‖ / ‖γ u‖` where the optimizer has a direction u of the weight.
-        step_share: the fraction of the step (of A's part in a sequential one) that the trust region kept, where the
-            optimizer has such a u; 0 where B counted as zero and moved without A.
+        step_share: the fraction of the step that the trust region kept, where the optimizer has such a u.
     """
 
     layer: str

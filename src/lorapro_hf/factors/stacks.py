@@ -42,6 +42,9 @@ class Stack:
         pairs: at least one.
         groups: positions of the param groups of A and of B.
         factors: whole tensors to read and write in place of the pairs' own, with their gradients in `.grad`.
+
+    Attributes:
+        edges: the bulk edges of the base weights `(K,)`, float64 where the device has it, once they are known.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Stack:
         first = self.pairs[0]
         (*_, r, n), (*_, m, _) = first.matrix_A(A).shape, first.matrix_B(B).shape
         self.matrix_shape = r, m, n
+        self.edges = torch.empty(0)
         self._scalings: list[float] = []
         self._scaling = torch.empty(0)
         self._chosen: list[int] = []

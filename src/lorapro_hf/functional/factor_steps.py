@@ -14,15 +14,8 @@ Computation: `û = u Âᵀ` and `w = B̂'ᵀ u` in the orthonormal bases of A an
 the factors, and `ΔB = −γ/s û T⁻¹ Vᵀ`, `ΔA = −γ/s U' Σ'⁻¹ w (I − ÂᵀÂ)`. Absent directions have a zero in T⁻¹ or Σ'⁻¹,
 so rank-deficient and zero factors need no case of their own.
 
-A trust region ρ shortens a step until the product of both changes is small beside the intended change:
-
-    ‖ΔB ΔA‖ ≤ ρ · ‖ΔB A + B ΔA‖
-
-in the Frobenius norm. The inner product of the whole change with its two terms of first order is then at least
-`(1 − ρ) ‖ΔB A + B ΔA‖²`: with ρ below 1 the weight moves in the intended direction. From B = 0, ΔA is 0 and the whole
-step is taken. Right after it B is as long as one step, and ΔA would turn A by as much as A is long. All norms come from
-r × r products in float64: squares of float32 values may overflow float32 (a B of 1e-25 leads to a ΔA of 1e22), and the
-terms of first order may nearly cancel.
+Where `StepOptions.longest` is given, the changes of both factors are multiplied by the fraction that keeps the step of
+the weight within it, see `lorapro_hf.functional.step_limit`. In a sequential step P_B' is that of the whole ΔB.
 
 All tensors are in rows layout, with B transposed, and all float32 or all float64. Steps allocate nothing larger than
 the factors and wait for no value.
@@ -35,18 +28,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lorapro_hf.functional.bases import Bases, RowBasis, row_basis
+from lorapro_hf.functional.bases import Bases, RowBasis, row_bases, row_basis
+from lorapro_hf.functional.step_limit import kept_fraction
 from lorapro_hf.functional.step_options import StepOptions
 from lorapro_hf.kernels.dense import DirectionProducts
 
-# B counts as zero where the kept fraction of a step is below this multiple of the trust region. A linear step lets B
-# grow by about the trust region, relative to its size: a B left tiny by a first step at a tiny rate would delay
-# hundreds of steps. Linear warm-ups from B = 0 stay above a tenth.
-FRESH_START = 0.03
-
 REACH = 0.5  # about the length of a row of PEFT's initial A, 1 / √3
-
-Keep = tuple[float | Tensor, float | Tensor]  # tensors as the steps, `(..., 1, 1)`
 
 
 class Direction(Protocol):
@@ -62,11 +49,17 @@ class Direction(Protocol):
 
 
 class SequentialStep(NamedTuple):
-    """The factors after a step, and the basis of the new B for the next one."""
+    """The factors after a step."""
 
     A: Tensor  # (K, r, n)
     Bt: Tensor  # (K, r, m)
-    basis_B: RowBasis
+    basis_B: RowBasis | None  # of the new B, `None` if the step was limited
+
+    def bases(self, rtol: float | None) -> Bases:
+        """The bases of the new factors."""
+        if self.basis_B is None:
+            return Bases(*row_bases([self.A, self.Bt], rtol))
+        return Bases(row_basis(self.A, rtol), self.basis_B)
 
 
 @torch.no_grad()
@@ -85,7 +78,7 @@ def sequential_step(
         options: see `StepOptions`.
 
     Returns:
-        The new factors and the basis of the new B. `s (B'A' − BA)` with the decayed B, A is
+        The new factors. Without a limit, `s (B'A' − BA)` with the decayed B, A is
         `−[lr_B u P_A + lr_A P_B' u (I − P_A)]`. A follows the directions of the new B as it is stored; its products
         with u are those of B before rounding.
     """
@@ -111,15 +104,16 @@ def spend_direction(
     rates, s = options.rates, per_pair(scaling, A)
     moved = per_pair(rates.lr_B, A) * _reciprocal(s * per_pair(rates.keep_A, A))
     step_B = direction.through_A(-moved * basis_A.whitening)
-    square_B = None if rates.trust_region is None else square(step_B)
-    new_Bt = settle(Bt, step_B, rates.keep_B, options.active, options.factor_dtypes[1])
+    longest, (dtype_A, dtype_B) = options.longest, options.factor_dtypes
+    new_Bt = settle(Bt, step_B if longest is None else step_B.clone(), rates.keep_B, options.active, dtype_B)
     basis_B = row_basis(new_Bt, options.rtol)
     step_A = direction.rest_through_B(-per_pair(rates.lr_A, A) / s * basis_B.whitening, basis_B)
-    if rates.trust_region is not None and square_B is not None:
-        keep = per_pair(rates.keep_A, A), per_pair(rates.keep_B, A)
-        step_A *= kept_fraction_of_A(A, Bt, step_A, square_B, rates.trust_region, keep)
-    new_A = settle(A, step_A, rates.keep_A, options.active, options.factor_dtypes[0])
-    return SequentialStep(new_A, new_Bt, basis_B)
+    if longest is not None:
+        kept = kept_fraction(A, Bt, step_A, step_B, longest)
+        step_A *= kept
+        new_Bt = settle(Bt, step_B.mul_(kept), rates.keep_B, options.active, dtype_B)
+    new_A = settle(A, step_A, rates.keep_A, options.active, dtype_A)
+    return SequentialStep(new_A, new_Bt, basis_B if longest is None else None)
 
 
 @torch.no_grad()
@@ -127,10 +121,9 @@ def linear_step(A: Tensor, Bt: Tensor, h_A: Tensor, h_Bt: Tensor, options: StepO
     """The factors after a step from A, Bt, before their decay, along `h_A` and `h_Bt`, which are overwritten."""
     rates = options.rates
     step_A, step_Bt = h_A.mul_(-per_pair(rates.lr_A, A)), h_Bt.mul_(-per_pair(rates.lr_B, A))
-    if rates.trust_region is not None:
-        keep = per_pair(rates.keep_A, A), per_pair(rates.keep_B, A)
-        kept_A, kept_B = kept_fractions(A, Bt, step_A, step_Bt, rates.trust_region, keep)
-        step_A, step_Bt = step_A.mul_(kept_A), step_Bt.mul_(kept_B)
+    if options.longest is not None:
+        kept = kept_fraction(A, Bt, step_A, step_Bt, options.longest)
+        step_A, step_Bt = step_A.mul_(kept), step_Bt.mul_(kept)
     return (
         settle(A, step_A, rates.keep_A, options.active, options.factor_dtypes[0]),
         settle(Bt, step_Bt, rates.keep_B, options.active, options.factor_dtypes[1]),
@@ -168,42 +161,6 @@ def lengthened(change: Tensor, basis_B: RowBasis, lr: float | Tensor) -> Tensor:
     squares = basis_B.singular[..., None, :].square() + change.shape[-1] * rate * rate
     factors = (1 + REACH**2 / squares.clamp_min(torch.finfo(change.dtype).tiny)).sqrt()
     return (basis_B.vectors * factors) @ (basis_B.vectors.mT @ change)
-
-
-def kept_fractions(
-    A: Tensor, Bt: Tensor, step_A: Tensor, step_Bt: Tensor, trust_region: float, keep: Keep = (1.0, 1.0)
-) -> tuple[Tensor, Tensor]:
-    """The fractions of the changes of A and of B that a trust region keeps, `(..., 1, 1)` each, at most 1.
-
-    Both are shortened alike, unless almost nothing would be left: then B counts as zero, A stays and B takes its whole
-    step. A and Bt are the factors before their decay; `keep` holds the fractions of A and of B that decay leaves.
-    """
-    of_A, across_A, square_A = _grams(A, step_A)
-    of_B, across_B, square_B = _grams(Bt, step_Bt)
-    first_order = keep[0] ** 2 * _inner(square_B, of_A) + keep[1] ** 2 * _inner(of_B, square_A)
-    first_order += 2 * keep[0] * keep[1] * _inner(across_B, across_A.mT)
-    kept = _kept(_inner(square_B, square_A), trust_region**2 * first_order.clamp_min(0)).to(A.dtype)
-    is_fresh = kept < FRESH_START * trust_region
-    return torch.where(is_fresh, 0.0, kept), torch.where(is_fresh, 1.0, kept)
-
-
-def kept_fraction_of_A(
-    A: Tensor, Bt: Tensor, step_A: Tensor, square_B: Tensor, trust_region: float, keep: Keep = (1.0, 1.0)
-) -> Tensor:
-    """The fraction of the change of A that a trust region keeps, `(..., 1, 1)`, if the change of B stays as it is.
-
-    The change of A is orthogonal to the rows of A, so that the two terms of first order are orthogonal too. `square_B`
-    is the `square` of the change of B; the other arguments are those of `kept_fractions`.
-    """
-    square_A = square(step_A)
-    excess = _inner(square_B, square_A) - (trust_region * keep[1]) ** 2 * _inner(square(Bt), square_A)
-    return _kept(excess, (trust_region * keep[0]) ** 2 * _inner(square_B, square(A))).to(A.dtype)
-
-
-def square(rows: Tensor) -> Tensor:
-    """`F Fᵀ` `(..., r, r)` in float64."""
-    exact = rows.to(_exact_dtype(rows))
-    return exact @ exact.mT
 
 
 def settle(
@@ -250,28 +207,6 @@ class _Products(NamedTuple):
         # From right to left: the product of the two small matrices would square the condition number of B'.
         through = weights @ (basis_B.whitening.mT @ self.B_u)
         return through - (through @ self.basis_A.rows.mT) @ self.basis_A.rows
-
-
-def _kept(asked: Tensor, allowed: Tensor) -> Tensor:
-    return torch.where(asked > allowed, (allowed / asked).sqrt(), 1.0)
-
-
-def _grams(factor: Tensor, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`F Fᵀ`, `ΔF Fᵀ` and `ΔF ΔFᵀ`, `(..., r, r)` each, out of one product."""
-    r = factor.shape[-2]
-    both = factor.new_empty(*factor.shape[:-2], 2 * r, factor.shape[-1], dtype=_exact_dtype(factor))
-    both[..., :r, :], both[..., r:, :] = factor, step
-    gram = both @ both.mT
-    return gram[..., :r, :r], gram[..., r:, :r], gram[..., r:, r:]
-
-
-def _exact_dtype(like: Tensor) -> torch.dtype:
-    return torch.float32 if like.device.type == "mps" else torch.float64  # where there is no float64
-
-
-def _inner(left: Tensor, right: Tensor) -> Tensor:
-    """Frobenius products of matrices, `(..., 1, 1)`."""
-    return (left * right).sum((-2, -1), keepdim=True)
 
 
 def _reciprocal(value: float | Tensor) -> float | Tensor:

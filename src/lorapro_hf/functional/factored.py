@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorapro_hf.functional.bases import Bases, Coordinates, RowBasis, factor_gradients_, row_bases, row_basis
+from lorapro_hf.functional.bases import Bases, Coordinates, RowBasis, factor_gradients_, row_bases
 from lorapro_hf.functional.factor_steps import linear_step, per_pair, select, spend_direction
 from lorapro_hf.functional.step_options import StepOptions
 
@@ -97,8 +97,8 @@ def factored_step(
     u = adam_direction(moments, bases, options.betas, options.eps)
     # The results of pairs that are not active are dropped before they meet an eigendecomposition.
     if options.sequential:
-        A, Bt, basis_B = spend_direction(A, Bt, u, scaling, bases.A, options)
-        new = Bases(row_basis(A, options.rtol), basis_B)
+        step = spend_direction(A, Bt, u, scaling, bases.A, options)
+        A, Bt, new = step.A, step.Bt, step.bases(options.rtol)
     else:
         h_A, h_Bt = factor_gradients_(*bases, u.coordinates(bases.B), per_pair(scaling, A), options.x_mode)
         A, Bt = linear_step(A, Bt, h_A, h_Bt, options)

@@ -6,17 +6,13 @@ These functions form and invert m x n matrices, and share no code with the fast 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorapro_hf.config import TRUST_REGION
-
 RTOL = 1e-10
-FRESH_START = 0.03  # B counts as zero where the kept fraction is below this multiple of the trust region
 
 
 def projected_gradient(g: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -54,14 +50,17 @@ def _solve_sylvester(P: Tensor, Q: Tensor, C: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class Hyperparameters:
-    """The settings of a dense AdamW, named as in `create_lorapro_optimizer` and `LoRAProConfig`."""
+    """The settings of a dense AdamW, named as in `create_lorapro_optimizer` and `LoRAProConfig`.
+
+    `longest` is the largest norm that a step of the weight may have, `None` for no limit.
+    """
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
     x_mode: str = "sylvester"
-    trust_region: float | None = TRUST_REGION
+    longest: float | None = None
 
 
 class DenseFullAdamW(Hyperparameters):
@@ -87,13 +86,10 @@ class DenseFullAdamW(Hyperparameters):
     def spend(self, u: Tensor) -> None:
         """A linear step along u `(m, n)`."""
         h_A, h_B = factor_gradients(u, self.A, self.B, self.scaling, self.x_mode)
+        step_A, step_B = -self.lr * h_A, -self.lr * h_B
         keep = (1 - self.lr * self.weight_decay) ** 0.5
-        self.A, self.B = keep * self.A, keep * self.B
-        kept_A = kept_B = 1.0
-        if self.trust_region:
-            kept_A, kept_B = kept_fractions(self.A, self.B, -self.lr * h_A, -self.lr * h_B, self.trust_region)
-        self.A = self.A - kept_A * self.lr * h_A
-        self.B = self.B - kept_B * self.lr * h_B
+        kept = kept_fraction(self.scaling * ((self.B + step_B) @ (self.A + step_A) - self.B @ self.A), self.longest)
+        self.A, self.B = keep * self.A + kept * step_A, keep * self.B + kept * step_B
 
 
 def sequential_step(
@@ -103,44 +99,30 @@ def sequential_step(
     scaling: float,
     lr_A: float,
     lr_B: float | None = None,
-    trust_region: float | None = None,
+    keep: tuple[float, float] = (1.0, 1.0),
+    longest: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The factors after a step along `u` `(m, n)` of B first and then, through the new B, of A.
 
-    A and B have decayed already; a trust region shortens the change of A.
+    Decay leaves the fractions `keep` of A and B. A step longer than `longest` is shortened.
     """
     u, A, B = u.double(), A.double(), B.double()
-    pinv_A = torch.linalg.pinv(A, rtol=RTOL)
+    decayed_A, decayed_B = keep[0] * A, keep[1] * B
+    pinv_A = torch.linalg.pinv(decayed_A, rtol=RTOL)
     step_B = -(lr_A if lr_B is None else lr_B) / scaling * u @ pinv_A
-    new_B = B + step_B
-    step_A = -lr_A / scaling * torch.linalg.pinv(new_B, rtol=RTOL) @ (u - u @ pinv_A @ A)
-    if trust_region is not None:
-        step_A *= largest_kept_fraction(A, B, lambda fraction: (fraction * step_A, step_B), trust_region)
-    return A + step_A, new_B
+    through_B = torch.linalg.pinv(decayed_B + step_B, rtol=RTOL)
+    step_A = -lr_A / scaling * through_B @ (u - u @ pinv_A @ decayed_A)
+    kept = kept_fraction(scaling * ((B + step_B) @ (A + step_A) - B @ A), longest)
+    return decayed_A + kept * step_A, decayed_B + kept * step_B
 
 
-def kept_fractions(A: Tensor, B: Tensor, step_A: Tensor, step_B: Tensor, trust_region: float) -> tuple[float, float]:
-    """The fractions of the changes of A and of B that a trust region keeps in a linear step."""
-    kept = largest_kept_fraction(A, B, lambda fraction: (fraction * step_A, fraction * step_B), trust_region)
-    return (0.0, 1.0) if kept < FRESH_START * trust_region else (kept, kept)
-
-
-def largest_kept_fraction(
-    A: Tensor, B: Tensor, steps: Callable[[float], tuple[Tensor, Tensor]], trust_region: float
-) -> float:
-    """The largest fraction in [0, 1] whose `steps` keep to a trust region, by bisection."""
-
-    def within(fraction: float) -> bool:
-        step_A, step_B = steps(fraction)
-        return bool((step_B @ step_A).norm() <= trust_region * (step_B @ A + B @ step_A).norm())
-
-    low, high = 0.0, 1.0
-    if within(high):
-        return high
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if within(middle) else (low, middle)
-    return low
+def kept_fraction(D: Tensor, longest: float | None) -> float:
+    """The largest fraction of a step `D` `(m, n)` whose Schatten norm of order 16 is at most `longest`."""
+    if longest is None or not D.any():
+        return 1.0
+    singular = torch.linalg.svdvals(D)
+    length = singular[0] * ((singular / singular[0]) ** 16).sum() ** (1 / 16)
+    return min(1.0, longest / float(length))
 
 
 def change_through(change: Tensor, B: Tensor, new_B: Tensor) -> Tensor:
@@ -169,10 +151,8 @@ class DenseFactoredAdamW(DenseFullAdamW):
         """One step for the full gradient `g` `(m, n)`."""
         u = self.direction(g)
         if self.update == "sequential":
-            keep = (1 - self.lr * self.weight_decay) ** 0.5
-            region = self.trust_region or None
-            decayed = keep * self.A, keep * self.B
-            self.A, self.B = sequential_step(u, *decayed, self.scaling, self.lr, trust_region=region)
+            keep = ((1 - self.lr * self.weight_decay) ** 0.5,) * 2
+            self.A, self.B = sequential_step(u, self.A, self.B, self.scaling, self.lr, keep=keep, longest=self.longest)
         else:
             self.spend(u)
         self.M = projected_gradient(self.M, self.A, self.B)
@@ -218,7 +198,7 @@ class DenseRite(Hyperparameters):
 
     Args:
         clip, skip, escape: the settings `rite_clip`, `rite_skip` and `rite_escape`.
-        hyperparameters: as for `DenseFullAdamW`; the step is linear, without `x_mode` and trust region.
+        hyperparameters: as for `DenseFullAdamW`; the step is linear, without `x_mode`.
     """
 
     def __init__(
@@ -260,9 +240,10 @@ class DenseRite(Hyperparameters):
             values, vectors = torch.linalg.eigh(self.V[side])
             root = (values.clamp_min(0) + self.eps**2 + self.rho[side]).sqrt() + self.eps
             self.M[side] = beta1 * self.M[side] + (1 - beta1) * each @ (vectors / root) @ vectors.T
+        step_A, step_B = -self.lr * inverse_B @ self.M[0].T, -self.lr * self.M[1] @ inverse_A.T
         keep = (1 - self.lr * self.weight_decay) ** 0.5
-        self.A = keep * self.A - self.lr * inverse_B @ self.M[0].T
-        self.B = keep * self.B - self.lr * self.M[1] @ inverse_A.T
+        kept = kept_fraction(self.scaling * ((self.B + step_B) @ (self.A + step_A) - self.B @ self.A), self.longest)
+        self.A, self.B = keep * self.A + kept * step_A, keep * self.B + kept * step_B
         for side, (old, factor) in enumerate(((old_B, self.B), (old_A, self.A.T))):
             P = _orthonormal(factor)[0].T @ old
             carried = P @ self.V[side] @ P.T

@@ -87,8 +87,8 @@ def spectral_step(
     ahead = Coordinates(torch.lerp(gradient.a, a, beta), torch.lerp(gradient.b, b, beta))  # Nesterov's momentum
     u = spectral_direction(ahead, bases, options.rtol, iterations)
     if options.sequential:
-        new_A, new_Bt, basis_B = spend_direction(A, Bt, u, scaling, bases.A, options)
-        new = Bases(row_basis(new_A, options.rtol), basis_B)
+        step = spend_direction(A, Bt, u, scaling, bases.A, options)
+        new_A, new_Bt, new = step.A, step.Bt, step.bases(options.rtol)
     else:
         h_A, h_Bt = factor_gradients_(*bases, u.coordinates, per_pair(scaling, A), options.x_mode)
         del u, ahead

@@ -20,7 +20,6 @@ class Rates(NamedTuple):
     lr_B: float | Tensor
     keep_A: float | Tensor = 1.0  # the fraction of A that decoupled decay leaves
     keep_B: float | Tensor = 1.0
-    trust_region: float | None = None  # see `lorapro_hf.functional.factor_steps`
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class StepOptions:
     """The settings of one step of K pairs.
 
     Args:
-        rates: Learning rates, decay and trust region; a step moves the decayed factors.
+        rates: Learning rates and decay; a step moves the decayed factors.
         betas: Decay rates of the moments.
         eps: Added to the denominator of Adam's direction.
         sequential: Move B first and then A against the new B, instead of both at once.
@@ -41,6 +40,8 @@ class StepOptions:
         groups: The param groups of A and of B, for rules that step each factor by itself.
         found_inf: 0-dim float32, 1 where the step must change nothing; `active` is False everywhere then.
         shared_norm: The norm that `UpdateRule.shared_norm` asked for, over the pairs of all ranks.
+        longest: `(K,)`. The largest norm that a step of `B A` may have, without decay and the scaling; see
+            `lorapro_hf.functional.step_limit`. `None`: no limit.
     """
 
     rates: Rates
@@ -54,3 +55,4 @@ class StepOptions:
     groups: tuple[Group, Group] = ({}, {})
     found_inf: Tensor | None = None
     shared_norm: Tensor | None = None
+    longest: Tensor | None = None

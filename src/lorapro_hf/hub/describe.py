@@ -77,8 +77,7 @@ def describe_lora_pro(model: nn.Module, settings: Settings) -> dict[str, str]:
     except ValueError:  # a merged adapter, say, which still deserves a card
         pairs = []
     rows = {"mode": config.mode, "update": rule.described_update}
-    if rule.has_trust_region:
-        rows["trust region"] = f"{rule.trust_region:g}" if rule.trust_region else "none"
+    rows["trust region"] = f"{rule.trust_region:g} of the weight" if rule.trust_region else "none"
     if config.moments_dtype != "float32":
         rows["dtype of the moments"] = config.moments_dtype
     if config.rtol is not None:

@@ -12,6 +12,7 @@ from lorapro_hf import __version__
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.optim.lora_pro import LoRAProAdamW
 from lorapro_hf.optim.rules import rule_of
+from lorapro_hf.optim.rules.base import MEANING
 from lorapro_hf.utils.text_files import parse_json, read_settings_text, shortened, shown, write_text
 
 SETTINGS_FILE = "lorapro_config.json"
@@ -39,8 +40,8 @@ class Settings:
     def save(self, folder: Path) -> None:
         """Write `lorapro_config.json` into an existing folder, with the settings that the mode chose."""
         rule = rule_of(self.config)
-        config = replace(self.config, **{"trust_region": 0, **rule.in_force})
-        content = {**config.to_dict(), **self.optimizer, _VERSION: __version__}
+        config = replace(self.config, **rule.in_force)
+        content = {**config.to_dict(), **MEANING, **self.optimizer, _VERSION: __version__}
         write_text(folder / SETTINGS_FILE, json.dumps(content, indent=2) + "\n")
 
 
@@ -76,6 +77,12 @@ def load_lora_pro_config(
         raise ValueError(
             f"{file} is damaged, or not written by lorapro_hf ({shown(error)}). Save the adapter anew."
         ) from error
+    if {name: content.pop(name, None) for name in MEANING} != MEANING and content.get("trust_region"):
+        raise ValueError(
+            f"{file}, written by lorapro_hf {shortened(str(version), 40)}, holds a trust_region that limited the "
+            "product of the changes of both factors, a limit that is gone. Set it to 0 there for no limit, or remove "
+            "it for the default."
+        )
     try:
         config = LoRAProConfig.from_dict({k: v for k, v in content.items() if k not in _OF_OPTIMIZER})
         rule_of(config)  # refuses settings that have no meaning in the mode

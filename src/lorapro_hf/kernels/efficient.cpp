@@ -126,6 +126,23 @@ template <class T> void step_projected(Arena& arena, const Stack& stack, Index e
                 lifted<T>(arena, on_B, B.whitening), adam_B);
 }
 
+// Shortens a step that is longer than `longest`; see `functional.step_limit`.
+template <class T>
+void keep_within(Arena& arena, const Stack& stack, Index entry, const T* old_A, const T* old_Bt, double longest, const Options& o) {
+    const Index r = stack.r, m = stack.m, n = stack.n;
+    T *A = stored_A<T>(stack, entry).factor, *B = stored_B<T>(stack, entry).factor;
+    T *step_A = copy_of(arena, A, r * n), *step_Bt = arena.take<T>(r * m);
+    transpose(step_Bt, B, m, r);
+    settle(step_A, old_A, -o.keep_A, r * n), settle(step_Bt, old_Bt, -o.keep_B, r * m);
+    const double kept = kept_fraction<T>(
+        arena, stack, {old_A, old_Bt}, {step_A, step_Bt}, gram(arena, old_A, r, n), gram(arena, old_Bt, r, m), longest);
+    if (!(kept < 1)) return;
+    scale(step_A, r * n, kept), scale(step_Bt, r * m, kept);
+    settle(step_A, old_A, o.keep_A, r * n), settle(step_Bt, old_Bt, o.keep_B, r * m);
+    std::copy_n(step_A, r * n, A);
+    transpose(B, step_Bt, r, m);
+}
+
 // The options of B follow those of A in memory.
 template <class T> void efficient(const Stack& stack, const LoraproState& state, const Options& o) {
     const Options& of_B = (&o)[1];
@@ -135,9 +152,11 @@ template <class T> void efficient(const Stack& stack, const LoraproState& state,
         const Adam<T> adam_A(state.first_A, state.second_A, entry * r * n, o.lr_A, o.keep_A, step, o);
         const Adam<T> adam_B(state.first_B, state.second_B, entry * r * m, o.lr_B, o.keep_B, step, of_B);
         const Stored<T> A = stored_A<T>(stack, entry), B = stored_B<T>(stack, entry);
+        const double longest = longest_step(state, entry);
+        const bool is_limited = std::isfinite(longest);
         const T* old_A = copy_of(arena, A.factor, r * n);
         T* old_Bt = nullptr;
-        if (o.sequential) {
+        if (o.sequential || is_limited) {
             old_Bt = arena.take<T>(r * m);
             transpose(old_Bt, B.factor, m, r);
         }
@@ -146,13 +165,15 @@ template <class T> void efficient(const Stack& stack, const LoraproState& state,
         } else {
             adam_A.step(A.factor, A.gradient, 0, r * n), adam_B.step(B.factor, B.gradient, 0, r * m);
         }
-        if (o.reach == 0 && !o.sequential) return;
-        Matrix weights = o.sequential ? through_new_B(arena, stack, entry, old_Bt, o) : Matrix(arena, 0, 0);
-        if (o.reach != 0) {
-            const Matrix longer = lengthening(arena, kept_basis(arena, stack, entry, 1), n, o);
-            weights = o.sequential ? product(arena, weights, longer) : longer;
+        if (o.reach != 0 || o.sequential) {
+            Matrix weights = o.sequential ? through_new_B(arena, stack, entry, old_Bt, o) : Matrix(arena, 0, 0);
+            if (o.reach != 0) {
+                const Matrix longer = lengthening(arena, kept_basis(arena, stack, entry, 1), n, o);
+                weights = o.sequential ? product(arena, weights, longer) : longer;
+            }
+            change_again(arena, A.factor, old_A, weights, n, o);
         }
-        change_again(arena, A.factor, old_A, weights, n, o);
+        if (is_limited) keep_within<T>(arena, stack, entry, old_A, old_Bt, longest, o);
     });
 }
 

@@ -100,7 +100,7 @@ template <class T> struct AdamDirection {
 
 template <class T> void factored(const Stack& stack, const LoraproState& state, const Options& o) {
     const Index r = stack.r, m = stack.m, n = stack.n;
-    for_each_pair<T>(stack, state.active, [&](Pair<T>& pair, Index entry) {
+    for_each_pair<T>(stack, state, [&](Pair<T>& pair, Index entry) {
         T *M_a = static_cast<T*>(state.first_A) + entry * r * n, *M_b = static_cast<T*>(state.first_B) + entry * r * m;
         T *column = static_cast<T*>(state.second_A) + entry * n, *row = static_cast<T*>(state.second_B) + entry * m;
         update_second_moments(pair, column, row, o.beta2);

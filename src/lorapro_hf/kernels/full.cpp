@@ -14,7 +14,7 @@ template <class T> Basis basis_of_products(Pair<T>& pair, const Options& o) {
 // rows of the basis of B to second_B.
 template <class T> void full_before(const Stack& stack, const LoraproState& state, const Options& o) {
     const Index r = stack.r, m = stack.m, n = stack.n;
-    for_each_pair<T>(stack, state.active, [&](Pair<T>& pair, Index entry) {
+    for_each_pair<T>(stack, state, [&](Pair<T>& pair, Index entry) {
         std::copy_n(pair.left, 2 * r * m, static_cast<T*>(state.first_B) + entry * 2 * r * m);
         std::copy_n(pair.right, 2 * r * n, static_cast<T*>(state.first_A) + entry * 2 * r * n);
         const Basis basis = basis_of_products(pair, o);
@@ -27,7 +27,7 @@ template <class T> void full_before(const Stack& stack, const LoraproState& stat
 // sequential step, `K^T u` (r, n) in second_A; see `sequential_step`. They are overwritten.
 template <class T> void full_after(const Stack& stack, const LoraproState& state, const Options& o) {
     const Index r = stack.r, m = stack.m, n = stack.n;
-    for_each_pair<T>(stack, state.active, [&](Pair<T>& pair, Index entry) {
+    for_each_pair<T>(stack, state, [&](Pair<T>& pair, Index entry) {
         Arena& arena = pair.arena;
         T *B_u = static_cast<T*>(state.first_A) + entry * r * n, *u_A = static_cast<T*>(state.first_B) + entry * r * m;
         if (!o.sequential) {

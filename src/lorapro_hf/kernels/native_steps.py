@@ -30,7 +30,7 @@ class _Stack(ctypes.Structure):
 
 class _Options(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_double) for name in ("lr_A", "lr_B", "keep_A", "keep_B", "trust_region")),
+        *((name, ctypes.c_double) for name in ("lr_A", "lr_B", "keep_A", "keep_B")),
         *((name, ctypes.c_double) for name in ("beta1", "beta2", "eps")),
         *((name, ctypes.c_int64) for name in ("sequential", "x_mode", "iterations")),
         *((name, ctypes.c_double) for name in ("clipped", "skip", "reach")),
@@ -40,7 +40,7 @@ class _Options(ctypes.Structure):
 class _State(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_void_p)
-        for name in ("first_A", "first_B", "second_A", "second_B", "escape_A", "escape_B", "steps", "active")
+        for name in ("first_A", "first_B", "second_A", "second_B", "escape_A", "escape_B", "steps", "active", "longest")
     ]
 
 
@@ -96,7 +96,7 @@ class NativePairs:
 
         Args:
             name: of the kernel.
-            state: the tensors of the state by the names of `LoraproState`; `steps` and `active` are `(K,)`.
+            state: the tensors of the state by the names of `LoraproState`; `steps`, `active` and `longest` are `(K,)`.
             groups: the options of the step by the names of `LoraproOptions`; in mode efficient a second entry for B.
         """
         options = (_Options * len(groups))(*(_Options(**group) for group in groups))

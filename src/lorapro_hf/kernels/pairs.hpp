@@ -19,7 +19,7 @@ struct LoraproStack {
 };
 
 struct LoraproOptions {
-    double lr_A, lr_B, keep_A, keep_B, trust_region;  // 0 for no trust region
+    double lr_A, lr_B, keep_A, keep_B;
     double beta1, beta2, eps;
     Index sequential, x_mode, iterations;
     double clipped, skip, reach;  // a reach of 0: projected gradients in mode efficient
@@ -30,6 +30,7 @@ struct LoraproState {
     void *first_A, *first_B, *second_A, *second_B, *escape_A, *escape_B;
     const float* steps;  // this step included
     const bool* active;
+    const double* longest;  // null for no limit
 };
 
 }  // extern "C"
@@ -61,19 +62,24 @@ Basis kept_basis(Arena& arena, const Stack& stack, Index entry, Index side) {
     return basis;
 }
 
+double longest_step(const LoraproState& state, Index entry) {
+    return state.longest == nullptr ? std::numeric_limits<double>::infinity() : state.longest[entry];
+}
+
 template <class T> struct Pair {
     Arena& arena;
     const Stack& stack;
     const Index r, m, n;
-    const double s;
+    const double s, longest;
     T *A, *B;          // as they are stored, (r, n) and (m, r)
     T* Bt;             // (r, m)
     Basis of_A, of_B;
     T *left, *right;   // (2r, m) and (2r, n): [B^; b] and [a; A^], whose product is the equivalent gradient
     T *rows_A, *rows_B, *a, *b;
 
-    Pair(Arena& arena, const Stack& stack, Index entry)
+    Pair(Arena& arena, const Stack& stack, const LoraproState& state, Index entry)
         : arena(arena), stack(stack), r(stack.r), m(stack.m), n(stack.n), s(stack.scaling[entry]),
+          longest(longest_step(state, entry)),
           A(reinterpret_cast<T*>(stack.A[entry])), B(reinterpret_cast<T*>(stack.B[entry])), Bt(arena.take<T>(r * m)),
           of_A(kept_basis(arena, stack, entry, 0)), of_B(kept_basis(arena, stack, entry, 1)),
           left(arena.take<T>(2 * r * m)), right(arena.take<T>(2 * r * n)),
@@ -115,17 +121,15 @@ template <class Work> void for_each_entry(const Stack& stack, const bool* active
     }
 }
 
-template <class T, class Work> void for_each_pair(const Stack& stack, const bool* active, Work work) {
-    for_each_entry(stack, active, [&](Arena& arena, Index entry) {
-        Pair<T> pair(arena, stack, entry);
+template <class T, class Work> void for_each_pair(const Stack& stack, const LoraproState& state, Work work) {
+    for_each_entry(stack, state.active, [&](Arena& arena, Index entry) {
+        Pair<T> pair(arena, stack, state, entry);
         pair.find_coordinates(entry);
         work(pair, entry);
     });
 }
 
 // ---- from a direction to new factors ----
-
-constexpr double FRESH_START = 0.03;  // as in `functional.factor_steps`
 
 template <class T> struct Factors {
     T *A, *Bt;
@@ -161,24 +165,63 @@ template <class T> void settle(T* step, const T* factor, double keep, Index coun
     for (Index i = 0; i < count; ++i) step[i] += T(keep) * factor[i];
 }
 
-double kept_fraction(double asked, double allowed) { return asked > allowed ? std::sqrt(allowed / asked) : 1; }
+// Schatten norm of order 16 of a product `L R`, given `L^T L` and `R R^T`; see `functional.step_limit`.
+double schatten_16(Arena& arena, const Matrix& left, const Matrix& right) {
+    const Index k = left.rows;
+    double* lengths = arena.take<double>(k);
+    double size = 0;
+    for (Index i = 0; i < k; ++i) {
+        lengths[i] = std::sqrt(left(i, i));
+        size += left(i, i) * right(i, i);
+    }
+    if (size == 0) return 0;
+    Matrix of_left(arena, k, k), of_right(arena, k, k);
+    for (Index i = 0; i < k; ++i)
+        for (Index j = 0; j < k; ++j) {
+            const double length = lengths[i] * lengths[j];
+            of_left(i, j) = lengths[i] == 0 || lengths[j] == 0 ? 0 : left(i, j) / lengths[i] / lengths[j];
+            of_right(i, j) = right(i, j) * length / size;
+        }
+    const Matrix of_unit = product(arena, of_left, of_right), square = product(arena, of_unit, of_unit);
+    const Matrix fourth = product(arena, square, square);
+    const double trace = inner(fourth, transposed(arena, fourth));
+    return std::sqrt(size) * std::pow(trace < 0 ? 0 : trace, 1.0 / 16);
+}
+
+// The fraction of a step that may be taken, given `A A^T` and `B^T B` too; see `functional.step_limit`.
+template <class T>
+double kept_fraction(Arena& arena, const Stack& stack, Factors<const T> old, Factors<const T> step, const Matrix& of_A,
+                     const Matrix& of_B, double longest) {
+    const Index r = stack.r, m = stack.m, n = stack.n;
+    const Matrix square_A = gram(arena, step.A, r, n), across_A = exact_cross(arena, step.A, r, old.A, r, n);
+    const Matrix square_B = gram(arena, step.Bt, r, m), across_B = exact_cross(arena, step.Bt, r, old.Bt, r, m);
+    Matrix left(arena, 2 * r, 2 * r), right(arena, 2 * r, 2 * r);  // of the rows of dB and B + dB, of A and dA
+    for (Index i = 0; i < r; ++i)
+        for (Index j = 0; j < r; ++j) {
+            right(i, j) = of_A(i, j), right(r + i, r + j) = square_A(i, j);
+            right(r + i, j) = right(j, r + i) = across_A(i, j);
+            const double beside = across_B(i, j) + square_B(i, j);
+            left(i, j) = square_B(i, j), left(r + i, r + j) = of_B(i, j) + across_B(j, i) + beside;
+            left(i, r + j) = left(r + j, i) = beside;
+        }
+    const double length = schatten_16(arena, left, right);
+    return length > longest ? longest / length : 1;
+}
+
+// The same for changes of a pair in the directions of its bases.
+template <class T> double kept_fraction(Pair<T>& pair, const T* step_A, const T* step_Bt) {
+    const Matrix of_A = gram_of(pair.arena, pair.of_A), of_B = gram_of(pair.arena, pair.of_B);
+    return kept_fraction<T>(pair.arena, pair.stack, {pair.A, pair.Bt}, {step_A, step_Bt}, of_A, of_B, pair.longest);
+}
 
 // New factors after a step along h, which they overwrite; see `linear_step`.
 template <class T> Factors<T> linear_step(Pair<T>& pair, Factors<T> h, const Options& o) {
     const Index r = pair.r, m = pair.m, n = pair.n;
     Arena& arena = pair.arena;
     scale(h.A, r * n, -o.lr_A), scale(h.Bt, r * m, -o.lr_B);
-    if (o.trust_region > 0) {
-        const Matrix square_A = gram(arena, h.A, r, n), square_B = gram(arena, h.Bt, r, m);
-        const Matrix across_A = exact_cross(arena, h.A, r, pair.A, r, n);
-        const Matrix across_B = exact_cross(arena, h.Bt, r, pair.Bt, r, m);
-        double first_order = o.keep_A * o.keep_A * inner(square_B, gram_of(arena, pair.of_A));
-        first_order += o.keep_B * o.keep_B * inner(gram_of(arena, pair.of_B), square_A);
-        first_order += 2 * o.keep_A * o.keep_B * inner(across_B, transposed(arena, across_A));
-        const double allowed = o.trust_region * o.trust_region * std::max(first_order, 0.0);
-        const double kept = kept_fraction(inner(square_B, square_A), allowed);
-        const bool is_fresh = kept < FRESH_START * o.trust_region;
-        scale(h.A, r * n, is_fresh ? 0 : kept), scale(h.Bt, r * m, is_fresh ? 1 : kept);
+    if (std::isfinite(pair.longest)) {
+        const double kept = kept_fraction<T>(pair, h.A, h.Bt);
+        scale(h.A, r * n, kept), scale(h.Bt, r * m, kept);
     }
     settle(h.A, pair.A, o.keep_A, r * n), settle(h.Bt, pair.Bt, o.keep_B, r * m);
     return h;
@@ -192,16 +235,17 @@ Factors<T> spend_direction(Pair<T>& pair, ThroughA through_A, RestThroughB rest_
     Arena& arena = pair.arena;
     const double kept_s = pair.s * o.keep_A, moved = kept_s != 0 ? o.lr_B / kept_s : 0;
     T* new_Bt = through_A(scaled(arena, pair.of_A.whitening, -moved));
-    const Matrix square_B = gram(arena, new_Bt, r, m);
+    const bool is_limited = std::isfinite(pair.longest);
+    T* step_Bt = is_limited ? copy_of(arena, new_Bt, r * m) : nullptr;
     settle(new_Bt, pair.Bt, o.keep_B, r * m);
     const Basis basis = basis_of(arena, new_Bt, r, m, pair.stack.rtol);
     const T* rows = combined(arena, transposed(arena, basis.whitening), new_Bt, m);
     T* new_A = rest_through_B(scaled(arena, basis.whitening, -o.lr_A / pair.s), basis, rows);
-    if (o.trust_region > 0) {
-        const Matrix square_A = gram(arena, new_A, r, n);
-        const double of_A = o.trust_region * o.keep_A, of_B = o.trust_region * o.keep_B;
-        const double asked = inner(square_B, square_A) - of_B * of_B * inner(gram_of(arena, pair.of_B), square_A);
-        scale(new_A, r * n, kept_fraction(asked, of_A * of_A * inner(square_B, gram_of(arena, pair.of_A))));
+    if (is_limited) {
+        const double kept = kept_fraction<T>(pair, new_A, step_Bt);
+        scale(new_A, r * n, kept), scale(step_Bt, r * m, kept);
+        settle(step_Bt, pair.Bt, o.keep_B, r * m);
+        new_Bt = step_Bt;
     }
     settle(new_A, pair.A, o.keep_A, r * n);
     return {new_A, new_Bt};

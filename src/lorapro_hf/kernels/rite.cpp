@@ -81,7 +81,7 @@ template <class T> struct Side {
 
 template <class T> void rite(const Stack& stack, const LoraproState& state, const Options& o) {
     const Index r = stack.r, m = stack.m, n = stack.n;
-    for_each_pair<T>(stack, state.active, [&](Pair<T>& pair, Index entry) {
+    for_each_pair<T>(stack, state, [&](Pair<T>& pair, Index entry) {
         Arena& arena = pair.arena;
         const double *norms = stack.norms + 3 * entry, s = std::abs(pair.s);
         const auto weight = [&](double norm, Index k) {

@@ -54,7 +54,7 @@ template <class T> T* lerp(Arena& arena, const T* gradient, const T* moment, dou
 
 template <class T> void spectral(const Stack& stack, const LoraproState& state, const Options& o) {
     const Index r = stack.r, m = stack.m, n = stack.n;
-    for_each_pair<T>(stack, state.active, [&](Pair<T>& pair, Index entry) {
+    for_each_pair<T>(stack, state, [&](Pair<T>& pair, Index entry) {
         Arena& arena = pair.arena;
         T *M_a = static_cast<T*>(state.first_A) + entry * r * n, *M_b = static_cast<T*>(state.first_B) + entry * r * m;
         const T* of_A = copy_of(arena, pair.a, r * n);

@@ -12,12 +12,13 @@ from lorapro_hf.distributed.access import local
 from lorapro_hf.factors.pairs import LoRAPair, unwrapped_name
 from lorapro_hf.optim.finite import find_broken
 from lorapro_hf.optim.rules import rule_of
-from lorapro_hf.optim.rules.base import UpdateRule
+from lorapro_hf.optim.rules.base import MEANING, UpdateRule
 from lorapro_hf.utils.text_files import shown
 
 _ADVICE = "It is a checkpoint of another model or rank; resume with the model it was written for."
-# Of settings that checkpoints of earlier versions do not hold.
+# Of settings that checkpoints of earlier versions do not hold. Their trust region limited the product of both changes.
 _EARLIER_DEFAULTS = {"update": "linear", "trust_region": 0.03, "efficient_projected": True}
+_WITHOUT_EARLIER_LIMIT = ("rite", "efficient")
 # Raised where a pair has its step count but no moments: another rank held them.
 _PARTIAL = (
     "the checkpoint has only part of the optimizer's state, as the state_dict() of a rank other than 0 does. Call "
@@ -82,9 +83,16 @@ def check_state_dict(
 
 
 def check_open_settings(saved_groups: Sequence[dict[str, Any]], rule: UpdateRule) -> None:
-    """Raise a `ValueError` if a setting that is left open would change, because its default is another one now."""
+    """Raise a `ValueError` if a setting would change its value or meaning, because its default is another one now."""
+    earlier = {_saved("trust_region", group) for group in saved_groups if not group.keys() >= MEANING.keys()} - {0.0}
+    if earlier and (rule.config.trust_region is None or rule.config.trust_region in earlier):
+        raise ValueError(
+            f"the checkpoint was written by an earlier version with trust_region={earlier.pop()!r}, a limit of the "
+            "product of the changes of both factors. That limit is gone, and trust_region now limits the step of the "
+            "weight. Set trust_region=0 (--lora_pro_trust_region 0) to go on without a limit, or another fraction."
+        )
     for name, now in rule.in_force.items():
-        before = {group.get(name, _EARLIER_DEFAULTS[name]) for group in saved_groups}
+        before = {_saved(name, group) for group in saved_groups}
         if getattr(rule.config, name) is None and before != {now}:
             was = (before - {now}).pop()
             raise ValueError(
@@ -92,6 +100,12 @@ def check_open_settings(saved_groups: Sequence[dict[str, Any]], rule: UpdateRule
                 f"The settings leave {name} open, and its default is now {now!r}. Set {name}={was!r} "
                 f"(--lora_pro_{name} {was}) to go on as before, or {name}={now!r}."
             )
+
+
+def _saved(name: str, group: dict[str, Any]) -> Any:
+    """The value of a setting in a checkpoint."""
+    without_limit = name == "trust_region" and group.get("lora_pro_mode") in _WITHOUT_EARLIER_LIMIT
+    return group.get(name, 0.0 if without_limit else _EARLIER_DEFAULTS[name])
 
 
 def _check_shapes(name: str, state: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:

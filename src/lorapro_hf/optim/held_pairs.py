@@ -10,13 +10,14 @@ from torch import Tensor
 
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.distributed.access import Access, access_to, local
+from lorapro_hf.distributed.base_weights import bulk_edges
 from lorapro_hf.distributed.ownership import PairOwnership, everyone, share_pairs
 from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.factors.stacks import Stack, stacks_of
 from lorapro_hf.optim.groups import check_hyperparameters, group_positions, name_parameters
 from lorapro_hf.optim.memory import state_bytes_by_device
 from lorapro_hf.optim.rules import rule_of
-from lorapro_hf.optim.rules.base import StackState
+from lorapro_hf.optim.rules.base import MEANING, StackState
 
 Groups = list[dict[str, Any]]
 
@@ -63,6 +64,7 @@ class HeldPairs(torch.optim.Optimizer):
         self._ownership: PairOwnership | None = None
         self._stacks: list[Stack] = []
         self._moments: dict[Stack, StackState] = {}
+        self._edges: dict[LoRAPair, Tensor] = {}
         self._signature: list[Any] = []
         self._of_pairs: set[int] = set()
 
@@ -84,6 +86,7 @@ class HeldPairs(torch.optim.Optimizer):
         group["master_factors"] = self.config.master_factors
         if self.config.rite_escape:  # it adds to the state
             group["rite_escape"] = True
+        group.update(MEANING)
         group.update(self.rule.in_force)  # these may differ, but not because a default did
         group["param_shapes"] = [list(parameter.shape) for parameter in group["params"]]
 
@@ -126,6 +129,24 @@ class HeldPairs(torch.optim.Optimizer):
         for stack in self._stacks:
             self._check_groups(stack.pairs[0].name, *stack.groups)
         return self._ownership
+
+    def _give_edges(self) -> None:
+        """Tell all stacks how large the base weights are; collective where these are sharded."""
+        if self.rule.trust_region is None:
+            return
+        if not self._edges:
+            self._edges = dict(zip(self.pairs, bulk_edges(self.pairs), strict=True))
+        for stack in self._stacks:
+            if not stack.edges.numel():
+                edges = torch.cat([self._edges[pair] for pair in stack.pairs])
+                stack.edges = edges.to(stack.device, torch.float32 if stack.device.type == "mps" else torch.float64)
+
+    def longest_step_of(self, pair: LoRAPair) -> Tensor | None:
+        """`StepOptions.longest` of a pair, `(batch,)` on the CPU, after a step; `None` without a trust region."""
+        if self.rule.trust_region is None:
+            return None
+        edges = next(edges for own, edges in self._edges.items() if own.A is pair.A)
+        return self.rule.longest_steps(edges, torch.tensor(pair.scaling))
 
     def _moments_of(self, stack: Stack) -> StackState:
         """The moments of a stack, read again from `state` after that was loaded or moved."""

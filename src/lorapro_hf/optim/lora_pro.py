@@ -240,6 +240,7 @@ class LoRAProAdamW(SavedPairs):
             )
         require_finite_rates(self._whole_groups)
         self._consolidated = None
+        self._give_edges()
         with exact_arithmetic(self._stacks):
             self._step_all(ownership, self._read(), others)
         ownership.publish()

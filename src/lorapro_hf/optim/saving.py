@@ -21,6 +21,7 @@ from lorapro_hf.optim.consolidation import (
 )
 from lorapro_hf.optim.finite import FiniteChecks, of_states, require_finite
 from lorapro_hf.optim.groups import check_hyperparameters
+from lorapro_hf.optim.rules.base import MEANING
 
 
 class SavedPairs(FiniteChecks):
@@ -190,7 +191,7 @@ class SavedPairs(FiniteChecks):
         """Begin a training whose groups have been loaded, the number of skipped steps among them."""
         self._skipped, self._starts_finite = None, False
         for group in self.param_groups:
-            group.update(self.rule.in_force)
+            group.update({**MEANING, **self.rule.in_force})
         self._begin_training()
 
     def _state_as_kept(self, pair: LoRAPair, parameter: Tensor, state: dict[str, Any]) -> dict[str, Tensor]:

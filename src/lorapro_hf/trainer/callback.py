@@ -79,6 +79,8 @@ class LoRAProCallback(TrainerCallback):
             refusal = f"run mode={config.mode!r}: its moments live in LoRAProAdamW. {remedy}"
         elif rule.is_sequential:
             refusal = "run update='sequential': your optimizer steps the factors. Use update='linear'"
+        elif rule.trust_region is not None:
+            refusal = f"keep trust_region={rule.trust_region:g}: your optimizer steps the factors. Leave it out"
         elif config.master_factors:
             refusal = "keep master_factors: your optimizer steps the factors. Leave them out"
         if refusal is not None:

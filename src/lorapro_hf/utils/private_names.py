@@ -45,7 +45,7 @@ _NAMES = {
             # parameters, their float32 masters and the part of each rank
             "bit16_groups bf16_groups fp16_groups single_partition_of_fp32_groups fp32_groups_flat_partition",
             "fp32_partitioned_groups_flat _hp_mapping lp_fragment_address hp_fragment_address param_group_index",
-            "ds_shape ds_numel partition_numel grad_position get_param_id",
+            "ds_shape ds_numel ds_tensor ds_process_group partition_numel grad_position get_param_id",
             # gradients
             "get_lp_grad_fragment _index_in_param_group grad_partitions_flat_buffer dp_process_group",
             "loss_scale clip_grad _global_grad_norm",

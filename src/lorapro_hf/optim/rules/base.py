@@ -20,6 +20,7 @@ from lorapro_hf.factors.stacks import Gradient, NativeGradient, Rows, Stack, Sta
 from lorapro_hf.functional.bases import Bases, compute_dtype, row_bases
 from lorapro_hf.functional.step_options import FactorDtypes, Group, Rates, StepOptions
 
+MEANING = {"trust_region_of": "weight"}  # kept beside each trust region: earlier ones limited something else
 MASTER = "master"  # the name of a factor's master copy in the state
 # A step batches factors and gradients, shape by shape, and works on about so many copies of that size.
 _WORKING_COPIES = 12
@@ -183,8 +184,10 @@ class UpdateRule(ABC):
     """The values of `moments_dtype` that it knows."""
     default_update: ClassVar[str] = UPDATE
     """The value of `update` where the settings leave it open."""
+    default_trust_region: ClassVar[float | None] = TRUST_REGION
+    """The value of `trust_region` where the settings leave it open; `None` is no limit."""
     has_trust_region: ClassVar[bool] = True
-    """Whether `trust_region` limits its steps."""
+    """Whether `step` keeps to `options.longest`, which `trust_region` sets."""
     takes_lora_rates: ClassVar[bool] = False
     """Whether learning rates of LoRA suit it, instead of those of full fine-tuning and upwards."""
     takes_clipped_gradients: ClassVar[bool] = True
@@ -298,7 +301,7 @@ class UpdateRule(ABC):
         for group in groups:
             left = 1 - group["lr"] * group["weight_decay"]
             keep.append(left.clamp_min(0).sqrt() if isinstance(left, Tensor) else max(0.0, left) ** 0.5)
-        return Rates(groups[0]["lr"], groups[1]["lr"], keep[0], keep[1], self.trust_region)
+        return Rates(groups[0]["lr"], groups[1]["lr"], keep[0], keep[1])
 
     def intended_direction(
         self, gradient: RowsOf, A: Tensor, B: Tensor, state: PairState, group: Group
@@ -333,7 +336,12 @@ class UpdateRule(ABC):
         """The trust region in force: a positive number, or `None` for no limit."""
         if not self.has_trust_region:
             return None
-        return TRUST_REGION if self.config.trust_region is None else self.config.trust_region or None
+        stated = self.config.trust_region
+        return (self.default_trust_region if stated is None else stated) or None
+
+    def longest_steps(self, edges: Tensor, scaling: Tensor) -> Tensor | None:
+        """`StepOptions.longest`, given the bulk edges of the base weights and the scaling of each pair, `(K,)`."""
+        return None if self.trust_region is None else self.trust_region * edges / scaling.abs()
 
     @property
     def in_force(self) -> dict[str, Any]:
@@ -379,6 +387,7 @@ class UpdateRule(ABC):
             groups=groups,
             found_inf=found_inf,
             shared_norm=shared_norm,
+            longest=self.longest_steps(read.stack.edges, read.scaling),
         )
         if isinstance(read, NativeGradient):
             self.native_step(read, state, options)

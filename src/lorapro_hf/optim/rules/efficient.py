@@ -11,6 +11,7 @@ from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.factors.stacks import Gradient, NativeGradient, Rows, Stack, StackGradient
 from lorapro_hf.functional.bases import RowBasis, compute_dtype, row_basis
 from lorapro_hf.functional.factor_steps import REACH, change_through, lengthened, select
+from lorapro_hf.functional.step_limit import kept_fraction
 from lorapro_hf.functional.step_options import Group, Rates, StepOptions
 from lorapro_hf.kernels.dense import fused_adamw
 from lorapro_hf.optim.rules.base import StackState, StateSpec, UpdateRule, moment_of_product, stepped_factors
@@ -27,7 +28,7 @@ class Efficient(UpdateRule):
 
     name = "efficient"
     default_update = "linear"
-    has_trust_region = False
+    default_trust_region = None
     takes_lora_rates = True
     projects_gradients = True
     keeps_state_of_slots = True
@@ -97,13 +98,17 @@ class Efficient(UpdateRule):
         h = read.projected_gradients_(options.x_mode) if is_projected else stack.read_gradients(stack.gradients())
         own = stack.layers_A(read.factors.A), stack.layers_B(read.factors.B)
         after = [x.contiguous() if master is None else master for x, master in zip(own, masters, strict=True)]
-        changes_again = options.sequential or not is_projected
-        before = stack.rows(*(values.clone() for values in after)) if changes_again else None
+        changes_again, is_limited = options.sequential or not is_projected, options.longest is not None
+        before = stack.rows(*(values.clone() for values in after)) if changes_again or is_limited else None
         for position, gradients in enumerate((stack.layers_A(h.A), stack.layers_B(h.B))):
             self._step_factor_("AB"[position], after[position], gradients.contiguous(), read, state, options)
-        if before is not None:
+        if before is not None and changes_again:
             new_A = _restepped_A(before, stack.rows(*after), basis_B, options)
             after[0].copy_(stack.layers_A(new_A))
+        if before is not None and is_limited:
+            limited = _within(before, stack.rows(*after), options)
+            after[0].copy_(stack.layers_A(limited.A))
+            after[1].copy_(stack.layers_B(limited.B))
         return stack.rows(*after)
 
     def _step_factor_(
@@ -132,3 +137,19 @@ def _restepped_A(before: Rows, after: Rows, basis_B: RowBasis | None, options: S
         Bt = after.B if dtype_B is None else after.B.to(dtype_B).to(after.B.dtype)
         change = change_through(change, rates.keep_B * before.B, row_basis(Bt, options.rtol))
     return select(options.active, kept.add_(change), before.A)
+
+
+def _within(before: Rows, after: Rows, options: StepOptions) -> Rows:
+    """The factors after a step that is shortened to `options.longest`."""
+    rates = options.rates
+    assert options.longest is not None
+    decayed = Rows(rates.keep_A * before.A, rates.keep_B * before.B)
+    step_A, step_Bt = after.A - decayed.A, after.B - decayed.B
+    kept = kept_fraction(before.A, before.B, step_A, step_Bt, options.longest)
+    is_shortened = kept[:, 0, 0] < 1
+    if options.active is not None:  # others have not decayed
+        is_shortened &= options.active
+    return Rows(
+        select(is_shortened, decayed.A.addcmul_(step_A, kept), after.A),
+        select(is_shortened, decayed.B.addcmul_(step_Bt, kept), after.B),
+    )

@@ -40,7 +40,7 @@ def step_kernel(
 ) -> None:
     """Call a kernel for the active pairs with tensors by the names of its state."""
     active = None if options.active is None else options.active.contiguous()
-    read.native.step(name, {**tensors, "active": active}, of_kernel)
+    read.native.step(name, {**tensors, "active": active, "longest": options.longest}, of_kernel)
 
 
 def native_options(options: StepOptions, group: Group | None = None, **more: Any) -> dict[str, Any]:
@@ -49,7 +49,6 @@ def native_options(options: StepOptions, group: Group | None = None, **more: Any
     beta1, beta2 = options.betas if group is None else group["betas"]
     return {
         **{name: float(getattr(rates, name)) for name in ("lr_A", "lr_B", "keep_A", "keep_B")},
-        "trust_region": rates.trust_region or 0.0,
         "beta1": float(beta1),
         "beta2": float(beta2),
         "eps": float(options.eps if group is None else group["eps"]),

@@ -22,7 +22,7 @@ class Rite(TangentMoment):
 
     name = "rite"
     default_update = "linear"
-    has_trust_region = False
+    default_trust_region = None
     takes_lora_rates = True
     takes_clipped_gradients = False
     steps_natively = True

@@ -48,10 +48,9 @@ class DenseFull(reference.DenseFullAdamW):
         if self.update == "linear":
             super().spend(u)
             return
-        keep = (1 - self.lr * self.weight_decay) ** 0.5
-        decayed = keep * self.A, keep * self.B
+        keep = ((1 - self.lr * self.weight_decay) ** 0.5,) * 2
         self.A, self.B = reference.sequential_step(
-            u, *decayed, self.scaling, self.lr, trust_region=self.trust_region or None
+            u, self.A, self.B, self.scaling, self.lr, keep=keep, longest=self.longest
         )
 
 
@@ -126,10 +125,13 @@ def settings_of_modes(rank: int) -> list[dict[str, Any]]:
 def oracle_of(pair: LoRAPair, config: dict[str, Any]) -> Any:
     """The dense oracle of a mode, at the factors of a pair."""
     mode, update = config["mode"], config.get("update", "linear")
-    options: dict[str, Any] = {"lr": LR, "weight_decay": DECAY, "x_mode": config.get("x_mode", "sylvester")}
+    weight, region = pair.layer.get_base_layer().weight, rule_of(LoRAProConfig(**config)).trust_region
+    edge = float(weight.double().norm()) * sum(size**-0.5 for size in weight.shape)
+    options: dict[str, Any] = {"lr": LR, "weight_decay": DECAY, "longest": region and region * edge}
     start = pair.A.detach().cpu(), pair.B.detach().cpu(), pair.scaling
     if mode == "rite":
-        return reference.DenseRite(*start, lr=LR, weight_decay=DECAY)
+        return reference.DenseRite(*start, **options)
+    options["x_mode"] = config.get("x_mode", "sylvester")
     kinds: dict[str, Callable[..., Any]] = {
         "full": DenseFull,
         "full_8bit": DenseFull8Bit,

@@ -50,6 +50,6 @@ def test_a_program_says_how_it_is_called_and_writes_nothing(
 
 
 def test_the_programs_are_found() -> None:
-    assert {"scripts/make_smoke_inputs.py", "docs/pictures/trust_region.py", "tests/helpers/support_table.py"} <= set(
+    assert {"scripts/make_smoke_inputs.py", "docs/pictures/gradient_gap.py", "tests/helpers/support_table.py"} <= set(
         PROGRAMS
     )

@@ -26,7 +26,7 @@ _OF_BITSANDBYTES = ("Linear4bit", "Linear8bitLt")
 
 
 class _Part(NamedTuple):
-    """Elements of a flattened weight from `start` on; the other parts lie on other ranks of `group`."""
+    """Elements of a weight from `start` on, in its order; the other parts lie on other ranks of `group`."""
 
     values: Tensor
     start: int = 0
@@ -84,10 +84,10 @@ def _part(pair: LoRAPair, weight: Any) -> _Part:
         own = max(0, min(size, private(weight, "ds_numel") - start))  # parts of the last ranks are padded
         return _Part(private(weight, "ds_tensor").detach()[:own], start, group)
     if not hasattr(weight, "placements"):
-        return _Part(weight.detach().reshape(-1))
+        return _Part(weight.detach())
     own, shards = weight.detach().to_local(), [each for each in weight.placements if not each.is_replicate()]
     if not shards:
-        return _Part(own.reshape(-1))
+        return _Part(own)
     if len(shards) > 1 or type(shards[0]).__name__ != "Shard":
         raise _refusal(pair, f"is sharded as {weight.placements}")
     mesh_dim, dim = weight.placements.index(shards[0]), shards[0].dim
@@ -95,21 +95,22 @@ def _part(pair: LoRAPair, weight: Any) -> _Part:
     if dim and pair.batch > 1:
         raise _refusal(pair, f"holds several matrices, and is sharded within them as {weight.placements}")
     rows = -(-weight.shape[dim] // group.size())
-    return _Part(own.reshape(-1), group.rank() * rows * math.prod(weight.shape[1:]) if dim == 0 else 0, group)
+    return _Part(own, group.rank() * rows * math.prod(weight.shape[1:]) if dim == 0 else 0, group)
 
 
 def _squares(part: _Part, batch: int, elements: int) -> Tensor:
     """The sums of the squares of the elements of each matrix that lie in a part, `(batch,)` float64."""
     exact = torch.float32 if part.values.device.type == "mps" else torch.float64
     sums = torch.zeros(batch, dtype=exact, device=part.values.device)
-    at, stop = part.start, part.start + len(part.values)
     size = _BLOCK_ELEMENTS.get(part.values.device.type, _BLOCK_ELSEWHERE)
-    while at < stop:
-        entry = at // elements if batch > 1 else 0
-        end = min(stop, at + size, (entry + 1) * elements if batch > 1 else stop)
-        block = part.values[at - part.start : end - part.start].to(exact)
-        sums[entry] += block @ block
-        at = end
+    at, rows = part.start, max(1, size * len(part.values) // max(1, part.values.numel()))
+    for block in part.values.split(rows):  # row by row, as a weight need not lie in one piece
+        flat = block.reshape(-1).to(exact)
+        while len(flat):
+            entry = at // elements if batch > 1 else 0
+            own = flat[: (entry + 1) * elements - at] if batch > 1 else flat
+            sums[entry] += own @ own
+            flat, at = flat[len(own) :], at + len(own)
     return sums
 
 

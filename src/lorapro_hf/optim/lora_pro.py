@@ -32,8 +32,8 @@ class LoRAProAdamW(SavedPairs):
     * `mode="full"`: Adam's moments M, V are those of the equivalent gradient `s (B h_A + h_B A)`. Their direction
       `u = M̂ / (√V̂ + ε)` moves the factors. With `update="linear"` it is projected once more, from `s Bᵀ u` and
       `s u Aᵀ`, and both factors step along the result. With `update="sequential"` B steps first, and A then takes the
-      rest through the new B, so that the weight moves as intended and not only to first order. `trust_region` limits
-      the product of both changes, which shortens steps while B is small; without it the linear step is the paper's.
+      rest through the new B, so that the weight moves as intended and not only to first order. `trust_region` shortens
+      steps that are large beside the frozen weight, in every mode; without it the linear step is the paper's.
       Weight decay multiplies both factors by `√(1 − lr·λ)`, so that `s B A` decays by `1 − lr·λ`; the frozen weight
       does not decay. Learning rates are those of full fine-tuning or higher. State: 8 bytes for each element of an
       adapted weight, 4 with `moments_dtype="bfloat16"`.

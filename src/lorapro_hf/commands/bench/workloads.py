@@ -45,7 +45,7 @@ class Workload:
 def _frozen_linear(m: int, n: int) -> nn.Linear:
     layer = nn.Linear(n, m, bias=False, device="meta")
     # one element expanded to the whole matrix; PEFT would leave factors of a meta weight on the meta device
-    layer.weight = nn.Parameter(torch.zeros(1).expand(m, n), requires_grad=False)
+    layer.weight = nn.Parameter(torch.full((1,), 0.02).expand(m, n), requires_grad=False)
     return layer
 
 

@@ -20,6 +20,7 @@ from lorapro_hf.methods.base import LoRAMethod, require_compatible
 from lorapro_hf.methods.gelora import gelora_ranks
 from lorapro_hf.methods.gradient_starts import GradientStart
 from lorapro_hf.optim.rules import rule_of
+from lorapro_hf.optim.rules.base import MEANING
 from lorapro_hf.options import UsageError, require_packages
 
 _LORA_RATES = grid_around(3e-3)
@@ -68,6 +69,7 @@ class ComparedMethod:
             settings = {name: value for name, value in asdict(config).items() if name in of_mode}
             rule = rule_of(config)
             settings |= {"update": rule.update, "trust_region": rule.trust_region}
+            settings |= MEANING if rule.trust_region else {}
         adapter = None if self.adapter is None else dict(self.adapter)
         decided = {"optimizer": self.optimizer, "settings": settings, "adapter": adapter, "clips": self.clips}
         more = {"callbacks": self.callbacks, "gelora": self.gelora}

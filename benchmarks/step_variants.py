@@ -30,7 +30,7 @@ from lorapro_hf.functional.bases import row_basis
 
 HERE = Path(__file__).parent
 BETAS, EPS = (0.9, 0.999), 1e-8
-LIMIT = 0.1  # of a step with a trust region: of the norm of A, or of the step to first order
+LIMIT = 0.1  # of a limited step: of the norm of A, or of the step to first order
 DAMPING = 1e-2  # of the largest eigenvalue, added to all where a step is damped
 
 Factors = tuple[Tensor, Tensor]

@@ -26,7 +26,7 @@ from lorapro_hf.options import UsageError, require_packages
 _LORA_RATES = grid_around(3e-3)
 _LOW_RATES = grid_around(1e-3)
 _WEIGHT_RATES = grid_around(3e-4)  # each element of a weight moves by about one rate a step
-_LIMITED_RATES = grid_around(1e-3)  # a limit on the first steps permits higher ones
+_LIMITED_RATES = grid_around(1e-3)  # the limit of a step permits higher ones
 _SET_BY_US = {"r", "lora_alpha", "target_modules", "task_type"}
 _GELORA_SET_BY_US = {"model", "batches", "alpha_over_r", "group"}
 _MAPPINGS = ("optimizer", "adapter", "callbacks", "gelora")

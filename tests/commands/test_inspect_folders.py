@@ -218,7 +218,8 @@ def test_settings_of_the_mode_are_shown_and_those_of_others_are_not(root: Path, 
     args = arguments(tmp_path, LoRAProTrainingArguments, **settings)
     build(LoRAProTrainer, args, adapted("plain", root / "base")).train()
     code, screen, report = inspected(tmp_path / "checkpoint-1")
-    assert code == 0 and "LoRA-Pro, mode rite, update=linear, rite_escape=True," in " ".join(screen.split())
+    line = "LoRA-Pro, mode rite, update=linear, trust_region=0.0, rite_escape=True,"
+    assert code == 0 and line in " ".join(screen.split())
     assert report.settings is not None and {"rite_escape", "rite_clip", "update"} <= report.settings.keys()
     assert "spectral_iterations" not in report.settings
 

@@ -46,7 +46,10 @@ class Stepper:
             self.callback.on_train_begin(None, SimpleNamespace(), None, model=model, optimizer=self.optimizer)
         else:
             self.optimizer = create_lorapro_optimizer(
-                model, lr=case.lr, eps=EPS, config={"mode": column, **SETTINGS.get(column, {}), **case.config}
+                model,
+                lr=case.lr,
+                eps=EPS,
+                config={"mode": column, "trust_region": 0, **SETTINGS.get(column, {}), **case.config},
             )
 
     def step(self) -> None:

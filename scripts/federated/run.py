@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -101,6 +102,10 @@ def wait_for_port(process: subprocess.Popen[bytes]) -> None:
 
 def run_with_processes(settings: dict[str, Any], output: Path) -> None:
     """Start a SuperLink and the SuperNodes, submit the app, and wait for the losses."""
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", PORT)) == 0:
+            sys.exit(f"Port {PORT} is taken, perhaps by a SuperLink of an earlier run: stop it first.")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the programs below end, too
     home = output / "flower"
     home.mkdir(exist_ok=True)
     address = f"127.0.0.1:{PORT}"

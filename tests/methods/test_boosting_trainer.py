@@ -250,3 +250,19 @@ def test_a_checkpoint_of_other_layers_is_refused(whole):
     with pytest.raises(ValueError, match="holds boosters of another shape, or of a layer without an adapter"):
         method.load_state_dict(whole[1].lora_methods[0].state_dict())
     assert not any(boosters_of(pair.layer) for pair in method._pairs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"booster_steps": 3}, r"XGBLoRA's steps_per_booster=2, but this training has 3\. Resume with steps_per_boos"),
+        ({"booster_steps": None, "layers": 1}, r"XGBLoRA's layers=None, but this training has 1\. Resume with layers="),
+        ({"booster_steps": None}, r"the method 'xgblora', .* Add the method, or start a new .* is_trainable=True\)\.$"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused(whole, tmp_path, settings, message):
+    layers = settings.pop("layers", None)
+    callbacks = [] if layers is None else [BoostingCallback(2, layers=layers)]
+    trainer = trainer_of(tmp_path, callbacks=callbacks, lora_pro_mode="full", **settings)
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(whole[0] / "checkpoint-3"))

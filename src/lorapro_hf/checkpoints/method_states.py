@@ -72,10 +72,14 @@ def require_same_methods(folder: Path, names: Collection[str], is_whole: bool) -
     """
     saved = saved_methods(folder)
     if unknown := sorted(saved - set(names)):
+        file = _file(folder, unknown[0])
+        remedy = f"delete {file.name} and {MANIFEST} there to go on without it"
+        if read_method_file(file)["factors"]:  # the adapter is saved in another form than the trained factors
+            remedy = f"start a new training from its adapter: PeftModel.from_pretrained(base, {str(folder)!r}, "
+            remedy += "is_trainable=True)"
         raise ValueError(
             f"cannot resume from {folder}: it holds the state of the method {unknown[0]!r}, which this training does "
-            f"not have. Add the method, or delete {METHODS.replace('*', unknown[0])} and {MANIFEST} there to go on "
-            "without it."
+            f"not have. Add the method, or {remedy}."
         )
     if is_whole and (missing := sorted(set(names) - saved)):
         raise ValueError(

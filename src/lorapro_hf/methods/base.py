@@ -226,6 +226,16 @@ def require_compatible(methods: Sequence[LoRAMethod], settings: Mapping[str, Any
         )
 
 
+def require_same_settings(title: str, own: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raise a `ValueError` unless a method, named in words, has the settings that its checkpoint was written with."""
+    for name, value in own.items():
+        if saved[name] != value:
+            raise ValueError(
+                f"the checkpoint was written with {title}'s {name}={saved[name]!r}, but this training has {value!r}. "
+                f"Resume with {name}={saved[name]!r}."
+            )
+
+
 def settings_of(args: TrainingArguments, model: nn.Module, **more: Any) -> dict[str, Any]:
     """The settings that `conflicts` may name: of the arguments, of the active adapter, and `more`."""
     configs = getattr(model, "peft_config", {})

@@ -28,7 +28,7 @@ from lorapro_hf.functional.rank_gates import (
     kept_share,
     replacements,
 )
-from lorapro_hf.methods.base import LoRAMethod, found_inf
+from lorapro_hf.methods.base import LoRAMethod, found_inf, require_same_settings
 from lorapro_hf.methods.slots import (
     Moments,
     Slots,
@@ -318,13 +318,7 @@ class BeamLoRACallback(LoRAMethod):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with saved gates; a `ValueError` names a setting or a pair that does not fit."""
-        own, saved = self._settings(), state["settings"]
-        for name, value in own.items():
-            if saved[name] != value:
-                raise ValueError(
-                    f"the checkpoint was written with BeamLoRA's {name}={saved[name]!r}, but this training has "
-                    f"{value!r}. Resume with {name}={saved[name]!r}."
-                )
+        require_same_settings("BeamLoRA", self._settings(), state["settings"])
         shapes = {_key(pair): q.shape for pair, q in self._gates.items()}
         of_saved = {name: gate["q"].shape for name, gate in state["gates"].items()}
         for name in sorted(shapes.keys() | of_saved.keys()):

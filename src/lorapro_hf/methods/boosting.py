@@ -17,7 +17,7 @@ from lorapro_hf.config import check_choice
 from lorapro_hf.factors.pairs import LoRAPair, address, find_lora_pairs
 from lorapro_hf.factors.recording import holders_of_factors
 from lorapro_hf.factors.wrappers import is_compiled
-from lorapro_hf.methods.base import LoRAMethod
+from lorapro_hf.methods.base import LoRAMethod, require_same_settings
 from lorapro_hf.methods.boosters import adapters_of, add_booster, as_one_adapter, boosters_of, save_whole, set_boosters
 from lorapro_hf.optim.lora_pro import LoRAProAdamW, unwrap_optimizer
 
@@ -158,9 +158,10 @@ class BoostingCallback(LoRAMethod):
         self._optimizer = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The boosters of each layer, the steps of the present one and the state of the generator."""
+        """The settings, the boosters of each layer, the steps of the present one and the state of the generator."""
         boosters = {pair.name: boosters_of(pair.layer) for pair in self._pairs}
         return {
+            "settings": self._settings(),
             "steps": self._steps,
             "must_reset": self._must_reset,
             "generator": self._generator.get_state(),
@@ -172,7 +173,8 @@ class BoostingCallback(LoRAMethod):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Give the layers the boosters of a state; a `ValueError` names one that does not fit."""
+        """Give the layers the boosters of a state; a `ValueError` names a setting or a layer that does not fit."""
+        require_same_settings("XGBLoRA", self._settings(), state["settings"])
         pairs, saved = {pair.name: pair for pair in self._pairs}, state["boosters"]
         for name, own in saved.items():
             if name not in pairs or not _fits(pairs[name], own["A"], own["B"]):
@@ -195,6 +197,15 @@ class BoostingCallback(LoRAMethod):
         layers = "chosen layers" if callable(self.sampler) else f"{self.layers or 'all'} layers"
         rank = "" if self.rank is None else f" of rank {self.rank}"
         return {"boosters (XGBLoRA)": f"one{rank} in each {self.steps_per_booster} steps, on {layers}"}
+
+    def _settings(self) -> dict[str, Any]:
+        """The settings by which a training goes on; functions are not saved."""
+        return {
+            "steps_per_booster": self.steps_per_booster,
+            "layers": self.layers,
+            "subspace": "a function" if callable(self.subspace) else self.subspace,
+            "sampler": "a function" if callable(self.sampler) else self.sampler,
+        }
 
     # ---- boosters ----
 

@@ -22,6 +22,7 @@ import lorapro_hf
 from lorapro_hf import LoRAProTrainer
 from lorapro_hf.checkpoints import manifest
 from lorapro_hf.checkpoints.resume import checkpoints_in, find_flaw
+from lorapro_hf.hub import describe
 from lorapro_hf.recipes.endings import one_line_errors, way_on
 from lorapro_hf.utils.extras import MissingExtraError
 from script_helpers import CONFIGS, INPUTS, SCRIPTS, TINY, Lines, factors, script
@@ -139,6 +140,32 @@ def test_a_checkpoint_of_another_training_is_refused_in_one_line(
 ) -> None:
     code, line = ending(capsys, "--resume_from_checkpoint", "true", *options)
     assert code == 2 and line.startswith("run_clm.py: error: cannot resume from out/checkpoint-3/")
+
+
+# Settings that a method refuses
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--flat_lora_sigma", "0.1", "--mgpo_rho", "0.1"], "the method 'flat_lora' cannot be combined with mgpo: "),
+        (["--beamlora_every", "50"], "every=50 leaves no time to replace a slot in 3 steps"),
+        (["--booster_steps", "2", "--lora_r", "2"], "the rank of its adapter is 2, but that of a booster 1"),
+    ],
+)
+def test_a_setting_that_a_method_refuses_is_one_line(
+    options: list[str], said: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree("out")
+    code, line = ending(capsys, *options)
+    assert code == 2 and line.startswith("run_clm.py: error: ") and said in line
+
+
+def test_a_value_error_that_is_no_refusal_keeps_its_traceback() -> None:
+    with pytest.raises(ValueError, match="never"), one_line_errors():
+        raise ValueError("never")
+    with pytest.raises(ValueError, match="empty"), one_line_errors():
+        describe._ranks([])  # min of nothing
 
 
 # Ctrl-C

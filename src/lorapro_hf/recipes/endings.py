@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import re
 import sys
 from collections.abc import Iterator
@@ -95,7 +96,7 @@ def _ending(error: Exception) -> tuple[str, int] | None:
     """Return the last line and the exit code; `None` for a defect, which keeps its traceback."""
     text = str(error)
     cannot_resume = isinstance(error, ValueError) and text.startswith(_CANNOT_RESUME)
-    if cannot_resume or isinstance(error, (UsageError, MissingExtraError)):
+    if cannot_resume or isinstance(error, (UsageError, MissingExtraError)) or _is_refusal(error):
         return text, 2
     if isinstance(error, DiskFullError):
         return text, 1
@@ -104,6 +105,17 @@ def _ending(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, NotFetchedError) or (isinstance(error, OSError) and _NO_HUB.search(text)):
         return f"{_first_line(error)}. Local folders and files need no network.", 1
     return None
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a `raise` of this package refuses a setting; a `ValueError` of Python or another library is a defect."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if type(error) is not ValueError or trace is None:
+        return False
+    operation = dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]]
+    return operation == "RAISE_VARARGS" and str(trace.tb_frame.f_globals.get("__name__")).startswith("lorapro_hf.")
 
 
 def _first_line(error: Exception) -> str:

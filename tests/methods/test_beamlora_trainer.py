@@ -10,7 +10,14 @@ import torch
 from peft import PeftModel
 from transformers import Trainer
 
-from lorapro_hf import BeamLoRACallback, LoRAProCallback, LoRAProTrainer, LoRAProTrainingArguments, LoRASB
+from lorapro_hf import (
+    BeamLoRACallback,
+    FlatLoRACallback,
+    LoRAProCallback,
+    LoRAProTrainer,
+    LoRAProTrainingArguments,
+    LoRASB,
+)
 from lorapro_hf.checkpoints.method_states import load_method_file
 from trainer_helpers import arguments, assert_same, build, factors, sequences, tiny_base, tiny_lora
 
@@ -21,6 +28,7 @@ MODES = [
         pytest.param(settings, marks=pytest.mark.slow)
         for settings in (
             {"lora_pro": False},
+            {"lora_pro": False, "flat_lora_sigma": 0.05},
             {"lora_pro_mode": "full"},
             {"lora_pro_mode": "rite"},
             {"lora_pro_mode": "factored", "lora_pro_master_factors": True},
@@ -93,7 +101,7 @@ def test_what_cannot_be_combined_or_resumed_is_refused(tmp_path):
             arguments(tmp_path, LoRAProTrainingArguments, lora_pro=False),
             callbacks=[BeamLoRACallback(2), LoRASB()],
         ).train()
-    with pytest.raises(ValueError, match="every=4 leaves no time to replace a slot in 6 steps"):
+    with pytest.raises(ValueError, match=r"^every=4 leaves BeamLoRA no time .* in 6 steps: set every to 2 or"):
         trainer_of(tmp_path, max_steps=6).train()
     with pytest.raises(ValueError, match=r"max_steps=8, but the trainer takes 12 steps\. Leave max_steps out"):
         trainer_of(tmp_path, method=BeamLoRACallback(4, max_steps=8)).train()
@@ -109,6 +117,21 @@ def test_what_cannot_be_combined_or_resumed_is_refused(tmp_path):
     other.before_training(tiny_lora(), None)
     with pytest.raises(ValueError, match=r"q_proj\.default: the checkpoint holds no gate of it, or of another rank"):
         other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("settings", [{"lora_pro": False}, {"lora_pro_mode": "efficient"}])
+def test_noise_sized_by_the_weight_alone_does_not_depend_on_the_order_of_both_methods(tmp_path, settings):
+    found = []
+    for places in ((0, 1), (1, 0)):
+        both = [BeamLoRACallback(2, keep=0.6, until=1.0), FlatLoRACallback(0.05, seed=1)]
+        args = arguments(tmp_path, LoRAProTrainingArguments, max_steps=4, save_strategy="no", **settings)
+        trainer = build(LoRAProTrainer, args, callbacks=[both[place] for place in places])
+        trainer.train()
+        found.append(factors(trainer))
+    assert_same(*found)
+    args = arguments(tmp_path, LoRAProTrainingArguments, beamlora_every=2, flat_lora_sigma=0.1, flat_lora_beta=0.01)
+    with pytest.raises(ValueError, match=r"beamlora: .* Leave out beta \(flat_lora_beta\), or BeamLoRA \(beam"):
+        build(LoRAProTrainer, args).train()
 
 
 def test_a_plain_trainer_trains_with_it(tmp_path):

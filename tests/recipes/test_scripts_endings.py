@@ -149,7 +149,7 @@ def test_a_checkpoint_of_another_training_is_refused_in_one_line(
     ("options", "said"),
     [
         (["--flat_lora_sigma", "0.1", "--mgpo_rho", "0.1"], "the method 'flat_lora' cannot be combined with mgpo: "),
-        (["--beamlora_every", "50"], "every=50 leaves no time to replace a slot in 3 steps"),
+        (["--beamlora_every", "50"], "beamlora_every=50 leaves BeamLoRA no time to replace a slot in 3 st"),
         (["--booster_steps", "2", "--lora_r", "2"], "the rank of its adapter is 2, but that of a booster 1"),
     ],
 )

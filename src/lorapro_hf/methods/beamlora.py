@@ -109,6 +109,9 @@ class BeamLoRACallback(LoRAMethod):
         "mgpo": "MGPO would read moments of B without the weights of BeamLoRA. Leave out one of them.",
     }
 
+    setting: str = "every"
+    """The name of `every` in messages, which a trainer sets to that of its argument."""
+
     def __init__(
         self,
         every: int,
@@ -245,12 +248,12 @@ class BeamLoRACallback(LoRAMethod):
         if self._steps is None:
             raise ValueError("BeamLoRA needs the number of steps: BeamLoRACallback(every, max_steps=...).")
         longest = min(self._steps // 2, math.ceil(self.until * self._steps) - 1)
+        longest -= longest % 2
         if self.every > longest and self.keep < 1:
-            longest -= longest % 2
-            remedy = f"Set every to {longest} or less" if longest > 0 else "Train longer, or leave BeamLoRA out"
+            remedy = f"set {self.setting} to {longest} or less" if longest > 0 else "train longer, or leave it out"
             raise ValueError(
-                f"every={self.every} leaves no time to replace a slot in {self._steps} steps: it must be at most half "
-                f"of them, and below {self.until:.3g} of them. {remedy}."
+                f"{self.setting}={self.every} leaves BeamLoRA no time to replace a slot in {self._steps} steps: "
+                f"{remedy}."
             )
 
     def _remember(self, optimizer: torch.optim.Optimizer) -> None:

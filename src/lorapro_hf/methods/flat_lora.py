@@ -69,7 +69,8 @@ class FlatLoRACallback(LoRAMethod):
 
     name: ClassVar[str] = "flat_lora"
     conflicts: ClassVar[dict[str, str]] = {
-        "beamlora": "BeamLoRA takes the weights of its slots out of B before GGPO reads its gradient. Keep one.",
+        "beamlora": "it takes the weights of its slots out of B before beta (GGPO) reads the gradient. Leave out "
+        "beta (flat_lora_beta), or BeamLoRA (beamlora_every).",
         "lora_sb": "LoRA-SB fixes the factors, whose gradients and pairs the noise is sized by. Leave out one of them.",
         "mgpo": _KEEP_ONE,
         "torch_compile=True": "Compiled layers would not see the noise. Set torch_compile=False.",
@@ -96,6 +97,8 @@ class FlatLoRACallback(LoRAMethod):
         _check_seed(seed)
         self.sigma, self.beta, self.schedule, self.every, self.seed = sigma, beta, schedule, every, seed
         self.gradient, self.total_steps = gradient, total_steps
+        if not beta:  # then no gradient is read
+            self.__dict__["conflicts"] = {name: why for name, why in self.conflicts.items() if name != "beamlora"}
         self._weights: NoisyWeights | None = None
         self._steps, self._seed, self._planned = 0, 0, total_steps
         self._gradient_norms: dict[str, Tensor] = {}

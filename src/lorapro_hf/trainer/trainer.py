@@ -121,7 +121,9 @@ class LoRAProTrainerMixin(CheckpointMixin, HubMixin, SavingMixin):
         """Add the methods that the arguments name, and that of a model with LoRA-SB."""
         args = self.args
         if isinstance(args, LoRAProTrainingArguments) and args.beamlora_every is not None:
-            self.add_callback(BeamLoRACallback(args.beamlora_every))
+            beams = BeamLoRACallback(args.beamlora_every)
+            beams.setting = "beamlora_every"
+            self.add_callback(beams)
         if isinstance(args, LoRAProTrainingArguments) and args.booster_steps is not None:
             self.add_callback(BoostingCallback(args.booster_steps))
         if isinstance(args, LoRAProTrainingArguments) and args.flat_lora_sigma is not None:

@@ -31,7 +31,7 @@ from transformers import (
 from hub_helpers import model_of, tokenizer
 from hub_server import card_problems
 from lorapro_hf import LoRAProConfig, LoRAProTrainer, LoRAProTrainingArguments, create_lorapro_optimizer
-from lorapro_hf.hub import create_model_card, load_lora_pro_config, push_adapter, save_adapter
+from lorapro_hf.hub import compose, create_model_card, load_lora_pro_config, push_adapter, save_adapter
 from lorapro_hf.hub.curves import draw_curves, loss_curves
 from lorapro_hf.hub.describe import dataset_names
 from lorapro_hf.hub.logs import evaluations_by_step, final_evaluation, number
@@ -211,6 +211,27 @@ def test_off_is_the_parent(tmp_path: Path) -> None:
     assert not (tmp_path / "lorapro_config.json").exists()
     assert "LoRA-Pro" not in (tmp_path / "README.md").read_text()
     assert "lora-pro" not in ModelCard.load(tmp_path / "README.md").data.tags
+
+
+def test_methods_are_told_of_without_lora_pro_as_well(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compose, "draw_curves", lambda *_: False)
+    settings = {"beamlora_every": 2, "flat_lora_sigma": 0.05, "max_steps": 4}
+    cards = []
+    for is_on in (True, False):
+        trainer = trainer_in(tmp_path / str(is_on), lora_pro=is_on, **settings)
+        trainer.train()
+        for _ in range(2):  # PEFT, which saves a plain adapter, leaves the card replaceable
+            trainer.save_model()
+            trainer.create_model_card()
+        cards.append((tmp_path / str(is_on) / "README.md").read_text())
+    with_lora_pro, card = cards
+    assert heard(caplog) == [] and "LoRA-Pro" in with_lora_pro and "LoRA-Pro" not in card
+    rows = set(re.findall(r"^\| .*", with_lora_pro.partition("### Hyperparameters")[2], re.MULTILINE))
+    assert {row for row in rows if not re.match(r"\| (optimizer|learning rate) ", row)} <= set(card.splitlines())
+    assert "| BeamLoRA | every=2," in card and re.search(r"^\| optimizer \| .*adamw", card, re.MULTILINE | re.I)
+    assert "lora-pro" not in ModelCard.load(tmp_path / "False" / "README.md").data.tags
 
 
 def test_text_of_the_user_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -75,10 +75,12 @@ class HubMixin(TrainerPart):
         """Write a model card, with the contents of the parent's; arguments as the parent's.
 
         A card that was edited by hand is left alone, with a warning. A parent of another library than transformers,
-        PEFT and TRL keeps its own card, to which LoRA-Pro's settings are added.
+        PEFT and TRL keeps its own card, to which LoRA-Pro's settings are added. Without LoRA-Pro and methods the card
+        is the parent's.
         """
         parent = super().create_model_card
-        if self.lora_pro_config is None or not self.is_world_process_zero():
+        is_plain = self.lora_pro_config is None and not any(method.described() for method in self.lora_methods)
+        if is_plain or not self.is_world_process_zero():
             return parent(*args, **kwargs)
         inspect.signature(parent).bind(*args, **kwargs)  # a wrong argument is an error, not a card that failed
         given = handed(type(self), HubMixin, "create_model_card", args, kwargs)
@@ -106,9 +108,10 @@ class HubMixin(TrainerPart):
 
     def _renew_card(self, folder: Path, kept: Mapping[str, Any], from_parent: bool) -> None:
         """Write the card of a folder with the last arguments of `create_model_card`; `kept` is its old metadata."""
-        model, settings, card = self._bare_model, self._lora_pro_settings(), folder / CARD
+        model, card = self._bare_model, folder / CARD
+        settings = None if self.lora_pro_config is None else self._lora_pro_settings()
         if library_of(card):
-            if from_parent:
+            if from_parent and settings is not None:
                 add_to_card(card, {**describe_lora_pro(model, settings), **describe_optimizer(settings)})
             return
         given, written = self._card_request
@@ -221,7 +224,8 @@ class HubMixin(TrainerPart):
     def _hyperparameters(self) -> dict[str, str]:
         """The hyperparameters that transformers would list, but with the actual optimizer."""
         found = extract_hyperparameters_from_trainer(self)
-        left_out = {"optimizer", *(() if self._lora_pro_optimizer is None else ("learning_rate",))}
+        left_out = set() if self.lora_pro_config is None else {"optimizer"}
+        left_out |= set() if self._lora_pro_optimizer is None else {"learning_rate"}
         found = {name: str(value) for name, value in found.items() if name not in left_out}
         found["max_grad_norm"] = str(self.args.max_grad_norm)
         if self.args.bf16:

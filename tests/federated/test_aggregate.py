@@ -267,7 +267,7 @@ def test_an_adapter_that_does_not_fit(change: dict[str, Any], said: str, pair: l
 def test_other_shapes_and_ranks(pair: list[Path], tmp_path: Path):
     wider = Row("wider", lambda: Net(nn.Linear(6, 5)))
     one, two = client(wider, tmp_path, 1), client(Row("", lambda: Net(nn.Linear(7, 5))), tmp_path, 2)
-    with pytest.raises(ValueError, match=r"lora_A.weight is \(0, 6\) .*\(0, 7\) .*different base models"):
+    with pytest.raises(ValueError, match=r"lora_A.weight is \(3, 6\) .*\(3, 7\) .*different base models"):
         aggregate_adapters([one, two], method="exact")
     with pytest.raises(ValueError, match=r"body has rank 3 in .* and 2 in .*The method \"exact\" takes"):
         aggregate_adapters([one, client(wider, tmp_path, 3, r=2)])
@@ -314,3 +314,16 @@ def test_without_flower_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delitem(sys.modules, "lorapro_hf.federated.strategy", raising=False)
     with pytest.raises(MissingExtraError, match=r"needs Flower.*\[flower\]"):
         from lorapro_hf.federated import LoRAFairStrategy  # noqa: F401
+
+
+def test_adapters_of_other_kinds_are_named():
+    plain, dora = ({f"layer.lora_{key}": torch.ones(2, 2) for key in ("A.weight", "B.weight")} for _ in range(2))
+    dora["layer.lora_magnitude_vector.weight"] = torch.ones(2)
+    with pytest.raises(
+        ValueError, match=r"adapters\[1\] is a DoRA adapter .* adapters\[0\] is not: set use_dora"
+    ):
+        aggregate_adapters([plain, dora], method="mean")
+    with pytest.raises(
+        TypeError, match=r"adapters\[1\] is a Linear: give get_peft_model_state_dict\(model\), or the"
+    ):
+        aggregate_adapters([plain, torch.nn.Linear(2, 2)])

@@ -570,6 +570,8 @@ def test_bad_input_is_refused_with_a_remedy(tmp_path: Path):
         fuse_lora_layers(plain, "speed")
     with pytest.raises(ValueError, match="criterion='speed' is unknown"):
         FusedLoRA("speed")
+    with pytest.raises(TypeError, match="takes a model with LoRA layers, not a NoneType"):
+        fuse_lora_layers(None)
     with pytest.raises(ValueError, match=r"Net has no LoRA layer to fuse. Call fuse_lora_layers\(model\) after"):
         fuse_lora_layers(PLAIN.model())
     with pytest.raises(ValueError, match=r"do not run under nn.DataParallel.*torchrun"):

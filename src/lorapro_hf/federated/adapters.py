@@ -177,9 +177,13 @@ def _layer(first: Adapter, match: re.Match[str]) -> Layer:
 def _require_same_names(first: Adapter, other: Adapter) -> None:
     for key in sorted(first.tensors.keys() ^ other.tensors.keys()):
         has, lacks = (first, other) if key in first.tensors else (other, first)
+        if "lora_magnitude_vector" in key:
+            raise ValueError(
+                f"{has.name} is a DoRA adapter ({key}), and {lacks.name} is not: set use_dora alike in all trainings."
+            )
         raise ValueError(
-            f"{has.name} has {key}, and {lacks.name} has not: aggregate adapters with the same target_modules and "
-            "modules_to_save."
+            f"{has.name} has {key}, and {lacks.name} has not: aggregate adapters with the same "
+            "target_modules and modules_to_save."
         )
 
 
@@ -234,11 +238,10 @@ def _require_meaning(first: Adapter, key: str, method: str) -> None:
 
 def _require_same_shapes(first: Adapter, adapter: Adapter, layers: Sequence[Layer], method: str) -> None:
     for key, shape in _shapes(first, layers, method):
-        found = dict(_shapes(adapter, layers, method, key))[key]
-        if found != shape:
+        if dict(_shapes(adapter, layers, method, key))[key] != shape:
             raise ValueError(
-                f"{key} is {tuple(shape)} in {first.name} and {tuple(found)} in {adapter.name}: these are adapters of "
-                "different base models."
+                f"{key} is {tuple(first.tensors[key].shape)} in {first.name} and {tuple(adapter.tensors[key].shape)} "
+                f"in {adapter.name}: these are adapters of different base models."
             )
     for layer in layers:
         rank, own_rank = (len(each.tensors[layer.key_A]) // layer.batch for each in (first, adapter))

@@ -120,6 +120,7 @@ def aggregate_adapters(
         ValueError: an argument is out of range, an adapter cannot be read, the adapters do not fit together, a value
             is NaN or Inf, ranks differ with another method than `"exact"`, or the method would be wrong for a kind of
             layer (DoRA with `"fair"` and `"exact"`). The message names the adapter and the tensor.
+        TypeError: an adapter is neither a state dict nor a folder.
     """
     opened = open_adapters(adapters, config)
     return aggregate(opened, weights, Rule(method, lam, objective, rank))[0]
@@ -128,9 +129,15 @@ def aggregate_adapters(
 def open_adapters(
     adapters: Sequence[Mapping[str, Tensor] | str | Path], config: LoraConfig | None = None
 ) -> list[Adapter]:
-    """The adapters in folders or state dicts; a `ValueError` if there are none, or both kinds."""
+    """The adapters in folders or state dicts; an error if there are none, both kinds or others."""
     if isinstance(adapters, str | Path | Mapping) or not adapters:
         raise ValueError("adapters must be a list of state dicts or folders, with at least one of them.")
+    for place, each in enumerate(adapters):
+        if not isinstance(each, str | Path | Mapping):
+            raise TypeError(
+                f"adapters[{place}] is a {type(each).__name__}: give get_peft_model_state_dict(model), or the folder "
+                "of a saved adapter."
+            )
     are_folders = {isinstance(each, str | Path) for each in adapters}
     if len(are_folders) > 1 or (are_folders == {True} and config is not None):
         raise ValueError("folders have settings of their own: give either folders, or state dicts and config.")

@@ -59,6 +59,7 @@ def fuse_lora_layers(model: nn.Module, criterion: str = "flops") -> int:
     Raises:
         ValueError: an unknown criterion, a model without LoRA layers, or `nn.DataParallel`, whose copies of the layers
             would use the parameters of one device.
+        TypeError: no model.
     """
     fused, _ = _fuse(model, criterion)
     return fused
@@ -224,6 +225,8 @@ def _fuse(model: nn.Module, criterion: str) -> tuple[int, Counter[str]]:
     check_choice("criterion", criterion, CRITERIA)
     if isinstance(model, nn.DataParallel):
         raise ValueError(_DATA_PARALLEL)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fuse_lora_layers takes a model with LoRA layers, not a {type(model).__name__}.")
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not layers:
         raise ValueError(

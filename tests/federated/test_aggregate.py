@@ -319,11 +319,7 @@ def test_without_flower_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
 def test_adapters_of_other_kinds_are_named():
     plain, dora = ({f"layer.lora_{key}": torch.ones(2, 2) for key in ("A.weight", "B.weight")} for _ in range(2))
     dora["layer.lora_magnitude_vector.weight"] = torch.ones(2)
-    with pytest.raises(
-        ValueError, match=r"adapters\[1\] is a DoRA adapter .* adapters\[0\] is not: set use_dora"
-    ):
+    with pytest.raises(ValueError, match=r"adapters\[1\] is a DoRA adapter .* adapters\[0\] is not: set use_dora"):
         aggregate_adapters([plain, dora], method="mean")
-    with pytest.raises(
-        TypeError, match=r"adapters\[1\] is a Linear: give get_peft_model_state_dict\(model\), or the"
-    ):
+    with pytest.raises(TypeError, match=r"adapters\[1\] is a Linear: give get_peft_model_state_dict\(model\), or the"):
         aggregate_adapters([plain, torch.nn.Linear(2, 2)])

@@ -23,7 +23,7 @@ from lorapro_hf.functional import reference
 from lorapro_hf.optim import memory
 from lorapro_hf.optim.memory import StateTooLargeError, require_state_fits, scratch_bytes, state_bytes_by_device
 from lorapro_hf.optim.rules import rule_of
-from lorapro_hf.optim.rules.base import StackState
+from lorapro_hf.optim.rules.stack_state import StackState
 from optimizer_helpers import reloaded
 
 BY_NAME = {row.name: row for row in ROWS}

@@ -14,7 +14,8 @@ from lorapro_hf.functional.bases import compute_dtype
 from lorapro_hf.functional.factor_steps import linear_step, select
 from lorapro_hf.optim.projected_gradients import project_pair_gradients_
 from lorapro_hf.optim.rules import RULES
-from lorapro_hf.optim.rules.base import StateSpec, UpdateRule, matrix_shapes
+from lorapro_hf.optim.rules.base import UpdateRule, matrix_shapes
+from lorapro_hf.optim.rules.stack_state import StateSpec
 from optimizer_helpers import assert_same, backward, small_model, snapshot
 from processes import run
 from trainer_helpers import tiny_base

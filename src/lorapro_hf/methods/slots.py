@@ -12,7 +12,7 @@ from lorapro_hf.factors.pairs import LoRAPair
 from lorapro_hf.factors.stacks import Rows, Stack
 from lorapro_hf.functional.rank_gates import squared_change
 from lorapro_hf.optim.lora_pro import LoRAProAdamW
-from lorapro_hf.optim.rules.base import MASTER
+from lorapro_hf.optim.rules.stack_state import MASTER
 
 Slots = list[tuple[list[int], list[int]]]  # of each matrix of a pair: the slots to replace, and their sources
 Moments = Mapping[Tensor, Mapping[str, Tensor]]

@@ -18,7 +18,8 @@ from lorapro_hf.distributed.access import ShardedAccess
 from lorapro_hf.distributed.attendance import Attendance
 from lorapro_hf.distributed.ownership import PairOwnership
 from lorapro_hf.factors.pairs import LoRAPair, unwrapped_name
-from lorapro_hf.optim.rules.base import StateSpec, UpdateRule
+from lorapro_hf.optim.rules.base import UpdateRule
+from lorapro_hf.optim.rules.stack_state import StateSpec
 
 State = Mapping[Tensor, dict[str, Any]]
 States = dict[Tensor, dict[str, Tensor]]

@@ -17,7 +17,8 @@ from lorapro_hf.factors.stacks import Stack, stacks_of
 from lorapro_hf.optim.groups import check_hyperparameters, group_positions, name_parameters
 from lorapro_hf.optim.memory import state_bytes_by_device
 from lorapro_hf.optim.rules import rule_of
-from lorapro_hf.optim.rules.base import MEANING, StackState
+from lorapro_hf.optim.rules.base import MEANING
+from lorapro_hf.optim.rules.stack_state import StackState
 
 Groups = list[dict[str, Any]]
 

@@ -74,6 +74,10 @@ class LanguageModel:
         examples = [example.features() for example in last]
         return [self.collate(examples[start : start + BATCH_SIZE]) for start in range(0, len(examples), BATCH_SIZE)]
 
+    def start_anew(self) -> None:
+        """Give the model the adapter that it began with, which does nothing yet."""
+        set_peft_model_state_dict(self.model, self._initial)
+
     def train(self, steps: int, on_step: Callable[[float], None], folder: Path | None = None) -> list[float]:
         """Train a new adapter with the library's default, save it in the folder, and return the losses of the steps.
 
@@ -82,7 +86,7 @@ class LanguageModel:
         Raises:
             KeyboardInterrupt: on a second Ctrl-C.
         """
-        set_peft_model_state_dict(self.model, self._initial)
+        self.start_anew()
         watcher = _Watcher(on_step)
         trainer = LoRAProTrainer(
             self.model,

@@ -81,6 +81,7 @@ class _Demo:
     def model(self) -> None:
         """Fine-tune the language model, and let stock PEFT answer with its adapter."""
         language, folder, steps = self.language, self.settings.output_dir / ADAPTER, self.settings.model_steps
+        language.start_anew()  # after the steps for the closeness
         with progress_bars(self.console) as progress:
             before = self._score(progress, "Held-out problems, before")
             losses = language.train(steps, self._bar(progress, f"Training {curves.default_title()}", steps), folder)

@@ -14,8 +14,9 @@ from lorapro_hf.functional.factor_steps import REACH, change_through, lengthened
 from lorapro_hf.functional.step_limit import kept_fraction
 from lorapro_hf.functional.step_options import Group, Rates, StepOptions
 from lorapro_hf.kernels.dense import fused_adamw
-from lorapro_hf.optim.rules.base import StackState, StateSpec, UpdateRule, moment_of_product, stepped_factors
+from lorapro_hf.optim.rules.base import UpdateRule, moment_of_product, stepped_factors
 from lorapro_hf.optim.rules.native import native_options, step_natively
+from lorapro_hf.optim.rules.stack_state import StackState, StateSpec
 
 
 class Efficient(UpdateRule):

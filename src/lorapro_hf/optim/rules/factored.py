@@ -10,8 +10,9 @@ from lorapro_hf.factors.stacks import NativeGradient, Rows, StackGradient
 from lorapro_hf.functional.bases import compute_dtype
 from lorapro_hf.functional.factored import FactoredState, factored_step
 from lorapro_hf.functional.step_options import Group, StepOptions
-from lorapro_hf.optim.rules.base import PairState, RowsOf, StackState, StateSpec, matrix_shapes
+from lorapro_hf.optim.rules.base import PairState, RowsOf, matrix_shapes
 from lorapro_hf.optim.rules.native import native_options, step_natively
+from lorapro_hf.optim.rules.stack_state import StackState, StateSpec
 from lorapro_hf.optim.rules.tangent import TangentMoment, first_moment, stepped_coordinates
 
 _LARGEST = 1e15  # the mode sums squares of gradients; beyond this norm the sums overflow in float32

@@ -26,16 +26,9 @@ from lorapro_hf.functional.factor_steps import linear_step, sequential_step
 from lorapro_hf.functional.step_options import Group, StepOptions
 from lorapro_hf.kernels.dense import DirectionProducts, choose_backend, dense_update, tile_elements
 from lorapro_hf.kernels.storage import BLOCK, Moments, moment_tensors, tables_on
-from lorapro_hf.optim.rules.base import (
-    PairState,
-    RowsOf,
-    StackState,
-    StateSpec,
-    UpdateRule,
-    dense_shape,
-    stepped_factors,
-)
+from lorapro_hf.optim.rules.base import PairState, RowsOf, UpdateRule, dense_shape, stepped_factors
 from lorapro_hf.optim.rules.native import native_options, step_kernel
+from lorapro_hf.optim.rules.stack_state import StackState, StateSpec
 
 # Arrays of a tile: gradient, direction, and the moments and codes in transit where they are not stored as computed.
 _TILE_ARRAYS = 10

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorapro_hf.factors.stacks import NativeGradient
 from lorapro_hf.functional.step_options import Group, StepOptions
-from lorapro_hf.optim.rules.base import StackState
+from lorapro_hf.optim.rules.stack_state import StackState
 
 _X_MODES = ("zero", "symmetric", "sylvester")  # in the order of the kernels
 _MOMENTS = {"first": "exp_avg", "second": "exp_avg_sq", "escape": "escape"}

@@ -12,8 +12,9 @@ from lorapro_hf.factors.stacks import Gradient, NativeGradient, Rows, StackGradi
 from lorapro_hf.functional.bases import Bases, compute_dtype
 from lorapro_hf.functional.rite import RiteGuards, RiteState, carry_rite_moments, rite_step, unmagnified_norms
 from lorapro_hf.functional.step_options import StepOptions
-from lorapro_hf.optim.rules.base import StackState, StateSpec, matrix_shapes
+from lorapro_hf.optim.rules.base import matrix_shapes
 from lorapro_hf.optim.rules.native import native_options, step_natively
+from lorapro_hf.optim.rules.stack_state import StackState, StateSpec
 from lorapro_hf.optim.rules.tangent import TangentMoment, stepped_coordinates
 
 

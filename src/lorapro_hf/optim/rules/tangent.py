@@ -8,7 +8,8 @@ from torch import Tensor
 from lorapro_hf.factors.stacks import Rows, Stack, StackGradient
 from lorapro_hf.functional.bases import Bases, Coordinates, RowBasis, outside_, row_bases, row_basis
 from lorapro_hf.functional.factored import transport
-from lorapro_hf.optim.rules.base import MASTER, PairState, StackState, UpdateRule, stepped_factors
+from lorapro_hf.optim.rules.base import PairState, UpdateRule, stepped_factors
+from lorapro_hf.optim.rules.stack_state import MASTER, StackState
 
 
 def stepped_coordinates(read: StackGradient, state: StackState, rtol: float | None) -> tuple[Rows, Bases, Coordinates]:

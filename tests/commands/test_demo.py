@@ -336,6 +336,8 @@ def test_a_whole_run(whole: Whole, tiny: str) -> None:
     assert len({row["losses"][0][-1] for row in results["methods"]}) == 3
     model = results["model"]
     assert len(model["losses"]) == 2 and 0 < model["after"]["loss"] < 20 and model["adapter"] == str(output / ADAPTER)
+    untrained = language.LanguageModel(DemoSettings(model=tiny, model_steps=2), Console(file=StringIO()))
+    assert model["before"]["loss"] == pytest.approx(untrained.score(lambda: None).loss, rel=1e-6)
     assert json.loads(model["answer"])[:4] == ["--base", tiny, "--adapter", str(output / ADAPTER)]
     assert {"adapter_model.safetensors", "lorapro_config.json", "README.md"} <= set(os.listdir(output / ADAPTER))
     card = (output / ADAPTER / "README.md").read_text()

@@ -24,8 +24,8 @@ KINDS: Mapping[str, frozenset[str]] = {
 }
 # Defaults of a kind where they are not those of `TaskSettings`.
 _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "characters": {"batch_size": 32, "validation_size": 1000, "test_size": 2000},
-    "digits": {"batch_size": 32, "validation_size": 400, "test_size": 600, "pretraining_steps": 600},
+    "characters": {"batch_size": 16, "validation_size": 1000, "test_size": 2000},
+    "digits": {"batch_size": 16, "validation_size": 400, "test_size": 600, "pretraining_steps": 600},
 }
 _PRECISIONS = ("fp32", "bf16")
 # The schedules of `transformers.get_scheduler` that need no more than steps and warm-up.

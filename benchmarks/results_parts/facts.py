@@ -198,7 +198,7 @@ def starts(cells: Sequence[Cell], plain: Mapping[str, str]) -> list[str]:
             if found is not None and own is not None and base is not None:
                 title = "no such start" if name == LORA else base.title
                 losses = f"{spread(own.test['loss'])} against {spread(base.test['loss'])}"
-                lines.append(f"{title}, {cell.name}: LoRA-Pro is {found} ({losses}).")
+                lines.append(f"{title}, {cell.name}: {own.title} is {found} ({losses}).")
     return lines
 
 

@@ -14,11 +14,13 @@ from lorapro_hf.commands.common.records import write_json
 from lorapro_hf.commands.compare.plan import content_of, plan
 from lorapro_hf.commands.compare.store import Store
 from lorapro_hf.commands.compare.summary import Summary, summarize
-from lorapro_hf.config import LoRAProConfig
+from lorapro_hf.config import MODE, UPDATE, LoRAProConfig
 
 ROOT = Path(__file__).parents[2]
 GAP = {"measured": 8, "closer": 7}
-LOSSES = {"lora": 1.0, "loraplus": 1.2, "lora_one": 0.8, "pro_full_linear": 0.9, "pro_lora_one": 0.85, "full": 0.5}
+OURS = f"pro_{MODE}_{UPDATE}"  # LoRA-Pro with the settings that it has beside the neighbours
+OUR_TITLE = f"LoRA-Pro {MODE}, {UPDATE}"
+LOSSES = {"lora": 1.0, "loraplus": 1.2, "lora_one": 0.8, OURS: 0.9, "pro_lora_one": 0.85, "full": 0.5}
 METHODS = {name: [1e-2] for name in LOSSES}
 
 
@@ -56,7 +58,7 @@ def test_losses_say_who_is_better_than_lora(program: Any, tmp_path: Path) -> Non
     page = program.page({"small": made(tmp_path)}, GAP)
     assert "|LoRA (AdamW)|1.00100±0.00058<br>2.002, 50.0%|" in page
     assert "|LoRA+|*1.2010±0.0012*<br>*2.402*, 40.0%|" in page
-    assert "|LoRA-Pro full, linear|**0.9010±0.0012**<br>**1.802**, 54.9%|" in page
+    assert f"|{OUR_TITLE}|**0.9010±0.0012**<br>**1.802**, 54.9%|" in page
     assert page.index("### 3 steps") < page.index("|LoRA (AdamW)|") < page.index("|full fine-tuning|")
     assert "in 7 of 8 measurements" in page and "18 runs: 0 diverged" in page
     assert "Not run in this form: long, whole, held_out, neighbours, costs." in page
@@ -65,14 +67,14 @@ def test_losses_say_who_is_better_than_lora(program: Any, tmp_path: Path) -> Non
 def test_noise_makes_methods_level(program: Any, tmp_path: Path) -> None:
     found = made(tmp_path, noise=0.2)
     page = program.page({"small": found, "neighbours": found}, GAP)
-    assert "|LoRA-Pro full, linear|1.10±0.23<br>" in page and "**LoRA-One** is level with LoRA with AdamW" in page
+    assert f"|{OUR_TITLE}|1.10±0.23<br>" in page and "**LoRA-One** is level with LoRA with AdamW" in page
 
 
 def test_the_default_is_found_by_its_settings(program: Any, tmp_path: Path) -> None:
     from results_parts.summaries import default_of
 
     config = LoRAProConfig()
-    mine = {"like": "pro_full_linear", "optimizer": {"mode": config.mode, "update": config.update}}
+    mine = {"like": OURS, "optimizer": {"mode": config.mode, "update": config.update}}
     for methods, expected in (({"pro_full_paper": None}, None), ({"pro_full_paper": None, "mine": mine}, "mine")):
         chosen = settings(tmp_path, methods=methods)
         Store(tmp_path).write_sweep(content_of(chosen, []))
@@ -84,7 +86,7 @@ def test_targets_are_computed_and_missed_ones_named(
 ) -> None:
     from results_parts import summaries
 
-    monkeypatch.setattr(summaries, "default_of", lambda summary: "pro_full_linear")
+    monkeypatch.setattr(summaries, "default_of", lambda summary: OURS)
     tasks = {"tiny": {**TINY, "ranks": [2, 4], "steps": [3, 200]}}
     lines = program.page({"small": made(tmp_path, **tasks)}, GAP).split("## Targets")[1].split("## Losses")[0]
     early, sooner, last, first, rate = lines.strip().splitlines()
@@ -92,7 +94,7 @@ def test_targets_are_computed_and_missed_ones_named(
     assert "at most 75% of them: **missed**, 0 of 4 cells (tiny 100%)" in sooner
     assert "**met**, 2 of 2 cells (tiny 0.90)" in last  # 3 steps are not part of it
     assert "**met**, 4 of 4 (first 4, tied 0, behind 0)" in first and "**met**, 4 of 4 cells (tiny 1.00)" in rate
-    behind = made(tmp_path / "behind", {**LOSSES, "pro_full_linear": 1.1, "pro_lora_one": 1.3}, **tasks)
+    behind = made(tmp_path / "behind", {**LOSSES, OURS: 1.1, "pro_lora_one": 1.3}, **tasks)
     page = program.page({"small": behind}, GAP)
     assert "**missed**, 0 of 4 (first 0, tied 0, behind 4). Behind in: tiny, r = 2, 3 steps;" in page
     assert "not worse by two standard errors from 200 steps: **missed**, 0 of 2 cells (tiny 1.10)" in page
@@ -104,8 +106,8 @@ def test_neighbours_get_a_verdict_each(program: Any, tmp_path: Path) -> None:
         "- **LoRA-One** is better than LoRA with AdamW (loss, early: ×0.80, ×0.80) and is better than LoRA-Pro alone "
         "(loss, early: ×0.94, ×0.94): it helps."
     ) in page
-    assert "- no such start, tiny, r = 4, 3 steps: LoRA-Pro is better (0.9010 ± 0.0012 against" in page
-    assert "- LoRA-One, tiny, r = 4, 3 steps: LoRA-Pro is worse (0.8510 ± 0.0012 against" in page
+    assert f"- no such start, tiny, r = 4, 3 steps: {OUR_TITLE} is better (0.9010 ± 0.0012 against" in page
+    assert "- LoRA-One, tiny, r = 4, 3 steps: LoRA-Pro, LoRA-One is worse (0.8510 ± 0.0012 against" in page
     assert "No comparison has been run in this form." in page  # the tables
 
 
@@ -128,7 +130,7 @@ def test_tasks_that_differ_in_ranks_alone_have_one_name_and_wide_tables_are_spli
 
 def test_costs_are_those_of_their_own_comparison(program: Any, tmp_path: Path) -> None:
     page = program.page({"costs": made(tmp_path)}, GAP)
-    assert "|LoRA-Pro full, linear|20.0|1.0|1.0|" in page and "Seeds differ by up to 0%." in page
+    assert f"|{OUR_TITLE}|20.0|1.0|1.0|" in page and "Seeds differ by up to 0%." in page
 
 
 def test_a_summary_is_read_as_it_was_and_one_of_an_older_form_is_absent(program: Any, tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ import lorapro_hf
 from lorapro_hf.commands.common.optimizers import build
 from lorapro_hf.commands.compare.tuning import grid_around
 from lorapro_hf.commands.compare.values import require_mapping, require_name, typed
-from lorapro_hf.config import MODES, UPDATES, LoRAProConfig
+from lorapro_hf.config import MODE, MODES, UPDATE, UPDATES, LoRAProConfig
 from lorapro_hf.methods.base import LoRAMethod, require_compatible
 from lorapro_hf.methods.gelora import gelora_ranks
 from lorapro_hf.methods.gradient_starts import GradientStart
 from lorapro_hf.optim.rules import rule_of
-from lorapro_hf.optim.rules.base import MEANING
+from lorapro_hf.optim.rules.base import MEANING, UpdateRule
 from lorapro_hf.options import UsageError, require_packages
 
 _LORA_RATES = grid_around(3e-3)
@@ -92,6 +92,10 @@ def _lora_methods() -> dict[str, type[LoRAMethod]]:
     return {name: each for name, each in public.items() if isinstance(each, type) and issubclass(each, LoRAMethod)}
 
 
+def _rates(rule: UpdateRule) -> tuple[float, ...]:
+    return _LORA_RATES if rule.takes_lora_rates else _LIMITED_RATES
+
+
 def _lora_pro() -> list[ComparedMethod]:
     """Every mode with every update that it knows, and the paper's own step, whose length has no limit."""
     methods = []
@@ -101,10 +105,10 @@ def _lora_pro() -> list[ComparedMethod]:
             rule = rule_of(LoRAProConfig(mode=mode, update=update))
         except ValueError:  # a combination that has no meaning
             continue
-        rates = _LORA_RATES if rule.takes_lora_rates else _LIMITED_RATES
         title = f"LoRA-Pro {mode}, {update}"
         clips = rule.takes_clipped_gradients
-        methods.append(ComparedMethod(f"pro_{mode}_{update}", title, "lorapro", rates, settings, clips=clips))
+        name = f"pro_{mode}_{update}"
+        methods.append(ComparedMethod(name, title, "lorapro", _rates(rule), settings, clips=clips))
     paper = {"mode": "full", "update": "linear", "trust_region": 0}
     title = "LoRA-Pro full, as in the paper"
     return [*methods, ComparedMethod("pro_full_paper", title, "lorapro", _WEIGHT_RATES, paper)]
@@ -123,16 +127,16 @@ _CALLBACKS: Mapping[str, tuple[str, Mapping[str, Mapping[str, Any]]]] = {
 
 
 def _neighbours() -> list[ComparedMethod]:
-    """The methods that act beside an optimizer, each with AdamW and with LoRA-Pro."""
+    """The methods that act beside an optimizer, each with AdamW and with LoRA-Pro's default."""
+    settings = {"mode": MODE, "update": UPDATE}
+    rates = _rates(rule_of(LoRAProConfig(**settings)))
     methods = [ComparedMethod("lora_sb", "LoRA-SB", "adamw", _LORA_RATES, callbacks={"LoRASB": {}})]  # trains R alone
     named = {**_CALLBACKS, "gelora": ("GeLoRA", None)}
     for name, (title, callbacks) in named.items():
         gelora: dict[str, Any] | None = {} if callbacks is None else None
         alone = ComparedMethod(name, title, "adamw", _LORA_RATES, callbacks=callbacks, gelora=gelora)
-        ours = replace(
-            alone, optimizer="lorapro", learning_rates=_LIMITED_RATES, settings={"mode": "full", "update": "linear"}
-        )
-        methods += [alone, replace(ours, name=f"pro_{name}", title=f"LoRA-Pro full, {title}")]
+        ours = replace(alone, name=f"pro_{name}", title=f"LoRA-Pro, {title}", optimizer="lorapro")
+        methods += [alone, replace(ours, learning_rates=rates, settings=settings)]
     return methods
 
 

@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
         return {**metrics, "perplexity": math.exp(loss) if loss < 700 else math.inf}
 
     card = {"finetuned_from": model_args.model_name_or_path, "tasks": "text-generation", "dataset": data.described}
-    run(trainer, card=card, finish_metrics=with_perplexity)
+    run(trainer, parser, card=card, finish_metrics=with_perplexity)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         eval_dataset=splits.get("validation"),
         **parts(training, model_args, adapter, tokenizer),
     )
-    run(trainer, card={"dataset_name": data.described})
+    run(trainer, parser, card={"dataset_name": data.described})
 
 
 if __name__ == "__main__":

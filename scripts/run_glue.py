@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
         return ["index\tprediction", *(f"{n}\t{value if labels is None else labels[value]}" for n, value in values)]
 
     card = {"finetuned_from": source, "tasks": "text-classification", "dataset": data.task_name or data.described}
-    run(trainer, splits.get("test"), card, lines_of=lines_of)
+    run(trainer, parser, splits.get("test"), card, lines_of=lines_of)
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
 
     dataset = data.described or (Path(data.train_dir).name if data.train_dir else None)
     card = {"finetuned_from": source, "tasks": "image-classification", "dataset": dataset}
-    run(trainer, splits.get("test"), card, lines_of=lines_of)
+    run(trainer, parser, splits.get("test"), card, lines_of=lines_of)
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
 
     task = "translation" if data.source_lang else "summarization" if data.metric == "rouge" else "text2text-generation"
     card = {"finetuned_from": source, "tasks": task, "dataset": data.described}
-    run(trainer, splits.get("test"), card, lines_of=lines_of)
+    run(trainer, parser, splits.get("test"), card, lines_of=lines_of)
 
 
 if __name__ == "__main__":

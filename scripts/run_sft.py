@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     for rows in (trainer.train_dataset, trainer.eval_dataset):
         if rows is not None and not len(rows):
             raise UsageError(f"--max_length {training.max_length} cuts off every completion; raise it.")
-    run(trainer, card={"dataset_name": data.described})
+    run(trainer, parser, card={"dataset_name": data.described})
 
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
 
     tokenizer.save_pretrained(training.output_dir)
     card = {"finetuned_from": source, "tasks": "automatic-speech-recognition", "dataset": data.described}
-    run(trainer, splits.get("test"), card, lines_of=lambda output: decoded(output.predictions))
+    run(trainer, parser, splits.get("test"), card, lines_of=lambda output: decoded(output.predictions))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,11 @@ def test_a_script_runs_without_a_recipe() -> None:
     assert words() == ["--lora_r", "4", "--help"]
 
 
+def test_the_settings_are_printed_without_a_launch() -> None:
+    assert main(["train", "--num_processes", "2", "--print_config", "mine.yaml", "--lora_r", "8"]) == 0
+    assert words() == ["mine.yaml", "--lora_r", "8", "--print_config"]
+
+
 @pytest.mark.parametrize(
     ("end", "code"), [(["--fail", "1"], 1), (["--fail", "2"], 2), (["--killed", "2"], 130), (["--killed", "9"], 137)]
 )

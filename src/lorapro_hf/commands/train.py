@@ -18,6 +18,7 @@ TRAIN_EXAMPLES = """examples:
   lorapro train --list
   lorapro train smollm2-135m.yaml --learning_rate 1e-5
   lorapro train my_recipe.yaml --lora_pro_mode efficient --output_dir runs/mine
+  lorapro train --print_config my_recipe.yaml > resolved.yaml
   lorapro train --num_processes 8 --accelerate_config fsdp2 llama-3.1-8b.yaml
   lorapro train run_sft.py --help
 """
@@ -33,6 +34,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE",
         help="ddp (the default of several processes), fsdp2, zero1, zero2, zero3 or a file of `accelerate config`",
     )
+    parser.add_argument("--print_config", action="store_true", help="print all settings as a recipe, and stop")
     parser.add_argument("recipe", nargs="?", help="a YAML file, or a recipe or script of the package")
     parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="...", help="flags of the script")
     parser.set_defaults(run=train)
@@ -50,7 +52,9 @@ def train(arguments: argparse.Namespace) -> int:
         if option in ("--num_processes", "--accelerate_config"):
             raise UsageError(f"{option} is for the launcher, not for the script: put it before {arguments.recipe}.")
     script, words = _resolve(arguments.recipe)
-    command = [*_launcher(arguments), str(script), *words, *arguments.overrides]
+    switches = ["--print_config"] * arguments.print_config
+    launcher = [sys.executable] if arguments.print_config else _launcher(arguments)
+    command = [*launcher, str(script), *words, *arguments.overrides, *switches]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if arguments.is_program and IS_POSIX and not _is_launched(arguments):
         become(command, environment)  # a signal to this process reaches the training

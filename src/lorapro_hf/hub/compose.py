@@ -20,6 +20,7 @@ from lorapro_hf.hub.logs import evaluations_by_step, final_evaluation, number, n
 from lorapro_hf.hub.settings import Settings
 from lorapro_hf.hub.usage import Task, base_of, class_name, loading_values
 
+RECIPE = "recipe.yaml"  # the settings of a script, beside the adapter that it trains
 _VERSIONS = {"PEFT": "peft", "TRL": "trl", "Transformers": "transformers", "PyTorch": "torch", "Datasets": "datasets"}
 _MOST_ROWS = 20
 
@@ -97,6 +98,7 @@ def compose_card(model: Any, settings: Settings | None, folder: Path, facts: Car
         "lora_pro": describe_lora_pro(model, settings) if settings else {},
         "hyperparameters": {**(describe_optimizer(settings) if settings else {}), **(facts.hyperparameters or {})},
         "metrics": {name.replace("_", " "): number(value) for name, value in metrics.items()},
+        "recipe": RECIPE if (folder / RECIPE).is_file() else "",
         "picture": _picture(during, folder / PICTURE, facts.reported) if facts.with_picture else "",
         "versions": _versions(with_trl=bool(facts.trained_with)),
         "trained_with": facts.trained_with,

@@ -15,8 +15,10 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from lorapro_hf.checkpoints.resume import checkpoints_in, find_flaw, newest_complete, require_complete
+from lorapro_hf.hub.compose import RECIPE
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.endings import one_line_errors, with_a_way_on
+from lorapro_hf.recipes.parser import RecipeParser
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ def checkpoint_to_resume(arguments: TrainingArguments) -> str | Literal[True] | 
 
 def run(
     trainer: Trainer,
+    parser: RecipeParser,
     test_dataset: Any = None,
     card: dict[str, Any] | None = None,
     finish_metrics: Callable[[dict[str, float]], dict[str, float]] = lambda metrics: metrics,
@@ -77,11 +80,12 @@ def run(
 ) -> dict[str, float]:
     """Train, evaluate and predict as the arguments ask, and return all metrics by name.
 
-    `output_dir` gets the adapter, its model card, `trainer_state.json`, and the metrics in `all_results.json` and in a
-    file for each split.
+    `output_dir` gets `recipe.yaml` with all settings, the adapter, its model card, `trainer_state.json`, and the
+    metrics in `all_results.json` and in a file for each split.
 
     Args:
         trainer: A trainer with the datasets that it needs.
+        parser: The parser that has read the settings.
         test_dataset: The rows for `--do_predict`.
         card: Keywords of `create_model_card` and `push_to_hub` (`dataset`, `tasks`, ...).
         finish_metrics: Adds metrics to those of a split, such as the perplexity.
@@ -97,6 +101,8 @@ def run(
     with with_a_way_on(arguments):
         if arguments.do_train:
             _log_parameters(trainer)
+            if trainer.is_world_process_zero():
+                Path(arguments.output_dir, RECIPE).write_text(parser.resolved, encoding="utf-8")
             result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments))
             trainer.save_model()
             metrics |= _saved(trainer, "train", {**result.metrics, "train_samples": len(trainer.train_dataset)})

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ from transformers import HfArgumentParser
 
 from lorapro_hf.options import HelpFormatter, UsageError
 from lorapro_hf.recipes import folder_of
+from lorapro_hf.recipes.resolved import resolved_recipe
 from lorapro_hf.recipes.yaml_files import read_yaml
 from lorapro_hf.utils.text_files import shortened
 
 SCRIPT, EXTENDS = "script", "extends"
+PRINT_CONFIG = "--print_config"
 _SUFFIXES = (".yaml", ".yml")
 
 
@@ -31,7 +35,11 @@ class RecipeParser(HfArgumentParser):
     A recipe has a line `flag: value` for each setting: a list for flags with several values, a mapping for flags that
     take JSON. Its key `script` names its program, which must be `prog`. Its key `extends` names one or more recipes,
     beside this one or of the package, from which it inherits settings; later recipes win, and `null` removes a setting.
+
+    `--print_config` prints all settings as a recipe and ends the program. After `parse` they are in `resolved`.
     """
+
+    resolved = ""
 
     def __init__(self, dataclass_types: Iterable[Any], prog: str | None = None, **kwargs: Any) -> None:
         prog = prog or Path(sys.argv[0]).name
@@ -40,6 +48,7 @@ class RecipeParser(HfArgumentParser):
         super().__init__(
             dataclass_types, prog=prog, usage=usage, allow_abbrev=False, conflict_handler="resolve", **kwargs
         )
+        self.add_argument(PRINT_CONFIG, action="store_true", help="Print all settings as a recipe, and stop.")
 
     def parse(self, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
         """Return the dataclasses with their settings; bad settings end the program with exit code 2."""
@@ -47,14 +56,27 @@ class RecipeParser(HfArgumentParser):
         try:
             recipe, overrides = split_recipe(arguments)
             flags = [] if recipe is None else self._flags(recipe)
-            *parsed, unknown = self.parse_args_into_dataclasses(
+            *parsed, switches, unknown = self.parse_args_into_dataclasses(
                 [*flags, *overrides], return_remaining_strings=True, look_for_args_file=False
             )
             if unknown:
                 raise UsageError(f"{unknown[0]} is no option of {self.prog}{self._alike(unknown[0].split('=')[0])}")
         except (ValueError, TypeError) as error:
             self.error(str(error))
+        self.resolved = self._resolve([*flags, *overrides])
+        if switches.print_config:
+            if os.environ.get("RANK", "0") == "0":
+                print(self.resolved, end="")
+            raise SystemExit(0)
         return tuple(parsed)
+
+    def _resolve(self, words: Sequence[str]) -> str:
+        """Return the recipe of all settings; the dataclasses may have changed theirs while they were made."""
+        settings = vars(self.parse_known_args(words)[0])
+        names = {each.name for kind in self.dataclass_types for each in fields(kind)}
+        options = (self._option_string_actions.get(word.partition("=")[0]) for word in words)
+        given = [option.dest for option in options if option is not None and option.dest in names]
+        return resolved_recipe(self.prog, {name: settings[name] for name in settings if name in names}, given)
 
     def _flags(self, recipe: Path) -> list[str]:
         settings = read_recipe(recipe)

@@ -37,6 +37,7 @@ FLOORS = (
         "commands.compare",
         "commands.evaluate",
         "commands.inspect",
+        "commands.merge",
         "commands.plot",
         "commands.ranks",
         "commands.train",

@@ -14,6 +14,7 @@ from lorapro_hf.commands.compare.command import COMPARE, COMPARE_EXAMPLES, add_c
 from lorapro_hf.commands.demo.command import DEMO, DEMO_EXAMPLES, add_demo
 from lorapro_hf.commands.evaluate.command import EVALUATE, EVALUATE_EXAMPLES, add_evaluate
 from lorapro_hf.commands.inspect.command import INSPECT, INSPECT_EXAMPLES, add_inspect
+from lorapro_hf.commands.merge.command import MERGE, MERGE_EXAMPLES, add_merge
 from lorapro_hf.commands.plot import PLOT, PLOT_EXAMPLES, add_plot
 from lorapro_hf.commands.ranks.command import RANKS, RANKS_EXAMPLES, add_ranks
 from lorapro_hf.commands.train import TRAIN, TRAIN_EXAMPLES, add_train
@@ -39,6 +40,7 @@ _COMMANDS = (
     ("evaluate", add_evaluate, "evaluate a language model or adapter", EVALUATE, EVALUATE_EXAMPLES),
     ("inspect", add_inspect, "show a model, adapter or checkpoint, and its cost", INSPECT, INSPECT_EXAMPLES),
     ("ranks", add_ranks, "choose the rank of each layer from your data", RANKS, RANKS_EXAMPLES),
+    ("merge", add_merge, "make one model of an adapter and its base model", MERGE, MERGE_EXAMPLES),
     ("aggregate", add_aggregate, "make one adapter of those of several clients", AGGREGATE, AGGREGATE_EXAMPLES),
     ("compare", add_compare, "compare methods over learning rates and seeds", COMPARE, COMPARE_EXAMPLES),
     ("plot", add_plot, "draw the gradient gap that a training recorded", PLOT, PLOT_EXAMPLES),

@@ -27,7 +27,6 @@ from lorapro_hf.recipes.instructions import ALPACA
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm_eval (extra evaluate) is not installed")
 
-from lorapro_hf.commands.evaluate import model as model_module  # noqa: E402
 from lorapro_hf.commands.evaluate import tasks as tasks_module  # noqa: E402
 from lorapro_hf.commands.evaluate.run import summary  # noqa: E402
 
@@ -368,7 +367,7 @@ def test_problems_are_refused(options: str, message: str, folder: Path, monkeypa
 def test_models_are_refused(
     options: str, message: str, folder: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_module, "packaged_model", lambda: None)
+    monkeypatch.setattr(packaged, "packaged_model", lambda: None)
     (tmp_path / "file").touch()
     for name, words in (("other", "{other}"), ("bare", "/bare"), ("endless", "/endless"), ("plain", "/plain")):
         if words in options:

@@ -14,12 +14,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_layers import DEFAULTS, Net
 from lorapro_hf import LoRAProConfig, cli, create_lorapro_optimizer, find_lora_pairs
+from lorapro_hf.commands.common.tasks import TASKS
 from lorapro_hf.commands.inspect import costs, inspect_model
 from lorapro_hf.commands.inspect.costs import learning_rates, shares_of
 from lorapro_hf.commands.inspect.report import Request
 from lorapro_hf.commands.inspect.show import _aligned, text
 from lorapro_hf.commands.inspect.sources import inspect_source
-from lorapro_hf.commands.inspect.tasks import TASKS
 from lorapro_hf.factors.pairs import survey_lora_pairs
 from lorapro_hf.optim.rules import RULES
 from lorapro_hf.options import UsageError

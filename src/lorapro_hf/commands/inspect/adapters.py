@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from peft import LoraConfig, PeftConfig
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from lorapro_hf.checkpoints.adapters import ADAPTER_FILES
 from lorapro_hf.checkpoints.resume import is_checkpoint
-from lorapro_hf.commands.inspect.base_model import base_on_meta
+from lorapro_hf.commands.common.base_model import base_on_meta
+from lorapro_hf.commands.common.saved_adapters import ADAPTER, differences, read_config, tensor_shapes, with_adapters
+from lorapro_hf.commands.common.tasks import TASKS
 from lorapro_hf.commands.inspect.checkpoints import compared
 from lorapro_hf.commands.inspect.model import inspect_model
 from lorapro_hf.commands.inspect.report import Checkpoint, Report, Request, Unsupported
-from lorapro_hf.commands.inspect.tasks import TASKS
 from lorapro_hf.hub.settings import SETTINGS_FILE, load_lora_pro_config
 from lorapro_hf.options import UsageError
-from lorapro_hf.utils.text_files import shortened
 
-ADAPTER = "adapter_config.json"
 WEIGHTS = ADAPTER_FILES[0]
 _ARGUMENTS = "training_args.bin"
 
@@ -55,7 +50,7 @@ def report_on_adapters(request: Request, checkpoint: Checkpoint | None = None) -
         given = ", ".join(f"--{name}" for name in request.lora)
         raise UsageError(f"{request.name} is an adapter with settings of its own: leave out {given}, or name its base.")
     folders = adapters_in(request.name)
-    configs = {adapter: _read_config(folder) for adapter, folder in folders.items()}
+    configs = {adapter: read_config(folder) for adapter, folder in folders.items()}
     base = _base_of(request, next(iter(configs.values())))
     model = with_adapters(base, configs)
     notes: list[str] = []
@@ -63,7 +58,7 @@ def report_on_adapters(request: Request, checkpoint: Checkpoint | None = None) -
     for adapter, folder in folders.items():
         file = cached_file(folder, WEIGHTS, _raise_exceptions_for_missing_entries=False)
         if file is not None:
-            notes += _differences(model, adapter, _tensor_shapes(Path(file)))
+            notes += differences(model, adapter, tensor_shapes(Path(file)))
             continue
         notes.append(f"There is no {WEIGHTS} in {folder}: only its settings are known.")
         is_empty = Path(folder).is_dir() and not any(Path(folder, each).is_file() for each in ADAPTER_FILES)
@@ -82,21 +77,6 @@ def report_on_adapters(request: Request, checkpoint: Checkpoint | None = None) -
         unsupported=[*report.unsupported, *refused],
         notes=[*notes, *report.notes],
     )
-
-
-def with_adapters(model: Any, configs: Mapping[str, PeftConfig]) -> PeftModel:
-    """The model with new adapters of these settings, the first of them active, all on the meta device."""
-    (first, config), *others = [(name, copy.deepcopy(config)) for name, config in configs.items()]
-    config.inference_mode = False
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about names and patterns
-            adapted = get_peft_model(model, config, adapter_name=first, low_cpu_mem_usage=True)
-            for name, other in others:
-                adapted.add_adapter(name, other, low_cpu_mem_usage=True)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise UsageError(f"PEFT does not make this adapter: {error}") from error
-    return adapted
 
 
 def _base_of(request: Request, config: PeftConfig) -> PreTrainedModel:
@@ -119,43 +99,6 @@ def _base_of(request: Request, config: PeftConfig) -> PreTrainedModel:
     except UsageError as error:
         raise UsageError(f"{request.name} needs its base model: {error} {remedy}") from error
     return model
-
-
-def _read_config(folder: str) -> PeftConfig:
-    try:
-        return PeftConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UsageError(f"cannot read {ADAPTER} of {folder}: {shortened(str(error), 500)}") from error
-
-
-def _tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in a safetensors file; only its header is read."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"cannot read {file}: {error}. It is cut off or damaged; copy or save it again.") from error
-
-
-def _differences(model: PeftModel, adapter: str, found: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Differences between the tensors of an adapter's file and those of a model with the adapter."""
-    state = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    own = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    differing = {
-        "of the model are missing in the adapter's file": own.keys() - found.keys(),
-        # PEFT also saves embeddings whole if they may have grown
-        "in the adapter's file belong to nothing in the model": {
-            name for name in found.keys() - own.keys() if ".lora_" in name
-        },
-        "have another shape in the adapter's file than in the model": {
-            name for name in own.keys() & found.keys() if own[name] != found[name]
-        },
-    }
-    return [
-        f"{len(names)} tensors {fault}, {min(names)} to begin with: it is of another base model."
-        for fault, names in differing.items()
-        if names
-    ]
 
 
 def _settings(name: str) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from lorapro_hf.commands.inspect.tasks import TASKS
+from lorapro_hf.commands.common.tasks import TASKS
 from lorapro_hf.options import at_least_one, rate
 
 INSPECT = """\

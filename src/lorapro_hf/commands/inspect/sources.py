@@ -10,12 +10,13 @@ from transformers.utils import find_adapter_config_file
 
 from lorapro_hf.checkpoints.files import STATE
 from lorapro_hf.checkpoints.resume import checkpoints_in, is_checkpoint
-from lorapro_hf.commands.inspect.adapters import ADAPTER, adapters_in, report_on_adapters, with_adapters
-from lorapro_hf.commands.inspect.base_model import base_on_meta
+from lorapro_hf.commands.common.base_model import base_on_meta
+from lorapro_hf.commands.common.saved_adapters import ADAPTER, with_adapters
+from lorapro_hf.commands.common.tasks import TASKS
+from lorapro_hf.commands.inspect.adapters import adapters_in, report_on_adapters
 from lorapro_hf.commands.inspect.checkpoints import read_checkpoint, read_checkpoints, ways_on
 from lorapro_hf.commands.inspect.model import inspect_model
 from lorapro_hf.commands.inspect.report import ENGINE, Checkpoint, Report, Request
-from lorapro_hf.commands.inspect.tasks import TASKS
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.model import AdapterArguments
 from lorapro_hf.recipes.targets import require_known_names

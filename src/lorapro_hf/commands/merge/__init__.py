@@ -1,0 +1,1 @@
+"""The command `lorapro merge`: one model of a base model and an adapter."""

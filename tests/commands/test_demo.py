@@ -10,8 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import closing, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
@@ -33,12 +32,19 @@ from lorapro_hf.commands.common.word_problems import TEMPLATES, generate_problem
 from lorapro_hf.commands.compare.significance import Estimate
 from lorapro_hf.commands.compare.store import RunRecord
 from lorapro_hf.commands.compare.tasks import pretrained
-from lorapro_hf.commands.compare.tasks.kinds import load_task
 from lorapro_hf.commands.demo import closeness, curves, language, run
-from lorapro_hf.commands.demo.language import stop_request
 from lorapro_hf.commands.demo.report import results_table
 from lorapro_hf.commands.demo.run import ADAPTER
-from lorapro_hf.commands.demo.settings import PARTS, RATES, TASK, DemoSettings
+from lorapro_hf.commands.demo.settings import (
+    ANSWERED,
+    CURVES,
+    MODEL,
+    PARTS,
+    PRO_RATES,
+    RATES,
+    TASK,
+    DemoSettings,
+)
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.factors.pairs import find_lora_pairs, unwrapped_name
 from lorapro_hf.optim.rules import rule_of
@@ -72,7 +78,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _short_answers() -> Iterator[None]:
+def _quick() -> Iterator[None]:
     """An untrained model would write the longest answer to every problem."""
 
     def evaluator(*args) -> Evaluator:
@@ -82,6 +88,7 @@ def _short_answers() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(language, "Evaluator", evaluator)
+        patch.setattr(curves, "PROCESSES", 1)  # of their own they take seconds to start
         yield
 
 
@@ -171,10 +178,10 @@ def test_batched_scores_are_those_of_single_problems(tiny: str) -> None:
             logits = model(ids).logits[0, start - 1 : -1].double()
         total += float(torch.nn.functional.cross_entropy(logits, ids[0, start:], reduction="sum"))
         count += len(example.answer_ids)
-    assert batched.score(model).loss == pytest.approx(total / count, rel=1e-5)
+    assert batched.loss(model) == pytest.approx(total / count, rel=1e-5)
     prompts = [example.prompt for example in batched.examples]
     assert batched.generate(model, prompts) == [batched.generate(model, [prompt])[0] for prompt in prompts]
-    assert batched.rounds == 2
+    assert batched.answer_scores(model)["exact_match"] == 0.0
 
 
 def test_datasets_from_files_and_folders(tmp_path: Path) -> None:
@@ -224,21 +231,31 @@ def test_closeness_is_that_of_dense_float64_algebra(tiny: str) -> None:
 # The trainings of the loss curves
 
 
+TINY_TASK = {**TASK, "width": 16, "layers": 1, "pretraining_steps": 2, "validation_size": 8, "test_size": 8}
+
+
 @pytest.fixture
 def tiny_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A task that is pretrained in no time, in this process alone."""
-    sizes = {"width": 16, "layers": 1, "pretraining_steps": 2, "validation_size": 8, "test_size": 8}
-    monkeypatch.setattr(curves, "TASK", {**TASK, **sizes})
+    """A task that is pretrained in no time."""
+    monkeypatch.setattr(curves, "TASK", TINY_TASK)
     monkeypatch.setattr(pretrained, "cache_folder", lambda: tmp_path / "cache")
-    monkeypatch.setattr(curves, "PROCESSES", 1)
 
 
 def test_lora_pro_is_the_librarys_default() -> None:
     ours = curves.compared(DemoSettings()).methods[1]
-    assert LoRAProConfig(**ours.settings) == LoRAProConfig()
+    rule = rule_of(LoRAProConfig())
+    assert dict(ours.settings) == {"mode": rule.name, "update": rule.update}
+    assert LoRAProConfig(**{**ours.settings, "update": None}) == LoRAProConfig()
     arguments = language.training_arguments(Path("out"), 4)
     assert arguments.lora_pro and arguments.lora_pro_config == LoRAProConfig()
-    assert ours.title == f"LoRA-Pro ({LoRAProConfig().mode}, {rule_of(LoRAProConfig()).update})"
+    assert ours.title == f"LoRA-Pro ({rule.name}, {rule.update})" and ours.clips == rule.takes_clipped_gradients
+
+
+@pytest.mark.parametrize(("mode", "place"), [("factored", 0), ("spectral", 1)])
+def test_the_rate_follows_the_mode(mode: str, place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curves, "LoRAProConfig", lambda: LoRAProConfig(mode=mode))
+    assert curves.compared(DemoSettings()).methods[1].learning_rates == (PRO_RATES[CURVES][place],)
+    assert language.training_arguments(Path("out"), 4).learning_rate == PRO_RATES[MODEL][place]
 
 
 def test_methods_differ_in_optimizer_adapter_and_rate_alone() -> None:
@@ -247,7 +264,8 @@ def test_methods_differ_in_optimizer_adapter_and_rate_alone() -> None:
     assert [(run.method.name, run.seed) for run in runs] == [
         (name, seed) for seed in (1, 2) for name in ("lora", "lora_pro", "full")
     ]
-    assert {run.method.name: run.learning_rate for run in runs} == RATES
+    rates = {run.method.name: run.learning_rate for run in runs}
+    assert rates == {**RATES, "lora_pro": curves.default_rate(CURVES)}
     assert {run.steps for run in runs} == {7}
 
 
@@ -273,15 +291,20 @@ def test_a_failed_run_ends_the_demo(tiny_task: None, tmp_path: Path, monkeypatch
         cli.main(["demo", "--parts", "curves", "--output_dir", str(tmp_path)])
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HOME", str(tmp_path))  # of the processes
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of pretrained models for this process and those that it starts."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
     monkeypatch.setattr(pretrained, "cache_folder", lambda: tmp_path / "lorapro_hf")
-    sizes = {"width": 16, "layers": 1, "pretraining_steps": 2, "validation_size": 8, "test_size": 8}
-    monkeypatch.setattr(curves, "TASK", {**TASK, **sizes})
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(cache: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curves, "TASK", TINY_TASK)
     settings = curves.compared(DemoSettings(seeds=1, steps=3, output_dir=tmp_path))
     losses: dict[int, dict[str, list[float]]] = {1: {}, 2: {}}
     steps: list[str] = []
+    threads = torch.get_num_threads()
 
     for count, found in losses.items():
 
@@ -292,29 +315,54 @@ def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 found[run.method.name] = record.losses
 
         monkeypatch.setattr(curves, "PROCESSES", count)
-        curves.train_all(settings, load_task(settings.tasks[0]), report)
-    assert losses[1].keys() == losses[2].keys() == RATES.keys()
-    for name in RATES:
+        with closing(curves.Trainings(settings)) as trainings:
+            trainings.train(report)
+    assert losses[1].keys() == losses[2].keys() == {"lora", "lora_pro", "full"}
+    for name in losses[1]:
         assert losses[2][name] == pytest.approx(losses[1][name], rel=1e-4) and steps.count(name) == 3
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.slow
+def test_a_task_that_a_process_cannot_load_is_refused(cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curves, "TASK", {**TASK, "width": 15})
+    monkeypatch.setattr(curves, "PROCESSES", 2)
+    with (
+        closing(curves.Trainings(curves.compared(DemoSettings()))) as trainings,
+        pytest.raises(UsageError, match="width=15 must be a multiple"),
+    ):
+        trainings.train(lambda run, record: None)
 
 
 # A whole run
 
 
 class Whole(NamedTuple):
-    """The folder and the output of a whole run, in which the fresh process answers with its arguments."""
+    """The folder and the output of a whole run, in which a script stands for the fresh process."""
 
     output: Path
     printed: str
 
 
 SMALL = {"model_steps": 2, "seeds": 2, "steps": 4}
+# Answers the second prompt rightly, and keeps its arguments.
+ANSWER = """
+import json, sys
+from pathlib import Path
+prompts = json.load(sys.stdin)
+Path(__file__).with_name("asked.json").write_text(json.dumps([sys.argv[1:], prompts]))
+print("noise\\n" + json.dumps(["?", "RIGHT"] + ["?"] * (len(prompts) - 2)))
+"""
+
+
+def _second_answer() -> str:
+    return word_problems(0, 2, seed=0)[1]["answer"][1].splitlines()[-1]
 
 
 @pytest.fixture
 def whole(tiny: str, tiny_task: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Whole:
     printed = StringIO()
-    (tmp_path / "answer.py").write_text("import json, sys; print(json.dumps(sys.argv[1:]))")
+    (tmp_path / "answer.py").write_text(ANSWER.replace("RIGHT", _second_answer()))
     monkeypatch.setattr(language, "STOCK_PEFT_SCRIPT", tmp_path / "answer.py")
     options = [text for name, value in SMALL.items() for text in (f"--{name}", str(value))]
     with redirect_stdout(printed):
@@ -336,9 +384,15 @@ def test_a_whole_run(whole: Whole, tiny: str) -> None:
     assert len({row["losses"][0][-1] for row in results["methods"]}) == 3
     model = results["model"]
     assert len(model["losses"]) == 2 and 0 < model["after"]["loss"] < 20 and model["adapter"] == str(output / ADAPTER)
-    untrained = language.LanguageModel(DemoSettings(model=tiny, model_steps=2), Console(file=StringIO()))
-    assert model["before"]["loss"] == pytest.approx(untrained.score(lambda: None).loss, rel=1e-6)
-    assert json.loads(model["answer"])[:4] == ["--base", tiny, "--adapter", str(output / ADAPTER)]
+    untrained = language.LanguageModel(DemoSettings(model=tiny), Console(file=StringIO()))
+    assert model["before"]["loss"] == pytest.approx(untrained.score()["loss"], rel=1e-6)
+    arguments, prompts = json.loads((output.parent / "asked.json").read_text())
+    assert arguments[:4] == ["--adapter", str(output / ADAPTER), "--base", tiny]
+    assert prompts == [problem.prompt for problem in untrained.held_out] and len(prompts) == ANSWERED
+    assert [each["right"] for each in model["answers"]] == [False, True, *[False] * (ANSWERED - 2)]
+    assert model["after"]["exact_match"] == pytest.approx(1 / ANSWERED, rel=1e-3)
+    assert f"right answers 0 → 1 of {ANSWERED}" in printed
+    assert f"the first right one:\n{prompts[1]} {_second_answer()}\n(expected: {_second_answer()};" in printed
     assert {"adapter_model.safetensors", "lorapro_config.json", "README.md"} <= set(os.listdir(output / ADAPTER))
     card = (output / ADAPTER / "README.md").read_text()
     assert "More Information Needed" not in card and tiny not in card and "on word problems." in card
@@ -352,40 +406,42 @@ def test_a_whole_run(whole: Whole, tiny: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_fresh_process_answers_with_peft_alone(whole: Whole) -> None:
-    results = json.loads((whole.output / "results.json").read_text())
-    script = Path(language.__file__).parent / "stock_peft" / "answer.py"
-    command = [sys.executable, str(script), *json.loads(results["model"]["answer"])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_a_fresh_process_answers_with_peft_alone(tiny: str, tmp_path: Path) -> None:
+    made = language.LanguageModel(DemoSettings(model=tiny), Console(quiet=True))
+    made.train(2, lambda loss: None, tmp_path / ADAPTER)
+    prompts = [problem.prompt for problem in made.held_out]
+    assert made.ask(tmp_path / ADAPTER) == made.evaluator.generate(made.model.eval(), prompts)
+
+
+def test_a_process_that_fails_is_an_error(tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = language.LanguageModel(DemoSettings(model=tiny), Console(quiet=True))
+    (tmp_path / "answer.py").write_text("?")
+    monkeypatch.setattr(language, "STOCK_PEFT_SCRIPT", tmp_path / "answer.py")
+    with pytest.raises(RuntimeError, match=r"(?s)does not load.*SyntaxError"):
+        made.ask(tmp_path)
 
 
 def test_adapter_in_the_folder_is_the_trained_one(tiny: str, tmp_path: Path) -> None:
     made = language.LanguageModel(DemoSettings(model=tiny, output_dir=tmp_path), Console(quiet=True))
-    first = made.train(2, lambda loss: None, tmp_path / "lora_pro")
+    first, second = list[float](), list[float]()
+    made.train(2, first.append, tmp_path / "lora_pro")
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "lora_pro")
     expected = get_peft_model_state_dict(made.model)
     for name, value in get_peft_model_state_dict(loaded).items():
         assert torch.equal(value, expected[name])
-    assert made.train(2, lambda loss: None) == first, "each training starts with a new adapter"
+    made.train(2, second.append)
+    assert second == first, "each training starts with a new adapter"
 
 
 # Ctrl-C
 
 
-def press(times: int = 1) -> None:
-    for _ in range(times):
-        os.kill(os.getpid(), signal.SIGINT)
+def press() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_keeps_what_is_done(
-    times: int,
-    tiny: str,
-    tiny_task: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny: str, tiny_task: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train = language.LanguageModel.train
 
@@ -396,23 +452,18 @@ def test_ctrl_c_keeps_what_is_done(
             on_step(loss)
             seen.append(loss)
             if len(seen) == 3:
-                press(times)
+                press()
 
         return train(self, steps, on_step_and_press, folder)
 
     monkeypatch.setattr(language.LanguageModel, "train", interrupted)
     settings = DemoSettings(("curves", "model"), tmp_path, model=tiny, model_steps=50, seeds=1, steps=2)
-    before = signal.getsignal(signal.SIGINT)
     assert run.run_demo(settings, Console(record=True, width=150, quiet=True), as_json=True) == 130
-    assert signal.getsignal(signal.SIGINT) is before
     results = json.loads((tmp_path / "results.json").read_text())
     assert json.loads(capsys.readouterr().out) == results
     assert results["stopped"] and len(results["methods"]) == 3 and (tmp_path / "loss_curves.png").exists()
-    if times == 1:
-        assert len(results["model"]["losses"]) in (3, 4) and results["model"]["after"] is None
-        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / ADAPTER)
-    else:  # the second one aborts at once
-        assert results["model"] is None and not (tmp_path / ADAPTER / "adapter_model.safetensors").exists()
+    assert len(results["model"]["losses"]) in (3, 4) and results["model"]["after"] == {}
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / ADAPTER)
 
 
 def test_ctrl_c_keeps_the_runs_that_have_finished(
@@ -443,22 +494,13 @@ def test_ctrl_c_before_there_is_anything_to_keep(tiny: str, tmp_path: Path, monk
     assert not (tmp_path / "results.json").exists()
 
 
-def test_stop_request_works_outside_the_main_thread() -> None:
-    def enter() -> bool:
-        with stop_request() as stop:
-            return stop.is_set()
-
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(enter).result() is False
-
-
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_the_table_is_whole_at_every_width(width: int) -> None:
     values = {"loss": (0.177, 0.005), "exact_match": (0.795, 0.012), "early": (12.34, 0.05), "step_ms": (123.4, 1.7)}
     figures = {name: Estimate(mean, error, {}) for name, (mean, error) in values.items()}
     settings = DemoSettings()
     methods = [
-        curves.MethodFigures(m.name, m.title, RATES[m.name], figures, 987_654, [])
+        curves.MethodFigures(m.name, m.title, m.learning_rates[0], figures, 987_654, [])
         for m in curves.compared(settings).methods
     ]
     console = Console(width=width, record=True, file=StringIO())

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,15 +14,6 @@ from lorapro_hf.commands.common.problems import Example
 from lorapro_hf.options import UsageError
 
 _FINAL_ANSWER = re.compile(r"#### (-?[0-9.,]+)")
-
-
-@dataclass(frozen=True)
-class Score:
-    """The loss per token of the held-out answers, and the fractions of right and of finished generated answers."""
-
-    loss: float
-    exact_match: float
-    answered: float
 
 
 def final_answer_scores(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -61,26 +51,14 @@ class Evaluator:
         # a wrong answer may be a little longer than the longest right one
         self.max_new_tokens = max(len(example.answer_ids) for example in examples) + 8
 
-    @property
-    def rounds(self) -> int:
-        """How often `score` calls `advance`."""
-        return 2 * len(list(self._batches()))
-
     def _batches(self) -> Iterator[list[Example]]:
         for start in range(0, len(self.examples), self.batch_size):
             yield self.examples[start : start + self.batch_size]
 
     @torch.no_grad()
-    def score(self, model: PeftModel, advance: Callable[[], None] = lambda: None) -> Score:
-        """The score of `model` in evaluation mode; `advance` is called after every batch."""
-        was_training = model.training
+    def loss(self, model: PeftModel) -> float:
+        """The mean loss over the tokens of the answers; `model` is left in evaluation mode."""
         model.eval()
-        try:
-            return Score(loss=self._loss(model, advance), **self.answer_scores(model, advance))
-        finally:
-            model.train(was_training)
-
-    def _loss(self, model: PeftModel, advance: Callable[[], None]) -> float:
         collate = DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=-100)
         total, count = 0.0, 0
         for batch in self._batches():
@@ -88,15 +66,11 @@ class Evaluator:
             targets = int((inputs["labels"][:, 1:] != -100).sum())
             total += float(model(**inputs).loss) * targets
             count += targets
-            advance()
         return total / count
 
-    def answer_scores(self, model: Any, advance: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def answer_scores(self, model: Any) -> dict[str, float]:
         """The `final_answer_scores` of generated answers."""
-        answers: list[str] = []
-        for batch in self._batches():
-            answers += self.generate(model, [example.prompt for example in batch])
-            advance()
+        answers = [text for batch in self._batches() for text in self.generate(model, [each.prompt for each in batch])]
         return final_answer_scores(answers, [example.answer for example in self.examples])
 
     def generate(self, model: PeftModel, prompts: list[str]) -> list[str]:

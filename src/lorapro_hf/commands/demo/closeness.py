@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,10 +33,8 @@ class Closeness:
 
 
 @torch.no_grad()
-def measure(
-    model: nn.Module, batches: Sequence[Mapping[str, Any]], advance: Callable[[], None] = lambda: None
-) -> list[Closeness]:
-    """The closeness of all adapted layers, from the mean gradient over the batches; calls `advance` after each layer.
+def measure(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> list[Closeness]:
+    """The closeness of all adapted layers, from the mean gradient over the batches.
 
     Layers whose weights are no matrices are left out.
     """
@@ -48,7 +46,6 @@ def measure(
             directions = factors.own_gradient(), factors.equivalent_gradient()
             lora, lora_pro = (distance(g, direction)[2] for direction in directions)
             measured.append(Closeness(unwrapped_name(pair.name), lora, lora_pro, best_cosine(g, A.shape[0])))
-        advance()
     return measured
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import queue
 import signal
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,15 +18,13 @@ from torch.multiprocessing import get_context
 
 from lorapro_hf.commands.common.console import ctrl_c
 from lorapro_hf.commands.compare.measures import early
-from lorapro_hf.commands.compare.methods import FULL, LORA, ComparedMethod
 from lorapro_hf.commands.compare.plan import PlannedRun, next_runs, plan
 from lorapro_hf.commands.compare.settings import CompareSettings, settings_of
 from lorapro_hf.commands.compare.significance import Estimate, estimate
 from lorapro_hf.commands.compare.store import FINISHED, RunRecord
-from lorapro_hf.commands.compare.tasks.base import LoadedTask
 from lorapro_hf.commands.compare.tasks.kinds import load_task
 from lorapro_hf.commands.compare.training import train_run
-from lorapro_hf.commands.demo.settings import RATES, TASK, DemoSettings
+from lorapro_hf.commands.demo.settings import CURVES, PRO_RATES, RATES, TASK, DemoSettings
 from lorapro_hf.config import LoRAProConfig
 from lorapro_hf.optim.rules import rule_of
 
@@ -50,19 +52,27 @@ def default_title() -> str:
     return f"LoRA-Pro ({rule.name}, {rule.update})"
 
 
+def default_rate(part: str) -> float:
+    """The rate of LoRA-Pro in its default mode."""
+    return PRO_RATES[part][rule_of(LoRAProConfig()).takes_lora_rates]
+
+
 def compared(settings: DemoSettings) -> CompareSettings:
     """The trainings as the settings of a comparison, whose schedule and clipping they have."""
+    rule = rule_of(LoRAProConfig())
+    ours = {
+        "title": default_title(),
+        "like": f"pro_{rule.name}_{rule.update}",
+        "learning_rates": [default_rate(CURVES)],
+    }
     content = {
         "tasks": {"characters": {**TASK, "steps": settings.steps}},
-        "methods": {name: [RATES[name]] for name in (LORA, FULL)},
+        "methods": {"lora": [RATES["lora"]], "lora_pro": ours, "full": [RATES["full"]]},
         "seeds": list(range(1, settings.seeds + 1)),
         "tuning_seeds": [],
         "output_dir": str(settings.output_dir),
     }
-    theirs = settings_of(content)
-    clips = rule_of(LoRAProConfig()).takes_clipped_gradients
-    ours = ComparedMethod("lora_pro", default_title(), "lorapro", (RATES["lora_pro"],), clips=clips)
-    return replace(theirs, methods=(theirs.methods[0], ours, theirs.methods[1]))
+    return settings_of(content)
 
 
 def planned(settings: CompareSettings) -> list[PlannedRun]:
@@ -70,63 +80,79 @@ def planned(settings: CompareSettings) -> list[PlannedRun]:
     return sorted((run for cell in plan(settings) for run in next_runs(cell, {})), key=lambda run: run.seed)
 
 
-def train_all(settings: CompareSettings, task: LoadedTask, report: Report) -> None:
-    """Train all runs of the task, on a CPU in two processes, which load it again.
+class Trainings:
+    """All runs of the task: on a CPU in processes that load it at once, which may take a minute of pretraining.
 
-    Raises:
-        RuntimeError: a process has ended.
+    Until they train, this process leaves them one thread.
     """
-    runs, cuda = planned(settings), torch.cuda.is_available()
-    count = 1 if cuda else min(PROCESSES, os.cpu_count() or 1, len(runs))
-    if count > 1:
-        _share_out(settings, runs, count, report)
-        return
-    device = torch.device("cuda" if cuda else "cpu")
-    for run in runs:
-        _train(task, run, settings, device, report)
 
-
-def _train(task: LoadedTask, run: PlannedRun, settings: CompareSettings, device: torch.device, report: Report) -> None:
-    report(run, train_run(task, run, settings, device, lambda: report(run, None)))
-
-
-def _share_out(settings: CompareSettings, runs: Sequence[PlannedRun], count: int, report: Report) -> None:
-    context = get_context("spawn")
-    jobs, events = context.Queue(), context.Queue()
-    for place in [*range(len(runs)), *[None] * count]:
-        jobs.put(place)
-    threads = max(1, (os.cpu_count() or 1) // count)
-    workers = [context.Process(target=_work, args=(settings, threads, jobs, events), daemon=True) for _ in range(count)]
-    try:
+    def __init__(self, settings: CompareSettings) -> None:
+        self.settings, self.runs, self.cuda = settings, planned(settings), torch.cuda.is_available()
+        count = 1 if self.cuda else min(PROCESSES, os.cpu_count() or 1, len(self.runs))
+        self.workers: list[Any] = []
+        self.threads = torch.get_num_threads()
+        if count == 1:
+            return
+        context = get_context("spawn")
+        self.jobs, self.events = context.Queue(), context.Queue()
+        torch.set_num_threads(max(1, self.threads - 1))
         with ctrl_c(signal.SIG_IGN):  # which the processes inherit: this one ends them
-            for worker in workers:
+            for _ in range(count):
+                worker = context.Process(target=_work, args=(settings, self.jobs, self.events), daemon=True)
                 worker.start()
-        left = len(runs)
+                self.workers.append(worker)
+
+    def train(self, report: Report) -> None:
+        """Train all runs.
+
+        Raises:
+            RuntimeError: a process has ended.
+        """
+        torch.set_num_threads(self.threads)
+        if not self.workers:
+            task, device = load_task(self.settings.tasks[0]), torch.device("cuda" if self.cuda else "cpu")
+            for run in self.runs:
+                report(run, train_run(task, run, self.settings, device, partial(report, run, None)))
+            return
+        for place in range(len(self.runs)):
+            self.jobs.put(place)
+        left = len(self.runs)
         while left:
             try:
-                place, record = events.get(timeout=_PATIENCE)
+                event = self.events.get(timeout=_PATIENCE)
             except queue.Empty:
-                if codes := [worker.exitcode for worker in workers if worker.exitcode]:
+                if codes := [worker.exitcode for worker in self.workers if worker.exitcode]:
                     raise RuntimeError(f"A process that trains has ended with exit code {codes[0]}.") from None
                 continue
-            report(runs[place], record)
+            if isinstance(event, Exception):
+                raise event
+            place, record = event
+            report(self.runs[place], record)
             left -= record is not None
-    finally:
-        for worker in workers:
+
+    def close(self) -> None:
+        """End the processes."""
+        torch.set_num_threads(self.threads)
+        for worker in self.workers:
             worker.terminate()
             worker.join()
+        self.workers = []
 
 
-def _work(settings: CompareSettings, threads: int, jobs: Any, events: Any) -> None:
-    """Train runs by their places in the plan until there are no more."""
-    torch.set_num_threads(threads)
-    runs, task = planned(settings), load_task(settings.tasks[0])
-    while (place := jobs.get()) is not None:
-
-        def report(run: PlannedRun, record: RunRecord | None, place: int = place) -> None:
-            events.put((place, record))
-
-        _train(task, runs[place], settings, torch.device("cpu"), report)
+def _work(settings: CompareSettings, jobs: Any, events: Any) -> None:
+    """Train runs by their places in the plan, until the process is ended."""
+    torch.set_num_threads(1)
+    try:
+        with redirect_stderr(io.StringIO()) as said:  # so that the pretraining draws no bar through others
+            task, runs = load_task(settings.tasks[0]), planned(settings)
+        print(said.getvalue(), end="", file=sys.stderr)
+    except Exception as error:
+        events.put(error)
+        return
+    while True:
+        place = jobs.get()
+        on_step = partial(events.put, (place, None))
+        events.put((place, train_run(task, runs[place], settings, torch.device("cpu"), on_step)))
 
 
 def figures(settings: CompareSettings, records: Sequence[RunRecord]) -> list[MethodFigures]:
@@ -134,16 +160,15 @@ def figures(settings: CompareSettings, records: Sequence[RunRecord]) -> list[Met
     found = []
     for method in settings.methods:
         own = [record for record in records if record.method == method.name]
-        done = [record for record in own if record.status == FINISHED]
-        values: dict[str, dict[str, float]] = {}
-        for record in done:
-            test = record.scores["test"] if record.scores else {}
-            for name, value in {**test, "early": early(record.losses), "step_ms": record.step_ms or 0.0}.items():
-                values.setdefault(name, {})[str(record.seed)] = value
+        done = {str(record.seed): record for record in own if record.status == FINISHED}
+        values = {
+            seed: {**(run.scores or {})["test"], "early": early(run.losses), "step_ms": run.step_ms or 0.0}
+            for seed, run in done.items()
+        }
+        names = next(iter(values.values()), {})
+        estimates = {name: estimate({seed: each[name] for seed, each in values.items()}) for name in names}
         if own:
-            state = next((record.state_bytes for record in done), None)
-            estimates = {name: estimate(by_seed) for name, by_seed in values.items()}
-            losses = [record.losses for record in done]
-            rate = method.learning_rates[0]
-            found.append(MethodFigures(method.name, method.title, rate, estimates, state, losses))
+            state = next((record.state_bytes for record in done.values()), None)
+            losses = [record.losses for record in done.values()]
+            found.append(MethodFigures(method.name, method.title, method.learning_rates[0], estimates, state, losses))
     return found

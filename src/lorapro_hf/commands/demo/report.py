@@ -13,16 +13,15 @@ from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.table import Table
 
-from lorapro_hf.commands.common.plots import as_png, new_figure, smooth
+from lorapro_hf.commands.common.plots import as_png, finish_loss_axes, new_figure, smooth
 from lorapro_hf.commands.common.records import environment, write_json
-from lorapro_hf.commands.common.scoring import Score
 from lorapro_hf.commands.compare.significance import Estimate
 from lorapro_hf.commands.demo.closeness import Closeness, medians
 from lorapro_hf.commands.demo.curves import MethodFigures
 from lorapro_hf.commands.demo.settings import CLOSENESS_STEPS, MODEL_RANK, TASK, DemoSettings
 
-_LORA, _PRO, _GOAL = ("#0072B2", "o", "-"), ("#D55E00", "s", "-"), ("#4d4d4d", "^", "--")
-_STYLES = {"lora": _LORA, "lora_pro": _PRO, "best": _GOAL, "full": _GOAL}
+_GOAL = ("#4d4d4d", "--")
+_STYLES = {"lora": ("#0072B2", "-"), "lora_pro": ("#D55E00", "-"), "best": _GOAL, "full": _GOAL}
 _DPI = 160
 _DIGITS = 4  # of losses and cosines in the JSON
 _WINDOW = 40  # a drawn loss is a mean over one part of so many of the steps
@@ -30,15 +29,26 @@ _WINDOW = 40  # a drawn loss is a mean over one part of so many of the steps
 
 @dataclass
 class ModelFigures:
-    """How the language model was fine-tuned; `answer` is that of stock PEFT."""
+    """How the language model was fine-tuned: its scores on the held-out problems, and the answers of stock PEFT."""
 
-    losses: list[float]
     adapter: str
-    before: Score
-    after: Score | None = None
-    prompt: str | None = None
-    answer: str | None = None
-    expected: str | None = None
+    before: dict[str, float]
+    losses: list[float] = field(default_factory=list)  # of the steps
+    after: dict[str, float] = field(default_factory=dict)
+    answers: list[dict[str, Any]] = field(default_factory=list)  # "prompt", "answer", "expected" and "right"
+
+    def sentence(self) -> str:
+        """The result in plain English, with a problem and its answer."""
+        total, (before, after) = len(self.answers), (scores["exact_match"] for scores in (self.before, self.after))
+        first = next((each for each in self.answers if each["right"]), self.answers[0])
+        which = "the first right one" if first["right"] else "none is right, and this is the first"
+        return (
+            f"{len(self.losses)} steps of LoRA-Pro: loss on held-out problems {self.before['loss']:.3f} → "
+            f"{self.after['loss']:.3f}, right answers {before * total:.0f} → {after * total:.0f} of {total}. The later "
+            f"answers are from a fresh process, where PeftModel.from_pretrained has loaded {self.adapter}; {which}:\n"
+            f"{first['prompt']} {first['answer']}\n"
+            f"(expected: {first['expected'].splitlines()[-1]}; all answers are in results.json)"
+        )
 
 
 @dataclass
@@ -109,6 +119,7 @@ def _picture(panels: Sequence[Any]) -> bytes:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.2)
         axes.tick_params(labelsize=9)
+        axes.title.set_fontsize(10)
     return as_png(figure, dpi=_DPI)
 
 
@@ -121,39 +132,28 @@ def _closeness(axes: Any, measured: Sequence[Closeness]) -> None:
     middle = medians(measured)
     titles = {"best": f"best possible at rank {MODEL_RANK}", "lora_pro": "LoRA-Pro", "lora": "LoRA"}
     for name, title in titles.items():
-        colour, marker, line = _STYLES[name]
+        colour, line = _STYLES[name]
         values = [[getattr(each, name) for each in layers] for layers in blocks.values()]
         label = f"{title}: {middle[name]:.2f}"
         axes.plot(list(blocks), [statistics.median(v) for v in values], line, color=colour, lw=2, label=label)
         axes.fill_between(list(blocks), list(map(min, values)), list(map(max, values)), color=colour, alpha=0.15, lw=0)
-    axes.set_ylim(0.0, 1.03)
-    axes.set_title(f"Direction of the update, after {CLOSENESS_STEPS} steps", fontsize=10)
-    axes.set_xlabel("transformer block", fontsize=9)
-    axes.set_ylabel("cosine to the full gradient", fontsize=9)
+    axes.set(ylim=(0.0, 1.03), xlabel="transformer block", ylabel="cosine to the full gradient")
+    axes.set_title(f"Direction of the update, after {CLOSENESS_STEPS} steps")
     legend = axes.legend(fontsize=8.5, title="median of all layers", title_fontsize=8.5, loc="upper center")
     legend.set_bbox_to_anchor((0.5, 0.88))  # between the best and the others
 
 
 def _curves(axes: Any, methods: Sequence[MethodFigures], settings: DemoSettings) -> None:
     """The smoothed training losses: the mean over the seeds, and each seed."""
-    for method in methods:
-        colour, _, line = _STYLES[method.method]
+    steps = range(1, settings.steps + 1)
+    for method in (each for each in methods if each.losses):
+        colour, line = _STYLES[method.method]
         runs = [smooth(losses, max(1, settings.steps // (2 * _WINDOW))) for losses in method.losses]
-        if not runs:
-            continue
-        steps = range(1, settings.steps + 1)
-        for losses in runs if len(runs) > 1 else ():
+        for losses in runs:
             axes.plot(steps, losses, color=colour, alpha=0.25, lw=0.7)
         mean = [statistics.fmean(each) for each in zip(*runs, strict=True)]
         axes.plot(steps, mean, line, color=colour, lw=2, label=method.title)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(axis="y", which="minor", labelsize=8)
-    axes.set_title(f"Training to the end, {_seeds(settings)}, r = {TASK['ranks'][0]}", fontsize=10)
-    axes.set_xlabel("step", fontsize=9)
-    axes.set_ylabel("training loss (log scale)", fontsize=9)
-    axes.legend(fontsize=8.5)
+    finish_loss_axes(axes, f"Training to the end, {_seeds(settings)}, r = {TASK['ranks'][0]}")
 
 
 def write(figures: DemoFigures, settings: DemoSettings) -> list[str]:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
+from contextlib import closing, nullcontext
+from functools import cached_property
 from typing import Any
 
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from lorapro_hf.commands.common.console import INTERRUPTED, prepare_output, progress_bars
-from lorapro_hf.commands.common.scoring import Score
+from lorapro_hf.commands.common.scoring import final_answer_scores
 from lorapro_hf.commands.compare.plan import PlannedRun
 from lorapro_hf.commands.compare.store import FAILED, RunRecord
 from lorapro_hf.commands.compare.sweep import outcome
-from lorapro_hf.commands.compare.tasks.kinds import load_task
 from lorapro_hf.commands.demo import closeness, curves
 from lorapro_hf.commands.demo.language import LanguageModel
 from lorapro_hf.commands.demo.report import DemoFigures, ModelFigures, results_table, write
@@ -35,33 +35,28 @@ class _Demo:
 
     def __init__(self, settings: DemoSettings, console: Console) -> None:
         self.settings, self.console, self.figures = settings, console, DemoFigures()
-        self._language: LanguageModel | None = None
+        # its processes pretrain their model while this one runs the first part
+        self.trainings = curves.Trainings(curves.compared(settings)) if CURVES in settings.parts else None
 
-    @property
+    @cached_property
     def language(self) -> LanguageModel:
         """The language model, loaded when it is needed first."""
-        if self._language is None:
-            self._language = LanguageModel(self.settings, self.console)
-        return self._language
+        return LanguageModel(self.settings, self.console)
 
     def closeness(self) -> None:
         """Compare directions with gradients after a few steps."""
         language = self.language
         with progress_bars(self.console) as progress:
-            on_step = self._bar(progress, "A few steps with LoRA-Pro", CLOSENESS_STEPS)
-            language.train(CLOSENESS_STEPS, on_step)
-            layers = progress.add_task("Comparing with the full gradients", total=None, note="")
-            self.figures.closeness = closeness.measure(
-                language.model, language.batches(), lambda: progress.advance(layers)
-            )
+            language.train(CLOSENESS_STEPS, self._bar(progress, "A few steps with LoRA-Pro", CLOSENESS_STEPS))
+        with self.console.status("Comparing with the full gradients"):
+            self.figures.closeness = closeness.measure(language.model, language.batches())
         self.say(closeness.sentence(self.figures.closeness, MODEL_RANK))
 
     def curves(self) -> None:
         """Train the methods of the comparison under all seeds."""
-        compared, records = curves.compared(self.settings), list[RunRecord]()
-        self.say("Loading the small model for the puzzles; its pretraining takes a minute, once.")
-        task = load_task(compared.tasks[0])  # the pretraining has a bar of its own
-        steps = self.settings.seeds * self.settings.steps
+        trainings, records = self.trainings, list[RunRecord]()
+        assert trainings is not None
+        self.say("The small model of the puzzles is pretrained once, which takes a minute, and kept.")
 
         def report(run: PlannedRun, record: RunRecord | None) -> None:
             if record is None:
@@ -70,64 +65,59 @@ class _Demo:
             if record.status == FAILED:
                 raise RuntimeError(f"{run.title}: {record.error}\n{record.traceback}")
             records.append(record)
-            self.figures.methods = curves.figures(compared, records)
+            self.figures.methods = curves.figures(trainings.settings, records)
             progress.update(bars[run.method.name], note=f"seed {run.seed}: {outcome(record)}")
             self._log(f"{run.title}: {outcome(record)}")
 
+        steps = self.settings.seeds * self.settings.steps
         with progress_bars(self.console) as progress:
-            bars = {method.name: progress.add_task(method.title, total=steps, note="") for method in compared.methods}
-            curves.train_all(compared, task, report)
+            methods = trainings.settings.methods
+            bars = {each.name: progress.add_task(each.title, total=steps, note="") for each in methods}
+            trainings.train(report)
 
     def model(self) -> None:
         """Fine-tune the language model, and let stock PEFT answer with its adapter."""
         language, folder, steps = self.language, self.settings.output_dir / ADAPTER, self.settings.model_steps
         language.start_anew()  # after the steps for the closeness
+        with self.console.status("The held-out problems before the training"):
+            before = language.score()
+        figures = self.figures.model = ModelFigures(str(folder), before)
         with progress_bars(self.console) as progress:
-            before = self._score(progress, "Held-out problems, before")
-            losses = language.train(steps, self._bar(progress, f"Training {curves.default_title()}", steps), folder)
-            figures = self.figures.model = ModelFigures(losses, str(folder), before)
-            if len(losses) < steps:
-                raise KeyboardInterrupt
-            with language.ask(folder) as process:  # beside the evaluation: it takes as long to load the model
-                figures.after = self._score(progress, "Held-out problems, after")
-                answer, errors = process.communicate()
-        if process.returncode != 0:
-            raise RuntimeError(f"The adapter {folder} does not load in a fresh process:\n{errors[-4000:]}")
-        problem = language.held_out[0]
-        figures.prompt, figures.answer = problem.prompt, answer.strip()
-        figures.expected = problem.answer.splitlines()[-1]
-        self.say(
-            f"{steps} steps of LoRA-Pro: held-out loss {before.loss:.3f} → {figures.after.loss:.3f}, right answers "
-            f"{before.exact_match:.0%} → {figures.after.exact_match:.0%}.\n{folder}, loaded by "
-            f"PeftModel.from_pretrained in a fresh process:\n{problem.prompt} {figures.answer}\n"
-            f"(expected: {figures.expected})"
-        )
+            on_step = self._bar(progress, f"Training {curves.default_title()}", steps, figures.losses)
+            language.train(steps, on_step, folder)
+        with self.console.status("The held-out problems after it, answered by stock PEFT in a fresh process"):
+            loss, answers = language.evaluator.loss(language.model), language.ask(folder)
+        expected = [problem.answer for problem in language.held_out]
+        figures.after = {"loss": loss, **final_answer_scores(answers, expected)}
+        figures.answers = [
+            {
+                "prompt": problem.prompt,
+                "answer": answer,
+                "expected": problem.answer,
+                "right": final_answer_scores([answer], [problem.answer])["exact_match"] == 1.0,
+            }
+            for problem, answer in zip(language.held_out, answers, strict=True)
+        ]
+        self.say(figures.sentence())
 
     def say(self, text: str) -> None:
         """Print text as it is."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def _score(self, progress: Any, title: str) -> Score:
-        task = progress.add_task(title, total=self.language.evaluator.rounds, note="")
-        score = self.language.score(partial(progress.advance, task))
-        progress.update(task, note=f"loss {score.loss:.3f}, {score.exact_match:.1%} right")
-        self._log(f"{title}: loss {score.loss:.3f}, {score.exact_match:.1%} right")
-        return score
 
     def _log(self, line: str) -> None:
         """Print a line about the progress if the output is a file: bars would appear there at the end only."""
         if not self.console.is_terminal:
             self.say(line)
 
-    def _bar(self, progress: Any, title: str, steps: int) -> Callable[[float], None]:
-        """Add a progress bar for a training; gives the function that advances it by a step."""
-        task = progress.add_task(title, total=steps, note="")
+    def _bar(self, progress: Any, title: str, steps: int, losses: list[float] | None = None) -> Callable[[float], None]:
+        """Add a progress bar for a training; gives the function that advances it by a step and keeps the loss."""
+        task, kept = progress.add_task(title, total=steps, note=""), [] if losses is None else losses
 
         def on_step(loss: float) -> None:
+            kept.append(loss)
             progress.update(task, advance=1, note=f"loss {loss:.3f}")
-            done = round(progress.tasks[task].completed)
-            if done % max(1, steps // _LINES) == 0:
-                self._log(f"{title}: step {done} of {steps}, loss {loss:.3f}")
+            if len(kept) % max(1, steps // _LINES) == 0:
+                self._log(f"{title}: step {len(kept)} of {steps}, loss {loss:.3f}")
 
         return on_step
 
@@ -155,18 +145,19 @@ def run_demo(settings: DemoSettings, console: Console | None = None, as_json: bo
     demo = _Demo(settings, console)
     figures, pictures = demo.figures, list[str]()
     parts = {CLOSENESS: demo.closeness, CURVES: demo.curves, MODEL: demo.model}
-    for place, name in enumerate((part for part in PARTS if part in settings.parts), start=1):
-        console.rule(f"Part {place} of {len(settings.parts)}: {name}")
-        begun = time.perf_counter()
-        try:
-            parts[name]()
-        except KeyboardInterrupt:
-            figures.stopped = True
-        figures.times_s[name] = time.perf_counter() - begun
-        if figures:
-            pictures = write(figures, settings)
-        if figures.stopped:
-            break
+    with closing(demo.trainings) if demo.trainings else nullcontext():
+        for place, name in enumerate((part for part in PARTS if part in settings.parts), start=1):
+            console.rule(f"Part {place} of {len(settings.parts)}: {name}")
+            begun = time.perf_counter()
+            try:
+                parts[name]()
+            except KeyboardInterrupt:
+                figures.stopped = True
+            figures.times_s[name] = time.perf_counter() - begun
+            if figures:
+                pictures = write(figures, settings)
+            if figures.stopped:
+                break
     if not figures:
         raise KeyboardInterrupt
     _finish(demo, pictures, time.perf_counter() - started)

@@ -1,4 +1,4 @@
-"""What can be chosen about a demo run, and at which rates do its trainings run?"""
+"""What can be chosen about a demo run, and which sizes and rates have its trainings?"""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from lorapro_hf.options import UsageError, at_least_one
 CLOSENESS, CURVES, MODEL = "closeness", "curves", "model"
 PARTS = (CLOSENESS, CURVES, MODEL)
 
-# The task of the loss curves, an entry of a YAML for `lorapro compare`, and rates that were the best in short sweeps
-# under another seed.
+# The task of the loss curves, an entry of a YAML for `lorapro compare`.
 TASK: Mapping[str, Any] = {"kind": "characters", "ranks": [4]}
-RATES: Mapping[str, float] = {"lora": 1e-2, "lora_pro": 1e-2, "full": 3e-3}
-# SmolLM2-135M: adapter, and the rate of the library's default; at 1e-3 the loss jumps in the first steps.
-MODEL_RANK, MODEL_RATE, BATCH_SIZE = 8, 3e-4, 8
-HELD_OUT, EVALUATED = 64, 24  # problems, and those that are answered
-CLOSENESS_STEPS, CLOSENESS_BATCHES = 6, 2  # of the training before the gradients are compared, and of their data
+RATES: Mapping[str, float] = {"lora": 1e-2, "full": 3e-3}
+# LoRA-Pro's: in modes that take rates of full fine-tuning, and in modes that take LoRA's.
+PRO_RATES: Mapping[str, tuple[float, float]] = {CURVES: (1e-2, 2e-2), MODEL: (3e-4, 2e-3)}
+MODEL_RANK, BATCH_SIZE = 8, 8
+HELD_OUT, ANSWERED = 64, 24  # problems, and the most that are answered
+SHORT, LONG = 56, 512  # tokens of the longest problems: with the built-in model and data, to save time, and else
+CLOSENESS_STEPS, CLOSENESS_BATCHES = 4, 2  # of the training before the gradients are compared, and of their data
 
 TRAININGS, LANGUAGE = "loss curves", "language model"
 _USED_BY = {
@@ -58,10 +59,14 @@ class DemoSettings:
         metavar="NAME",
     )
     dataset_config: str | None = option(None, "configuration of a hub dataset", LANGUAGE, metavar="NAME")
-    max_length: int = option(
-        512, "leave out problems with more tokens than this", LANGUAGE, type=at_least_one, metavar="N"
+    max_length: int | None = option(
+        None,
+        f"leave out problems with more tokens than this (default: {LONG}; {SHORT} of the built-in model and problems)",
+        LANGUAGE,
+        type=at_least_one,
+        metavar="N",
     )
-    model_steps: int = option(12, "optimizer steps of its fine-tuning", LANGUAGE, type=at_least_one, metavar="N")
+    model_steps: int = option(48, "optimizer steps of its fine-tuning", LANGUAGE, type=at_least_one, metavar="N")
 
     def __post_init__(self) -> None:
         if len(set(self.parts)) < len(self.parts):

@@ -128,7 +128,7 @@ _CALLBACKS: Mapping[str, tuple[str, Mapping[str, Mapping[str, Any]]]] = {
 
 def _neighbours() -> list[ComparedMethod]:
     """The methods that act beside an optimizer, each with AdamW and with LoRA-Pro's default."""
-    settings = {"mode": MODE, "update": UPDATE}
+    settings: dict[str, Any] = {"mode": MODE, "update": UPDATE}
     rates = _rates(rule_of(LoRAProConfig(**settings)))
     methods = [ComparedMethod("lora_sb", "LoRA-SB", "adamw", _LORA_RATES, callbacks={"LoRASB": {}})]  # trains R alone
     named = {**_CALLBACKS, "gelora": ("GeLoRA", None)}

@@ -36,6 +36,7 @@ FLOORS = (
         "commands.bench",
         "commands.compare",
         "commands.evaluate",
+        "commands.init",
         "commands.inspect",
         "commands.merge",
         "commands.plot",

@@ -13,6 +13,7 @@ from lorapro_hf.commands.bench.command import BENCH, BENCH_EXAMPLES, add_bench
 from lorapro_hf.commands.compare.command import COMPARE, COMPARE_EXAMPLES, add_compare
 from lorapro_hf.commands.demo.command import DEMO, DEMO_EXAMPLES, add_demo
 from lorapro_hf.commands.evaluate.command import EVALUATE, EVALUATE_EXAMPLES, add_evaluate
+from lorapro_hf.commands.init.command import INIT, INIT_EXAMPLES, add_init
 from lorapro_hf.commands.inspect.command import INSPECT, INSPECT_EXAMPLES, add_inspect
 from lorapro_hf.commands.merge.command import MERGE, MERGE_EXAMPLES, add_merge
 from lorapro_hf.commands.plot import PLOT, PLOT_EXAMPLES, add_plot
@@ -29,6 +30,7 @@ EPILOG = """\
   lorapro demo                                      see what LoRA-Pro does, without a download
   lorapro inspect MODEL --lora_r 16                 see which layers would be trained, and at which cost
   lorapro train --list                              list the recipes
+  lorapro init                                      write a recipe for your model and data
 
 exit codes: 0 done, 1 failed, 2 bad arguments, 130 stopped by Ctrl-C
 Results go to stdout, errors to stderr. With --json, which some commands have, stdout is JSON alone.
@@ -36,6 +38,7 @@ Results go to stdout, errors to stderr. With --json, which some commands have, s
 
 _COMMANDS = (
     ("demo", add_demo, "show what LoRA-Pro does, without a download", DEMO, DEMO_EXAMPLES),
+    ("init", add_init, "write a recipe for your model and data", INIT, INIT_EXAMPLES),
     ("train", add_train, "train from a recipe, the package's or your own", TRAIN, TRAIN_EXAMPLES),
     ("evaluate", add_evaluate, "evaluate a language model or adapter", EVALUATE, EVALUATE_EXAMPLES),
     ("inspect", add_inspect, "show a model, adapter or checkpoint, and its cost", INSPECT, INSPECT_EXAMPLES),

@@ -36,9 +36,9 @@ def resolved_recipe(script: str, settings: Mapping[str, Any], given: Iterable[st
         "#",
         "#   lorapro train recipe.yaml --output_dir runs/again",
         f"script: {script}",
-        *(_line(name, settings[name]) for name in chosen),
+        *(_setting(name, settings[name]) for name in chosen),
         "# defaults",
-        *(_line(name, settings[name]) for name in others),
+        *(_setting(name, settings[name]) for name in others),
     ]
     return "\n".join(lines) + "\n"
 
@@ -47,9 +47,12 @@ def _is_empty(value: Any) -> bool:
     return value is None or value is False or value in ("", [], {})
 
 
-def _line(name: str, value: Any) -> str:
-    if name in _LEFT_OUT:
-        return f"# {name} is left out: {_LEFT_OUT[name]}."
+def yaml_line(name: str, value: Any) -> str:
+    """Return a setting of a recipe as one line of YAML."""
     plain = value.value if isinstance(value, Enum) else value
     style = None if isinstance(plain, list | dict) else False  # lists in one line, long texts in one as well
     return yaml.safe_dump({name: plain}, default_flow_style=style, width=float("inf"), allow_unicode=True).rstrip("\n")
+
+
+def _setting(name: str, value: Any) -> str:
+    return f"# {name} is left out: {_LEFT_OUT[name]}." if name in _LEFT_OUT else yaml_line(name, value)

@@ -1,0 +1,1 @@
+"""`lorapro init`: a recipe for a model and a data file."""

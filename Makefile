@@ -82,8 +82,8 @@ smoke: $(STAMP) ## run every recipe on a tiny model and tiny data
 chaos: $(STAMP) ## kill, damage and mix trainings at random and report how each goes on, twenty minutes on two idle cores
 	PYTHONPATH=tests/helpers $(BIN)/python -m chaos $(ARGS)
 
-compare-small: ## compare all methods on small tasks, 50 to 800 steps, and write docs/results.md, two hours on two cores
-compare-long: ## compare over 3,000 steps and on an encoder and write docs/results.md, three hours on two cores
+compare-small: ## compare all methods on small tasks, 50 to 800 steps, and write docs/results.md, an hour on two cores
+compare-long: ## compare over 3,000 steps, other ranks and an encoder, two hours on two cores
 compare-held_out: ## compare on puzzles that no setting was chosen on, forty minutes on two cores
 compare-whole: ## compare on a whole small model and write docs/results.md, three hours on two cores
 compare-neighbours: ## compare the methods beside LoRA-Pro and write docs/results.md, half an hour on two cores

@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ import lorapro_hf
 from lorapro_hf import LoRAProTrainer
 from lorapro_hf.checkpoints import manifest
 from lorapro_hf.checkpoints.resume import checkpoints_in, find_flaw
+from lorapro_hf.cli import build_parser
 from lorapro_hf.hub import describe
 from lorapro_hf.recipes.endings import one_line_errors, way_on
 from lorapro_hf.utils.extras import MissingExtraError
@@ -80,8 +82,10 @@ def test_a_training_says_what_it_trains_how_and_where_the_adapter_lies(finished:
     values = sum(factor.numel() for factor in factors(folder / "out").values())
     assert lines[0].startswith(f"{values:,} of ") and lines[0].endswith("%)")
     assert lines[1].startswith("LoRA-Pro: 14 pairs, mode=full")
-    assert lines[-1] == "The adapter and its model card, README.md, lie in out"
-    assert len(lines) == 3
+    assert lines[-2] == "The adapter and its model card, README.md, lie in out"
+    assert lines[-1].startswith("Next: ") and len(lines) == 4
+    for command in lines[-1].removeprefix("Next: ").split(", or "):
+        assert build_parser().parse_args(command.split()[1:]).command in ("evaluate", "merge")
 
 
 @pytest.mark.parametrize(("level", "rank", "said"), [("warning", "0", 0), ("passive", "1", 0), ("passive", "0", 1)])
@@ -193,6 +197,37 @@ def test_ctrl_c_says_how_to_go_on_and_so_it_does(
     said = "To go on from out/checkpoint-2, give the same command with --resume_from_checkpoint true."
     assert (code, line) == (130, f"run_clm.py: stopped by Ctrl-C. {said}")
     script("run_clm.py").main([*SETTINGS, "--output_dir", "out", "--resume_from_checkpoint", "true"])
+    for name, values in factors(whole).items():
+        assert values.equal(factors(folder / "out")[name]), name
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_saves_a_checkpoint_and_twice_stops_at_once(
+    presses: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, step = folder / "whole", LoRAProTrainer.training_step
+    (folder / "out").rename(whole)
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for _ in range(presses if self.state.global_step == 1 else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    command = "lorapro train mine.yaml --resume_from_checkpoint x"
+    monkeypatch.setenv("LORAPRO_TRAIN_COMMAND", command)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with monkeypatch.context() as patch:
+        patch.setattr(LoRAProTrainer, "training_step", training_step)
+        code, line = ending(capsys, "--save_strategy", "no")
+    assert code == 130
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+    if presses == 2:
+        assert "out has no complete checkpoint" in line
+        return
+    resume = "--resume_from_checkpoint true"
+    said = f"To go on from out/checkpoint-2: lorapro train mine.yaml {resume}"
+    assert line == f"run_clm.py: stopped by Ctrl-C. {said}"
+    script("run_clm.py").main([*SETTINGS, "--output_dir", "out", *resume.split()])
     for name, values in factors(whole).items():
         assert values.equal(factors(folder / "out")[name]), name
 

@@ -20,6 +20,7 @@ from signals import listen
 
 STUB = """import json, os, signal, sys
 json.dump(sys.argv[1:], open("words.json", "w"))
+open("command", "w").write(os.environ["LORAPRO_TRAIN_COMMAND"])
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # shells let background jobs ignore it
 if "--killed" in sys.argv:
     os.kill(os.getpid(), int(sys.argv[-1]))
@@ -46,6 +47,7 @@ def words() -> list[str]:
 def test_the_script_gets_the_recipe_and_the_overrides(name: str) -> None:
     assert main(["train", name, "--learning_rate", "1e-5", "--do_eval"]) == 0
     assert words() == ["mine.yaml", "--learning_rate", "1e-5", "--do_eval"]
+    assert Path("command").read_text() == f"lorapro train {name} --learning_rate 1e-5 --do_eval"
 
 
 def test_a_script_runs_without_a_recipe() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
 from lorapro_hf.commands.common.processes import IS_POSIX, become, supervise
 from lorapro_hf.options import UsageError, at_least_one
-from lorapro_hf.recipes import folder_of
+from lorapro_hf.recipes import COMMAND, folder_of
 from lorapro_hf.recipes.shipped import described, find
 
 TRAIN = """Train from a recipe: a YAML file with a script and its settings. Flags after the recipe override them.
@@ -55,10 +56,18 @@ def train(arguments: argparse.Namespace) -> int:
     switches = ["--print_config"] * arguments.print_config
     launcher = [sys.executable] if arguments.print_config else _launcher(arguments)
     command = [*launcher, str(script), *words, *arguments.overrides, *switches]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", COMMAND: shlex.join(_said(arguments))}
     if arguments.is_program and IS_POSIX and not _is_launched(arguments):
         become(command, environment)  # a signal to this process reaches the training
     return supervise(command, environment)
+
+
+def _said(arguments: argparse.Namespace) -> list[str]:
+    """Return the words of this command line that start the training."""
+    options = ("num_processes", "accelerate_config")
+    given = {f"--{name}": getattr(arguments, name) for name in options if getattr(arguments, name) is not None}
+    launch = [str(word) for pair in given.items() for word in pair]
+    return ["lorapro", "train", *launch, arguments.recipe, *arguments.overrides]
 
 
 def _is_launched(arguments: argparse.Namespace) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+COMMAND = "LORAPRO_TRAIN_COMMAND"  # in the environment of a script: the command that has started it
 _PACKAGE = Path(__file__).parents[1]
 
 

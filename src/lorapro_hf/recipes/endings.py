@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dis
+import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +15,10 @@ from transformers import TrainingArguments
 
 from lorapro_hf.checkpoints.resume import checkpoints_in, find_flaw
 from lorapro_hf.options import STOPPED, UsageError, is_disk_full, say_stopped
+from lorapro_hf.recipes import COMMAND
 from lorapro_hf.utils.extras import MissingExtraError
 
+_RESUME = re.compile(r" --resume[_-]from[_-]checkpoint[= ]('[^']*'|\S+)")
 _CANNOT_RESUME = "cannot resume from "  # how every refusal of `lorapro_hf.checkpoints.resume` begins
 # the messages of transformers, PEFT and datasets about names that are neither on this machine nor on the Hub
 _NO_HUB = re.compile(r"https://huggingface\.co|on the Hub \(|the Hugging Face Hub|Can't find 'adapter_config\.json'")
@@ -86,6 +90,9 @@ def way_on(arguments: TrainingArguments) -> str:
     if complete is not None:
         # without LoRA-Pro the newest folder is taken, complete or not
         named = "true" if getattr(arguments, "lora_pro", True) or complete == checkpoints[0] else complete
+        if COMMAND in os.environ:
+            command = _RESUME.sub("", os.environ[COMMAND])
+            return f"To go on from {complete}: {command} --resume_from_checkpoint {shlex.quote(str(named))}"
         return f"To go on from {complete}, give the same command with --resume_from_checkpoint {named}."
     delete = f"delete {', '.join(each.name for each in checkpoints)} there and " if checkpoints else ""
     without = " without --resume_from_checkpoint" if arguments.resume_from_checkpoint else ""

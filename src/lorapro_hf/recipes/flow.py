@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from lorapro_hf.hub.compose import RECIPE
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.endings import one_line_errors, with_a_way_on
 from lorapro_hf.recipes.parser import RecipeParser
+from lorapro_hf.recipes.stopping import SaveAtCtrlC
 
 logger = logging.getLogger(__name__)
 
@@ -103,10 +105,14 @@ def run(
             _log_parameters(trainer)
             if trainer.is_world_process_zero():
                 Path(arguments.output_dir, RECIPE).write_text(parser.resolved, encoding="utf-8")
-            result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments))
+            stop = SaveAtCtrlC()
+            with stop.listening(trainer):
+                result = trainer.train(resume_from_checkpoint=checkpoint_to_resume(arguments))
             trainer.save_model()
             metrics |= _saved(trainer, "train", {**result.metrics, "train_samples": len(trainer.train_dataset)})
             trainer.save_state()
+            if stop.asked:  # after the last step
+                raise KeyboardInterrupt
         if arguments.do_eval:
             metrics |= _saved(trainer, "eval", finish_metrics(trainer.evaluate()))
         if arguments.do_predict:
@@ -121,6 +127,7 @@ def run(
             trainer.create_model_card(**card)
     if arguments.do_train and trainer.is_world_process_zero():
         logger.info("The adapter and its model card, README.md, lie in %s", arguments.output_dir)
+        _log_next(trainer)
     return metrics
 
 
@@ -139,6 +146,13 @@ def _log_parameters(trainer: Trainer) -> None:
     if isinstance(trainer.model, PeftModel) and trainer.is_world_process_zero():
         trained, whole = trainer.model.get_nb_trainable_parameters()
         logger.info("%s of %s parameters are trained (%.2f%%)", f"{trained:,}", f"{whole:,}", 100 * trained / whole)
+
+
+def _log_next(trainer: Trainer) -> None:
+    """Name the commands for the adapter of a language model."""
+    if isinstance(trainer.model, PeftModel) and trainer.model.active_peft_config.task_type == "CAUSAL_LM":
+        adapter, merged = (shlex.quote(f"{trainer.args.output_dir}{end}") for end in ("", "-merged"))
+        logger.info("Next: lorapro evaluate TASK --adapter %s, or lorapro merge %s %s", adapter, adapter, merged)
 
 
 def _saved(trainer: Trainer, split: str, metrics: dict[str, float]) -> dict[str, float]:

@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from grids import rest_slow
@@ -22,6 +23,7 @@ from lorapro_hf.functional import reference
 from lorapro_hf.functional.bases import row_basis
 from lorapro_hf.functional.factor_steps import REACH, lengthened
 from lorapro_hf.functional.reference import DenseFullAdamW
+from lorapro_hf.kernels import native
 from lorapro_hf.optim.rules import efficient
 from optimizer_helpers import (
     LINEAR,
@@ -202,6 +204,48 @@ def test_pairs_without_gradient_wait(mode):
     optimizer.step()
     assert torch.equal(first.A, before[0]) and not optimizer.state[first.A]
     assert not torch.equal(second.B, before[1])
+
+
+class Experts(nn.Module):
+    """Three experts as one parameter; those without tokens have a gradient of 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 5, 6))
+
+    def forward(self, inputs, experts):
+        return sum(inputs @ self.weight[each].mT for each in experts)
+
+
+def test_an_expert_without_tokens_waits_in_mode_spectral():
+    """Its momentum fades, but the polar factor of the momentum does not."""
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(Experts()), LoraConfig(r=2, target_modules=[], target_parameters=["0.weight"]))
+    optimizer = create_lorapro_optimizer(model, lr=1e-2, mode="spectral", weight_decay=0.1)
+    (pair,) = optimizer.pairs
+    for experts in ([0, 1, 2], [0, 2]):
+        before = pair.matrix_A(pair.A).detach().clone(), pair.matrix_B(pair.B).detach().clone()
+        model.base_model.model[0](torch.randn(8, 6), experts).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = pair.matrix_A(pair.A), pair.matrix_B(pair.B)
+    for old, new in zip(before, after, strict=True):
+        assert [torch.equal(*both) for both in zip(old, new, strict=True)] == [False, True, False]
+
+
+@pytest.mark.parametrize("kernels", ["as found", "torch"])
+def test_a_pair_with_a_gradient_of_0_waits_in_mode_spectral(kernels, monkeypatch):
+    if kernels == "torch":
+        monkeypatch.setattr(native, "native_kernels", lambda: None)
+    model, optimizer = trained(3, mode="spectral")
+    backward(model)
+    first, second = optimizer.pairs
+    first.A.grad.zero_(), first.B.grad.zero_()
+    moments = [optimizer.state[factor]["exp_avg"] for factor in (first.A, first.B)]
+    before = [tensor.detach().clone() for tensor in (first.A, first.B, *moments, second.A)]
+    optimizer.step()
+    after = (first.A, first.B, *moments, second.A)
+    assert [torch.equal(*both) for both in zip(before, after, strict=True)] == [True] * 4 + [False]
 
 
 def test_groups_decay_as_in_trainer():

@@ -182,6 +182,11 @@ class DenseSpectral(DenseFactoredAdamW):
         super().__init__(A, B, scaling, **hyperparameters)
         self.iterations = iterations
 
+    def step(self, g: Tensor) -> None:
+        """One step for the full gradient `g` `(m, n)`, none if it is 0."""
+        if g.any():
+            super().step(g)
+
     def direction(self, g: Tensor) -> Tensor:
         """Count the gradient in and return `0.2 √max(m, n) P_T(msign N)` `(m, n)`."""
         beta = self.betas[0]

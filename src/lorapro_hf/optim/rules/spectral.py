@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,11 @@ _BLOCK_ELEMENTS = 2**20  # of a matrix of the size of a weight that diagnostics 
 
 
 class Spectral(TangentMoment):
-    """The factors step along the polar factor of the momentum, projected on their tangent space."""
+    """The factors step along the polar factor of the momentum, projected on their tangent space.
+
+    A pair whose gradient is 0, such as an expert without tokens, waits like a pair without a gradient. The polar factor
+    of a fading momentum is as long as any, so that such a pair would walk on.
+    """
 
     name = "spectral"
     takes_lora_rates = True
@@ -35,6 +41,8 @@ class Spectral(TangentMoment):
 
     def step(self, read: StackGradient, state: StackState, options: StepOptions) -> Rows:
         """The step of `spectral_step`."""
+        a, b = read.coordinates
+        options = _with_gradient(options, a.flatten(1).any(1) | b.flatten(1).any(1))
         factors, bases, coordinates = stepped_coordinates(read, state, options.rtol)
         moments = SpectralState(state["A", "exp_avg"], state["B", "exp_avg"])
         iterations = self.config.spectral_iterations
@@ -42,6 +50,7 @@ class Spectral(TangentMoment):
 
     def native_step(self, read: NativeGradient, state: StackState, options: StepOptions) -> None:
         """Step factors and state in place."""
+        options = _with_gradient(options, read.native.norms.any(1))
         step_natively(
             self.name, read, state, options, native_options(options, iterations=self.config.spectral_iterations)
         )
@@ -58,6 +67,8 @@ class Spectral(TangentMoment):
             b[rows] = block @ P_A.mT
         # g̃ = P_B g + (I − P_B) g P_A; ahead = β (β M + (1 − β) g̃) + (1 − β) g̃
         left, right = torch.cat([P_B.mT, b - P_B.mT @ (P_B @ b)], 1), torch.cat([a, P_A])
+        if not (a.any() or b.any()):
+            return lambda rows: A.new_zeros(len(B[rows]), A.shape[1])
         right = right * (1 - beta**2)
         if "exp_avg" in state[0]:
             M_left, M_right = first_moment(A, B, state, self.config.rtol)
@@ -69,6 +80,11 @@ class Spectral(TangentMoment):
             right = torch.cat([seen_by_B @ right, P_A])
         right = right * (LENGTH * max(len(B), A.shape[1]) ** 0.5)
         return lambda rows: left[rows] @ right
+
+
+def _with_gradient(options: StepOptions, has_gradient: Tensor) -> StepOptions:
+    """The options of a step for the active pairs with a gradient; `has_gradient` is bool `(K,)`."""
+    return replace(options, active=has_gradient if options.active is None else options.active & has_gradient)
 
 
 def _orthonormal_rows(factor: Tensor, rtol: float | None) -> Tensor:

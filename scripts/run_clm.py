@@ -2,7 +2,7 @@ r"""Fine-tune a causal language model on plain text with LoRA-Pro: a data set of
 
 python scripts/run_clm.py --model_name_or_path HuggingFaceTB/SmolLM2-135M \
     --dataset_name Salesforce/wikitext --dataset_config_name wikitext-2-raw-v1 \
-    --do_train --do_eval --learning_rate 2e-5 --output_dir runs/wikitext
+    --do_train --do_eval --learning_rate 2e-4 --output_dir runs/wikitext
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@ r"""Align a language model with preferences by DPO, with LoRA-Pro and TRL.
 Rows have `chosen` and `rejected`, and `prompt` unless both begin with the prompt; each is a text or a list of messages.
 
     python scripts/run_dpo.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
-        --dataset_name trl-lib/ultrafeedback_binarized --learning_rate 5e-7 --output_dir runs/dpo
+        --dataset_name trl-lib/ultrafeedback_binarized --learning_rate 5e-6 --output_dir runs/dpo
 
 The reference is the base model, or with `--adapter_name_or_path` the adapter before the training.
 """

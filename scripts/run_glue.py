@@ -1,7 +1,7 @@
 r"""Fine-tune a model to classify texts with LoRA-Pro: any GLUE task, or your own CSV, JSON or Parquet files.
 
     python scripts/run_glue.py --model_name_or_path FacebookAI/roberta-base --task_name mrpc \
-        --do_train --do_eval --learning_rate 2e-5 --output_dir runs/mrpc
+        --do_train --do_eval --learning_rate 2e-4 --output_dir runs/mrpc
 
 Files have a column `label` and one or two columns of text (`sentence1` and `sentence2`, or the first two others).
 """

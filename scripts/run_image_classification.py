@@ -2,7 +2,7 @@ r"""Fine-tune a vision model such as ViT or CLIP's image tower to classify image
 
     python scripts/run_image_classification.py --model_name_or_path google/vit-base-patch16-224-in21k \
         --dataset_name ethz/food101 --validation_split validation --do_train --do_eval \
-        --learning_rate 5e-5 --output_dir runs/food
+        --learning_rate 5e-4 --output_dir runs/food
 
 Your own images lie in a folder with a subfolder for each class: `--train_dir` and `--validation_dir`. The model's image
 processor resizes and normalizes them; torchvision is not needed.

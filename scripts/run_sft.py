@@ -4,15 +4,15 @@ Conversations (a column `messages`, or `conversations` in ShareGPT's form), prom
 and `completion`) and plain text (a column `text`) need no more flags:
 
     python scripts/run_sft.py --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
-        --dataset_name trl-lib/Capybara --packing --learning_rate 2e-5 --output_dir runs/capybara
+        --dataset_name trl-lib/Capybara --packing --learning_rate 2e-4 --output_dir runs/capybara
 
 Other columns need their names:
 
     python scripts/run_sft.py --model_name_or_path meta-llama/Llama-2-7b-hf --dataset_name meta-math/MetaMathQA \
         --prompt_column query --completion_column response --prompt_template alpaca \
-        --learning_rate 2e-5 --output_dir runs/metamath
+        --learning_rate 2e-4 --output_dir runs/metamath
 
-From a recipe: python scripts/run_sft.py configs/smollm2-135m.yaml --learning_rate 1e-5
+From a recipe: python scripts/run_sft.py configs/smollm2-135m.yaml --learning_rate 3e-4
 """
 
 from __future__ import annotations

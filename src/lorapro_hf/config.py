@@ -18,7 +18,7 @@ UPDATES = ("linear", "sequential")
 MOMENTS_DTYPES = ("float32", "bfloat16")
 BACKENDS = ("auto", "torch", "triton")
 # Where the settings leave it open: the mode, and in modes without a value of their own the update and the trust region.
-MODE = "factored"
+MODE = "spectral"
 UPDATE = "linear"
 TRUST_REGION: float | None = 0.04  # None is no limit
 # Other keywords of the optimizer: a mistyped one gets the nearest name as a hint.
@@ -48,13 +48,13 @@ class LoRAProConfig:
     """Settings of LoRA-Pro.
 
     Args:
-        mode: Decides memory and learning rate. `"full"` keeps Adam's moments of the equivalent gradient, of the size of
-            the adapted weights, in float32. `"full_8bit"` keeps the same in 8 bits an element, and `"factored"`, the
-            default, in the memory of the factors. For these three start at the learning rate of full fine-tuning (2e-5
-            for a 7B model); with a trust region the best may be as high as that of LoRA. The others use learning rates
-            of LoRA: `"spectral"` steps along the orthogonalised momentum and keeps half of AdamW's state, `"rite"` is
-            LoRA-RITE, whose step does not divide by the scaling, and `"efficient"` is AdamW on the two factors, with
-            longer steps of A while B is small.
+        mode: Decides memory and learning rate. `"spectral"`, the default, steps along the orthogonalised momentum of
+            the equivalent gradient and keeps half of AdamW's state. `"rite"` is LoRA-RITE, whose step does not divide
+            by the scaling, and `"efficient"` is AdamW on the two factors, with longer steps of A while B is small.
+            These three use learning rates of LoRA. `"full"`, the paper's, keeps Adam's moments of the equivalent
+            gradient, of the size of the adapted weights, in float32, `"full_8bit"` the same in 8 bits an element, and
+            `"factored"` in the memory of the factors. For these start at the learning rate of full fine-tuning (2e-5
+            for a 7B model); with a trust region the best may be as high as that of LoRA.
         x_mode: Which of the equivalent factor gradients to take: `"sylvester"` (closest to LoRA's own gradients, the
             paper's choice), `"zero"` or `"symmetric"` (both factors contribute alike). A sequential update has this
             freedom in mode `"efficient"` only, and that mode only with `efficient_projected`.
@@ -98,10 +98,10 @@ class LoRAProConfig:
 
     mode: str = _setting(
         MODE,
-        "The mode: 'full' and 'full_8bit' keep Adam's moments of the adapted weights and need memory of their size; "
-        "'factored' needs memory of the size of the factors. Learning rates of these three are those of full "
-        "fine-tuning. 'spectral' (orthogonalised steps), 'rite' (LoRA-RITE) and 'efficient' (AdamW with longer steps "
-        "of A while B is small) need memory of the size of the factors and use learning rates of LoRA.",
+        "The mode: 'spectral' (orthogonalised steps), 'rite' (LoRA-RITE) and 'efficient' (AdamW with longer steps of A "
+        "while B is small) need memory of the size of the factors and use learning rates of LoRA. 'full' (the paper's) "
+        "and 'full_8bit' keep Adam's moments of the adapted weights and need memory of their size, 'factored' memory "
+        "of the size of the factors; learning rates of these three are those of full fine-tuning.",
         MODES,
     )
     x_mode: str = _setting(

@@ -30,7 +30,7 @@ from training import (
 
 pytestmark = pytest.mark.distributed
 
-FEW = ("full", "factored", "rite")
+FEW = ("full", "spectral", "rite")
 OTHERS = tuple(mode for mode in MODES if mode not in FEW)
 
 BOTH = (True, False)

@@ -12,7 +12,7 @@ from training import assert_close, build, make_optimizer, result, train, whole
 
 pytestmark = pytest.mark.distributed
 
-MODES = ("full", "factored")  # without and with moments under B
+MODES = ("full", "spectral")  # without and with moments under B
 LAYOUTS = {"ddp": (False, True), "fsdp2": (False,)}  # by flatten_optimizer_state_dict
 
 

@@ -11,7 +11,7 @@ from training import build, make_optimizer, result, slow, train
 
 pytestmark = pytest.mark.distributed
 
-MODES = ("full", "factored", "efficient")
+MODES = ("full", "spectral", "efficient")
 NARROW = torch.bfloat16
 
 

@@ -20,6 +20,7 @@ pytestmark = [
 
 STAGES = (1, 2, 3)
 BF16 = {"enabled": True}
+FOREMOST = ("spectral", "full", "factored", "efficient")  # the modes that meet every stage
 
 
 def single(config, model_settings=None, **options):
@@ -30,16 +31,11 @@ def single(config, model_settings=None, **options):
 
 
 # What is trained in one set of processes, by name: settings of the engine and of LoRA-Pro.
-TRAININGS = {
-    f"{mode} {stage}": (config_of(mode), {"stage": stage})
-    for mode in ("full", "factored", "efficient")
-    for stage in STAGES
-}
+TRAININGS = {f"{mode} {stage}": (config_of(mode), {"stage": stage}) for mode in FOREMOST for stage in STAGES}
 VARIANTS = {
     **{f"accumulated {stage}": ({"mode": "full"}, {"stage": stage, "accumulate": 2}) for stage in STAGES},
     **{f"clipped {stage}": ({"mode": "full"}, {"stage": stage, "clip": 0.05}) for stage in STAGES},
     "full_8bit 2": ({"mode": "full_8bit"}, {"stage": 2}),
-    "spectral 2": ({"mode": "spectral"}, {"stage": 2}),
     "rite 2": (config_of("rite"), {"stage": 2}),
     "rite 2, repeated": (config_of("rite", shard_states=False), {"stage": 2}),
     "repeated 2": ({"mode": "full", "shard_states": False}, {"stage": 2}),
@@ -53,13 +49,12 @@ VARIANTS = {
 }
 
 
-KINDS = [*((mode, stage) for stage in STAGES for mode in ("full", "factored", "efficient"))]
-KINDS += [("spectral", 2), ("rite", 2)]
+KINDS = [*((mode, stage) for stage in STAGES for mode in FOREMOST), ("rite", 2)]
 CLIPS = {"rite": 0.0}  # of others 0.5
 DAMAGED = ("truncated", "missing", "foreign", "mixed", "none")
 # What stands for the rest where not everything is run.
-FEW = ("full 1", "factored 2", "clipped 2", "accumulated 3", "full_8bit 2")
-FEW_KINDS = [("full", 3), ("factored", 2)]
+FEW = ("full 1", "spectral 2", "clipped 2", "accumulated 3", "full_8bit 2")
+FEW_KINDS = [("full", 3), ("spectral", 2)]
 
 
 def many(rank, ranks, trainings, model_settings):

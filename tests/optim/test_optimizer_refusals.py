@@ -47,7 +47,7 @@ def construct(**changes):
         ({"lr": -1.0}, "lr=-1.0"),
         ({"lr": float("nan")}, "lr=nan"),
         ({"lr": float("inf")}, "lr=inf"),
-        ({"lr": None}, "lr=None must be a finite number of at least 0, such as 2e-5"),
+        ({"lr": None}, "lr=None must be a finite number of at least 0, such as 2e-4"),
         ({"betas": 0.9}, "betas=0.9 must be two numbers"),
         ({"config": {"mode": "slow"}}, "mode='slow' is unknown"),
         ({"betas": (0.9, 1.0)}, "betas="),

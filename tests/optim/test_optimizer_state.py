@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lorapro_hf import create_lorapro_optimizer
-from lorapro_hf.config import UPDATE, UPDATES
+from lorapro_hf.config import MODE, UPDATE, UPDATES
 from optimizer_helpers import assert_same, backward, both_modes, reloaded, small_model, snapshot, take, trained
 
 OTHER = next(update for update in UPDATES if update != UPDATE)
@@ -180,6 +180,18 @@ def test_foreign_checkpoints_are_refused_and_change_nothing(make, message):
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(make())
     assert_same(before, snapshot(optimizer))
+
+
+@pytest.mark.parametrize("earlier", [mode for mode in ("full", "factored") if mode != MODE])
+def test_a_mode_that_is_left_open_does_not_change_on_resume(earlier):
+    """These were the default once, so that the settings of such a training name no mode."""
+    saved = reloaded(trained(mode=earlier)[1].state_dict())
+    _, again = trained(0)
+    before = snapshot(again)
+    with pytest.raises(ValueError, match=rf"mode '{MODE}'\. Resume with .*, mode='{earlier}' \(--lora_pro_mode\)"):
+        again.load_state_dict(saved)
+    assert_same(before, snapshot(again))
+    trained(0, mode=earlier)[1].load_state_dict(saved)
 
 
 @pytest.mark.parametrize(("name", "value", "other"), [("trust_region", 0.1, 0.2), ("update", OTHER, UPDATE)])

@@ -32,7 +32,7 @@ def attach_deepspeed(engine: Any, optimizer: Any) -> None:
     """Make a DeepSpeed engine with ZeRO 1, 2 or 3 train with LoRA-Pro. Call it once, before the first step.
 
     ```python
-    optimizer = create_lorapro_optimizer(model, lr=2e-5)
+    optimizer = create_lorapro_optimizer(model, lr=2e-4)
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     attach_deepspeed(engine, optimizer)
     ```

@@ -33,7 +33,7 @@ def _more_than_one(value: Any) -> bool:
 
 _OFFLOADED = (
     "the optimizer or the parameters are offloaded, for which DeepSpeed or accelerate replace the optimizer. Remove "
-    "'offload_optimizer' and 'offload_param' from 'zero_optimization'; mode 'factored' or 'efficient' needs little "
+    "'offload_optimizer' and 'offload_param' from 'zero_optimization'; mode 'spectral' or 'efficient' needs little "
     "memory."
 )
 _REFUSALS = (

@@ -37,7 +37,7 @@ class LoRAMethod(TrainerCallback):
 
     ```python
     method.before_training(model, batches)  # before the optimizer is built
-    optimizer = create_lorapro_optimizer(model, lr=2e-5)
+    optimizer = create_lorapro_optimizer(model, lr=2e-4)
     for step, batch in enumerate(loader, start=1):
         with method.forward_context():
             model(**batch).loss.backward()

@@ -32,11 +32,11 @@ def create_lorapro_optimizer(
 ) -> LoRAProAdamW:
     """Build LoRA-Pro's optimizer for a PEFT model, with groups that decay and groups (biases, norms) that do not.
 
-    Factors are in groups of their own. Example: `create_lorapro_optimizer(model, lr=2e-5, mode="factored")`.
+    Factors are in groups of their own. Example: `create_lorapro_optimizer(model, lr=2e-4)`.
 
     Args:
         model: a model with trainable LoRA adapters, already on its device.
-        lr: the rate: in modes `"full"`, `"full_8bit"` and `"factored"` of full fine-tuning, else of LoRA.
+        lr: the rate: of LoRA, but in modes `"full"`, `"full_8bit"` and `"factored"` of full fine-tuning.
         config: `LoRAProConfig`, a dictionary of its settings, or `None` for the default.
         betas: decay rates of the moments.
         eps: added to the denominator.

@@ -36,7 +36,7 @@ def check_hyperparameters(group: Mapping[str, Any], where: str = "") -> None:
     """Raise a `ValueError` if a setting is out of range; the message adds `where` behind the setting."""
     lr, betas, eps, weight_decay = (group[name] for name in ("lr", "betas", "eps", "weight_decay"))
     if not isinstance(lr, int | float | Tensor) or not 0 <= lr < float("inf"):
-        raise ValueError(f"lr={lr!r}{where} must be a finite number of at least 0, such as 2e-5.")
+        raise ValueError(f"lr={lr!r}{where} must be a finite number of at least 0, such as 2e-4.")
     if not (isinstance(betas, tuple | list) and len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
         raise ValueError(f"betas={betas!r}{where} must be two numbers in [0, 1).")
     if not eps >= 0:

@@ -40,7 +40,7 @@ class LoRAProAdamW(SavedPairs):
     * `mode="full_8bit"`: the same with moments in 8 bits, about 2 bytes for each element.
     * `mode="factored"`: the same with moments that are products of factor-size tensors; about half of AdamW's state.
     * `mode="spectral"`: along the orthogonalised first moment of the equivalent gradient, the only moment it keeps.
-      Learning rates are those of LoRA.
+      The default. It has no use for `eps` and the second beta. Learning rates are those of LoRA.
     * `mode="rite"`: LoRA-RITE, with moments of the size of the factors and of r x r. Learning rates are those of LoRA.
     * `mode="efficient"`: AdamW on the factors, along `h_A`, `h_B`. Learning rates are those of LoRA.
 
@@ -75,7 +75,7 @@ class LoRAProAdamW(SavedPairs):
         eps: added to the denominator; both factors of a pair need the same, except in mode efficient.
         weight_decay: decoupled weight decay.
         config: mode and projection settings, a `LoRAProConfig` or a dictionary; default `LoRAProConfig()`.
-        **settings: the settings one by one in the place of `config`: `mode="factored"`.
+        **settings: the settings one by one in the place of `config`: `mode="full"`.
 
     Raises:
         ValueError: no pairs, factors missing from `params`, hyperparameters out of range, or settings that have no
@@ -87,7 +87,7 @@ class LoRAProAdamW(SavedPairs):
         self,
         params: Iterable[Any],
         pairs: Sequence[LoRAPair],
-        lr: float = 2e-5,
+        lr: float = 2e-4,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,

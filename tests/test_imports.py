@@ -34,6 +34,7 @@ FLOORS = (
     (
         "commands.aggregate",
         "commands.bench",
+        "commands.chat",
         "commands.compare",
         "commands.evaluate",
         "commands.init",

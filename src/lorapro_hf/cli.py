@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from lorapro_hf import __version__
 from lorapro_hf.commands.aggregate import AGGREGATE, AGGREGATE_EXAMPLES, add_aggregate
 from lorapro_hf.commands.bench.command import BENCH, BENCH_EXAMPLES, add_bench
+from lorapro_hf.commands.chat.command import CHAT, CHAT_EXAMPLES, add_chat
 from lorapro_hf.commands.compare.command import COMPARE, COMPARE_EXAMPLES, add_compare
 from lorapro_hf.commands.demo.command import DEMO, DEMO_EXAMPLES, add_demo
 from lorapro_hf.commands.evaluate.command import EVALUATE, EVALUATE_EXAMPLES, add_evaluate
@@ -43,6 +44,7 @@ _COMMANDS = (
     ("evaluate", add_evaluate, "evaluate a language model or adapter", EVALUATE, EVALUATE_EXAMPLES),
     ("inspect", add_inspect, "show a model, adapter or checkpoint, and its cost", INSPECT, INSPECT_EXAMPLES),
     ("ranks", add_ranks, "choose the rank of each layer from your data", RANKS, RANKS_EXAMPLES),
+    ("chat", add_chat, "talk to an adapter or a model", CHAT, CHAT_EXAMPLES),
     ("merge", add_merge, "make one model of an adapter and its base model", MERGE, MERGE_EXAMPLES),
     ("aggregate", add_aggregate, "make one adapter of those of several clients", AGGREGATE, AGGREGATE_EXAMPLES),
     ("compare", add_compare, "compare methods over learning rates and seeds", COMPARE, COMPARE_EXAMPLES),

@@ -19,7 +19,20 @@ from lorapro_hf.options import UsageError
 from lorapro_hf.utils import extras
 from lorapro_hf.utils.extras import install_command
 
-COMMANDS = {"aggregate", "init", "plot", "demo", "train", "evaluate", "inspect", "merge", "ranks", "compare", "bench"}
+COMMANDS = {
+    "aggregate",
+    "chat",
+    "init",
+    "plot",
+    "demo",
+    "train",
+    "evaluate",
+    "inspect",
+    "merge",
+    "ranks",
+    "compare",
+    "bench",
+}
 PARSER = cli.build_parser()
 option_tables = loaded(DOCS / "option_tables.py")
 PAGE = DOCS / "command_line.md"

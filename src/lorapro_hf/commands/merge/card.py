@@ -79,6 +79,7 @@ def ways_to_run(output: Path, source: Source, dtype: str) -> str:
         content = shlex.quote(f"FROM {output.resolve()}.gguf")
         model = shlex.quote(name.lower())
         lines += [
+            ("chat", f"lorapro chat {folder}"),
             ("vLLM", f"vllm serve {folder}"),
             ("GGUF", f"python llama.cpp/convert_hf_to_gguf.py {folder} --outfile {file} --outtype {_OUTTYPES[dtype]}"),
             ("llama.cpp", f"llama-cli -m {file}"),

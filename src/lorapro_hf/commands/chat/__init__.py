@@ -1,0 +1,1 @@
+"""The command `lorapro chat`: a conversation with an adapter, a merged model or a base model."""

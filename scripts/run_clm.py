@@ -95,12 +95,15 @@ def chosen_tokens(logits: Any, labels: Any) -> Any:
 def main(argv: list[str] | None = None) -> None:
     """Train and evaluate as the flags ask."""
     parser = RecipeParser(
-        (ModelArguments, AdapterArguments, TextArguments, LoRAProTrainingArguments), "run_clm.py", description=__doc__
+        (ModelArguments, AdapterArguments, TextArguments, LoRAProTrainingArguments),
+        "run_clm.py",
+        can_dry_run=True,
+        description=__doc__,
     )
     model_args, adapter, data, training = parser.parse(argv)
     if training.do_predict:
         raise UsageError("--do_predict: a language model on plain text has nothing to predict; use --do_eval.")
-    start(training)
+    start(training, parser)
     splits = load_splits(data, training, model_args.cache_dir, prepare=partial(texts, data=data))
     tokenizer = load_tokenizer(model_args)
     model = load_model(AutoModelForCausalLM, model_args)

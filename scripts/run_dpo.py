@@ -63,13 +63,16 @@ def preferences(rows: Dataset, split: str, data: PreferenceArguments) -> Dataset
 def main(argv: list[str] | None = None) -> None:
     """Train and evaluate as the flags ask."""
     parser = RecipeParser(
-        (ModelArguments, AdapterArguments, PreferenceArguments, DPOSettings), "run_dpo.py", description=__doc__
+        (ModelArguments, AdapterArguments, PreferenceArguments, DPOSettings),
+        "run_dpo.py",
+        can_dry_run=True,
+        description=__doc__,
     )
     model_args, adapter, data, training = parser.parse(argv)
     if training.do_predict:
         raise UsageError("--do_predict: preferences have nothing to predict; use --do_eval.")
     complete(training, model_args, data)
-    start(training)
+    start(training, parser)
     tokenizer = load_tokenizer(model_args)
     splits = load_splits(data, training, model_args.cache_dir, prepare=partial(preferences, data=data))
     for rows in splits.values():

@@ -161,10 +161,13 @@ def tokenized(splits: DatasetDict, tokenizer: Any, labels: list[str] | None, dat
 def main(argv: list[str] | None = None) -> None:
     """Train, evaluate and predict as the flags ask."""
     parser = RecipeParser(
-        (ModelArguments, AdapterArguments, GlueArguments, LoRAProTrainingArguments), "run_glue.py", description=__doc__
+        (ModelArguments, AdapterArguments, GlueArguments, LoRAProTrainingArguments),
+        "run_glue.py",
+        can_dry_run=True,
+        description=__doc__,
     )
     model_args, adapter, data, training = parser.parse(argv)
-    start(training)
+    start(training, parser)
     splits = load_splits(
         *(data, training, model_args.cache_dir),
         also=("train",),  # for the numbers of the labels

@@ -127,10 +127,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = RecipeParser(
         (ModelArguments, AdapterArguments, ImageArguments, LoRAProTrainingArguments),
         "run_image_classification.py",
+        can_dry_run=True,
         description=__doc__,
     )
     model_args, adapter, data, training = parser.parse(argv)
-    start(training)
+    start(training, parser)
     training.remove_unused_columns = False  # the transform needs the images
     splits = load_splits(data, training, model_args.cache_dir, also=("train",), prepare=partial(labelled, data=data))
     labels = splits["train"].features["label"].names

@@ -163,14 +163,17 @@ def decoded(tokenizer: Any, tokens: Any) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     """Train, evaluate and predict as the flags ask."""
     parser = RecipeParser(
-        (ModelArguments, AdapterArguments, TextPairArguments, TrainingSettings), "run_seq2seq.py", description=__doc__
+        (ModelArguments, AdapterArguments, TextPairArguments, TrainingSettings),
+        "run_seq2seq.py",
+        can_dry_run=True,
+        description=__doc__,
     )
     model_args, adapter, data, training = parser.parse(argv)
     if training.do_predict and not training.predict_with_generate:
         raise UsageError("--do_predict needs --predict_with_generate.")
     training.generation_max_length = training.generation_max_length or data.max_target_length
     training.generation_num_beams = training.generation_num_beams or data.num_beams
-    start(training)
+    start(training, parser)
     splits = load_splits(data, training, model_args.cache_dir, prepare=partial(complete, data=data))
     source = model_args.model_name_or_path
     tokenizer = load_tokenizer(model_args)

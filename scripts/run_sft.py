@@ -81,13 +81,16 @@ def trainable(rows: Dataset, split: str, text_column: str, map_kwargs: dict[str,
 def main(argv: list[str] | None = None) -> None:
     """Train and evaluate as the flags ask."""
     parser = RecipeParser(
-        (ModelArguments, AdapterArguments, InstructionArguments, SFTSettings), "run_sft.py", description=__doc__
+        (ModelArguments, AdapterArguments, InstructionArguments, SFTSettings),
+        "run_sft.py",
+        can_dry_run=True,
+        description=__doc__,
     )
     model_args, adapter, data, training = parser.parse(argv)
     if training.do_predict:
         raise UsageError("--do_predict: use `lorapro evaluate`, which generates answers and marks them.")
     complete(training, model_args, data)
-    start(training)
+    start(training, parser)
     tokenizer = load_tokenizer(model_args)
 
     def prepare(rows: Dataset, split: str) -> Dataset:

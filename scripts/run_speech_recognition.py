@@ -115,10 +115,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = RecipeParser(
         (ModelArguments, AdapterArguments, SpeechArguments, LoRAProTrainingArguments),
         "run_speech_recognition.py",
+        can_dry_run=True,
         description=__doc__,
     )
     model_args, adapter, data, training = parser.parse(argv)
-    start(training)
+    start(training, parser)
     splits = load_splits(data, training, model_args.cache_dir, prepare=partial(recordings, data=data))
     source = model_args.model_name_or_path
     extractor = load_processor(AutoFeatureExtractor, source, model_args)

@@ -26,6 +26,7 @@ from lorapro_hf.checkpoints.resume import checkpoints_in, find_flaw
 from lorapro_hf.cli import build_parser
 from lorapro_hf.hub import describe
 from lorapro_hf.recipes.endings import one_line_errors, way_on
+from lorapro_hf.recipes.parser import RecipeParser
 from lorapro_hf.utils.extras import MissingExtraError
 from script_helpers import CONFIGS, INPUTS, SCRIPTS, TINY, Lines, factors, script
 
@@ -98,7 +99,7 @@ def test_a_level_that_is_asked_for_and_other_processes_keep_silent(
     arguments = LoRAProTrainingArguments(str(tmp_path), do_train=True, log_level=level, report_to="none", use_cpu=True)
     monkeypatch.setattr(LoRAProTrainingArguments, "should_log", rank == "0")
     with logged() as lines:
-        start(arguments)
+        start(arguments, RecipeParser((), "run.py"))
         logging.getLogger("lorapro_hf.trainer.trainer").info("LoRA-Pro: 14 pairs")
     assert len(lines) == said
 

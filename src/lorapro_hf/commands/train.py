@@ -36,6 +36,9 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         help="ddp (the default of several processes), fsdp2, zero1, zero2, zero3 or a file of `accelerate config`",
     )
     parser.add_argument("--print_config", action="store_true", help="print all settings as a recipe, and stop")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="show examples, memory and the time of a step, and stop; writes nothing"
+    )
     parser.add_argument("recipe", nargs="?", help="a YAML file, or a recipe or script of the package")
     parser.add_argument("overrides", nargs=argparse.REMAINDER, metavar="...", help="flags of the script")
     parser.set_defaults(run=train)
@@ -53,7 +56,7 @@ def train(arguments: argparse.Namespace) -> int:
         if option in ("--num_processes", "--accelerate_config"):
             raise UsageError(f"{option} is for the launcher, not for the script: put it before {arguments.recipe}.")
     script, words = _resolve(arguments.recipe)
-    switches = ["--print_config"] * arguments.print_config
+    switches = ["--print_config"] * arguments.print_config + ["--dry_run"] * arguments.dry_run
     launcher = [sys.executable] if arguments.print_config else _launcher(arguments)
     command = [*launcher, str(script), *words, *arguments.overrides, *switches]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", COMMAND: shlex.join(_said(arguments))}

@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint, set_seed
 from lorapro_hf.checkpoints.resume import checkpoints_in, find_flaw, newest_complete, require_complete
 from lorapro_hf.hub.compose import RECIPE
 from lorapro_hf.options import UsageError
+from lorapro_hf.recipes.dry_run import rehearse, write_nothing
 from lorapro_hf.recipes.endings import one_line_errors, with_a_way_on
 from lorapro_hf.recipes.parser import RecipeParser
 from lorapro_hf.recipes.stopping import SaveAtCtrlC
@@ -28,7 +29,7 @@ as_program = one_line_errors()
 """Decorator for the `main` of a script."""
 
 
-def start(arguments: TrainingArguments) -> None:
+def start(arguments: TrainingArguments, parser: RecipeParser) -> None:
     """Check the checkpoint to resume from, and set up logging and the seed, before model and data are loaded.
 
     Raises:
@@ -37,6 +38,8 @@ def start(arguments: TrainingArguments) -> None:
     """
     if not (arguments.do_train or arguments.do_eval or arguments.do_predict):
         raise UsageError("there is nothing to do: set --do_train, --do_eval or --do_predict.")
+    if parser.dry_run and not arguments.do_train:
+        raise UsageError("--dry_run shows a training: set --do_train.")
     if arguments.do_train:
         _require_resumable(arguments)
     level = arguments.get_process_log_level()
@@ -46,6 +49,8 @@ def start(arguments: TrainingArguments) -> None:
     datasets.utils.logging.set_verbosity(level)
     transformers.utils.logging.set_verbosity(level)
     set_seed(arguments.seed)
+    if parser.dry_run:
+        write_nothing(arguments)
 
 
 def checkpoint_to_resume(arguments: TrainingArguments) -> str | Literal[True] | None:
@@ -80,7 +85,7 @@ def run(
     finish_metrics: Callable[[dict[str, float]], dict[str, float]] = lambda metrics: metrics,
     lines_of: Callable[[Any], Iterable[str]] | None = None,
 ) -> dict[str, float]:
-    """Train, evaluate and predict as the arguments ask, and return all metrics by name.
+    """Train, evaluate and predict as the arguments ask, and return all metrics by name; a dry run has none.
 
     `output_dir` gets `recipe.yaml` with all settings, the adapter, its model card, `trainer_state.json`, and the
     metrics in `all_results.json` and in a file for each split.
@@ -96,6 +101,9 @@ def run(
     Raises:
         DiskFullError: if a file could not be written to its end.
     """
+    if parser.dry_run:
+        rehearse(trainer)
+        return {}
     card, arguments = dict(card or {}), trainer.args
     metrics: dict[str, float] = {}
     if "finetuned_from" in card and Path(card["finetuned_from"]).exists():

@@ -21,7 +21,7 @@ from lorapro_hf.recipes.yaml_files import read_yaml
 from lorapro_hf.utils.text_files import shortened
 
 SCRIPT, EXTENDS = "script", "extends"
-PRINT_CONFIG = "--print_config"
+PRINT_CONFIG, DRY_RUN = "--print_config", "--dry_run"
 _SUFFIXES = (".yaml", ".yml")
 
 
@@ -37,11 +37,15 @@ class RecipeParser(HfArgumentParser):
     beside this one or of the package, from which it inherits settings; later recipes win, and `null` removes a setting.
 
     `--print_config` prints all settings as a recipe and ends the program. After `parse` they are in `resolved`.
+    A program that sets `can_dry_run` heeds `dry_run`, whether the command line has `--dry_run`.
     """
 
     resolved = ""
+    dry_run = False
 
-    def __init__(self, dataclass_types: Iterable[Any], prog: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, dataclass_types: Iterable[Any], prog: str | None = None, can_dry_run: bool = False, **kwargs: Any
+    ) -> None:
         prog = prog or Path(sys.argv[0]).name
         usage = f"{prog} [RECIPE.yaml] [--flag value ...]"
         kwargs.setdefault("formatter_class", HelpFormatter)
@@ -49,6 +53,9 @@ class RecipeParser(HfArgumentParser):
             dataclass_types, prog=prog, usage=usage, allow_abbrev=False, conflict_handler="resolve", **kwargs
         )
         self.add_argument(PRINT_CONFIG, action="store_true", help="Print all settings as a recipe, and stop.")
+        if can_dry_run:
+            told = "Show examples, memory and the time of a step, and stop; writes nothing."
+            self.add_argument(DRY_RUN, action="store_true", help=told)
 
     def parse(self, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
         """Return the dataclasses with their settings; bad settings end the program with exit code 2."""
@@ -64,6 +71,7 @@ class RecipeParser(HfArgumentParser):
         except (ValueError, TypeError) as error:
             self.error(str(error))
         self.resolved = self._resolve([*flags, *overrides])
+        self.dry_run = getattr(switches, "dry_run", False)
         if switches.print_config:
             if os.environ.get("RANK", "0") == "0":
                 print(self.resolved, end="")

@@ -65,6 +65,7 @@ def init(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--output {output}: {error.strerror}.") from error
     name = shlex.quote(str(output))
     print(f"{found}\n{output} is written. Next:")
+    print(f"  lorapro train --dry_run {name}    see three examples, memory and time; writes nothing")
     print(f"  lorapro train {name}")
     return 0
 

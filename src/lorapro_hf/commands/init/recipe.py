@@ -91,6 +91,7 @@ def recipe_text(
     lines = [
         f"# {model['model_name_or_path']} on {data['train_file']}, written by `lorapro init`.",
         "#",
+        f"#   lorapro train --dry_run {file}",
         f"#   lorapro train {file}",
         yaml_line("script", _SCRIPTS[task]),
         *_lines(model),

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from transformers import (
     BertConfig,
@@ -306,3 +307,14 @@ def test_models_without_a_table_of_positions_take_blocks_of_any_length(
     words = ["--model_name_or_path", str(base), "--train_file", str(tmp_path / "text.txt"), "--block_size", "1100"]
     keywords = keywords_of_trainer("run_clm.py", [*words, "--output_dir", str(tmp_path / "out")])
     assert len(keywords["train_dataset"]) == 10
+
+
+@pytest.mark.skipif(not hasattr(transformers, "GgufConfig"), reason="these versions always unpack")
+def test_weights_of_a_gguf_file_are_unpacked_as_the_trainer_needs_them() -> None:
+    class Loader:
+        @staticmethod
+        def from_pretrained(_source: str, **kwargs: Any) -> Any:
+            return kwargs
+
+    kwargs = load_model(Loader, ModelArguments("folder", gguf_file="x.gguf"))
+    assert kwargs["gguf_file"] == "x.gguf" and kwargs["quantization_config"].dequantize

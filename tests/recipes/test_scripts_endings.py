@@ -86,7 +86,7 @@ def test_a_training_says_what_it_trains_how_and_where_the_adapter_lies(finished:
     assert lines[-2] == "The adapter and its model card, README.md, lie in out"
     assert lines[-1].startswith("Next: ") and len(lines) == 4
     for command in lines[-1].removeprefix("Next: ").split(", or "):
-        assert build_parser().parse_args(command.split()[1:]).command in ("evaluate", "merge")
+        assert build_parser().parse_args(command.split()[1:]).command in ("chat", "evaluate", "merge")
 
 
 @pytest.mark.parametrize(("level", "rank", "said"), [("warning", "0", 0), ("passive", "1", 0), ("passive", "0", 1)])

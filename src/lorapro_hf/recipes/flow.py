@@ -160,7 +160,8 @@ def _log_next(trainer: Trainer) -> None:
     """Name the commands for the adapter of a language model."""
     if isinstance(trainer.model, PeftModel) and trainer.model.active_peft_config.task_type == "CAUSAL_LM":
         adapter, merged = (shlex.quote(f"{trainer.args.output_dir}{end}") for end in ("", "-merged"))
-        logger.info("Next: lorapro evaluate TASK --adapter %s, or lorapro merge %s %s", adapter, adapter, merged)
+        evaluation = f"lorapro evaluate TASK --adapter {adapter}"
+        logger.info("Next: lorapro chat %s, or %s, or lorapro merge %s %s", adapter, evaluation, adapter, merged)
 
 
 def _saved(trainer: Trainer, split: str, metrics: dict[str, float]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.utils import ModulesToSaveWrapper
 from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -143,10 +144,14 @@ def load_model(auto_class: Any, arguments: ModelArguments, **kwargs: Any) -> Any
         kwargs["config"] = config
     if arguments.dtype is not None:
         kwargs["dtype"] = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    quantization: Any = quantization_config(arguments)
+    if arguments.gguf_file is not None and quantization is None and hasattr(transformers, "GgufConfig"):
+        # newer versions may keep the weights packed, and the Trainer refuses such a model
+        quantization = transformers.GgufConfig(dequantize=True)
     optional = {
         "attn_implementation": arguments.attn_implementation,
         "gguf_file": arguments.gguf_file,
-        "quantization_config": quantization_config(arguments),
+        "quantization_config": quantization,
     }
     kwargs |= {name: value for name, value in optional.items() if value is not None}
     return _load("model", auto_class, arguments.model_name_or_path, arguments, **kwargs)

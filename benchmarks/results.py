@@ -32,7 +32,7 @@ PICTURES = {
     "loss": "Training loss against step, mean over the seeds",
     "methods": "Final and early loss over tuned LoRA's, with standard errors",
     "rates": "Test loss against learning rate, under the tuning seeds",
-    "cost": "Test loss against optimizer state and time of a step",
+    "cost": "Test loss against optimizer state (and time of a step, where nothing else ran)",
 }
 ANSWERS = ("exact_match", "accuracy")  # a task has one of these metrics at most
 DIGITS = 6

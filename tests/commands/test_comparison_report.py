@@ -245,6 +245,7 @@ def test_uneven_step_times_are_told(tmp_path: Path) -> None:
     assert "Do not compare the times" not in text_of(made_up(tmp_path / "even"))
     store = made_up(tmp_path, slow)
     assert "at 1 of 9 rates the median step" in text_of(store)
+    assert "the time of LoRA (AdamW), and" not in text_of(store)  # figures of no worth
     assert compared(store).step_spread == StepSpread(9, 1, pytest.approx(1.3), pytest.approx(1.3))
 
 

@@ -238,11 +238,16 @@ def _ratios(axes: Any, cell: TaskSummary, baseline: str, names: Sequence[str], s
 
 
 def _by_cost(view: View, cells: Sequence[TaskSummary]) -> bytes | None:
-    """The final loss by the optimizer's state and by the time of a step, one row for each cell."""
-    kinds = {"state_bytes": ("optimizer state, MiB", 2.0**-20), "step_ms": ("time of a step, ms", 1.0)}
+    """The final loss by the optimizer's state and by the time of a step, one row for each cell.
+
+    Times are left out where other work was on the machine.
+    """
+    kinds = {"state_bytes": ("optimizer state, MiB", 2.0**-20)}
+    if all(cell.times_compare for cell in cells):
+        kinds["step_ms"] = ("time of a step, ms", 1.0)
     figure = new_figure(_WIDTH, 3.0 * len(cells) + 1.0)
     styles = view.styles()
-    for row, cell in zip(figure.subplots(len(cells), 2, squeeze=False), cells, strict=True):
+    for row, cell in zip(figure.subplots(len(cells), len(kinds), squeeze=False), cells, strict=True):
         for axes, (kind, (label, unit)) in zip(row, kinds.items(), strict=True):
             axes.set_title(title_of(cell), fontsize=10, parse_math=False)
             axes.set(xlabel=label, ylabel="test loss", xscale="log")

@@ -27,7 +27,7 @@ class Standing:
     early: float | None  # loss of the first quarter over the baseline's
     final_of_reference: float | None
     early_of_reference: float | None
-    time: float | None  # of a step, over the baseline's
+    time: float | None  # of a step, over the baseline's, in the cells whose times compare
     state: float | None  # of the optimizer, over the baseline's
 
 
@@ -55,7 +55,7 @@ def _standing(name: str, title: str, cells: Sequence[TaskSummary], baseline: str
         ratio(cells, name, baseline, early),
         ratio(cells, name, reference, final),
         ratio(cells, name, reference, early),
-        ratio(cells, name, baseline, time),
+        ratio([cell for cell in cells if cell.times_compare], name, baseline, time),
         ratio(cells, name, baseline, state),
     )
 
@@ -110,13 +110,11 @@ def sentences(summary: Summary) -> list[str]:
             f"and {_times(leader.early_of_reference)} in the first quarter of the steps "
             f"({base}: {_times(lora.final_of_reference)} and {_times(lora.early_of_reference)})."
         )
-    if leader.time is not None and leader.state is not None:
-        uneven = any(cell.step_spread and cell.step_spread.uneven for cell in cells)
-        busy = " (roughly, as other work was on the machine)" if uneven else ""
-        result.append(
-            f"A step of {leader.title} takes {_times(leader.time)} the time of {base}{busy}, and its optimizer keeps "
-            f"{_times(leader.state)} the state."
-        )
+    if leader.state is not None:
+        start = f"The optimizer of {leader.title}"
+        if leader.time is not None:
+            start = f"A step of {leader.title} takes {_times(leader.time)} the time of {base}, and its optimizer"
+        result.append(f"{start} keeps {_times(leader.state)} the state.")
     return result
 
 

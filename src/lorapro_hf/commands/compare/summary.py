@@ -84,6 +84,11 @@ class StepSpread:
     largest: float
     best: float | None  # the largest at the methods' best rates
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether other work was on the machine, at more than a tenth of the ratios, so that no time compares."""
+        return 10 * self.uneven > self.rates
+
 
 @dataclass
 class TaskSummary:
@@ -100,6 +105,11 @@ class TaskSummary:
     verdicts: dict[str, Verdict]  # against the baseline: of the test "loss", and of "early"
     equal_data: bool  # whether all runs have the same examples, and those of a seed saw the same batches
     step_spread: StepSpread | None  # None without step times of several seeds
+
+    @property
+    def times_compare(self) -> bool:
+        """Whether the times of its steps say something about the methods."""
+        return self.step_spread is None or not self.step_spread.is_busy
 
 
 @dataclass

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -374,8 +375,16 @@ def test_scripts_without_a_reader_of_files_name_the_command_that_installs_it(
 # Other libraries
 
 
-def test_lines_of_other_libraries_that_tell_nothing_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
-    importlib.import_module("lorapro_hf.recipes.quiet")
+def test_lines_of_other_libraries_that_tell_nothing_are_dropped(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which the module replaces
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        runpy.run_path(str(Path(lorapro_hf.__file__).parent / "recipes" / "quiet.py"))
+        warnings.warn("Could not find a config file in x - will assume", UserWarning, stacklevel=1)
+        warnings.warn("something else", UserWarning, stacklevel=1)
+    assert [str(each.message) for each in told] == ["something else"]
     kernels, engine = logging.getLogger("bitsandbytes.backends.cpu.ops"), logging.getLogger("DeepSpeed")
     kernels.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "no")
     kernels.warning("something else")

@@ -33,4 +33,6 @@ if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
     _drop("DeepSpeed", "Setting accelerator to CPU")
 # old and new name in transformers
 warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
+# PEFT saves the adapter of a model from a GGUF file, whose folder has no config.json
+warnings.filterwarnings("ignore", "Could not find a config file in ", UserWarning)
 _hook_before, sys.excepthook = sys.excepthook, _hook

@@ -60,4 +60,5 @@ class SaveAtCtrlC(TrainerCallback):
     def on_save(self, *_: Any, **__: Any) -> None:
         """Stop, now that the checkpoint is complete."""
         if self.asked:
+            print(file=sys.stderr)  # the progress bar has not ended its line
             raise KeyboardInterrupt

@@ -373,7 +373,8 @@ def test_several_cells_have_an_overview(tmp_path: Path) -> None:
             ["LoRA (AdamW)", "–", "×1.00", "×1.00", "–", "–", "×1.00"],
         ]
     ]
-    (first,) = sentences(summary)
+    first, state = sentences(summary)
+    assert state == "The optimizer of LoRA+ keeps 1.00 times the state of LoRA (AdamW)."
     assert "over 4 cells" in first and "is beaten by LoRA+ (2 of 4 cells); it beats LoRA+ (2 of 4 cells)" in first
     assert "## All cells" in text_of(store)
 

@@ -93,7 +93,7 @@ def test_targets_are_computed_and_missed_ones_named(
     assert "**missed**, 0 of 2 cells (tiny 1.80)" in early  # rank 2 is not part of it
     assert "at most 75% of them: **missed**, 0 of 4 cells (tiny 100%)" in sooner
     assert "**met**, 2 of 2 cells (tiny 0.90)" in last  # 3 steps are not part of it
-    assert "**met**, 4 of 4 (first 4, tied 0, behind 0)" in first and "**met**, 4 of 4 cells (tiny 1.00)" in rate
+    assert "**met**, 4 of 4 (first 4, tied 0, behind 0)" in first and "**met**, 4 of 4 cells (tiny 0.50)" in rate
     behind = made(tmp_path / "behind", {**LOSSES, OURS: 1.1, "pro_lora_one": 1.3}, **tasks)
     page = program.page({"small": behind}, GAP)
     assert "**missed**, 0 of 4 (first 0, tied 0, behind 4). Behind in: tiny, r = 2, 3 steps;" in page

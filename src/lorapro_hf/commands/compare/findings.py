@@ -111,10 +111,10 @@ def sentences(summary: Summary) -> list[str]:
             f"({base}: {_times(lora.final_of_reference)} and {_times(lora.early_of_reference)})."
         )
     if leader.state is not None:
-        start = f"The optimizer of {leader.title}"
-        if leader.time is not None:
-            start = f"A step of {leader.title} takes {_times(leader.time)} the time of {base}, and its optimizer"
-        result.append(f"{start} keeps {_times(leader.state)} the state.")
+        state = f"keeps {_times(leader.state)} the state"
+        timed = f"A step of {leader.title} takes {_times(leader.time)} the time of {base}, and its optimizer {state}."
+        untimed = f"The optimizer of {leader.title} {state} of {base}."
+        result.append(untimed if leader.time is None else timed)
     return result
 
 

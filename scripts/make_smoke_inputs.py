@@ -124,6 +124,7 @@ def write_texts(folder: Path) -> None:
         "codefeedback": lambda n, q, a: {"query": q, "answer": f"So:\n```python\nprint({n + 1})\n```\n{a}"},
         "wizardlm": lambda n, q, a: {"instruction": q, "output": a if n % 6 else "Sorry, I cannot."},
         "preferences": lambda n, q, a: {"prompt": q, "chosen": a, "rejected": f"{n - 1}?"},
+        "judged": lambda n, q, a: {"prompt": q, "completion": a if n % 2 else f"{n - 1}?", "label": n % 2 == 1},
         "mnli": lambda n, q, a: {"premise": q, "hypothesis": a, "label": n % 3},
         "qnli": lambda n, q, a: {"question": q, "sentence": a, "label": n % 2},
         "mrpc": lambda n, q, a: {"sentence1": q, "sentence2": a, "label": n % 2},

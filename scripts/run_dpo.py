@@ -24,7 +24,7 @@ from lorapro_hf.recipes.cells import require_columns
 from lorapro_hf.recipes.data import DataArguments, load_splits
 from lorapro_hf.recipes.endings import one_line_errors
 from lorapro_hf.recipes.flow import as_program, run, start
-from lorapro_hf.recipes.language import complete, parts, with_turns
+from lorapro_hf.recipes.language import complete, parts, require_chat_template, with_turns
 from lorapro_hf.recipes.model import AdapterArguments, ModelArguments, load_tokenizer
 from lorapro_hf.recipes.parser import RecipeParser
 
@@ -76,11 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(model_args)
     splits = load_splits(data, training, model_args.cache_dir, prepare=partial(preferences, data=data))
     for rows in splits.values():
-        if not isinstance(rows[0]["chosen"], str) and tokenizer.chat_template is None:
-            raise UsageError(
-                f"{model_args.model_name_or_path} has no chat template for messages: take its instruction-tuned "
-                "variant, or name another --tokenizer_name."
-            )
+        require_chat_template(tokenizer, rows, "chosen", model_args)
     trainer = LoRAProDPOTrainer(
         args=training,
         train_dataset=splits.get("train", splits.get("validation")),  # TRL requires one

@@ -71,7 +71,7 @@ DEMO_AT_TOP = {
 }
 PROGRAMS = {"recipes", "diagnostics.plot", *(room for room in FLOOR if room.startswith("commands"))}
 # What else a module may import at its top: these are themselves imported where they are used.
-EXEMPT = {"federated.strategy": {"flwr"}, "kernels": {"triton"}, "trainer.trl": {"trl"}}
+EXEMPT = {"federated.strategy": {"flwr"}, "kernels": {"triton"}, "trainer.kto": {"trl"}, "trainer.trl": {"trl"}}
 
 
 class Import(NamedTuple):

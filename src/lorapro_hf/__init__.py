@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lorapro_hf.optim.memory import StateTooLargeError
     from lorapro_hf.trainer.arguments import LoRAProTrainingArguments
     from lorapro_hf.trainer.callback import LoRAProCallback
+    from lorapro_hf.trainer.kto import LoRAProKTOConfig, LoRAProKTOTrainer
     from lorapro_hf.trainer.trainer import LoRAProTrainer, LoRAProTrainerMixin
     from lorapro_hf.trainer.trl import (
         LoRAProDPOConfig,
@@ -62,6 +63,8 @@ __all__ = [
     "LoRAProDPOTrainer",
     "LoRAProGRPOConfig",
     "LoRAProGRPOTrainer",
+    "LoRAProKTOConfig",
+    "LoRAProKTOTrainer",
     "LoRAProOptimizerFactory",
     "LoRAProRewardConfig",
     "LoRAProRewardTrainer",
@@ -111,6 +114,8 @@ _HOMES = {
     "LoRAProDPOTrainer": "trainer.trl",
     "LoRAProGRPOConfig": "trainer.trl",
     "LoRAProGRPOTrainer": "trainer.trl",
+    "LoRAProKTOConfig": "trainer.kto",
+    "LoRAProKTOTrainer": "trainer.kto",
     "LoRAProOptimizerFactory": "optim.factory",
     "LoRAProRewardConfig": "trainer.trl",
     "LoRAProRewardTrainer": "trainer.trl",

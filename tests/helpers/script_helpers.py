@@ -31,6 +31,7 @@ CLASSES = {
     "run_dpo.py": AutoModelForCausalLM,
     "run_glue.py": AutoModelForSequenceClassification,
     "run_image_classification.py": AutoModelForImageClassification,
+    "run_kto.py": AutoModelForCausalLM,
     "run_seq2seq.py": AutoModelForSeq2SeqLM,
     "run_sft.py": AutoModelForCausalLM,
     "run_speech_recognition.py": AutoModelForCTC,

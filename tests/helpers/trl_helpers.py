@@ -101,6 +101,11 @@ def preferences(count: int = 8) -> Dataset:
     return Dataset.from_dict({"prompt": [f"{n}?" for n in numbers], **answers})
 
 
+def judged(count: int = 8) -> Dataset:
+    rows = completions(count)
+    return rows.add_column("label", [n % 2 == 0 for n in range(count)])
+
+
 def prompts(count: int = 8) -> Dataset:
     return Dataset.from_dict({"prompt": [f"{n}?" for n in range(count)]})
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -39,6 +41,7 @@ from trl_helpers import (
     chat_model,
     completions,
     conversations,
+    judged,
     preferences,
     prompts,
     reward_model,
@@ -55,6 +58,7 @@ TAKES_A_FACTORY = ("SFT", "Reward")  # the others get it as an attribute, before
 KINDS: dict[str, dict[str, Any]] = {
     "SFT": {"model": chat_model, "data": conversations, "settings": {"max_length": 32}},
     "DPO": {"model": chat_model, "data": preferences, "settings": {"max_length": 32}},
+    "KTO": {"model": chat_model, "data": judged, "settings": {"max_length": 32}},
     "GRPO": {
         "model": chat_model,
         "data": prompts,
@@ -135,7 +139,9 @@ def test_defaults_are_those_of_trl_and_train(kind: str, tmp_path: Path):
     for field in fields(theirs):
         assert getattr(args, field.name) == getattr(theirs, field.name), field.name
     assert args.bf16 and args.gradient_checkpointing
-    assert args.learning_rate == {"SFT": 2e-5, "DPO": 1e-6, "GRPO": 1e-6, "Reward": 1e-4}[kind], "docs/trl.md says so"
+    assert args.learning_rate == {"SFT": 2e-5, "DPO": 1e-6, "KTO": 1e-6, "GRPO": 1e-6, "Reward": 1e-4}[kind], (
+        "docs/trl.md says so"
+    )
     trainer = getattr(lorapro_hf, f"LoRAPro{kind}Trainer")(
         model=case["model"](),
         args=args,
@@ -200,8 +206,8 @@ def test_supervised_variants_learn(data: Any, settings: dict[str, Any], tmp_path
 
 @pytest.mark.parametrize(
     ("kind", "settings"),
-    rest_slow([("DPO", {}), ("DPO", {"precompute_ref_log_probs": True}), ("GRPO", {"beta": 0.1})]),
-    ids=["DPO", "DPO, computed before", "GRPO"],
+    rest_slow([("DPO", {}), ("DPO", {"precompute_ref_log_probs": True}), ("KTO", {}), ("GRPO", {"beta": 0.1})]),
+    ids=["DPO", "DPO, computed before", "KTO", "GRPO"],
 )
 def test_a_reference_adapter_is_left_alone(kind: str, settings: dict[str, Any], tmp_path: Path):
     trainer, record = trainer_of(kind, "mixin", tmp_path, model=adapted_chat_model(), **settings)
@@ -236,6 +242,25 @@ def test_a_missing_adapter_is_noticed_before_the_data_is_read(
     args = config(output_dir=str(tmp_path), **COMMON, **case["settings"])
     with pytest.raises(ValueError, match=message):
         make(given, args=args, train_dataset=data, processing_class=tokenizer(), **case.get("more", {}))
+
+
+@pytest.mark.parametrize("home", ["trl.experimental.kto", "nowhere"])
+def test_kto_is_found_where_a_version_of_trl_has_it(home: str, monkeypatch: pytest.MonkeyPatch):
+    had = {"KTOConfig": trl.KTOConfig, "KTOTrainer": trl.KTOTrainer}
+    without = ModuleType("trl")
+    without.__path__ = []  # a package without submodules
+    monkeypatch.setitem(sys.modules, "trl", without)
+    monkeypatch.setitem(sys.modules, "trl.experimental", without)
+    elsewhere = ModuleType("trl.experimental.kto")
+    vars(elsewhere).update(had if home == elsewhere.__name__ else {})
+    monkeypatch.setitem(sys.modules, elsewhere.__name__, elsewhere)
+    monkeypatch.delitem(sys.modules, "lorapro_hf.trainer.kto", raising=False)
+    if home == "nowhere":
+        with pytest.raises(ImportError, match=r"needs KTOTrainer.*pip install"):
+            importlib.import_module("lorapro_hf.trainer.kto")
+    else:
+        found = importlib.import_module("lorapro_hf.trainer.kto").LoRAProKTOTrainer
+        assert issubclass(found, had["KTOTrainer"]) and issubclass(found, lorapro_hf.LoRAProTrainerMixin)
 
 
 def test_a_subclass_that_makes_its_adapter_is_left_to_it(tmp_path: Path):

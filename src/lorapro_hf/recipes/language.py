@@ -9,6 +9,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainingArguments
 
+from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.cells import complete_rows, holds_messages, require_contents, with_texts
 from lorapro_hf.recipes.data import DataArguments
 from lorapro_hf.recipes.model import AdapterArguments, ModelArguments, continued_adapter, load_model
@@ -39,6 +40,15 @@ def with_turns(
     for column in conversations:
         require_contents(rows, column, where)
     return with_texts(complete_rows(rows, conversations, where), texts, where, need_text, map_kwargs=map_kwargs)
+
+
+def require_chat_template(tokenizer: Any, rows: Dataset, column: str, model: ModelArguments) -> None:
+    """Refuse messages in a column if the tokenizer has no template for them."""
+    if not isinstance(rows[0][column], str) and tokenizer.chat_template is None:
+        raise UsageError(
+            f"{model.model_name_or_path} has no chat template for messages: take its instruction-tuned variant, or "
+            "name another --tokenizer_name."
+        )
 
 
 def parts(

@@ -49,7 +49,7 @@ class DemoSettings:
         metavar="FOLDER",
     )
     seeds: int = option(3, "trainings of each method", TRAININGS, type=at_least_one, metavar="N")
-    steps: int = option(400, "optimizer steps of each training", TRAININGS, type=at_least_one, metavar="N")
+    steps: int = option(300, "optimizer steps of each training", TRAININGS, type=at_least_one, metavar="N")
     model: str | None = option(None, "hub name or local folder of a causal LM", LANGUAGE, metavar="NAME")
     dataset: str | None = option(
         None,
@@ -66,7 +66,7 @@ class DemoSettings:
         type=at_least_one,
         metavar="N",
     )
-    model_steps: int = option(48, "optimizer steps of its fine-tuning", LANGUAGE, type=at_least_one, metavar="N")
+    model_steps: int = option(20, "optimizer steps of its fine-tuning", LANGUAGE, type=at_least_one, metavar="N")
 
     def __post_init__(self) -> None:
         if len(set(self.parts)) < len(self.parts):

@@ -33,6 +33,11 @@ WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "n
 DECODER = {**WIDTHS, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 256}
 PICTURE = {**WIDTHS, "image_size": 16, "patch_size": 8}
 COLORS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (220, 40, 30)}
+REWARD = """\
+def letters(completions, **_):
+    \"\"\"Differ between almost any two answers.\"\"\"
+    return [sum(map(ord, str(answer))) / 1000 for answer in completions]
+"""
 QUESTIONS, ANSWERS = [f"What is {n} + 1?" for n in range(24)], [f"The answer is {n + 1}." for n in range(24)]
 
 
@@ -125,6 +130,7 @@ def write_texts(folder: Path) -> None:
         "wizardlm": lambda n, q, a: {"instruction": q, "output": a if n % 6 else "Sorry, I cannot."},
         "preferences": lambda n, q, a: {"prompt": q, "chosen": a, "rejected": f"{n - 1}?"},
         "judged": lambda n, q, a: {"prompt": q, "completion": a if n % 2 else f"{n - 1}?", "label": n % 2 == 1},
+        "problems": lambda n, q, a: {"question": q, "answer": f"{a} #### {n + 1}"},
         "mnli": lambda n, q, a: {"premise": q, "hypothesis": a, "label": n % 3},
         "qnli": lambda n, q, a: {"question": q, "sentence": a, "label": n % 2},
         "mrpc": lambda n, q, a: {"sentence1": q, "sentence2": a, "label": n % 2},
@@ -138,6 +144,7 @@ def write_texts(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     plain = "\n".join(f"{question} {answer}" for question, answer in together)
     (folder / "text.txt").write_text(plain, encoding="utf-8")
+    (folder / "rewards.py").write_text(REWARD, encoding="utf-8")
 
 
 def write_pictures(folder: Path, count: int = 4) -> None:

@@ -30,6 +30,7 @@ CLASSES = {
     "run_clm.py": AutoModelForCausalLM,
     "run_dpo.py": AutoModelForCausalLM,
     "run_glue.py": AutoModelForSequenceClassification,
+    "run_grpo.py": AutoModelForCausalLM,
     "run_image_classification.py": AutoModelForImageClassification,
     "run_kto.py": AutoModelForCausalLM,
     "run_seq2seq.py": AutoModelForSeq2SeqLM,

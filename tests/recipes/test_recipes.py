@@ -40,6 +40,7 @@ SMALLER = {
     *("max_train_samples", "max_eval_samples", "max_length", "max_source_length", "lora_r", "lora_config"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     *("dataloader_num_workers", "booster_steps", "beamlora_every"),
+    *("reward_funcs", "num_generations", "max_completion_length"),
 }
 BY_DEFAULT = "smollm2-135m.yaml"
 
@@ -127,7 +128,8 @@ def test_twin_trains(name: str, inputs: Path, tmp_path: Path, monkeypatch: pytes
     assert (SCRIPTS / program).is_file()
     script(program).main([str(SMOKE / name), "--output_dir", str(tmp_path / "out")])
     found = results(tmp_path / "out")
-    assert found["train_loss"] > 0
+    # the loss of GRPO is the mean of advantages
+    assert found["train_loss"] > 0 or program == "run_grpo.py"
     settings = read_recipe(SMOKE / name)
     assert ("eval_loss" in found) == bool(settings.get("do_eval"))
     assert (tmp_path / "out" / "README.md").is_file()

@@ -24,7 +24,7 @@ def complete(training: TrainingArguments, model: ModelArguments, data: DataArgum
         training.do_train = True
     settings: Any = training
     settings.trust_remote_code = model.trust_remote_code
-    if settings.dataset_num_proc is None:
+    if getattr(settings, "dataset_num_proc", 0) is None:  # GRPO has no such setting
         settings.dataset_num_proc = data.preprocessing_num_workers
     if (model.load_in_4bit or model.load_in_8bit) and settings.lora_pro and not settings.lora_pro_master_factors:
         logger.info("TRL keeps the adapter of a quantized model in bfloat16: --lora_pro_master_factors is set.")

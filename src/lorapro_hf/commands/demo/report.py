@@ -139,8 +139,7 @@ def _closeness(axes: Any, measured: Sequence[Closeness]) -> None:
         axes.fill_between(list(blocks), list(map(min, values)), list(map(max, values)), color=colour, alpha=0.15, lw=0)
     axes.set(ylim=(0.0, 1.03), xlabel="transformer block", ylabel="cosine to the full gradient")
     axes.set_title(f"Direction of the update, after {CLOSENESS_STEPS} steps")
-    legend = axes.legend(fontsize=8.5, title="median of all layers", title_fontsize=8.5, loc="upper center")
-    legend.set_bbox_to_anchor((0.5, 0.88))  # between the best and the others
+    axes.legend(fontsize=8.5, title="median of all layers", title_fontsize=8.5, loc="lower center")  # below the curves
 
 
 def _curves(axes: Any, methods: Sequence[MethodFigures], settings: DemoSettings) -> None:

@@ -17,28 +17,17 @@ import lorapro_hf.recipes.quiet  # noqa: F401  (before other libraries are impor
 from dataclasses import dataclass, field
 from functools import partial
 
-from datasets import Dataset
-
 from lorapro_hf.options import UsageError
-from lorapro_hf.recipes.cells import require_columns
-from lorapro_hf.recipes.data import DataArguments, load_splits
+from lorapro_hf.recipes.data import load_splits
 from lorapro_hf.recipes.endings import one_line_errors
 from lorapro_hf.recipes.flow import as_program, run, start
-from lorapro_hf.recipes.language import complete, parts, require_chat_template, with_turns
+from lorapro_hf.recipes.language import complete, parts, require_chat_template
 from lorapro_hf.recipes.model import AdapterArguments, ModelArguments, load_tokenizer
 from lorapro_hf.recipes.parser import RecipeParser
+from lorapro_hf.recipes.preferences import PreferenceArguments, preferences
 
 with one_line_errors():
     from lorapro_hf import LoRAProDPOConfig, LoRAProDPOTrainer
-
-
-@dataclass
-class PreferenceArguments(DataArguments):
-    """The data set of preferences."""
-
-    prompt_column: str | None = field(default=None, metadata={"help": "Column with the prompt, if not `prompt`."})
-    chosen_column: str = field(default="chosen", metadata={"help": "Column with the better answer."})
-    rejected_column: str = field(default="rejected", metadata={"help": "Column with the worse answer."})
 
 
 @dataclass
@@ -46,17 +35,6 @@ class DPOSettings(LoRAProDPOConfig):
     """`trl.DPOConfig` with LoRA-Pro's settings."""
 
     trust_remote_code: bool = field(default=False, init=False)  # `ModelArguments` has it
-
-
-def preferences(rows: Dataset, split: str, data: PreferenceArguments) -> Dataset:
-    """Return the columns by TRL's names, without blank rows."""
-    names = {data.chosen_column: "chosen", data.rejected_column: "rejected"}
-    prompt = data.prompt_column or "prompt"
-    if data.prompt_column is not None or prompt in rows.column_names:
-        names[prompt] = "prompt"
-    require_columns(rows, names, " Name them by --prompt_column, --chosen_column and --rejected_column.")
-    rows = with_turns(rows.select_columns([*names]), names, f"the {split} set", data.map_kwargs)
-    return rows.rename_columns({old: new for old, new in names.items() if old != new})
 
 
 @as_program

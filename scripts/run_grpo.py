@@ -98,7 +98,7 @@ def reward_of(name: str) -> Callable[..., Any]:
         raise UsageError(f"--reward_funcs {name}: cannot read {source}: {error}.") from error
     if not callable(found.get(function)):
         raise UsageError(f"--reward_funcs {name}: {source} has no function {function}.")
-    return found[function]  # type: ignore[no-any-return]
+    return found[function]
 
 
 def columns_for(reward: Callable[..., Any]) -> list[str]:

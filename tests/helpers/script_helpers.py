@@ -33,6 +33,7 @@ CLASSES = {
     "run_grpo.py": AutoModelForCausalLM,
     "run_image_classification.py": AutoModelForImageClassification,
     "run_kto.py": AutoModelForCausalLM,
+    "run_reward.py": AutoModelForSequenceClassification,
     "run_seq2seq.py": AutoModelForSeq2SeqLM,
     "run_sft.py": AutoModelForCausalLM,
     "run_speech_recognition.py": AutoModelForCTC,

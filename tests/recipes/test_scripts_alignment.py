@@ -72,6 +72,16 @@ def refusal(
             [*PROBLEMS, "--reward_funcs", "number", "--num_generations", "3"],
             "must be divisible by num_generations (3)",
         ),
+        (
+            "run_reward.py",
+            PROBLEMS,
+            "there is no column chosen; the columns are ['question', 'answer']. Name them by --prompt_column",
+        ),
+        (
+            "run_reward.py",
+            ["--train_file", f"{DATA}/preferences.jsonl", "--max_length", "4"],
+            "every answer has more than --max_length 4 tokens; raise it",
+        ),
     ],
 )
 def test_bad_input_is_refused_in_one_line(

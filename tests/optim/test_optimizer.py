@@ -283,7 +283,7 @@ def test_factors_of_one_pair_may_decay_differently():
     model = LINEAR.build()
     (pair,) = find_lora_pairs(model)
     groups = [{"params": [pair.A], "weight_decay": 0.5}, {"params": [pair.B], "weight_decay": 0.0}]
-    optimizer = LoRAProAdamW(groups, [pair], lr=0.1)
+    optimizer = LoRAProAdamW(groups, [pair], lr=0.1, mode="factored")
     before = pair.A.detach().clone(), pair.B.detach().clone()
     pair.A.grad, pair.B.grad = torch.zeros_like(pair.A), torch.zeros_like(pair.B)
     optimizer.step()
@@ -293,7 +293,7 @@ def test_factors_of_one_pair_may_decay_differently():
 
 def test_decay_of_more_than_everything_stops_at_zero():
     model = LINEAR.build()
-    optimizer = create_lorapro_optimizer(model, lr=1.0, weight_decay=2.0)
+    optimizer = create_lorapro_optimizer(model, lr=1.0, weight_decay=2.0, mode="factored")
     (pair,) = optimizer.pairs
     pair.A.grad, pair.B.grad = torch.zeros_like(pair.A), torch.zeros_like(pair.B)
     optimizer.step()

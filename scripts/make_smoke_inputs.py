@@ -32,6 +32,8 @@ CHAT_TEMPLATE = (
 WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 DECODER = {**WIDTHS, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 256}
 PICTURE = {**WIDTHS, "image_size": 16, "patch_size": 8}
+SQUARE = {"height": 16, "width": 16}
+SCALED = {"size": SQUARE, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 COLORS = {"blue": (30, 60, 220), "green": (40, 200, 60), "red": (220, 40, 30)}
 REWARD = """\
 def letters(completions, **_):
@@ -86,6 +88,16 @@ def text_models() -> dict[str, tuple[Any, Any]]:
     }
 
 
+def picture_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """Return the same tokenizer with a token for pictures, and a template for messages with pictures."""
+    fast = byte_tokenizer()
+    fast.add_tokens("<image>", special_tokens=True)
+    parts = "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+    parts = f"{{% for part in message['content'] %}}{parts}{{% endfor %}}"
+    fast.chat_template = CHAT_TEMPLATE.replace("{{ message['content'] }}", parts)
+    return fast
+
+
 class PixelSettings:
     """The saved settings of an image processor, which needs torchvision in some versions of transformers."""
 
@@ -97,10 +109,20 @@ class PixelSettings:
         (folder / "preprocessor_config.json").write_text(json.dumps(self.settings, indent=2), encoding="utf-8")
 
 
+class LlavaParts:
+    """The saved parts of a processor of pictures and texts."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write tokenizer, template and settings for `AutoProcessor`."""
+        picture_tokenizer().save_pretrained(folder)
+        PixelSettings("CLIPImageProcessor", crop_size=SQUARE, **SCALED).save_pretrained(folder)
+        settings = {"processor_class": "LlavaProcessor", "patch_size": 8, "num_additional_image_tokens": 1}
+        settings |= {"vision_feature_select_strategy": "default", "image_token": "<image>"}
+        (folder / "processor_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
 def perception_models() -> dict[str, tuple[Any, Any]]:
     """Return models of pictures and of speech by name, each with its processor."""
-    square = {"height": 16, "width": 16}
-    scaled = {"size": square, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     text = {**WIDTHS, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
     clip = transformers.CLIPConfig(text_config=text, vision_config=PICTURE, projection_dim=16)
     vit = transformers.ViTConfig(**PICTURE)
@@ -113,9 +135,17 @@ def perception_models() -> dict[str, tuple[Any, Any]]:
         num_conv_pos_embedding_groups=2,
         mask_time_length=2,
     )
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": len(picture_tokenizer())}
+    llava = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**PICTURE),
+        text_config=transformers.LlamaConfig(**DECODER, **tokens),
+        image_token_index=3,
+        image_seq_length=4,
+    )
     return {
-        "clip": (transformers.CLIPModel(clip), PixelSettings("CLIPImageProcessor", crop_size=square, **scaled)),
-        "vit": (transformers.ViTForImageClassification(vit), PixelSettings("ViTImageProcessor", **scaled)),
+        "clip": (transformers.CLIPModel(clip), PixelSettings("CLIPImageProcessor", crop_size=SQUARE, **SCALED)),
+        "llava": (transformers.LlavaForConditionalGeneration(llava), LlavaParts()),
+        "vit": (transformers.ViTForImageClassification(vit), PixelSettings("ViTImageProcessor", **SCALED)),
         "wav2vec2": (transformers.Wav2Vec2Model(speech), transformers.Wav2Vec2FeatureExtractor()),
     }
 
@@ -148,13 +178,17 @@ def write_texts(folder: Path) -> None:
 
 
 def write_pictures(folder: Path, count: int = 4) -> None:
-    """Write noisy pictures of one color each, in a folder for each color."""
-    generator = np.random.default_rng(0)
+    """Write noisy pictures of one color each, in a folder for each color, and a table of questions about them."""
+    generator, rows = np.random.default_rng(0), []
     for color, values in COLORS.items():
         (folder / color).mkdir(parents=True, exist_ok=True)
         for number in range(count):
             pixels = np.clip(np.asarray(values) + generator.normal(0, 20, (20, 24, 3)), 0, 255)
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / color / f"{number}.png")
+            path = folder / color / f"{number}.png"
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+            turns = [{"role": "user", "content": "Which color?"}, {"role": "assistant", "content": color}]
+            rows.append(json.dumps({"images": [str(path.relative_to(folder.parent))], "messages": turns}))
+    (folder.parent / "pictures.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def write_speech(folder: Path, count: int = 6, rate: int = 8000) -> None:

@@ -12,6 +12,9 @@ Other columns need their names:
         --prompt_column query --completion_column response --prompt_template alpaca \
         --learning_rate 2e-4 --output_dir runs/metamath
 
+Rows with a column `image`, or `images` with a list, beside messages or prompts with completions train a
+vision-language model such as llava-hf/llava-interleave-qwen-0.5b-hf.
+
 From a recipe: python scripts/run_sft.py configs/smollm2-135m.yaml --learning_rate 3e-4
 """
 
@@ -24,7 +27,7 @@ import lorapro_hf.recipes.quiet  # noqa: F401  (before other libraries are impor
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.cells import complete_rows, holds_messages
@@ -35,6 +38,7 @@ from lorapro_hf.recipes.instructions import ALPACA, CHAT, InstructionArguments, 
 from lorapro_hf.recipes.language import complete, parts, with_turns
 from lorapro_hf.recipes.model import AdapterArguments, ModelArguments, load_tokenizer
 from lorapro_hf.recipes.parser import RecipeParser
+from lorapro_hf.recipes.pictures import load_vision_processor, picture_column, with_pictures
 
 with one_line_errors():
     from lorapro_hf import LoRAProSFTConfig, LoRAProSFTTrainer
@@ -77,6 +81,20 @@ def trainable(rows: Dataset, split: str, text_column: str, map_kwargs: dict[str,
     return with_turns(rows, columns, where, map_kwargs, need_text=columns[1:])
 
 
+def require_trainable_pictures(splits: DatasetDict, training: SFTSettings) -> None:
+    """Refuse settings and columns that TRL does not combine with pictures."""
+    for name in ("packing", "padding_free"):
+        if getattr(training, name):
+            raise UsageError(f"--{name}: TRL packs texts alone, and the rows have pictures; leave it out.")
+    for split, rows in splits.items():
+        if picture_column(rows) is None:
+            raise UsageError(f"the {split} set has no column image or images, only {rows.column_names}.")
+        if "conversations" in rows.column_names:
+            raise UsageError(
+                "pictures need a column `messages`, with role and content in each message, and not `conversations`."
+            )
+
+
 @as_program
 def main(argv: list[str] | None = None) -> None:
     """Train and evaluate as the flags ask."""
@@ -95,11 +113,16 @@ def main(argv: list[str] | None = None) -> None:
 
     def prepare(rows: Dataset, split: str) -> Dataset:
         rows = prepared(rows, split, data, tokenizer, TEMPLATES)
-        return trainable(rows, split, training.dataset_text_field, data.map_kwargs)
+        rows = trainable(rows, split, training.dataset_text_field, data.map_kwargs)
+        return with_pictures(rows, split, data)
 
     splits = load_splits(data, training, model_args.cache_dir, prepare=prepare)
+    processor: Any = tokenizer
+    if any(map(picture_column, splits.values())):
+        require_trainable_pictures(splits, training)
+        processor = load_vision_processor(model_args)
     for rows in splits.values():
-        has_template = tokenizer.chat_template or training.chat_template_path
+        has_template = processor.chat_template or training.chat_template_path
         if is_conversation(rows, data) and not has_template:
             raise UsageError(
                 f"{model_args.model_name_or_path} has no chat template for conversations: name one by "
@@ -112,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
         args=training,
         train_dataset=splits.get("train", splits.get("validation")),  # TRL requires one
         eval_dataset=splits.get("validation"),
-        **parts(training, model_args, adapter, tokenizer),
+        **parts(training, model_args, adapter, processor),
     )
     for rows in (trainer.train_dataset, trainer.eval_dataset):
         if rows is not None and not len(rows):

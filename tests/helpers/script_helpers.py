@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForCTC,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
 )
@@ -85,7 +86,8 @@ def check_adapter(folder: Path, program: str) -> None:
     sizes = {"vocab_size": heads["lm_head"]} if program == "run_speech_recognition.py" else {}
     for head in {"classifier", "score"} & heads.keys():
         sizes = {"num_labels": heads[head]}
-    model = CLASSES[program].from_pretrained(base, **sizes, ignore_mismatched_sizes=bool(sizes))
+    auto_class = AutoModelForImageTextToText if "llava" in base else CLASSES[program]
+    model = auto_class.from_pretrained(base, **sizes, ignore_mismatched_sizes=bool(sizes))
     loaded = get_peft_model_state_dict(PeftModel.from_pretrained(model, folder), save_embedding_layers=False)
     assert loaded.keys() == saved.keys()
     for name, values in saved.items():

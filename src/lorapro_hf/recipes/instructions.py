@@ -14,6 +14,7 @@ from transformers.hf_argparser import HfArg
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.cells import require_columns, require_plain, with_texts
 from lorapro_hf.recipes.data import DataArguments
+from lorapro_hf.recipes.pictures import PICTURES
 
 CHAT = "chat"
 ALPACA = """\
@@ -141,5 +142,6 @@ def _with_prompts(
         texts = [part if isinstance(part, str) else part[0]["content"] for part in (row["prompt"], row["completion"])]
         return texts[1] != "" and (limit is None or len(tokenizer("".join(texts))["input_ids"]) <= limit)
 
-    rows = rows.map(rewrite, remove_columns=rows.column_names, **data.map_kwargs)
+    others = [column for column in rows.column_names if column not in PICTURES]
+    rows = rows.map(rewrite, remove_columns=others, **data.map_kwargs)
     return rows if pattern is None and limit is None else rows.filter(stays, **data.map_kwargs)

@@ -7,7 +7,13 @@ from collections.abc import Collection
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainingArguments,
+)
 
 from lorapro_hf.options import UsageError
 from lorapro_hf.recipes.cells import complete_rows, holds_messages, require_contents, with_texts
@@ -52,14 +58,25 @@ def require_chat_template(tokenizer: Any, rows: Dataset, column: str, model: Mod
 
 
 def parts(
-    training: TrainingArguments, model: ModelArguments, adapter: AdapterArguments, tokenizer: PreTrainedTokenizerBase
+    training: TrainingArguments,
+    model: ModelArguments,
+    adapter: AdapterArguments,
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin,
 ) -> dict[str, Any]:
-    """Return model, adapter and tokenizer as keywords of a TRL trainer, which adds a new adapter itself."""
+    """Return model, adapter and tokenizer as keywords of a TRL trainer, which adds a new adapter itself.
+
+    With a processor of pictures and texts in place of the tokenizer, the model is a vision-language model.
+    """
     settings: Any = training
-    base = load_model(AutoModelForCausalLM, model, **(settings.model_init_kwargs or {}))
+    reads_pictures = isinstance(tokenizer, ProcessorMixin)
+    base = load_model(
+        AutoModelForImageTextToText if reads_pictures else AutoModelForCausalLM,
+        model,
+        **(settings.model_init_kwargs or {}),
+    )
     settings.model_init_kwargs = None  # TRL warns about them beside a loaded model
     if adapter.adapter_name_or_path is not None:
         return {"model": continued_adapter(base, adapter), "processing_class": tokenizer}
-    config = adapter.peft_config("CAUSAL_LM")
+    config = adapter.peft_config(None if reads_pictures else "CAUSAL_LM")
     require_known_names(base, config)  # before TRL tokenizes the data
     return {"model": base, "peft_config": config, "processing_class": tokenizer}

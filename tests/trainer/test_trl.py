@@ -205,6 +205,38 @@ def test_supervised_variants_learn(data: Any, settings: dict[str, Any], tmp_path
 
 
 @pytest.mark.parametrize(
+    "settings",
+    rest_slow([{"padding_free": True, "max_length": None}, {"packing": True, "max_length": 64}]),
+    ids=["padding_free", "packing"],
+)
+def test_packed_rows_have_the_gradients_of_padded_ones(settings: dict[str, Any], tmp_path: Path):
+    records = []
+    for more in ({"max_length": 64}, settings):
+        all_rows = {"max_steps": 1, "per_device_train_batch_size": 8, **more}
+        trainer, record = trainer_of("SFT", "mixin", tmp_path, **all_rows)
+        records.append(record)
+        trainer.train()
+    padded, packed = records
+    packed.assert_efficient_step(RATE)
+    for name, (_, _, *gradients) in padded.before.items():
+        for expected, found in zip(gradients, packed.before[name][2:], strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_neftune_changes_the_gradients_of_the_training_alone(tmp_path: Path):
+    records = []
+    for alpha in (None, 5.0):
+        trainer, record = trainer_of("SFT", "mixin", tmp_path, max_steps=1, neftune_noise_alpha=alpha)
+        records.append(record)
+        trainer.train()
+        record.assert_efficient_step(RATE)
+        embeddings = trainer.model.train().get_input_embeddings()
+        assert torch.equal(embeddings(torch.tensor([5])), embeddings.weight[[5]]), "the trained model has no noise"
+    plain, noisy = (record.before for record in records)
+    assert all(not torch.allclose(noisy[name][2], values[2], rtol=1e-2) for name, values in plain.items())
+
+
+@pytest.mark.parametrize(
     ("kind", "settings"),
     rest_slow([("DPO", {}), ("DPO", {"precompute_ref_log_probs": True}), ("KTO", {}), ("GRPO", {"beta": 0.1})]),
     ids=["DPO", "DPO, computed before", "KTO", "GRPO"],

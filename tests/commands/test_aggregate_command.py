@@ -48,8 +48,8 @@ def test_adapter_table_and_card(clients: list[str], tmp_path: Path, capsys: pyte
     assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in state)
     card = ModelCard.load(output / "README.md")
     assert "| `same0` | 0.75 |" in card.text and "objective `cosine` and λ = 0.01" in card.text
-    about = card.data
-    assert about.library_name == "peft" and "federated-learning" in about.tags
+    about = card.data.to_dict()
+    assert about["library_name"] == "peft" and "federated-learning" in about["tags"]
     (found,) = logits(output)
     assert not torch.equal(found, logits(clients[0])[0])
 

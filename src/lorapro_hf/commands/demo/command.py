@@ -14,7 +14,7 @@ Show what LoRA-Pro does, in three parts:
   curves     losses of LoRA, LoRA-Pro and full fine-tuning of a small model on puzzles in characters, over three seeds
   model      SmolLM2-135M fine-tuned on word problems; stock PEFT loads the adapter and answers others
 
-Without options nothing is downloaded, and it takes less than four minutes on two CPU cores. Ctrl-C ends it and keeps
+Without options nothing is downloaded, and it takes about five minutes on two CPU cores. Ctrl-C ends it and keeps
 what is done.
 """
 
